@@ -1,0 +1,5 @@
+"""One operation, one file; each with its reference, its implementations and one public function."""
+
+from .dispatch import backend
+
+__all__ = ["backend"]

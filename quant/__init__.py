@@ -1,0 +1,1 @@
+"""Weights, dense or packed, and the linear layer that holds them."""

@@ -1,0 +1,1 @@
+"""Runs the model: io (files to tensors), model (the network), engine (KV cache and generation), app (API and CLI)."""

@@ -1,0 +1,1 @@
+"""Generation: paged KV cache, chunked prefill, sampling, decoding."""

@@ -1,0 +1,27 @@
+"""Errors of the runtime, all subclasses of `AfnextError`; each message says what was wrong and what to do."""
+
+from ..kernels.errors import AfnextError
+
+
+class AudioError(AfnextError):
+    """The audio cannot be read, is empty, or does not fit the model."""
+
+
+class AudioTooLongError(AudioError):
+    """The audio is longer than the model can hear, and truncation was not asked for."""
+
+
+class CheckpointError(AfnextError):
+    """A file of the checkpoint is missing, damaged, unsafe, or does not fit the config."""
+
+
+class ConfigError(CheckpointError):
+    """config.json describes no model that this runtime knows, or contradicts itself or the tokenizer."""
+
+
+class PromptError(AfnextError):
+    """The messages cannot be turned into a prompt."""
+
+
+class ContextLengthError(AfnextError):
+    """Prompt and answer together do not fit the model's context."""

@@ -1,0 +1,1 @@
+"""The network: its configuration, its checkpoints, and its modules."""
