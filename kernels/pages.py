@@ -1,0 +1,31 @@
+"""The paged layout of the KV cache, in which token i of a sequence lives in slot i % page_size of its page i // page_size.
+
+A layer's keys are one tensor [pages, page_size, kv_heads, head_dim], its values another. A sequence is a row of the
+page table, [batch, max_pages] int32: the pages that hold its tokens, in order; entries past its end are not read.
+"""
+
+import torch
+from torch import Tensor
+
+
+def page_slots(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    """Flat slot of each token. page_table: [batch, max_pages] int; positions: [batch, time] int64, token indices.
+
+    Returns [batch, time] int64: indices into a cache viewed as [pages * page_size, ...].
+    """
+    pages = page_table.long().gather(1, positions // page_size)
+    return pages * page_size + positions % page_size
+
+
+def gather_pages(cache: Tensor, pages: Tensor, length: int) -> Tensor:
+    """The first `length` tokens of the sequence held by `pages`: [length, kv_heads, head_dim].
+
+    A view without a copy when the pages lie next to each other in the pool, as they do for a sequence that was
+    allocated at once; otherwise a gathered copy.
+    """
+    count = -(-length // cache.shape[1])
+    pages = pages[:count].long()
+    first = int(pages[0]) if count else 0
+    if torch.equal(pages, torch.arange(first, first + count, device=pages.device)):
+        return cache[first : first + count].flatten(0, 1)[:length]
+    return cache[pages].flatten(0, 1)[:length]
