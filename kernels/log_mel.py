@@ -4,15 +4,17 @@
     mel[m, t]   = log10(max(sum_k filters[k, m] * power[k, t], 1e-10))
     out[m, t]   = (max(mel[m, t], max(mel) - 8) + 4) / 4
 
-x is the window, zero-padded to `window_samples` and extended by 200 reflected samples on both sides; `hann` is periodic;
-`filters` are triangles on Slaney's mel scale with Slaney's area normalization. The maximum is taken per window.
+x is the window, zero-padded to `window_samples` and extended by 200 reflected samples on both sides; `hann` is
+periodic; `filters` are triangles on Slaney's mel scale with Slaney's area normalization. The maximum is that of the
+window.
 
 Frames that hold nothing but zero padding all have the value of the floor and cannot raise the maximum, so only the
 frames that touch the signal are computed: `frame_count(samples)`, two more than the valid ones, which is also all that
 the convolution stem reads. A window of n samples costs about 400 * 201 * 2 * n / 160 multiply-adds as a plain DFT;
 the torch implementation uses an FFT. Bytes: 4 n in, 4 * mel_bins * n / 160 out.
 
-Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision"; Slaney 1998, "Auditory Toolbox".
+Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision", section 2.2; Slaney 1998,
+"Auditory Toolbox".
 """
 
 import math
@@ -56,10 +58,8 @@ def reference(waveforms: Tensor, mel_bins: int, window_samples: int) -> Tensor:
     x = waveforms.to(torch.float64)
     frames = frame_count(x.shape[-1], window_samples)
     x = torch.nn.functional.pad(x, (0, window_samples - x.shape[-1]))
-    index = (
-        torch.arange(frames, device=x.device)[:, None] * HOP_LENGTH + torch.arange(N_FFT, device=x.device) - N_FFT // 2
-    )
-    index = index.abs()
+    starts = torch.arange(frames, device=x.device) * HOP_LENGTH - N_FFT // 2
+    index = (starts[:, None] + torch.arange(N_FFT, device=x.device)).abs()
     index = torch.where(index >= window_samples, 2 * (window_samples - 1) - index, index)
     n = torch.arange(N_FFT, dtype=torch.float64, device=x.device)
     k = torch.arange(N_FFT // 2 + 1, dtype=torch.float64, device=x.device)

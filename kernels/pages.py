@@ -1,4 +1,4 @@
-"""The paged layout of the KV cache, in which token i of a sequence lives in slot i % page_size of its page i // page_size.
+"""The paged layout of the KV cache: token i of a sequence lives in slot i % page_size of its page i // page_size.
 
 A layer's keys are one tensor [pages, page_size, kv_heads, head_dim], its values another. A sequence is a row of the
 page table, [batch, max_pages] int32: the pages that hold its tokens, in order; entries past its end are not read.

@@ -4,8 +4,8 @@
     half:         (x[j], x[j + dim/2])  turned by angle[t, j]         Qwen2's pairing
     interleaved:  (x[2j], x[2j + 1])    turned by angle[t, j]         RoTE's pairing
 
-where turning (a, b) by phi gives (a cos phi - b sin phi, b cos phi + a sin phi). Positions are floats, so the index of a
-token (RoPE) and its time (the report's RoTE: position = -2 pi * seconds) are the same operation. Channels beyond
+where turning (a, b) by phi gives (a cos phi - b sin phi, b cos phi + a sin phi). Positions are floats, so the index of
+a token (RoPE) and its time (the report's RoTE: position = -2 pi * seconds) are the same operation. Channels beyond
 2 * len(f) pass through. Angles are formed in float32 by that one product, as the reference model does.
 
 Memory-bound: each element is read and written once.

@@ -15,8 +15,8 @@ The angles, as the released checkpoints apply them, depend on the window's index
 They reach 4e4 rad at the end of 30 minutes, where a float32 step is 0.004 rad: the products above are float32 in just
 this order, because another order gives visibly other angles. cos and sin must be accurate to full float32 precision.
 
-One window at full size reads 1500 * 1280 and writes 750 * 1280 elements; pooling, norm and rotation apart would read and
-write another 4 * 750 * 1280.
+One window at full size reads 1500 * 1280 and writes 750 * 1280 elements; pooling, norm and rotation apart would read
+and write another 4 * 750 * 1280.
 Source: Goel et al. 2024, arXiv:2410.12109, in the axial form of the released checkpoints.
 """
 
@@ -48,7 +48,10 @@ class TimeEmbedding:
     frame_seconds: float
 
     def angles(self, windows: Tensor, length: int) -> Tensor:
-        """Angles of the first `length` frames of each window. windows: [batch] int64. Returns [batch, length, dim] float32."""
+        """Angles of the first `length` frames of each window: [batch, length, dim] float32.
+
+        windows: [batch] int64, the index of each window in its own audio.
+        """
         device = windows.device
         f = rope_frequencies(self.dim, self.theta, device)
         t = torch.arange(length, dtype=torch.float32, device=device)

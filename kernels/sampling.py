@@ -57,7 +57,7 @@ def sample_reference(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Ten
             kept.append((token, probability))
             mass += probability
         target, cumulative = float(uniform[row]) * mass, 0.0
-        for token, probability in kept:
+        for token, probability in kept:  # noqa: B007 - the token at the break is the draw
             cumulative += probability
             if cumulative > target:
                 break
@@ -92,7 +92,8 @@ def _sample_torch(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor
 def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     """Apply each row's repetition penalty to the tokens it has seen.
 
-    logits: [batch, vocab] float32; seen: [batch, vocab] bool; penalty: [batch] float32, 1 for none. Returns like logits.
+    logits: [batch, vocab] float32; seen: [batch, vocab] bool; penalty: [batch] float32, 1 for none.
+    Returns like logits.
     """
     _check(logits, penalty)
     return _penalize.on(logits.device)(logits, seen, penalty)
@@ -106,8 +107,8 @@ def greedy(logits: Tensor) -> Tensor:
 def sample(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor:
     """Draw one token a row.
 
-    logits: [batch, vocab] float32, penalized; rows: the parameters, temperature > 0; uniform: [batch] float32 in [0, 1).
-    Returns [batch] int64. Raises ValueError when shapes do not fit.
+    logits: [batch, vocab] float32, penalized; rows: the parameters, temperature > 0; uniform: [batch] float32 in
+    [0, 1). Returns [batch] int64. Raises ValueError when shapes do not fit.
     """
     _check(logits, uniform)
     return _sample.on(logits.device)(logits, rows, uniform)
