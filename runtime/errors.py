@@ -25,3 +25,11 @@ class PromptError(AfnextError):
 
 class ContextLengthError(AfnextError):
     """Prompt and answer together do not fit the model's context."""
+
+
+class OutOfPagesError(AfnextError):
+    """The KV cache has too few free pages."""
+
+
+class SamplingError(AfnextError):
+    """A sampling parameter is out of its range."""

@@ -1,0 +1,187 @@
+"""Generation: prefill every request, then decode all of them together, one token each a step."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from ..errors import ContextLengthError
+from ..model.audio_flamingo import AudioFlamingo
+from ..model.decoder import CacheView
+from .kv_cache import KVCache, page_table, pages_for
+from .prefill import AudioInput, Cancelled, PromptEmbeddings, prefill
+from .sampler import Sampler, SamplingParams
+from .timings import Timings
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes that trade memory for speed and never change an answer.
+
+    page_size: tokens a KV page; chunk_size: prompt tokens a prefill step; encode_batch: audio windows encoded at once.
+    """
+
+    page_size: int = 256
+    chunk_size: int = 1024
+    encode_batch: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "chunk_size", "encode_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt with its recordings, and how to answer it."""
+
+    token_ids: list[int]
+    audio: tuple[AudioInput, ...]
+    sampling: SamplingParams
+
+
+@dataclass
+class Sequence:
+    """The state of one request."""
+
+    request: Request
+    pages: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    timings: Timings = field(default_factory=Timings)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the answer so far."""
+        return len(self.request.token_ids) + len(self.tokens)
+
+
+def check_context(model: AudioFlamingo, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise ContextLengthError unless prompt and answer fit the decoder's context together."""
+    limit = model.config.decoder.max_positions
+    if prompt_tokens + max_new_tokens > limit:
+        raise ContextLengthError(
+            f"the prompt has {prompt_tokens} tokens and up to {max_new_tokens} are asked for, "
+            f"but the model's context ends at {limit}. Shorten the prompt or lower max_new_tokens."
+        )
+
+
+class Generation:
+    """A batch of requests on their way to answers. Iterate to get (request index, token id) as tokens come.
+
+    Each sequence in `sequences` ends with a finish_reason: an end-of-sequence token (kept as its last token), its
+    length, or cancellation. Leaving the loop early and dropping the object frees everything it holds.
+    """
+
+    def __init__(
+        self,
+        model: AudioFlamingo,
+        requests: list[Request],
+        options: EngineOptions,
+        *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ):
+        """`progress`: called with (prompt tokens prefilled, prompt tokens of all requests). `cancelled`: polled between
+        steps; once true, every unfinished request ends. Raises ContextLengthError when a request cannot fit."""
+        for request in requests:
+            check_context(model, len(request.token_ids), request.sampling.max_new_tokens)
+        self.sequences = [Sequence(request) for request in requests]
+        self._model = model
+        self._options = options
+        self._progress = progress
+        self._cancelled = cancelled
+        budget = [len(request.token_ids) + request.sampling.max_new_tokens for request in requests]
+        self._cache = KVCache(
+            model.config.decoder,
+            pages=sum(pages_for(tokens, options.page_size) for tokens in budget),
+            page_size=options.page_size,
+            device=model.device,
+            dtype=model.dtype,
+        )
+        for sequence, tokens in zip(self.sequences, budget, strict=True):
+            sequence.pages = self._cache.allocate(tokens)
+        self._sampler = Sampler(
+            [request.sampling for request in requests],
+            [request.token_ids for request in requests],
+            model.config.decoder.vocab_size,
+            model.device,
+        )
+
+    def cancel(self, index: int) -> None:
+        """End a request early; its tokens so far stay."""
+        self._finish(self.sequences[index], "cancelled")
+
+    @torch.inference_mode()
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        try:
+            yield from self._prefill_all()
+            while active := [i for i, sequence in enumerate(self.sequences) if sequence.finish_reason is None]:
+                if self._cancelled():
+                    break
+                yield from self._decode_step(active)
+        except Cancelled:
+            pass
+        finally:
+            for sequence in self.sequences:
+                self._finish(sequence, "cancelled")
+
+    def _prefill_all(self) -> Iterator[tuple[int, int]]:
+        total = sum(len(sequence.request.token_ids) for sequence in self.sequences)
+        done = 0
+        for index, sequence in enumerate(self.sequences):
+            if sequence.finish_reason is not None:
+                continue
+            length = len(sequence.request.token_ids)
+            embeddings = PromptEmbeddings(
+                self._model,
+                sequence.request.token_ids,
+                sequence.request.audio,
+                encode_batch=self._options.encode_batch,
+                timings=sequence.timings,
+            )
+            logits = prefill(
+                self._model,
+                self._cache,
+                sequence.pages,
+                embeddings,
+                length,
+                chunk_size=self._options.chunk_size,
+                timings=sequence.timings,
+                progress=lambda chunk, _, before=done: self._progress(before + chunk, total),  # type: ignore[misc]
+                cancelled=self._cancelled,
+            )
+            done += length
+            yield from self._accept(self._sampler.choose(logits, [index]), [index])
+
+    def _decode_step(self, active: list[int]) -> Iterator[tuple[int, int]]:
+        model, sequences = self._model, [self.sequences[i] for i in active]
+        newest = torch.tensor([[sequence.tokens[-1]] for sequence in sequences], device=model.device)
+        positions = torch.tensor([[sequence.length - 1] for sequence in sequences], device=model.device)
+        table = page_table([sequence.pages for sequence in sequences], model.device)
+        view = CacheView.of(self._cache.keys, self._cache.values, table, positions)
+        hidden = model.decoder(model.decoder.embed(newest), positions, view)
+        logits = model.decoder.logits(hidden[:, -1])
+        yield from self._accept(self._sampler.choose(logits, active), active)
+
+    def _accept(self, tokens: list[int], indices: list[int]) -> Iterator[tuple[int, int]]:
+        for index, token in zip(indices, tokens, strict=True):
+            sequence = self.sequences[index]
+            sampling = sequence.request.sampling
+            sequence.tokens.append(token)
+            sequence.timings.token(len(sequence.tokens))
+            if token in self._model.config.eos_token_ids and not sampling.ignore_eos:
+                self._finish(sequence, "stop")
+            elif len(sequence.tokens) == sampling.max_new_tokens:
+                self._finish(sequence, "length")
+        for index, token in zip(indices, tokens, strict=True):
+            yield index, token
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.finish_reason is None:
+            sequence.finish_reason = reason
+            self._cache.pool.release(sequence.pages)
+            sequence.pages = []

@@ -1,0 +1,69 @@
+"""The whole network: encoder, adaptor and decoder, filled from a checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.log_mel import log_mel
+from .adaptor import Adaptor
+from .checkpoint import Checkpoint, load_weights
+from .config import ModelConfig
+from .decoder import Decoder
+from .encoder import Encoder
+from .weights import fill
+
+
+class AudioFlamingo(nn.Module):
+    """Audio Flamingo Next, Music Flamingo or Audio Flamingo 3, as its config says."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.encoder, config.rote)
+        self.adaptor = Adaptor(config.encoder.hidden_size, config.decoder.hidden_size, bias=config.projector_bias)
+        self.decoder = Decoder(config.decoder)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "AudioFlamingo":
+        """Load a checkpoint folder, tensor by tensor. `progress` is called with (bytes done, bytes in all).
+
+        Raises ConfigError or CheckpointError naming the file and tensor at fault.
+        """
+        config = ModelConfig.from_folder(folder)
+        model = cls(config)
+        checkpoint = Checkpoint.open(folder)
+        fill(model, load_weights(checkpoint, config, device=device, dtype=dtype, progress=progress))
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.decoder.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are computed in."""
+        return self.decoder.norm.weight.dtype
+
+    def log_mel(self, windows: list[Tensor]) -> Tensor:
+        """Log-mel features of 1-D float32 waveforms of at most 30 s. Returns [batch, mel_bins, frames] in our dtype."""
+        batch = nn.utils.rnn.pad_sequence(windows, batch_first=True).to(self.device)
+        return log_mel(batch, mel_bins=self.config.encoder.mel_bins, dtype=self.dtype)
+
+    def encode(self, mel: Tensor, samples: list[int], windows: list[int]) -> list[Tensor]:
+        """Audio tokens of a batch of windows, as the decoder reads them.
+
+        mel: from `log_mel`; samples: length of each window; windows: index of each in its own audio.
+        Returns one [tokens, decoder hidden] tensor a window.
+        """
+        encoded = self.encoder(mel, samples, windows)
+        return list(self.adaptor(torch.cat(encoded)).split([len(tokens) for tokens in encoded]))

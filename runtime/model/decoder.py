@@ -1,0 +1,144 @@
+"""The text decoder, Qwen2: RMSNorm, rotary GQA attention over a paged KV cache, SwiGLU.
+
+    x += o_proj(attention(RMSNorm(x)));  x += down(silu(gate(RMSNorm(x))) * up(RMSNorm(x)))
+    logits = lm_head(RMSNorm(x))
+
+Source: Qwen2.5 technical report, arXiv:2412.15115.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels.activation import swiglu
+from ...kernels.attention import attention
+from ...kernels.decode_attention import MAX_NEW_TOKENS, decode_attention
+from ...kernels.kv_write import kv_write
+from ...kernels.norm import add_rms_norm, rms_norm
+from ...kernels.pages import page_slots
+from ...kernels.rotary import Rotation, rope_frequencies
+from ...quant.linear import Linear
+from .config import DecoderConfig
+from .weights import Embedding, Norm
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """Where the new tokens of a batch of sequences go in the KV cache, and what they may look at.
+
+    keys, values: one pool [pages, page_size, kv_heads, head_dim] a layer; page_table: [batch, max_pages] int32;
+    key_lengths: [batch] int64, tokens in the cache once the new ones are written; slots: [batch, time] int64.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    page_table: Tensor
+    key_lengths: Tensor
+    slots: Tensor
+
+    @classmethod
+    def of(cls, keys: list[Tensor], values: list[Tensor], page_table: Tensor, positions: Tensor) -> "CacheView":
+        """The view for new tokens at the indices `positions`: [batch, time] int64, ascending by one in each row."""
+        slots = page_slots(page_table, positions, keys[0].shape[1])
+        return cls(keys, values, page_table, positions[:, -1] + 1, slots)
+
+
+class DecoderAttention(nn.Module):
+    """Causal grouped-query attention; q, k and v have biases, o has none."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, q_width, bias=True)
+        self.k_proj = Linear(config.hidden_size, kv_width, bias=True)
+        self.v_proj = Linear(config.hidden_size, kv_width, bias=True)
+        self.o_proj = Linear(q_width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rotation: Rotation, cache: CacheView, layer: int) -> Tensor:
+        """x: [batch, time, hidden]. Writes keys and values into the layer's cache. Returns like x."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        keys, values = cache.keys[layer], cache.values[layer]
+        q = kv_write(q, k, v, k_cache=keys, v_cache=values, slots=cache.slots, rotation=rotation)
+        if x.shape[1] <= MAX_NEW_TOKENS:
+            out = decode_attention(q, keys, values, key_lengths=cache.key_lengths, page_table=cache.page_table)
+        else:
+            out = attention(q, keys, values, causal=True, key_lengths=cache.key_lengths, page_table=cache.page_table)
+        return self.o_proj(out.flatten(2))
+
+
+class DecoderMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., hidden]. Returns like x."""
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """One layer, between two states of the residual stream.
+
+    The sum of the stream and the last block's output is formed by the next norm, so a layer takes and returns both.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.input_layernorm = Norm(config.hidden_size, bias=False)
+        self.self_attn = DecoderAttention(config)
+        self.post_attention_layernorm = Norm(config.hidden_size, bias=False)
+        self.mlp = DecoderMLP(config)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, rotation: Rotation, cache: CacheView, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """x, residual: [batch, time, hidden], or None for the first layer. Returns (block output, residual)."""
+        if residual is None:
+            normed, residual = rms_norm(x, self.input_layernorm.weight, self.eps), x
+        else:
+            normed, residual = add_rms_norm(x, residual, self.input_layernorm.weight, self.eps)
+        attended = self.self_attn(normed, rotation, cache, layer)
+        normed, residual = add_rms_norm(attended, residual, self.post_attention_layernorm.weight, self.eps)
+        return self.mlp(normed), residual
+
+
+class Decoder(nn.Module):
+    """Qwen2 with its language-model head."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.norm = Norm(config.hidden_size, bias=False)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Embeddings of token ids: [...] int64 to [..., hidden]."""
+        return F.embedding(token_ids, self.embed_tokens.weight)
+
+    def forward(self, x: Tensor, positions: Tensor, cache: CacheView) -> Tensor:
+        """Run new tokens through all layers, writing their keys and values INTO the cache.
+
+        x: [batch, time, hidden]; positions: [batch, time] int64. Returns the normed hidden states, like x.
+        """
+        frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, x.device)
+        rotation = Rotation(positions.float(), frequencies, "half")
+        residual = None
+        for index, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, rotation, cache, index)
+        assert residual is not None
+        return add_rms_norm(x, residual, self.norm.weight, self.config.rms_norm_eps)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token. hidden: [..., hidden], normed. Returns [..., vocab] float32."""
+        if self.lm_head is None:
+            return F.linear(hidden, self.embed_tokens.weight).float()
+        return self.lm_head(hidden).float()

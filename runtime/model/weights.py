@@ -1,0 +1,70 @@
+"""Modules without training code: their tensors are buffers, empty until the checkpoint fills them."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+
+
+def empty(*shape: int) -> Tensor:
+    """A placeholder of the given shape that holds no memory."""
+    return torch.empty(shape, device="meta")
+
+
+class Norm(nn.Module):
+    """The parameters of a LayerNorm (weight and bias) or an RMSNorm (weight alone), each [channels]."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, channels: int, *, bias: bool):
+        super().__init__()
+        self.register_buffer("weight", empty(channels))
+        if bias:
+            self.register_buffer("bias", empty(channels))
+
+
+class Conv(nn.Module):
+    """The parameters of a one-dimensional convolution: weight [out, in, kernel] and bias [out]."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int):
+        super().__init__()
+        self.register_buffer("weight", empty(out_channels, in_channels, kernel))
+        self.register_buffer("bias", empty(out_channels))
+
+
+class Embedding(nn.Module):
+    """A table of vectors: weight [rows, channels]."""
+
+    weight: Tensor
+
+    def __init__(self, rows: int, channels: int):
+        super().__init__()
+        self.register_buffer("weight", empty(rows, channels))
+
+
+def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Put each named tensor in the place of the buffer of that name in `module`.
+
+    Raises CheckpointError when a name is unknown, a shape differs, or a buffer stays empty.
+    """
+    for name, tensor in tensors:
+        path, _, leaf = name.rpartition(".")
+        try:
+            owner = module.get_submodule(path)
+            expected = owner.get_buffer(leaf)
+        except AttributeError:
+            raise CheckpointError(f"the checkpoint's tensor {name} has no place in the model") from None
+        if expected.shape != tensor.shape:
+            raise CheckpointError(
+                f"the tensor {name} has the shape {tuple(tensor.shape)}, the config asks for {tuple(expected.shape)}"
+            )
+        owner.register_buffer(leaf, tensor)
+    missing = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    if missing:
+        raise CheckpointError(f"{len(missing)} tensors are missing from the checkpoint, the first is {missing[0]}")
