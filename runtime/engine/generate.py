@@ -10,7 +10,7 @@ from ..errors import ContextLengthError
 from ..model.audio_flamingo import AudioFlamingo
 from ..model.decoder import CacheView
 from .kv_cache import KVCache, page_table, pages_for
-from .prefill import AudioInput, Cancelled, PromptEmbeddings, prefill
+from .prefill import AudioInput, PromptEmbeddings, prefill
 from .sampler import Sampler, SamplingParams
 from .timings import Timings
 
@@ -36,11 +36,12 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt with its recordings, and how to answer it."""
+    """A prompt with its recordings, and how to answer it. The clock of `timings` runs from its making."""
 
     token_ids: list[int]
     audio: tuple[AudioInput, ...]
     sampling: SamplingParams
+    timings: Timings = field(default_factory=Timings)
 
 
 @dataclass
@@ -51,7 +52,6 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    timings: Timings = field(default_factory=Timings)
 
     @property
     def length(self) -> int:
@@ -72,8 +72,8 @@ def check_context(model: AudioFlamingo, prompt_tokens: int, max_new_tokens: int)
 class Generation:
     """A batch of requests on their way to answers. Iterate to get (request index, token id) as tokens come.
 
-    Each sequence in `sequences` ends with a finish_reason: an end-of-sequence token (kept as its last token), its
-    length, or cancellation. Leaving the loop early and dropping the object frees everything it holds.
+    Each sequence in `sequences` ends with a finish_reason: "stop" at a stop token (kept as its last token), "length",
+    or "cancelled". Leaving the loop early and dropping the object frees everything it holds.
     """
 
     def __init__(
@@ -111,9 +111,9 @@ class Generation:
             model.device,
         )
 
-    def cancel(self, index: int) -> None:
+    def finish(self, index: int, reason: FinishReason) -> None:
         """End a request early; its tokens so far stay."""
-        self._finish(self.sequences[index], "cancelled")
+        self._finish(self.sequences[index], reason)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -123,8 +123,6 @@ class Generation:
                 if self._cancelled():
                     break
                 yield from self._decode_step(active)
-        except Cancelled:
-            pass
         finally:
             for sequence in self.sequences:
                 self._finish(sequence, "cancelled")
@@ -141,7 +139,7 @@ class Generation:
                 sequence.request.token_ids,
                 sequence.request.audio,
                 encode_batch=self._options.encode_batch,
-                timings=sequence.timings,
+                timings=sequence.request.timings,
             )
             logits = prefill(
                 self._model,
@@ -150,10 +148,12 @@ class Generation:
                 embeddings,
                 length,
                 chunk_size=self._options.chunk_size,
-                timings=sequence.timings,
+                timings=sequence.request.timings,
                 progress=lambda chunk, _, before=done: self._progress(before + chunk, total),  # type: ignore[misc]
                 cancelled=self._cancelled,
             )
+            if logits is None:
+                return
             done += length
             yield from self._accept(self._sampler.choose(logits, [index]), [index])
 
@@ -172,8 +172,8 @@ class Generation:
             sequence = self.sequences[index]
             sampling = sequence.request.sampling
             sequence.tokens.append(token)
-            sequence.timings.token(len(sequence.tokens))
-            if token in self._model.config.eos_token_ids and not sampling.ignore_eos:
+            sequence.request.timings.token(len(sequence.tokens))
+            if token in sampling.stop_token_ids:
                 self._finish(sequence, "stop")
             elif len(sequence.tokens) == sampling.max_new_tokens:
                 self._finish(sequence, "length")

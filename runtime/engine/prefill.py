@@ -18,10 +18,6 @@ from .kv_cache import KVCache, page_table
 from .timings import Timings
 
 
-class Cancelled(Exception):
-    """The request was cancelled while it was prefilled."""
-
-
 @dataclass(frozen=True)
 class AudioInput:
     """One recording in a prompt. position: index of its first placeholder; windows: 1-D float32 waveforms, mono at
@@ -107,17 +103,17 @@ def prefill(
     timings: Timings,
     progress: Callable[[int, int], None],
     cancelled: Callable[[], bool],
-) -> Tensor:
+) -> Tensor | None:
     """Run a prompt of `length` tokens through the decoder, its keys and values going INTO `pages` of the cache.
 
     `progress` is called with (tokens done, tokens in all) after each chunk. Returns the scores of the token that
-    follows, [1, vocab] float32. Raises Cancelled when `cancelled()` turns true between chunks.
+    follows, [1, vocab] float32, or None when `cancelled()` turned true between chunks.
     """
     table = page_table([pages], model.device)
     hidden = None
     for start in range(0, length, chunk_size):
         if cancelled():
-            raise Cancelled
+            return None
         stop = min(start + chunk_size, length)
         x = embeddings.piece(start, stop)
         with timings.measure("prefill", model.device):

@@ -15,7 +15,7 @@ class SamplingParams:
 
     max_new_tokens: upper bound of the answer's length; temperature: 0 for greedy; top_k: 0 for all tokens; top_p in
     (0, 1]; min_p in [0, 1]; repetition_penalty: > 0, 1 for none; seed: repeats a sampled answer, None for a fresh one;
-    ignore_eos: go on to max_new_tokens, for benchmarks. Raises SamplingError for values outside these ranges.
+    stop_token_ids: any of these ends the answer, as its last token. Raises SamplingError for values out of range.
     """
 
     max_new_tokens: int
@@ -25,7 +25,7 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")

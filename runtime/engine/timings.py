@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -36,6 +36,10 @@ class Timings:
         yield
         synchronize(device)
         setattr(self, stage, getattr(self, stage) + time.perf_counter() - start)
+
+    def to_dict(self) -> dict[str, float]:
+        """The stages and their seconds, and tokens_per_second."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
 
     def token(self, count: int) -> None:
         """Note that the `count`-th token has come."""

@@ -31,17 +31,20 @@ class AudioFlamingo(nn.Module):
         folder: Path,
         *,
         device: torch.device,
-        dtype: torch.dtype,
+        dtype: Callable[[str], torch.dtype],
         progress: Callable[[int, int], None] | None = None,
     ) -> "AudioFlamingo":
-        """Load a checkpoint folder, tensor by tensor. `progress` is called with (bytes done, bytes in all).
+        """Load a checkpoint folder, tensor by tensor.
+
+        dtype: given the name of the dtype that the config names, the one to compute in. `progress` is called with
+        (bytes done, bytes in all).
 
         Raises ConfigError or CheckpointError naming the file and tensor at fault.
         """
         config = ModelConfig.from_folder(folder)
         model = cls(config)
         checkpoint = Checkpoint.open(folder)
-        fill(model, load_weights(checkpoint, config, device=device, dtype=dtype, progress=progress))
+        fill(model, load_weights(checkpoint, config, device=device, dtype=dtype(config.dtype), progress=progress))
         return model
 
     @property

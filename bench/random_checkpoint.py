@@ -1,0 +1,179 @@
+"""Checkpoints with random weights, so that everything but the meaning of an answer can be had without the real ones.
+
+    tiny                   a model of a few hundred thousand parameters, for demonstrations
+    full-width:ENC,DEC     the true width with ENC encoder and DEC decoder layers
+    full                   the true shape, 8.3 B parameters, 16.5 GB on disk
+
+The layers of one kind repeat the same random numbers, so writing is bound by the disk. The tokenizer is a small
+byte-level one with the special tokens of Audio Flamingo Next.
+"""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from ..kernels.errors import AfnextError
+from ..runtime.model.config import ModelConfig
+from ..runtime.model.parameters import expected_shapes
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<sound>",
+    "[BOS]",
+    "[PAD]",
+    "<|sound_bos|>",
+    "<|sound_eos|>",
+)
+CHAT_TEMPLATE = """\
+{% if messages[0]['role'] != 'system' %}<|im_start|>system
+You listen to audio and answer questions about it.<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] }}{% else %}\
+{% if message['content'] | selectattr('type', 'equalto', 'audio') | list %}<sound>{% endif %}\
+{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+_WORD_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TINY_ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+_TINY_DECODER = {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+_FULL_ENCODER = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+_FULL_DECODER = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+
+
+def write_random_checkpoint(
+    folder: Path, shape: str = "tiny", *, seed: int = 0, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """Write a checkpoint of the given shape (see the module) in bfloat16, in the flat layout; return its folder.
+
+    `progress` is called with (bytes written, bytes in all). Raises AfnextError for an unknown shape.
+    """
+    tokenizer = byte_tokenizer()
+    config = _config(shape, tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    eos = tokenizer.token_to_id("<|im_end|>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos, "max_new_tokens": 64}))
+    (folder / "processor_config.json").write_text(json.dumps({"max_audio_len": 1800}))
+    shapes = {_flat_name(name): size for name, size in expected_shapes(ModelConfig.from_dict(config)).items()}
+    _write_safetensors(folder / "model.safetensors", shapes, seed, progress or (lambda done, total: None))
+    return folder
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A byte-level BPE tokenizer without merges: 256 bytes, then `SPECIAL_TOKENS`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(_WORD_SPLIT), behavior="isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def _config(shape: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    kind, _, layers = shape.partition(":")
+    if kind == "tiny" and not layers:
+        encoder, decoder, vocabulary = dict(_TINY_ENCODER), dict(_TINY_DECODER), tokenizer.get_vocab_size()
+    elif kind in ("full", "full-width") and bool(layers) == (kind == "full-width"):
+        encoder, decoder, vocabulary = dict(_FULL_ENCODER), dict(_FULL_DECODER), 151_672
+        if layers:
+            encoder["num_hidden_layers"], decoder["num_hidden_layers"] = _layer_counts(shape, layers)
+    else:
+        raise AfnextError(f"unknown shape {shape!r}; choose tiny, full or full-width:ENC,DEC (as in full-width:2,4)")
+    ids = tokenizer.get_vocab()
+    return {
+        "architectures": ["MusicFlamingoForConditionalGeneration"],
+        "model_type": "musicflamingo",
+        "dtype": "bfloat16",
+        "audio_token_id": ids["<sound>"],
+        "audio_bos_token_id": ids["<|sound_bos|>"],
+        "audio_eos_token_id": ids["<|sound_eos|>"],
+        "rope_parameters": {"rope_theta": 1200.0, "rope_type": "default", "partial_rotary_factor": 0.2},
+        "audio_config": {
+            "model_type": "audioflamingo3_encoder",
+            "num_mel_bins": 128,
+            "max_source_positions": 1500,
+            **encoder,
+        },
+        "text_config": {
+            "model_type": "qwen2",
+            "vocab_size": vocabulary,
+            "max_position_embeddings": 131_072,
+            "rope_parameters": {"rope_theta": 15_300_000.0, "rope_type": "default"},
+            "tie_word_embeddings": False,
+            "eos_token_id": ids["<|im_end|>"],
+            **decoder,
+        },
+    }
+
+
+def _layer_counts(shape: str, layers: str) -> tuple[int, int]:
+    try:
+        encoder, decoder = (int(count) for count in layers.split(","))
+    except ValueError:
+        raise AfnextError(f"{shape!r} should name two layer counts, as in full-width:2,4") from None
+    return encoder, decoder
+
+
+def _flat_name(name: str) -> str:
+    floor, _, rest = name.partition(".")
+    if name.startswith("decoder.lm_head"):
+        return f"language_model.{rest}"
+    prefixes = {"encoder": "audio_tower", "adaptor": "multi_modal_projector", "decoder": "language_model.model"}
+    return f"{prefixes[floor]}.{rest}"
+
+
+def _write_safetensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], seed: int, progress: Callable[[int, int], None]
+) -> None:
+    """Stream the tensors to disk one by one: the largest is all that is held in memory."""
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * int(torch.tensor(shape).prod())
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    made: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name, shape in shapes.items():
+            kind = ".".join(part for part in name.split(".") if not part.isdigit()), shape
+            if kind not in made:
+                made = made if ".layers." in name else {}
+                made[kind] = _random_tensor(name, shape, torch.Generator().manual_seed(seed + len(name)))
+            file.write(memoryview(made[kind].view(torch.int16).numpy()).cast("B"))
+            progress(file.tell(), offset + 8 + len(encoded))
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Norm weights near 1; the rest normal with a standard deviation that keeps activations of ordinary size."""
+    values = torch.empty(shape, dtype=torch.bfloat16)
+    if "norm" in name and name.endswith("weight"):
+        return values.normal_(1.0, 0.02, generator=generator)
+    return values.normal_(0.0, 0.02 if len(shape) < 2 else shape[1] ** -0.5, generator=generator)

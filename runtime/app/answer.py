@@ -1,0 +1,57 @@
+"""What a question comes back with."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..engine.generate import FinishReason
+from ..engine.timings import Timings
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request consumed. audio_seconds: audio heard; truncated: some audio was cut to what the model can hear;
+    windows: 30 s encoder windows; *_tokens: audio and text of the prompt, and the answer's own."""
+
+    audio_seconds: float
+    truncated: bool
+    windows: int
+    audio_tokens: int
+    text_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one question.
+
+    text: what the model says; thinking: what it wrote between <think> and </think>, or None; finish_reason: "stop" (by
+    itself or at a stop string), "length" (max_new_tokens reached) or "cancelled"; token_ids: as generated, special
+    tokens included; warnings: what was wrong with the audio, if anything.
+    """
+
+    text: str
+    thinking: str | None
+    usage: Usage
+    timings: Timings
+    finish_reason: FinishReason
+    token_ids: list[int]
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as plain values, ready for JSON."""
+        return {**asdict(self), "timings": self.timings.to_dict(), "warnings": list(self.warnings)}
+
+
+class Piece(str):
+    """A piece of a streamed answer; `thinking` tells whether it belongs to the model's thoughts or to its answer."""
+
+    __slots__ = ("thinking",)
+    thinking: bool
+
+    def __new__(cls, text: str, *, thinking: bool = False) -> "Piece":
+        piece = super().__new__(cls, text)
+        piece.thinking = thinking
+        return piece

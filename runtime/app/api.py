@@ -1,0 +1,264 @@
+"""The Python API: load a model, ask it about audio, stream its answer, chat in batches."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+
+from ..engine.generate import EngineOptions, Generation
+from ..engine.sampler import SamplingParams
+from ..errors import AfnextError, ConfigError
+from ..io.audio import AudioSource
+from ..io.prompt import PromptTemplate
+from ..io.tokenizer import Tokenizer, read_json_object
+from ..model.audio_flamingo import AudioFlamingo
+from ..model.hub import resolve
+from .answer import Answer, Piece
+from .conversation import AnswerReader, Conversation, Message
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Progress = Callable[[str, float, float], None]
+_DEFAULT_NEW_TOKENS = 2048
+_log = logging.getLogger("afnext")
+
+
+class AnswerOptions(TypedDict, total=False):
+    """Options of `ask`, `stream` and `chat`. Those of sampling default to the checkpoint's generation_config.json.
+
+    max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed: see `SamplingParams`.
+    ignore_eos: go on to max_new_tokens, for measurements. stop: strings that end the answer and are left out of it.
+    truncate: cut audio to what the model can hear instead of refusing it. progress: called with (stage, done, total).
+    cancelled: polled between steps; once it returns true the answer ends with what it has.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    ignore_eos: bool
+    stop: Sequence[str]
+    truncate: bool
+    progress: Progress
+    cancelled: Callable[[], bool]
+
+
+def load(
+    model: str | PathLike[str],
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    page_size: int = 256,
+    chunk_size: int = 1024,
+    encode_batch: int = 4,
+    progress: Progress | None = None,
+) -> "Model":
+    """Load a model from a checkpoint folder or the Hub.
+
+    model: a folder, or a name such as "nvidia/audio-flamingo-next-hf". device: "auto" (a GPU if there is one), or what
+    torch takes. dtype: "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32".
+    page_size, chunk_size, encode_batch: see `EngineOptions`. Raises an AfnextError that says what to do.
+    """
+    folder = resolve(model, revision=revision)
+    tokenizer = Tokenizer.from_folder(folder)
+    template = PromptTemplate.from_folder(folder)
+    where = _device(device)
+    report = progress or (lambda stage, done, total: None)
+    network = AudioFlamingo.from_folder(
+        folder,
+        device=where,
+        dtype=lambda stored: _dtype(dtype, stored, where),
+        progress=lambda done, total: report("loading weights", done, total),
+    )
+    config = network.config
+    if tokenizer.vocab_size > config.decoder.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1} and the model {config.decoder.vocab_size} "
+            "embeddings. Use the tokenizer and weights of one checkpoint."
+        )
+    tokenizer.check_against(
+        {
+            "audio_token_id": config.audio_token_id,
+            "audio_bos_token_id": config.audio_bos_token_id,
+            "audio_eos_token_id": config.audio_eos_token_id,
+        }
+    )
+    _log.info("loaded %s on %s in %s", model, where, network.dtype)
+    options = EngineOptions(page_size=page_size, chunk_size=chunk_size, encode_batch=encode_batch)
+    return Model(network, tokenizer, template, options, _sampling_defaults(folder))
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise AfnextError(f'the device {device!r} cannot be used ({error}); choose "auto", "cpu" or "cuda"') from None
+
+
+def _dtype(dtype: str | torch.dtype, stored: str, device: torch.device) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        name = stored
+        if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            _log.info("this GPU has no bfloat16; computing in float16")
+            name = "float16"
+    if name not in ("bfloat16", "float16", "float32"):
+        raise AfnextError(f'the dtype {name!r} is not supported; choose "auto", "bfloat16", "float16" or "float32"')
+    return getattr(torch, name)
+
+
+def _sampling_defaults(folder: Path) -> dict[str, Any]:
+    """What generation_config.json recommends: sampling only where it says do_sample."""
+    config = read_json_object(folder / "generation_config.json")
+    names = ["max_new_tokens", "repetition_penalty"]
+    if config.get("do_sample"):
+        names += ["temperature", "top_k", "top_p", "min_p"]
+    return {name: config[name] for name in names if config.get(name) is not None}
+
+
+class Stream(Iterator[Piece]):
+    """The pieces of an answer as they come. `answer` is the whole of it once the last piece has been given out.
+
+    Close it (or drop it) to stop early.
+    """
+
+    def __init__(self, pieces: Iterator[tuple[int, Piece]], answers: list[Answer | None]):
+        self._pieces = pieces
+        self._answers = answers
+
+    @property
+    def answer(self) -> Answer | None:
+        """The whole answer, or None while pieces are still to come."""
+        return self._answers[0]
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)[1]
+
+    def close(self) -> None:
+        """Stop generating and free the memory."""
+        self._pieces.close()  # type: ignore[attr-defined]
+
+
+class Model:
+    """A loaded model. Its methods may be called from several threads, one call at a time each."""
+
+    def __init__(
+        self,
+        network: AudioFlamingo,
+        tokenizer: Tokenizer,
+        template: PromptTemplate,
+        options: EngineOptions,
+        sampling_defaults: dict[str, Any],
+    ):
+        self.network = network
+        self.tokenizer = tokenizer
+        self.template = template
+        self.options = options
+        self._sampling_defaults = sampling_defaults
+
+    def ask(
+        self,
+        audio: AudioSource | list[AudioSource] | None,
+        question: str,
+        *,
+        system: str | None = None,
+        **options: "Unpack[AnswerOptions]",
+    ) -> Answer:
+        """Answer a question about a recording, several, or none.
+
+        audio: a path, bytes, a file object, or a pair (array, rate); a list for several. system: replaces the
+        checkpoint's own system message. Raises AudioError, PromptError, ContextLengthError or SamplingError.
+        """
+        return self.chat([_question(audio, question, system)], **options)[0]
+
+    def stream(
+        self,
+        audio: AudioSource | list[AudioSource] | None,
+        question: str,
+        *,
+        system: str | None = None,
+        **options: "Unpack[AnswerOptions]",
+    ) -> Stream:
+        """Like `ask`, but gives the answer piece by piece; `stream.answer` is the whole once it has ended.
+
+        The pieces joined are the answer's thinking, then its text.
+        """
+        return self.stream_chat(_question(audio, question, system), **options)
+
+    def chat(self, conversations: Sequence[Sequence[Message]], **options: "Unpack[AnswerOptions]") -> list[Answer]:
+        """Continue several conversations in one batch.
+
+        conversations: lists of {"role": "system" | "user" | "assistant", "content": text or parts}; a part is {"type":
+        "text", "text": ...} or {"type": "audio", "audio": source}. Each answer equals the one it would get alone.
+        """
+        answers: list[Answer | None] = [None] * len(conversations)
+        for _ in self._generate(conversations, answers, options):
+            pass
+        return [answer for answer in answers if answer is not None]
+
+    def stream_chat(self, messages: Sequence[Message], **options: "Unpack[AnswerOptions]") -> Stream:
+        """Continue one conversation, giving the answer piece by piece."""
+        answers: list[Answer | None] = [None]
+        return Stream(self._generate([messages], answers, options), answers)
+
+    def _generate(
+        self, conversations: Sequence[Sequence[Message]], answers: list[Answer | None], options: AnswerOptions
+    ) -> Iterator[tuple[int, Piece]]:
+        """Yield (conversation, piece) as text comes; fill `answers`."""
+        report = options.get("progress") or (lambda stage, done, total: None)
+        loaded = [
+            Conversation.load(
+                messages,
+                self.tokenizer,
+                self.template,
+                max_audio_seconds=self.network.config.max_audio_seconds,
+                truncate=options.get("truncate", False),
+            )
+            for messages in conversations
+        ]
+        generation = Generation(
+            self.network,
+            [conversation.request(self._sampling(conversation, options)) for conversation in loaded],
+            self.options,
+            progress=lambda done, total: report("listening", done, total),
+            cancelled=options.get("cancelled") or (lambda: False),
+        )
+        readers = [AnswerReader(conversation, self.tokenizer, options.get("stop", ())) for conversation in loaded]
+        for index, token in generation:
+            if readers[index].stopped:
+                continue
+            yield from ((index, piece) for piece in readers[index].push(token))
+            if readers[index].stopped:
+                generation.finish(index, "stop")
+        for index, (reader, sequence) in enumerate(zip(readers, generation.sequences, strict=True)):
+            pieces, answers[index] = reader.finish(sequence.tokens, sequence.finish_reason or "cancelled")
+            yield from ((index, piece) for piece in pieces)
+
+    def _sampling(self, conversation: Conversation, options: AnswerOptions) -> SamplingParams:
+        values = self._sampling_defaults | {
+            k: v for k, v in options.items() if k in SamplingParams.__dataclass_fields__
+        }
+        # A default may be more than the context has room for; a number that the caller gave is checked as it is.
+        room = self.network.config.decoder.max_positions - len(conversation.prompt.token_ids)
+        if "max_new_tokens" not in options:
+            values["max_new_tokens"] = max(1, min(values.get("max_new_tokens", _DEFAULT_NEW_TOKENS), room))
+        if not options.get("ignore_eos"):
+            values["stop_token_ids"] = self.tokenizer.eos_ids
+        return SamplingParams(**values)
+
+
+def _question(audio: AudioSource | list[AudioSource] | None, question: str, system: str | None) -> list[dict[str, Any]]:
+    sources = audio if isinstance(audio, list) else [] if audio is None else [audio]
+    parts = [{"type": "audio", "audio": source} for source in sources]
+    user = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+    return [user] if system is None else [{"role": "system", "content": system}, user]

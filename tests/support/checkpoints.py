@@ -1,0 +1,118 @@
+"""Checkpoints with random weights, saved by `transformers` itself: what the parity tests hold the runtime against."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from support.tokenizers import AFNEXT_ORDER, CHAT_TEMPLATE, write_checkpoint_texts
+from tokenizers import Tokenizer
+
+transformers.logging.set_verbosity_error()
+
+SMALL_ENCODER = {"num_mel_bins": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 80}
+SMALL_ENCODER |= {"intermediate_size": 96, "max_source_positions": 1500}
+SMALL_DECODER = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4}
+SMALL_DECODER |= {"num_key_value_heads": 2, "max_position_embeddings": 60_000}
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A folder that `transformers` saved, and the reference that it loads from there."""
+
+    folder: Path
+
+    def reference(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The `transformers` model of the folder, in eval mode."""
+        kind = transformers.AutoConfig.from_pretrained(self.folder).architectures[0]
+        return getattr(transformers, kind).from_pretrained(self.folder, dtype=dtype, attn_implementation="sdpa").eval()
+
+    @cached_property
+    def processor(self) -> Any:
+        """The `transformers` processor: Whisper features, tokenizer, chat template."""
+        extractor = transformers.WhisperFeatureExtractor(feature_size=128, return_attention_mask=True)
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(self.folder / "tokenizer.json"),
+            pad_token="[PAD]",
+            eos_token="<|im_end|>",
+            clean_up_tokenization_spaces=False,
+        )
+        template = (self.folder / "chat_template.jinja").read_text()
+        return transformers.MusicFlamingoProcessor(extractor, tokenizer, chat_template=template, max_audio_len=1800)
+
+    def inputs(self, audio: list[np.ndarray], questions: list[str]) -> dict[str, torch.Tensor]:
+        """The reference's inputs for one recording and question a row, left-padded."""
+        parts = [[{"type": "audio", "audio": ""}, {"type": "text", "text": question}] for question in questions]
+        conversations = [[{"role": "user", "content": part}] for part in parts]
+        texts = [
+            self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+            for conversation in conversations
+        ]
+        return dict(self.processor(text=texts, audio=audio))
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    encoder: dict[str, Any] | None = None,
+    decoder: dict[str, Any] | None = None,
+    theta: float = 1200.0,
+    text_theta: float = 15_300_000.0,
+    partial_rotary_factor: float = 0.2,
+    added: tuple[str, ...] = AFNEXT_ORDER,
+    template: str = CHAT_TEMPLATE,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> SavedCheckpoint:
+    """Save a randomly initialized model in `folder`, with tokenizer and template. `scale` multiplies the usual weights'
+    standard deviation, so that attention is not uniform and tokens differ."""
+    torch.manual_seed(seed)
+    write_checkpoint_texts(folder, added, template)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = tokenizer.get_vocab()
+    text = {"vocab_size": tokenizer.get_vocab_size(), "eos_token_id": ids["<|im_end|>"], "bos_token_id": None}
+    text |= {"rope_parameters": {"rope_theta": text_theta, "rope_type": "default"}, "tie_word_embeddings": False}
+    config = transformers.MusicFlamingoConfig(
+        audio_config=transformers.AudioFlamingo3EncoderConfig(**{**SMALL_ENCODER, **(encoder or {})}),
+        text_config=transformers.Qwen2Config(**{**text, **SMALL_DECODER, **(decoder or {})}),
+        audio_token_id=ids["<sound>"],
+        audio_bos_token_id=ids["<|sound_bos|>"],
+        audio_eos_token_id=ids["<|sound_eos|>"],
+        rope_parameters={
+            "rope_theta": theta,
+            "rope_type": "default",
+            "partial_rotary_factor": partial_rotary_factor,
+        },
+    )
+    model = transformers.MusicFlamingoForConditionalGeneration(config)
+    randomize(model, scale)
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=ids["<|im_end|>"], pad_token_id=ids["[PAD]"], max_new_tokens=64
+    )
+    model.save_pretrained(folder)
+    return SavedCheckpoint(folder)
+
+
+def randomize(model: torch.nn.Module, scale: float) -> None:
+    """Give every parameter random values, biases and norms included, which a fresh model has at 0 and 1."""
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if "norm" in name and name.endswith("weight"):
+                parameter.normal_(1.0, 0.1)
+            elif parameter.ndim < 2:
+                parameter.normal_(0.0, 0.1)
+            else:
+                parameter.normal_(0.0, scale * parameter[0].numel() ** -0.5)
+
+
+def speech_like(seconds: float, seed: int) -> np.ndarray:
+    """Noise in bursts with a moving tone: [round(seconds * 16000)] float32, nothing a test should depend on."""
+    generator = np.random.default_rng(seed)
+    t = np.arange(round(seconds * 16_000)) / 16_000
+    envelope = np.clip(np.sin(2 * np.pi * 1.7 * t + generator.uniform(0, 6)), 0, 1)
+    tone = np.sin(2 * np.pi * (200 + 120 * np.sin(0.9 * t)) * t)
+    noise = generator.standard_normal(t.size)
+    return ((0.4 * tone + 0.1 * noise) * envelope + 0.003 * noise).astype(np.float32)
