@@ -19,5 +19,5 @@ setup(
         "afnext.runtime.engine",
         "afnext.runtime.app",
     ],
-    package_data={"afnext": ["py.typed"]},
+    package_data={"afnext": ["py.typed"], "afnext.bench": ["data/*"]},
 )

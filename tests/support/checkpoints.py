@@ -116,3 +116,9 @@ def speech_like(seconds: float, seed: int) -> np.ndarray:
     tone = np.sin(2 * np.pi * (200 + 120 * np.sin(0.9 * t)) * t)
     noise = generator.standard_normal(t.size)
     return ((0.4 * tone + 0.1 * noise) * envelope + 0.003 * noise).astype(np.float32)
+
+
+def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """RMS of the difference over RMS of what was expected, in float64."""
+    actual, expected = actual.double(), expected.double()
+    return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())

@@ -1,0 +1,255 @@
+"""The command line: ask, chat and info. Answers go to stdout, everything else to stderr.
+
+Exit codes: 0 for success, 1 for an error that the message explains, 2 for wrong usage, 130 when interrupted.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from itertools import chain
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from ..errors import AfnextError
+from . import info as model_info
+from .answer import Answer, Piece
+from .api import AnswerOptions, Model, Stream, load
+from .api import Progress as Report
+
+app = typer.Typer(
+    name="afnext",
+    help="Ask Audio Flamingo Next about speech, sound and music.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_err = Console(stderr=True, highlight=False)
+
+
+class DType(str, Enum):
+    """What activations and dense weights are computed in."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", envvar="AFNEXT_MODEL", help="Checkpoint folder, or a name on the Hub.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+DTypeOption = Annotated[DType, typer.Option(help="auto takes the checkpoint's.")]
+SystemOption = Annotated[str | None, typer.Option(help="Replaces the checkpoint's system message.")]
+NewTokensOption = Annotated[int | None, typer.Option(help="Upper bound of the answer's length.", min=1)]
+TemperatureOption = Annotated[float | None, typer.Option(help="0 is greedy.", min=0.0)]
+TopPOption = Annotated[float | None, typer.Option(help="Sample from the most likely tokens up to this probability.")]
+PenaltyOption = Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")]
+SeedOption = Annotated[int | None, typer.Option(help="Repeats a sampled answer.")]
+TruncateOption = Annotated[bool, typer.Option("--truncate", help="Cut audio that is too long instead of refusing it.")]
+ChunkOption = Annotated[int, typer.Option(help="Prompt tokens a prefill step: less memory when smaller.", min=1)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no timings.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log which implementation runs.")]
+
+
+@app.command(
+    epilog='Example: [bold]afnext ask meeting.mp3 "Who speaks first?" -m nvidia/audio-flamingo-next-hf[/bold]',
+)
+def ask(
+    audio: Annotated[str, typer.Argument(help="An audio or video file; - reads standard input.")],
+    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    model: ModelOption,
+    also: Annotated[list[str] | None, typer.Option(help="A further recording; repeat for more.")] = None,
+    system: SystemOption = None,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = DType.auto,
+    max_new_tokens: NewTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    repetition_penalty: PenaltyOption = None,
+    seed: SeedOption = None,
+    truncate: TruncateOption = False,
+    chunk_size: ChunkOption = 1024,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Answer a question about a recording."""
+    _logging(verbose)
+    options = _options(max_new_tokens, temperature, top_p, repetition_penalty, seed, truncate)
+    with _progress(quiet or as_json) as report:
+        loaded = load(model, device=device, dtype=dtype.value, chunk_size=chunk_size, progress=report)
+        sources = [sys.stdin.buffer.read(_MAX_STDIN_BYTES) if name == "-" else name for name in [audio, *(also or [])]]
+        stream = loaded.stream(sources, question, system=system, progress=report, **options)
+        first = next(stream, None)
+    answer = _print_stream(stream, first, silent=as_json)
+    if as_json:
+        print(json.dumps(answer.to_dict(), ensure_ascii=False))
+    else:
+        _print_footer(answer, quiet)
+
+
+@app.command(epilog="Example: [bold]afnext chat meeting.mp3 -m nvidia/audio-flamingo-next-think-hf[/bold]")
+def chat(
+    model: ModelOption,
+    audio: Annotated[list[str] | None, typer.Argument(help="Recordings to talk about; none for text only.")] = None,
+    system: SystemOption = None,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = DType.auto,
+    max_new_tokens: NewTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    repetition_penalty: PenaltyOption = None,
+    seed: SeedOption = None,
+    truncate: TruncateOption = False,
+    chunk_size: ChunkOption = 1024,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Ask one question after another; an empty line or end of input leaves."""
+    _logging(verbose)
+    options = _options(max_new_tokens, temperature, top_p, repetition_penalty, seed, truncate)
+    with _progress(quiet or as_json) as report:
+        loaded = load(model, device=device, dtype=dtype.value, chunk_size=chunk_size, progress=report)
+    messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    parts: list[dict[str, Any]] = [{"type": "audio", "audio": name} for name in audio or []]
+    while question := _read_question():
+        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
+        parts = []
+        answer = _reply(loaded, messages, options, as_json=as_json, quiet=quiet)
+        messages.append({"role": "assistant", "content": answer.text})
+
+
+def _reply(
+    loaded: Model, messages: list[dict[str, Any]], options: AnswerOptions, *, as_json: bool, quiet: bool
+) -> Answer:
+    with _progress(quiet or as_json) as report:
+        stream = loaded.stream_chat(messages, progress=report, **options)
+        first = next(stream, None)
+    answer = _print_stream(stream, first, silent=as_json)
+    if as_json:
+        print(json.dumps(answer.to_dict(), ensure_ascii=False), flush=True)
+    else:
+        _print_footer(answer, quiet)
+    return answer
+
+
+@app.command(epilog="Example: [bold]afnext info nvidia/audio-flamingo-next-hf --json[/bold]")
+def info(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the Hub.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a checkpoint holds: shape, parameters, bytes by part, tokens, context."""
+    description = model_info.describe(model)
+    if as_json:
+        print(json.dumps(description, ensure_ascii=False))
+    else:
+        Console(highlight=False).print(model_info.table(description))
+
+
+def main() -> None:
+    """Run the command line; errors that a user can act on end it with one sentence and exit code 1."""
+    try:
+        app(standalone_mode=True)
+    except AfnextError as error:
+        _err.print(f"[bold red]error:[/bold red] {escape(str(error))}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _err.print("interrupted")
+        sys.exit(130)
+
+
+# A recording of the longest audio the model hears, in the largest common format (30 minutes, 192 kHz, stereo, float64).
+_MAX_STDIN_BYTES = 1800 * 192_000 * 2 * 8
+
+
+def _options(
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    repetition_penalty: float | None,
+    seed: int | None,
+    truncate: bool,
+) -> AnswerOptions:
+    """Only what was given: the checkpoint's generation_config.json decides the rest."""
+    options: AnswerOptions = {"truncate": truncate}
+    if max_new_tokens is not None:
+        options["max_new_tokens"] = max_new_tokens
+    if temperature is not None:
+        options["temperature"] = temperature
+    if top_p is not None:
+        options["top_p"] = top_p
+    if repetition_penalty is not None:
+        options["repetition_penalty"] = repetition_penalty
+    if seed is not None:
+        options["seed"] = seed
+    return options
+
+
+@contextmanager
+def _progress(hidden: bool) -> Iterator[Report]:
+    """A progress bar on stderr, one task a stage, gone once the first piece of the answer is there."""
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=_err, transient=True, disable=hidden) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: float, total: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield report
+
+
+def _print_stream(stream: Stream, first: Piece | None, *, silent: bool) -> Answer:
+    """Write the pieces as they come, thoughts dimmed, and return the answer."""
+    out = Console(highlight=False, soft_wrap=True)
+    thinking = False
+    for piece in () if first is None else chain([first], stream):
+        if silent:
+            continue
+        is_thought = piece.thinking
+        if thinking and not is_thought:
+            out.print("\n")
+        thinking = is_thought
+        out.print(piece, style="dim" if is_thought else None, end="", markup=False)
+    if not silent:
+        out.print()
+    assert stream.answer is not None
+    return stream.answer
+
+
+def _print_footer(answer: Answer, quiet: bool) -> None:
+    for warning in answer.warnings:
+        _err.print(f"[yellow]warning:[/yellow] {escape(warning)}")
+    if answer.finish_reason == "length":
+        _err.print("[yellow]warning:[/yellow] the answer was cut at max_new_tokens")
+    if quiet:
+        return
+    usage, timings = answer.usage, answer.timings
+    _err.print(
+        f"[dim]{usage.audio_seconds:.2f} s of audio in {usage.windows} windows, {usage.audio_tokens} audio + "
+        f"{usage.text_tokens} text tokens; {usage.new_tokens} new tokens at {timings.tokens_per_second:.1f}/s\n"
+        f"load {timings.load_audio:.2f} s, log-mel {timings.log_mel:.2f} s, encode {timings.encode:.2f} s, prefill "
+        f"{timings.prefill:.2f} s, first token after {timings.first_token:.2f} s, total {timings.total:.2f} s[/dim]"
+    )
+
+
+def _read_question() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def _logging(verbose: bool) -> None:
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.INFO if verbose else logging.WARNING)

@@ -1,0 +1,97 @@
+"""What a checkpoint holds, without loading its weights."""
+
+import math
+from collections import Counter
+from os import PathLike
+from typing import Any
+
+from rich.table import Table
+
+from ..model.checkpoint import Checkpoint
+from ..model.config import ModelConfig
+from ..model.hub import resolve
+
+_PARTS = ("encoder", "adaptor", "embeddings", "decoder layers", "lm_head")
+_KV_BYTES = 2  # a bfloat16 element
+
+
+def describe(model: str | PathLike[str]) -> dict[str, Any]:
+    """Shape, parameters, bytes by part, token ids and context of a checkpoint, as plain values.
+
+    model: a folder, or a name on the Hub. Raises CheckpointError or ConfigError.
+    """
+    folder = resolve(model)
+    config = ModelConfig.from_folder(folder)
+    checkpoint = Checkpoint.open(folder)
+    parts: Counter[str] = Counter()
+    for name in checkpoint.names:
+        parts[_part(name)] += math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize
+    decoder = config.decoder
+    return {
+        "model": str(model),
+        "folder": str(folder),
+        "files": [str(path.relative_to(folder)) for path in checkpoint.files],
+        "model_type": config.model_type,
+        "dtype": config.dtype,
+        "parameters": checkpoint.parameter_count,
+        "bytes": checkpoint.nbytes,
+        "bytes_by_part": {part: parts[part] for part in _PARTS if parts[part]},
+        "encoder": {
+            "layers": config.encoder.layers,
+            "hidden_size": config.encoder.hidden_size,
+            "heads": config.encoder.heads,
+            "mel_bins": config.encoder.mel_bins,
+        },
+        "decoder": {
+            "layers": decoder.layers,
+            "hidden_size": decoder.hidden_size,
+            "heads": decoder.heads,
+            "kv_heads": decoder.kv_heads,
+            "head_dim": decoder.head_dim,
+            "vocab_size": decoder.vocab_size,
+        },
+        "rote_theta": config.rote.theta if config.rote else None,
+        "audio_token_id": config.audio_token_id,
+        "max_audio_seconds": config.max_audio_seconds,
+        "context_tokens": decoder.max_positions,
+        "kv_bytes_per_token": 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * _KV_BYTES,
+    }
+
+
+def table(description: dict[str, Any]) -> Table:
+    """`describe`'s result for people."""
+    rows = Table(show_header=False, box=None, pad_edge=False)
+    rows.add_column(style="bold")
+    rows.add_column()
+    encoder, decoder = description["encoder"], description["decoder"]
+    total = description["bytes"]
+    rows.add_row("model", f"{description['model']} ({description['model_type']}, {description['dtype']})")
+    rows.add_row("parameters", f"{description['parameters']:,}")
+    rows.add_row("weights", f"{_size(total)} in {len(description['files'])} file(s)")
+    for part, nbytes in description["bytes_by_part"].items():
+        rows.add_row(f"  {part}", f"{_size(nbytes)} ({100 * nbytes / total:.1f} %)")
+    rows.add_row(
+        "encoder",
+        f"{encoder['layers']} layers, width {encoder['hidden_size']}, {encoder['heads']} heads, "
+        f"{encoder['mel_bins']} mel bins",
+    )
+    rows.add_row(
+        "decoder",
+        f"{decoder['layers']} layers, width {decoder['hidden_size']}, {decoder['heads']} heads over "
+        f"{decoder['kv_heads']} KV heads of {decoder['head_dim']}, vocabulary {decoder['vocab_size']:,}",
+    )
+    rows.add_row("RoTE", f"theta {description['rote_theta']:g}" if description["rote_theta"] else "none")
+    rows.add_row("audio", f"up to {description['max_audio_seconds']} s")
+    rows.add_row("context", f"{description['context_tokens']:,} tokens")
+    rows.add_row("KV cache", f"{description['kv_bytes_per_token']:,} bytes a token in bfloat16")
+    return rows
+
+
+def _part(name: str) -> str:
+    if name.startswith("decoder."):
+        return {"embed_tokens": "embeddings", "lm_head": "lm_head"}.get(name.split(".")[1], "decoder layers")
+    return name.split(".")[0]
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

@@ -1,0 +1,138 @@
+"""Logits and greedy tokens against the reference's forward pass and `generate`."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import SavedCheckpoint, relative_rms, speech_like
+
+import afnext
+from afnext.runtime.app.conversation import Conversation
+from afnext.runtime.engine.kv_cache import KVCache
+from afnext.runtime.engine.prefill import PromptEmbeddings, prefill
+from afnext.runtime.engine.sampler import SamplingParams
+from afnext.runtime.engine.timings import Timings
+
+QUESTIONS = ("What is said?", "When does the music begin, and who speaks first after it?", "?")
+
+
+def question(audio: np.ndarray | None, text: str) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [] if audio is None else [{"type": "audio", "audio": (audio, 16_000)}]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+@torch.inference_mode()
+def last_logits(model: afnext.Model, messages: list[dict[str, Any]], chunk_size: int = 1024) -> torch.Tensor:
+    conversation = Conversation.load(
+        messages, model.tokenizer, model.template, max_audio_seconds=1800, truncate=False
+    )
+    request = conversation.request(SamplingParams(max_new_tokens=1))
+    network, length = model.network, len(request.token_ids)
+    cache = KVCache(
+        network.config.decoder, pages=length // 16 + 1, page_size=16, device=network.device, dtype=network.dtype
+    )
+    embeddings = PromptEmbeddings(network, request.token_ids, request.audio, encode_batch=2, timings=Timings())
+    logits = prefill(
+        network,
+        cache,
+        cache.allocate(length),
+        embeddings,
+        length,
+        chunk_size=chunk_size,
+        timings=Timings(),
+        progress=lambda done, total: None,
+        cancelled=lambda: False,
+    )
+    assert logits is not None
+    return logits
+
+
+@torch.inference_mode()
+def reference_logits(reference: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    cast = inputs | {"input_features": inputs["input_features"].to(reference.dtype)}
+    return reference(**cast).logits[:, -1].float()
+
+
+@torch.inference_mode()
+def reference_answer(checkpoint: SavedCheckpoint, inputs: dict[str, torch.Tensor], **options: Any) -> list[list[int]]:
+    """Tokens of each row, up to and including the end token."""
+    reference = checkpoint.reference()
+    prompt = inputs["input_ids"].shape[1]
+    rows = reference.generate(**inputs, do_sample=False, **options)[:, prompt:].tolist()
+    eos, pad = reference.generation_config.eos_token_id, reference.generation_config.pad_token_id
+    cut = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+    assert all(pad not in row for row in cut)
+    return cut
+
+
+@pytest.mark.parametrize("seconds", [3.21, 45.0])
+def test_logits_equal_the_reference_in_float32(checkpoint: SavedCheckpoint, seconds: float, seed: int) -> None:
+    audio = speech_like(seconds, seed)
+    expected = reference_logits(checkpoint.reference(), checkpoint.inputs([audio], [QUESTIONS[0]]))
+    model = afnext.load(checkpoint.folder, dtype="float32")
+    assert relative_rms(last_logits(model, question(audio, QUESTIONS[0])), expected) <= 1e-5
+
+
+def test_logits_in_bfloat16_are_as_accurate_as_the_reference(checkpoint: SavedCheckpoint, seed: int) -> None:
+    """Over several recordings at once, since a single one's rounding errors can happen to cancel."""
+    exact, rounded, ours = [], [], []
+    reference, rounding_reference = checkpoint.reference(), checkpoint.reference(torch.bfloat16)
+    model = afnext.load(checkpoint.folder, dtype="bfloat16")
+    for offset in range(6):
+        audio = speech_like(2.0 + 3 * offset, seed + offset)
+        inputs = checkpoint.inputs([audio], [QUESTIONS[1]])
+        exact.append(reference_logits(reference, inputs))
+        rounded.append(reference_logits(rounding_reference, inputs))
+        ours.append(last_logits(model, question(audio, QUESTIONS[1])))
+    assert relative_rms(torch.cat(ours), torch.cat(exact)) <= 2 * relative_rms(torch.cat(rounded), torch.cat(exact))
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_greedy_tokens_equal_the_reference(checkpoint: SavedCheckpoint, penalty: float, seed: int) -> None:
+    audio = speech_like(33.3, seed)
+    inputs = checkpoint.inputs([audio], [QUESTIONS[0]])
+    options = {"max_new_tokens": 64, "repetition_penalty": penalty}
+    (expected,) = reference_answer(checkpoint, inputs, **options)
+    answer = afnext.load(checkpoint.folder, dtype="float32").ask((audio, 16_000), QUESTIONS[0], **options)
+    assert answer.token_ids == expected
+    assert answer.finish_reason == ("stop" if len(expected) < 64 else "length")
+
+
+def test_greedy_tokens_of_a_ragged_batch_equal_the_reference(checkpoint: SavedCheckpoint, seed: int) -> None:
+    recordings = [speech_like(seconds, seed + i) for i, seconds in enumerate((2.0, 31.0, 7.77))]
+    expected = reference_answer(checkpoint, checkpoint.inputs(recordings, list(QUESTIONS)), max_new_tokens=64)
+    model = afnext.load(checkpoint.folder, dtype="float32")
+    conversations = [question(audio, text) for audio, text in zip(recordings, QUESTIONS, strict=True)]
+    assert [answer.token_ids for answer in model.chat(conversations, max_new_tokens=64)] == expected
+
+
+def test_text_without_audio_equals_the_reference(checkpoint: SavedCheckpoint, seed: int) -> None:
+    text = checkpoint.processor.apply_chat_template(
+        question(None, QUESTIONS[1]), add_generation_prompt=True, tokenize=False
+    )
+    inputs = checkpoint.processor.tokenizer(text, return_tensors="pt")
+    (expected,) = reference_answer(checkpoint, dict(inputs), max_new_tokens=32)
+    answer = afnext.load(checkpoint.folder, dtype="float32").ask(None, QUESTIONS[1], max_new_tokens=32)
+    assert answer.token_ids == expected
+    assert answer.usage.audio_seconds == answer.usage.audio_tokens == 0
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 64, 333, 5000])
+def test_prefill_in_chunks_equals_prefill_at_once(one_checkpoint: SavedCheckpoint, chunk_size: int, seed: int) -> None:
+    model = afnext.load(one_checkpoint.folder, dtype="float32")
+    messages = question(speech_like(10.0 if chunk_size < 8 else 70.0, seed), QUESTIONS[0])
+    at_once = last_logits(model, messages, chunk_size=100_000)
+    assert relative_rms(last_logits(model, messages, chunk_size=chunk_size), at_once) <= 1e-5
+
+
+@pytest.mark.parametrize(("page_size", "chunk_size", "encode_batch"), [(16, 1024, 4), (256, 100, 1), (1, 333, 3)])
+def test_sizes_never_change_an_answer(
+    one_checkpoint: SavedCheckpoint, page_size: int, chunk_size: int, encode_batch: int, seed: int
+) -> None:
+    sizes = {"page_size": page_size, "chunk_size": chunk_size, "encode_batch": encode_batch}
+    recordings = [speech_like(seconds, seed + i) for i, seconds in enumerate((61.0, 4.0))]
+    conversations = [question(audio, text) for audio, text in zip(recordings, QUESTIONS, strict=False)]
+    default = afnext.load(one_checkpoint.folder, dtype="float32").chat(conversations, max_new_tokens=32)
+    other = afnext.load(one_checkpoint.folder, dtype="float32", **sizes).chat(conversations, max_new_tokens=32)
+    assert [answer.token_ids for answer in other] == [answer.token_ids for answer in default]
