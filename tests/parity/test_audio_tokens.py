@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from afnext.runtime.io.audio import windows
+from afnext.runtime.model.audio_flamingo import AudioFlamingo
 from support.checkpoints import SavedCheckpoint, relative_rms, speech_like
 
 import afnext
-from afnext.runtime.io.audio import windows
-from afnext.runtime.model.audio_flamingo import AudioFlamingo
 
 
 def encode(network: AudioFlamingo, audio: np.ndarray, indices: list[int] | None = None) -> torch.Tensor:
@@ -20,7 +20,9 @@ def encode(network: AudioFlamingo, audio: np.ndarray, indices: list[int] | None 
 @torch.inference_mode()
 def reference_tokens(reference: torch.nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     features = inputs["input_features"].to(dtype)
-    return reference.model.get_audio_features(features, inputs["input_features_mask"], inputs["input_ids"]).pooler_output
+    return reference.model.get_audio_features(
+        features, inputs["input_features_mask"], inputs["input_ids"]
+    ).pooler_output
 
 
 @pytest.mark.parametrize("seconds", [0.5, 11.3, 30.0, 61.37])

@@ -53,6 +53,36 @@ class SavedCheckpoint:
         ]
         return dict(self.processor(text=texts, audio=audio))
 
+    @torch.inference_mode()
+    def assert_same_answer(
+        self, answer: Any, inputs: dict[str, torch.Tensor], row: int = 0, *, noise: float = 1e-4, **options: Any
+    ) -> None:
+        """Fail unless the answer's tokens are those that the reference generates greedily for `row` of `inputs`.
+
+        Where the two part, the reference's own best two scores must lie within `noise` of each other, as then either
+        choice is right; what follows such a tie is not compared.
+        """
+        reference = self.reference()
+        generated = reference.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=len(answer.token_ids),
+            output_scores=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+        expected = generated.sequences[row, inputs["input_ids"].shape[1] :].tolist()
+        for step, (ours, theirs) in enumerate(zip(answer.token_ids, expected, strict=False)):
+            if ours != theirs:
+                best, second = generated.scores[step][row].topk(2).values.tolist()
+                assert best - second <= noise, (
+                    f"step {step}: token {ours} instead of {theirs}, ahead by {best - second}"
+                )
+                return
+        eos = reference.generation_config.eos_token_id
+        length = expected.index(eos) + 1 if eos in expected else len(expected)
+        assert len(answer.token_ids) == length, "the answer ends elsewhere"
+
 
 def save_checkpoint(
     folder: Path,

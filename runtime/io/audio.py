@@ -1,0 +1,319 @@
+"""Audio from anywhere to the one thing the model hears: mono float32 at 16 kHz, cut into 30 s windows.
+
+Channels are mixed by their plain mean and resampled with soxr HQ, as librosa.load does, but as a stream: memory holds
+the result, at most `max_seconds` of it, and one block. Too long audio is an error unless the caller asks to truncate;
+what could be read of a damaged file comes with warnings. Only the named file is opened, and nothing is fetched.
+"""
+
+import io
+import math
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import Any, BinaryIO, TypeAlias, cast
+
+import numpy as np
+import soxr
+import torch
+
+from ..errors import AudioError, AudioTooLongError
+from .decode import MAX_CHANNELS, MAX_RATE, MIN_RATE, SCALES, Decoder, check_samples, mix, unreadable
+
+SAMPLE_RATE = 16_000
+WINDOW_SAMPLES = 480_000
+MAX_SECONDS = 1800.0
+MAX_STREAM_BYTES = 4 << 30  # of a file object that cannot seek and is therefore spooled
+_BLOCK = 1 << 18  # samples of an array that are converted at once
+_HEADERLESS = {".pcm", ".raw"}
+
+
+@dataclass(frozen=True, eq=False)
+class Audio:
+    """One decoded audio: `samples` float32 mono [n] at 16 kHz, and where they came from.
+
+    `source` is a short name for people; `truncated` tells that the audio went on beyond the limit and was cut on
+    request; `warnings` tell what was wrong with a file of which only a part could be read.
+    """
+
+    samples: np.ndarray
+    sample_rate_in: int
+    channels_in: int
+    source: str
+    truncated: bool = False
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return len(self.samples) / SAMPLE_RATE
+
+
+Array: TypeAlias = np.ndarray | torch.Tensor
+AudioSource: TypeAlias = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | tuple[Array, int | float] | Audio
+)
+
+
+def load_audio(
+    source: AudioSource,
+    *,
+    max_seconds: float = MAX_SECONDS,
+    truncate: bool = False,
+    progress: Callable[[float], None] | None = None,
+) -> Audio:
+    """Decode, mix and resample `source` to mono float32 at 16 kHz.
+
+    `source` is a local path (a str is never a URL), the bytes of a file, an open binary file (read from its start if it
+    can seek), `(array, rate)` or an Audio. An array is numpy or torch, [n], [channels, n] or [n, channels]: the smaller
+    dimension, at most 32, is the channels. Floats are taken as they are, int8/16/32 and uint8/16 scaled to [-1, 1).
+    `progress` is called with the seconds decoded so far, about once for each second of audio.
+
+    Raises AudioTooLongError beyond `max_seconds` unless `truncate` (then exactly max_seconds * 16000 samples are kept),
+    and AudioError when the source cannot be read, holds no samples, or a sample that is no sensible number.
+    """
+    if not (math.isfinite(max_seconds) and max_seconds * SAMPLE_RATE >= 1):
+        raise AudioError(f"max_seconds is {max_seconds}; it must be a positive number of seconds.")
+    if isinstance(source, Audio):
+        return _fit(source, max_seconds, truncate)
+    collector = _Collector(round(max_seconds * SAMPLE_RATE), progress)
+    if isinstance(source, tuple):
+        return _load_array(source, collector, max_seconds, truncate)
+    return _load_file(source, collector, max_seconds, truncate)
+
+
+def windows(samples: np.ndarray, window_samples: int = WINDOW_SAMPLES) -> list[np.ndarray]:
+    """Cut `samples` [n] into consecutive views of `window_samples`; the last one keeps what is left, unpadded."""
+    if samples.ndim != 1 or window_samples < 1:
+        raise AudioError(
+            f"windows need samples of shape [n] and a positive length, not {list(samples.shape)} and {window_samples}."
+        )
+    return [samples[start : start + window_samples] for start in range(0, len(samples), window_samples)]
+
+
+class _Collector:
+    """Mono blocks of any rate in, 16 kHz samples out, up to one sample beyond `limit`: the sign that there is more."""
+
+    def __init__(self, limit: int, progress: Callable[[float], None] | None):
+        self.limit = limit
+        self._progress = progress
+        self._reported = 0.0
+        self._bytes = bytearray()
+        self._rate = 0
+        self._taken = 0  # samples at the present rate
+        self._begun = 0  # samples at 16 kHz before the present rate
+        self._stream: Any = None
+
+    @property
+    def collected(self) -> int:
+        return len(self._bytes) // 4
+
+    @property
+    def full(self) -> bool:
+        return self.collected > self.limit
+
+    def add(self, block: np.ndarray, rate: int) -> None:
+        """Resample `block` [n] and keep it; a new `rate` ends the stream at the old one."""
+        if rate != self._rate:
+            self.finish()
+            self._rate, self._taken, self._begun = rate, 0, self.collected
+            self._stream = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "HQ")
+        for start in range(0, len(block), rate):  # a second at a time, so that a low rate cannot swell a block
+            if self.full:
+                break
+            second = block[start : start + rate]
+            self._taken += len(second)
+            self._keep(second if self._stream is None else self._stream.resample_chunk(second))
+        if self._progress and self.collected / SAMPLE_RATE >= self._reported + 1:
+            self._report()
+
+    def finish(self) -> None:
+        """Flush the resampler. n samples in make ceil(n * 16000 / rate) out, as librosa pads soxr's rounded length."""
+        if self._stream is None or self.full:
+            return
+        self._keep(self._stream.resample_chunk(np.zeros(0, np.float32), last=True))
+        expected = self._begun - (-self._taken * SAMPLE_RATE // self._rate)
+        self._keep(np.zeros(max(0, expected - self.collected), np.float32))
+        self._stream = None
+
+    def samples(self) -> np.ndarray:
+        """What was collected, at most `limit` samples: float32 [n], writable."""
+        if self._progress:
+            self._report()
+        return np.frombuffer(self._bytes, np.float32)[: self.limit]
+
+    def _keep(self, samples: np.ndarray) -> None:
+        self._bytes += samples[: self.limit + 1 - self.collected].tobytes()
+
+    def _report(self) -> None:
+        self._reported = min(self.collected, self.limit) / SAMPLE_RATE
+        cast(Callable[[float], None], self._progress)(self._reported)
+
+
+def _load_file(source: Any, collector: _Collector, max_seconds: float, truncate: bool) -> Audio:
+    with _opened(source) as (file, name), Decoder(file, name) as decoder:
+        for block, rate in decoder.blocks():
+            collector.add(block, rate)
+            if collector.full:
+                break
+        collector.finish()
+        if collector.full and not truncate:
+            raise _too_long(name, decoder.length_hint, max_seconds)
+        return Audio(
+            samples=collector.samples(),
+            sample_rate_in=decoder.sample_rate,
+            channels_in=decoder.channels,
+            source=name,
+            truncated=collector.full,
+            warnings=tuple(decoder.warnings),
+        )
+
+
+def _load_array(source: tuple[Array, int | float], collector: _Collector, max_seconds: float, truncate: bool) -> Audio:
+    if len(source) != 2:
+        raise AudioError(f"a tuple must be (array, sample_rate), not {len(source)} elements.")
+    rate = _array_rate(source[1])
+    channels = _channels_first(_as_numpy(source[0]))
+    n = channels.shape[1]
+    if n > max_seconds * rate and not truncate:
+        raise _too_long("<array>", n / rate, max_seconds)
+    for start in range(0, n, _BLOCK):
+        block = mix(channels[:, start : start + _BLOCK])
+        check_samples(block, "<array>", rate, start / rate)
+        collector.add(block, rate)
+        if collector.full:
+            break
+    collector.finish()
+    if collector.full and not truncate:
+        raise _too_long("<array>", n / rate, max_seconds)
+    return Audio(collector.samples(), rate, len(channels), "<array>", truncated=collector.full)
+
+
+def _fit(audio: Audio, max_seconds: float, truncate: bool) -> Audio:
+    limit = round(max_seconds * SAMPLE_RATE)
+    if len(audio.samples) <= limit:
+        return audio
+    if not truncate:
+        raise _too_long(audio.source, audio.duration, max_seconds)
+    return replace(audio, samples=audio.samples[:limit], truncated=True)
+
+
+def _too_long(name: str, seconds: float | None, max_seconds: float) -> AudioTooLongError:
+    known = f"lasts {seconds:.2f} s, more" if seconds and seconds > max_seconds else "is longer"
+    return AudioTooLongError(
+        f"{name} {known} than the {max_seconds:g} s that are heard at once; "
+        f"split it, or pass truncate=True to use the first {max_seconds:g} s."
+    )
+
+
+def _as_numpy(array: Any) -> np.ndarray:
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+    if not isinstance(array, np.ndarray):
+        raise AudioError(
+            f"(array, sample_rate) needs a numpy array or a torch tensor, not {type(array).__name__}; "
+            "use numpy.asarray."
+        )
+    if not (np.issubdtype(array.dtype, np.floating) or array.dtype.name in SCALES):
+        raise AudioError(
+            f"an array of {array.dtype} has no agreed full scale; pass float samples in [-1, 1], or int16, int32, "
+            "int8, uint8 or uint16."
+        )
+    return array
+
+
+def _channels_first(array: np.ndarray) -> np.ndarray:
+    """[n], [channels, n] or [n, channels] as [channels, n]; the smaller dimension is the channels."""
+    if array.size == 0:
+        raise AudioError(f"the array of shape {list(array.shape)} contains no samples.")
+    if array.ndim == 1:
+        return array[None]
+    if array.ndim != 2:
+        raise AudioError(f"the array has shape {list(array.shape)}; pass [n], [channels, n] or [n, channels].")
+    rows, columns = array.shape
+    if min(rows, columns) > MAX_CHANNELS or rows == columns > 1:
+        raise AudioError(
+            f"in the array of shape {[rows, columns]} channels and samples cannot be told apart (the smaller "
+            f"dimension, at most {MAX_CHANNELS}, is the channels); mix it to mono and pass [n]."
+        )
+    return array if rows <= columns else array.T
+
+
+def _array_rate(rate: Any) -> int:
+    number = isinstance(rate, int | float | np.integer | np.floating) and not isinstance(rate, bool)
+    if not (number and MIN_RATE <= rate <= MAX_RATE and rate == int(rate)):
+        raise AudioError(
+            f"the sample rate is {rate!r:.40}; it must be a whole number of Hz between {MIN_RATE} and {MAX_RATE}."
+        )
+    return int(rate)
+
+
+@contextmanager
+def _opened(source: Any) -> Iterator[tuple[BinaryIO, str]]:
+    """A seekable binary file for `source` and its name for people; closes only what it opened itself."""
+    with ExitStack() as stack:
+        if isinstance(source, bytes | bytearray | memoryview):
+            file, name = cast(BinaryIO, io.BytesIO(source)), "<bytes>"
+        elif isinstance(source, str | os.PathLike):
+            path = os.fspath(source)
+            name = path if isinstance(path, str) else os.fsdecode(path)
+            file = stack.enter_context(_open_path(name))
+        elif hasattr(source, "read") and not isinstance(source, io.TextIOBase):
+            given = getattr(source, "name", None)
+            name = given if isinstance(given, str) else "<file>"
+            file = stack.enter_context(_seekable(source, name))
+        else:
+            raise AudioError(
+                f"audio cannot be loaded from {type(source).__name__}; pass a path, bytes, a file opened with mode "
+                "'rb', or (array, sample_rate)."
+            )
+        try:
+            empty = file.seek(0, io.SEEK_END) == 0
+        except (OSError, ValueError) as error:
+            raise unreadable(name, error) from error
+        if empty:
+            raise AudioError(f"{name} is empty; record or export it again.")
+        yield file, name
+
+
+def _open_path(path: str) -> BinaryIO:
+    if PurePath(path).suffix.lower() in _HEADERLESS and os.path.isfile(path):
+        raise AudioError(
+            f"{path} is headerless PCM by its name, which states neither rate nor format; read it with "
+            "numpy.fromfile and pass (array, sample_rate)."
+        )
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            kind = "a folder" if os.path.isdir(path) else "not a regular file"
+            raise AudioError(f"{path} is {kind}; pass the path of an audio file.")
+        return open(path, "rb")
+    except FileNotFoundError:
+        hint = "download it first, only local files are opened" if "://" in path else "check the path"
+        raise AudioError(f"there is no file {path!r}; {hint}.") from None
+    except PermissionError:
+        raise AudioError(f"{path} may not be read by this user; change its permissions.") from None
+    except (OSError, ValueError) as error:
+        raise AudioError(f"{path!r} cannot be opened ({error}); check the path.") from None
+
+
+@contextmanager
+def _seekable(file: Any, name: str) -> Iterator[BinaryIO]:
+    """`file` itself or, for a pipe or socket, a copy: in memory while small, then in a temporary file."""
+    with tempfile.SpooledTemporaryFile(max_size=16 << 20) as copy:
+        try:
+            if file.seekable():
+                yield file
+                return
+            while chunk := file.read(1 << 20):
+                copy.write(chunk)
+                if copy.tell() > MAX_STREAM_BYTES:
+                    raise AudioError(
+                        f"{name} gave more than {MAX_STREAM_BYTES >> 30} GiB without an end; save it first."
+                    )
+        except (OSError, ValueError, TypeError) as error:
+            raise unreadable(name, error) from error
+        yield cast(BinaryIO, copy)

@@ -1,0 +1,368 @@
+"""Byte-level BPE tokenizer of a checkpoint: text to token ids and back, whole or as a stream.
+
+`tokenizer.json` holds a byte-level BPE vocabulary and, above it, the added tokens (`<|im_start|>`, `<sound>`, ...). Ids
+differ between checkpoints, so every id is looked up by its spelling.
+
+Text is text: the spelling of an added token inside a text becomes ordinary tokens, never that token. This goes for all
+added tokens, also for those that the vocabulary does not call special (`<tool_call>`, `<|fim_prefix|>`); only the chat
+template may write them. In everything else the ids equal those of the `transformers` tokenizers.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ..errors import CheckpointError, ConfigError, PromptError
+
+MAX_TOKENIZER_BYTES = 256 * 2**20
+MAX_SETTINGS_BYTES = 16 * 2**20
+MAX_SPELLING = 256
+
+AUDIO_TOKEN = "<sound>"
+AUDIO_BOS_TOKEN = "<|sound_bos|>"
+AUDIO_EOS_TOKEN = "<|sound_eos|>"
+END_OF_TURN = "<|im_end|>"
+THINK_TAGS = ("<think>", "</think>")
+
+
+class Tokenizer:
+    """Encodes text, decodes ids, and knows the ids that audio, padding and the end of a turn have in this checkpoint.
+
+    audio_token_id: the placeholder that one audio embedding replaces. audio_bos_id, audio_eos_id: what encloses the
+    placeholders, both None in Audio Flamingo 3 checkpoints. eos_ids: any of these ends an answer. pad_id: fills up
+    batches. max_audio_seconds: what the processor's config allows, None where it says nothing. template_variables: the
+    spellings that chat templates may use (`bos_token`, `eos_token`, ...).
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        audio_token: str = AUDIO_TOKEN,
+        audio_bos_token: str | None = None,
+        audio_eos_token: str | None = None,
+        eos_ids: tuple[int, ...] | None = None,
+        pad_id: int | None = None,
+        max_audio_seconds: float | None = None,
+        template_variables: Mapping[str, str] | None = None,
+    ):
+        """Wrap a loaded `tokenizers.Tokenizer`. Raises ConfigError when it is not byte-level BPE or lacks a token."""
+        _check_backend(backend)
+        added = backend.get_added_tokens_decoder()
+        # Shares vocabulary and merges, and leaves out added tokens, truncation, padding and post-processing.
+        self._text_only = tokenizers.Tokenizer(backend.model)
+        if backend.normalizer is not None:
+            self._text_only.normalizer = backend.normalizer
+        if backend.pre_tokenizer is not None:
+            self._text_only.pre_tokenizer = backend.pre_tokenizer
+        self.added_tokens: dict[str, int] = {token.content: token_id for token_id, token in added.items()}
+        self._added_bytes = {token_id: token.content.encode() for token_id, token in added.items()}
+        # A checkpoint may register the think tags as special, yet without them thinking cannot be told from the answer.
+        self._skipped = {i for i, token in added.items() if token.special and token.content not in THINK_TAGS}
+        self._spaced = {t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word}
+        longest_first = sorted(self.added_tokens, key=len, reverse=True)
+        self.added_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+        self.audio_token = audio_token
+        self.audio_token_id = self.id_of(audio_token)
+        if (audio_bos_token is None) != (audio_eos_token is None):
+            raise ConfigError(
+                f"audio is enclosed by {audio_bos_token!r} and {audio_eos_token!r}; a checkpoint has both tokens or "
+                "neither. Use the tokenizer and processor files of one checkpoint."
+            )
+        self.audio_bos_id = None if audio_bos_token is None else self.id_of(audio_bos_token)
+        self.audio_eos_id = None if audio_eos_token is None else self.id_of(audio_eos_token)
+        self.eos_ids = eos_ids or (self.id_of(END_OF_TURN),)
+        self.pad_id = self.eos_ids[0] if pad_id is None else pad_id
+        for name, token_id in [*(("eos_token_id", i) for i in self.eos_ids), ("pad_token_id", self.pad_id)]:
+            if self.spelling(token_id) is None:
+                raise ConfigError(
+                    f"{name} is {token_id}, and the tokenizer has no token with that id. "
+                    "Use the tokenizer and generation_config.json of one checkpoint."
+                )
+        self.max_audio_seconds = max_audio_seconds
+        self.template_variables = dict(template_variables or {})
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Read tokenizer.json and, where present, the token settings of the other JSON files in a checkpoint's folder.
+
+        Audio tokens: processor_config.json, else tokenizer_config.json, else the usual spellings (the enclosing ones
+        only if the tokenizer has them). Ends of an answer: generation_config.json, else config.json, else the
+        `eos_token` of tokenizer_config.json, else `<|im_end|>`. Padding: the `pad_token` of tokenizer_config.json, else
+        the same order; padding is masked, so without any setting the first end token serves.
+
+        Raises CheckpointError for a missing or damaged file, ConfigError for settings that contradict each other.
+        """
+        folder = Path(folder)
+        backend = _load_backend(folder / "tokenizer.json")
+        spellings = {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items()}
+        processor = read_json_object(folder / "processor_config.json")
+        settings = read_json_object(folder / "tokenizer_config.json")
+        config = read_json_object(folder / "config.json")
+        text_config = config.get("text_config")
+        ids_in_order = [
+            read_json_object(folder / "generation_config.json"),
+            config,
+            text_config if isinstance(text_config, dict) else {},
+        ]
+
+        def audio_token(name: str, default: str) -> str | None:
+            named = _token_string(processor, name) or _token_string(settings, name)
+            return named or (default if default in spellings else None)
+
+        def setting_id(name: str) -> int | None:
+            spelling = _token_string(settings, name)
+            if spelling is not None and spelling not in spellings:
+                raise ConfigError(
+                    f"tokenizer_config.json names {spelling!r} as its {name}, which tokenizer.json does not have. "
+                    "Use both files of one checkpoint."
+                )
+            return None if spelling is None else spellings[spelling]
+
+        eos_ids = next((ids for values in ids_in_order if (ids := _token_ids(values, "eos_token_id"))), None)
+        eos_token = setting_id("eos_token")
+        if eos_ids is None and eos_token is not None:
+            eos_ids = (eos_token,)
+        pad_id = setting_id("pad_token")
+        if pad_id is None:
+            pad_id = next((ids[0] for values in ids_in_order if (ids := _token_ids(values, "pad_token_id"))), None)
+        return cls(
+            backend,
+            audio_token=audio_token("audio_token", AUDIO_TOKEN) or AUDIO_TOKEN,
+            audio_bos_token=audio_token("audio_bos_token", AUDIO_BOS_TOKEN),
+            audio_eos_token=audio_token("audio_eos_token", AUDIO_EOS_TOKEN),
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            max_audio_seconds=_seconds(processor.get("max_audio_len")),
+            template_variables=_template_variables(settings),
+        )
+
+    def check_against(self, config_ids: Mapping[str, int | None]) -> None:
+        """Refuse a config.json whose audio token ids are not this tokenizer's.
+
+        config_ids: `audio_token_id`, `audio_bos_token_id`, `audio_eos_token_id` as config.json has them; None or absent
+        where it says nothing. Raises ConfigError that names both sides.
+        """
+        ours = {
+            "audio_token_id": self.audio_token_id,
+            "audio_bos_token_id": self.audio_bos_id,
+            "audio_eos_token_id": self.audio_eos_id,
+        }
+        unknown = config_ids.keys() - ours.keys()
+        if unknown:
+            raise ConfigError(f"cannot check {', '.join(sorted(unknown))}; the ids to check are {', '.join(ours)}")
+        for name, config_id in config_ids.items():
+            own = ours[name]
+            if config_id is None or config_id == own:
+                continue
+            tokenizer_side = "has no such token" if own is None else f"has {self.spelling(own)!r} at {own}"
+            raise ConfigError(
+                f"config.json says {name} = {config_id}, which the tokenizer spells {self.spelling(config_id)!r}, "
+                f"but the tokenizer {tokenizer_side}. They belong to different checkpoints: use the files of one."
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; the model's embedding table needs at least so many rows."""
+        return max(self._text_only.get_vocab_size(), 1 + max(self._added_bytes))
+
+    def id_of(self, spelling: str) -> int:
+        """The id of the added token with this spelling. Raises ConfigError when the tokenizer has none."""
+        try:
+            return self.added_tokens[spelling]
+        except KeyError:
+            raise ConfigError(
+                f"the tokenizer has no added token {spelling!r}. Use the tokenizer.json of the checkpoint."
+            ) from None
+
+    def spelling(self, token_id: int) -> str | None:
+        """The token with this id as the vocabulary writes it, or None when there is none."""
+        if token_id in self._added_bytes:
+            return self._added_bytes[token_id].decode()
+        return self._text_only.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Token ids of `text`, in which spellings of added tokens are text.
+
+        allow_special: spellings of added tokens become those tokens, for text that the program itself wrote.
+        Raises PromptError when the text is not valid Unicode.
+        """
+        if not allow_special:
+            return self._encode_text(text)
+        ids: list[int] = []
+        for piece in self.split_at_added(text):
+            ids += [piece] if isinstance(piece, int) else self._encode_text(piece)
+        return ids
+
+    def split_at_added(self, text: str) -> Iterator[str | int]:
+        """Cut `text` at spellings of added tokens: the text between them as str, the tokens as their ids.
+
+        Raises ConfigError at a token that takes whitespace around it or only matches whole words: cutting there would
+        differ from the reference, and no checkpoint of this family has one in its template.
+        """
+        start = 0
+        for match in self.added_pattern.finditer(text):
+            if match[0] in self._spaced:
+                raise ConfigError(
+                    f"the added token {match[0]!r} strips spaces or matches whole words only, which is not supported. "
+                    "Set its lstrip, rstrip and single_word to false in tokenizer.json."
+                )
+            if match.start() > start:
+                yield text[start : match.start()]
+            yield self.added_tokens[match[0]]
+            start = match.end()
+        if start < len(text):
+            yield text[start:]
+
+    def _encode_text(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"the text has a lone surrogate at position {error.start}, which is not valid Unicode. "
+                'Clean it first, for example with text.encode("utf-8", "replace").decode().'
+            ) from None
+        ids: list[int] = self._text_only.encode(text, add_special_tokens=False).ids
+        if not self._added_bytes.keys().isdisjoint(ids):
+            raise ConfigError(
+                "the vocabulary of tokenizer.json builds an added token out of plain text, so text could smuggle "
+                "control tokens into a prompt. Use the tokenizer.json of the checkpoint."
+            )
+        return ids
+
+    def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
+        """The bytes that one token stands for; none for an id beyond the vocabulary, as in the reference."""
+        if token_id in self._added_bytes:
+            return b"" if skip_special and token_id in self._skipped else self._added_bytes[token_id]
+        symbols = self.spelling(token_id)
+        if symbols is None:
+            return b""
+        try:
+            return bytes(map(BYTE_OF_SYMBOL.__getitem__, symbols))
+        except KeyError:
+            return symbols.encode()
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Special tokens are left out unless told otherwise.
+
+        The think tags stay even where a checkpoint calls them special.
+        """
+        pieces = (self.token_bytes(token_id, skip_special=skip_special) for token_id in ids)
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+class StreamDecoder:
+    """Decodes one token at a time into complete characters; the pieces joined equal `decode` of all the ids."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that is complete with this token; empty while a character still lacks bytes."""
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id, skip_special=self._skip_special))
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def read_json_object(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
+    """The JSON object in `path`, empty when there is no such file. Raises CheckpointError when it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(path, max_bytes))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} is not valid JSON ({error}). Download the checkpoint again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name} holds a JSON {type(value).__name__}, not an object.")
+    return value
+
+
+def _read_text(path: Path, max_bytes: int) -> str:
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise CheckpointError(f"{path.name} has {size} bytes; more than {max_bytes} are not believable. Check it.")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path.name} cannot be read as UTF-8 text ({error}).") from error
+
+
+def _load_backend(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise CheckpointError(f"there is no tokenizer.json in {path.parent}. Download the checkpoint's.")
+    text = _read_text(path, MAX_TOKENIZER_BYTES)
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+        raise CheckpointError(f"tokenizer.json is damaged ({error}). Download the checkpoint again.") from error
+
+
+def _check_backend(backend: tokenizers.Tokenizer) -> None:
+    for token in backend.get_added_tokens_decoder().values():
+        if not 0 < len(token.content) <= MAX_SPELLING:
+            raise ConfigError(f"tokenizer.json has an added token of {len(token.content)} characters. Check the file.")
+    if not isinstance(backend.model, tokenizers.models.BPE):
+        raise ConfigError(f"tokenizer.json holds a {type(backend.model).__name__} model; this runtime reads BPE only.")
+    missing = [symbol for symbol in BYTE_OF_SYMBOL if backend.model.token_to_id(symbol) is None]
+    if missing:
+        raise ConfigError(
+            f"the vocabulary of tokenizer.json lacks {len(missing)} of the 256 byte symbols, so it is not byte-level "
+            "BPE and would lose text. Use the tokenizer.json of the checkpoint."
+        )
+    if backend.num_special_tokens_to_add(False):
+        raise ConfigError(
+            "the post-processor of tokenizer.json adds tokens around every text, which is not supported. "
+            "Use the tokenizer.json of the checkpoint."
+        )
+
+
+def _symbols_of_bytes() -> dict[str, int]:
+    """Byte-level BPE's alphabet: printable Latin-1 bytes are themselves, the 68 others follow from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF_SYMBOL = _symbols_of_bytes()
+
+
+def _token_string(settings: Mapping[str, Any], name: str) -> str | None:
+    """A token in a settings file: a string, or an object with the string under `content`."""
+    value = settings.get(name)
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"{name} is {value!r}; expected the spelling of a token.")
+    return value or None
+
+
+def _token_ids(settings: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """One id or a list of ids in a settings file; empty where there is none."""
+    value = settings.get(name)
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0 for token_id in values):
+        raise ConfigError(f"{name} is {value!r}; expected a token id or a list of token ids.")
+    return tuple(values)
+
+
+def _seconds(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ConfigError(f"max_audio_len in processor_config.json is {value!r}; expected a number of seconds.")
+    return float(value)
+
+
+def _template_variables(settings: Mapping[str, Any]) -> dict[str, str]:
+    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+    return {name: spelling for name in names if (spelling := _token_string(settings, name)) is not None}

@@ -1,0 +1,100 @@
+"""What the tests of the kernels share: the accuracy rule, the backends to try, and caches cut into pages.
+
+The rule: an implementation's RMS error against the float64 reference is at most twice that of the same computation
+written naively in torch at the same dtype. Memory that an implementation allocates is NaN until it is written.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from afnext import kernels
+from afnext.kernels.dispatch import Operation
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+UNREAD_PAGE = 2**30  # stands past the end of a sequence in page tables: reading it fails
+
+T = TypeVar("T")
+
+
+def backends(*operations: Operation[Any]) -> list[Any]:
+    """Parameters for `backend`: every backend that all of `operations` have, once for each device it can run on here.
+
+    Those that need a GPU carry the `gpu` marker, by which the `device` fixture picks the device.
+    """
+    shared = set.intersection(*(set(operation.implementations) for operation in operations)) - {"reference"}
+    parameters: list[Any] = []
+    for name in sorted(shared):
+        if name != "triton" or os.environ.get("TRITON_INTERPRET") == "1":
+            parameters.append(name)
+        if name != "native":
+            parameters.append(pytest.param(name, id=f"{name}-gpu", marks=pytest.mark.gpu))
+    return parameters
+
+
+@contextmanager
+def poisoned(backend: str) -> Iterator[None]:
+    """Force `backend`; memory allocated inside the block holds NaN (integers: their maximum) until it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the switch that fill_uninitialized_memory hangs on
+    try:
+        assert torch.empty(1).isnan().all(), "uninitialized memory is not poisoned"
+        with kernels.backend(backend):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def exactly(function: Callable[..., T], *args: Any, **options: Any) -> T:
+    """What `function` returns for the same numbers in float64, computed by its reference."""
+    with kernels.backend("reference"):
+        return function(*map(_widened, args), **{name: _widened(value) for name, value in options.items()})
+
+
+def _widened(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def rms(x: Tensor) -> float:
+    """Root of the mean square, in float64."""
+    return float(x.double().square().mean().sqrt())
+
+
+def assert_accurate(actual: Tensor, exact: Tensor, plain: Tensor) -> None:
+    """Fail unless `actual` is at most twice as far from `exact` as `plain` is.
+
+    One unit in the last place of the result is allowed in any case: on a handful of elements `plain` can be exact by
+    luck.
+    """
+    assert (actual.shape, actual.dtype) == (exact.shape, plain.dtype)
+    assert plain.shape == exact.shape, f"the plain computation returned {tuple(plain.shape)}"
+    assert actual.isfinite().all(), f"{int((~actual.isfinite()).sum())} of {actual.numel()} values are not finite"
+    error, plain_error = rms(actual.double() - exact), rms(plain.double() - exact)
+    allowed = max(2 * plain_error, torch.finfo(actual.dtype).eps * rms(exact))
+    assert error <= allowed, f"RMS error {error:.3g}, allowed {allowed:.3g}; plain torch has {plain_error:.3g}"
+
+
+def paged(
+    k: Tensor, v: Tensor, lengths: list[int], page_size: int, consecutive: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut dense keys and values, [batch, keys, kv_heads, head_dim], into pools of pages and their page table.
+
+    Slots that hold no token of the first lengths[b] are NaN. The pages are shuffled, or in order and `consecutive`.
+    """
+    counts = [-(-length // page_size) for length in lengths]
+    spare = 3
+    total = sum(counts) + spare
+    order = list(range(1, total)) if consecutive else torch.randperm(total).tolist()
+    pools = [torch.full((total, page_size, *x.shape[2:]), torch.nan, dtype=x.dtype) for x in (k, v)]
+    table = torch.full((len(lengths), max(counts) + 1), UNREAD_PAGE, dtype=torch.int32)
+    for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        pages, order = order[:count], order[count:]
+        table[b, :count] = torch.tensor(pages, dtype=torch.int32)
+        for token in range(length):
+            for pool, dense in zip(pools, (k, v), strict=True):
+                pool[pages[token // page_size], token % page_size] = dense[b, token]
+    return pools[0].to(k.device), pools[1].to(k.device), table.to(k.device)
