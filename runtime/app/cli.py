@@ -156,10 +156,10 @@ def info(
         Console(highlight=False).print(model_info.table(description))
 
 
-def main() -> None:
-    """Run the command line; errors that a user can act on end it with one sentence and exit code 1."""
+def run(command: typer.Typer) -> None:
+    """Run a command line; errors that a user can act on end it with one sentence and exit code 1."""
     try:
-        app(standalone_mode=True)
+        command()
     except AfnextError as error:
         _err.print(f"[bold red]error:[/bold red] {escape(str(error))}")
         sys.exit(1)

@@ -1,0 +1,303 @@
+"""Checkpoints: safetensors files, memory-mapped, in any layout of the family, under one set of names.
+
+Nothing is trusted. The header of every file is checked against the file (`safetensors_header`), names against the
+index, and, before the first weight is handed out, names, shapes and dtypes against the config. Pickle is refused.
+
+Tensors are views of the mapped file: opening costs no memory, and what is read stays the system's to reclaim.
+`load_weights` hands out such a view where the CPU wants the dtype that is stored; every other weight is a copy, and
+the pages that it was copied from are released at once, so that loading peaks at the model plus one tensor.
+"""
+
+import math
+import mmap
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError
+from .checkpoint_files import first_five, part_files, weight_parts
+from .config import ModelConfig
+from .json_object import shown
+from .parameters import canonical_name, expected_shapes
+from .safetensors_header import StoredTensor, parse_header, shown_shape
+
+__all__ = ["Checkpoint", "check_fit", "expected_shapes", "load_weights"]
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
+
+LM_HEAD, EMBEDDINGS = "decoder.lm_head.weight", "decoder.embed_tokens.weight"
+
+
+class MappedFile:
+    """A file, memory-mapped read-only, as one uint8 tensor."""
+
+    def __init__(self, path: Path, label: str) -> None:
+        self.label = label
+        try:
+            with path.open("rb") as file:
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as problem:
+            raise CheckpointError(f"{label} cannot be mapped into memory: {problem}.") from None
+        with warnings.catch_warnings():
+            # torch warns that the memory is read-only; it is so on purpose.
+            warnings.simplefilter("ignore", UserWarning)
+            self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
+
+    def release(self, start: int, end: int) -> None:
+        """Give the whole pages within bytes `start..end` back to the system; a later read brings them back."""
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0 and hasattr(self.map, "madvise"):
+            self.map.madvise(mmap.MADV_DONTNEED, first, length)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a parameter is stored, and under which name."""
+
+    stored_name: str
+    file: MappedFile
+    stored: StoredTensor
+
+
+class Checkpoint:
+    """The tensors of a checkpoint by canonical name. Made by `Checkpoint.open`."""
+
+    def __init__(self, folder: Path, entries: dict[str, _Entry], files: tuple[Path, ...]) -> None:
+        self.folder = folder
+        self.files = files
+        self._entries = entries
+
+    @classmethod
+    def open(cls, folder: str | PathLike[str]) -> "Checkpoint":
+        """Map and check the safetensors files in `folder`: one file, shards with an index, or NVIDIA's components.
+
+        Raises CheckpointError naming file and tensor for anything missing, damaged, ambiguous or unsafe.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is no folder; give the folder that holds config.json and the weights.")
+        entries: dict[str, _Entry] = {}
+        files: list[Path] = []
+        for part in weight_parts(folder):
+            prefix = f"{part}." if part else ""
+            for path, names in part_files(folder, part).items():
+                file = MappedFile(path, path.relative_to(folder).as_posix())
+                tensors = parse_header(file.map, file.label)
+                if names is not None:
+                    _check_index(file.label, names, set(tensors))
+                _add(entries, prefix, file, tensors)
+                files.append(path)
+        return cls(folder, entries, tuple(files))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Canonical names of the parameters, in the order in which they are stored."""
+        return tuple(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters as stored."""
+        return sum(entry.stored.end - entry.stored.start for entry in self._entries.values())
+
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers all parameters hold."""
+        return sum(math.prod(entry.stored.shape) for entry in self._entries.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the parameter called `name`. Raises CheckpointError when there is none."""
+        return self._entry(name).stored.shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the parameter is stored. Raises CheckpointError for one that torch lacks."""
+        entry = self._entry(name)
+        try:
+            return TORCH_DTYPES[entry.stored.dtype]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.origin(name)} is stored in {entry.stored.dtype}, which this runtime does not read."
+            ) from None
+
+    def origin(self, name: str) -> str:
+        """File and stored name of the parameter, for error messages."""
+        entry = self._entry(name)
+        return f"{entry.file.label}: tensor {shown(entry.stored_name)}"
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The parameter on the CPU, in the stored dtype: a view of the mapped file (a copy if it lies unaligned there).
+
+        The memory is read-only: writing into the tensor ends the process, so clone it first.
+        Raises CheckpointError when there is no such parameter.
+        """
+        entry, dtype = self._entry(name), self.dtype(name)
+        flat = entry.file.bytes[entry.stored.start : entry.stored.end]
+        if entry.stored.start % dtype.itemsize:
+            flat = flat.clone()
+        return flat.view(dtype).view(entry.stored.shape)
+
+    def release(self, name: str) -> None:
+        """Give the memory behind `tensor(name)` back to the system; reading that tensor again reads the file again."""
+        entry = self._entry(name)
+        entry.file.release(entry.stored.start, entry.stored.end)
+
+    def stored_dtype(self, name: str) -> str:
+        """The dtype of the parameter as the file spells it, such as BF16."""
+        return self._entry(name).stored.dtype
+
+    def _entry(self, name: str) -> _Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder} has no parameter {shown(name)}.") from None
+
+
+def check_fit(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raise one CheckpointError listing what is missing, unexpected, misshapen, or stored in no usable dtype.
+
+    Where the config ties the head to the embeddings, a stored head must equal them: transformers would use the stored
+    one, and this runtime the embeddings.
+    """
+    expected = expected_shapes(config)
+    stored = set(checkpoint.names) - ({LM_HEAD} if config.decoder.tie_word_embeddings else set())
+    common = [name for name in checkpoint.names if name in expected]
+    problems = {
+        "missing": [name for name in expected if name not in stored],
+        "unexpected": [checkpoint.origin(name) for name in checkpoint.names if name in stored and name not in expected],
+        "misshapen": [
+            f"{checkpoint.origin(name)} {shown_shape(checkpoint.shape(name))} instead of {shown_shape(expected[name])}"
+            for name in common
+            if checkpoint.shape(name) != expected[name]
+        ],
+        f"in a dtype other than {', '.join(WEIGHT_DTYPES)}": [
+            f"{checkpoint.origin(name)} {checkpoint.stored_dtype(name)}"
+            for name in common
+            if checkpoint.stored_dtype(name) not in WEIGHT_DTYPES
+        ],
+    }
+    found = [f"{len(items)} {kind} ({first_five(items)})" for kind, items in problems.items() if items]
+    if found:
+        raise CheckpointError(
+            f"the tensors in {checkpoint.folder} do not fit its config.json: {'; '.join(found)}. "
+            "Use dense weights and the config that belongs to them."
+        )
+    if config.decoder.tie_word_embeddings and LM_HEAD in checkpoint:
+        _check_tied_head(checkpoint)
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Canonical name and weight, on `device` in `dtype`, of every parameter in `expected_shapes(config)`, one by one.
+
+    Memory peaks at the weights that the caller keeps plus one tensor. On the CPU a weight stored in `dtype` is not
+    copied but a read-only view of the file. `progress(done, total)` is called with stored bytes after each weight.
+    Raises CheckpointError at once when the checkpoint does not fit the config, and during loading when a weight does
+    not fit `dtype` (finite values that float16 cannot hold).
+    """
+    check_fit(checkpoint, config)
+    wanted = expected_shapes(config)
+    names = [name for name in checkpoint.names if name in wanted]
+    return _weights(checkpoint, names, torch.device(device), dtype, progress)
+
+
+def _weights(
+    checkpoint: Checkpoint,
+    names: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    total = sum(_stored_bytes(checkpoint, name) for name in names)
+    done = 0
+    for name in names:
+        # No local name for the weight: the caller alone decides how long it lives.
+        yield name, _place(checkpoint, name, device, dtype)
+        done += _stored_bytes(checkpoint, name)
+        if progress is not None:
+            progress(done, total)
+
+
+def _place(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    mapped = checkpoint.tensor(name)
+    if device.type == "cpu" and mapped.dtype == dtype:
+        return mapped
+    weight = mapped.to(device).to(dtype)
+    if (
+        dtype == torch.float16
+        and mapped.dtype != dtype
+        and bool(weight.isinf().any())
+        and not bool(mapped.isinf().any())
+    ):
+        raise CheckpointError(f"{checkpoint.origin(name)} has values beyond float16's 65504; load it in bfloat16.")
+    checkpoint.release(name)
+    return weight
+
+
+def _stored_bytes(checkpoint: Checkpoint, name: str) -> int:
+    return math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize
+
+
+def _check_tied_head(checkpoint: Checkpoint) -> None:
+    same_dtype = checkpoint.stored_dtype(LM_HEAD) == checkpoint.stored_dtype(EMBEDDINGS)
+    if not same_dtype or not torch.equal(checkpoint.tensor(LM_HEAD), checkpoint.tensor(EMBEDDINGS)):
+        raise CheckpointError(
+            f"config.json says tie_word_embeddings, but {checkpoint.origin(LM_HEAD)} differs from the embeddings. "
+            "If the stored head is meant, set tie_word_embeddings to false; else remove the tensor."
+        )
+
+
+def _check_index(label: str, listed: set[str], stored: set[str]) -> None:
+    for names, problem in (
+        (listed - stored, "lacks, against its index,"),
+        (stored - listed, "has, against its index,"),
+    ):
+        if names:
+            raise CheckpointError(
+                f"{label} {problem} {len(names)} tensors: {first_five(sorted(map(shown, names)))}. "
+                "Shards and index do not belong together; download both again."
+            )
+
+
+def _add(entries: dict[str, _Entry], prefix: str, file: MappedFile, tensors: dict[str, StoredTensor]) -> None:
+    for stored_name, stored in tensors.items():
+        name = canonical_name(prefix + stored_name)
+        if name is None:
+            continue
+        if name in entries:
+            first = entries[name]
+            raise CheckpointError(
+                f"{file.label}: tensor {shown(stored_name)} and {first.file.label}: tensor {shown(first.stored_name)} "
+                f"are both {shown(name)}; keep one of them."
+            )
+        entries[name] = _Entry(stored_name, file, stored)

@@ -1,0 +1,80 @@
+"""The configuration of NVIDIA's component layout: folders llm, sound_tower and sound_mm_projector, a config.json each.
+
+Their top config.json, where there is one, knows neither token ids nor RoTE. The ids are looked up in the tokenizer
+beside the decoder; what else is missing has the default of the `-hf` conversions of those checkpoints.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .config_section import Section
+from .json_object import read_json_object
+
+COMPONENTS = ("llm", "sound_tower", "sound_mm_projector")
+
+_ID_KEYS = {
+    "audio_token_id": "<sound>",
+    "audio_bos_token_id": "<|sound_bos|>",
+    "audio_eos_token_id": "<|sound_eos|>",
+}
+
+
+def component_sections(
+    folder: Path, top: Section | None, model_types: tuple[str, ...], encoder_types: tuple[str, ...]
+) -> tuple[Section, Section, Section]:
+    """The sections that a conversion of `folder` would have: the whole, the encoder's, the decoder's.
+
+    The model is of the type that `top` states if that is one of `model_types`, else Music Flamingo's if the
+    tokenizer has <|sound_bos|>, else AF3's. Raises ConfigError naming the file that is missing or wrong.
+    """
+    text = _component(folder, "llm", top, "llm_cfg")
+    audio = _component(folder, "sound_tower", top, "sound_tower_cfg")
+    if audio.values.get("model_type") in ("qwen2_audio_encoder", "whisper"):
+        audio = Section({**audio.values, "model_type": encoder_types[0]}, audio.file)
+    tokens = _added_tokens(folder / "llm")
+    values = dict(top.values) if top else {}
+    if values.get("model_type") not in model_types:
+        values["model_type"] = "musicflamingo" if "<|sound_bos|>" in tokens else "audioflamingo3"
+    for key, token in _ID_KEYS.items():
+        if key not in values and token in tokens:
+            values[key] = tokens[token]
+    if "audio_token_id" not in values:
+        raise ConfigError(f"{folder}: neither config.json nor the tokenizer files in llm/ tell the id of <sound>.")
+    return Section(values, "config.json"), audio, text
+
+
+def _component(folder: Path, name: str, top: Section | None, key: str) -> Section:
+    if (folder / name / "config.json").is_file():
+        file = f"{name}/config.json"
+        return Section(read_json_object(folder / file, file, ConfigError), file)
+    if top is not None and isinstance(top.values.get(key), dict):
+        return top.section(key, required=True)
+    raise ConfigError(f"{folder} has no {name}/config.json; the component layout needs one for each of its parts.")
+
+
+def _added_tokens(folder: Path) -> dict[str, int]:
+    """Ids of the tokens added to the base vocabulary, by spelling, from whichever tokenizer file lists them."""
+
+    def read(name: str) -> dict[str, Any]:
+        path = folder / name
+        return read_json_object(path, f"llm/{name}", ConfigError, 1 << 26) if path.is_file() else {}
+
+    pairs: list[tuple[Any, Any]] = list(read("added_tokens.json").items())
+    decoder = read("tokenizer_config.json").get("added_tokens_decoder")
+    for index, token in decoder.items() if isinstance(decoder, dict) else ():
+        if isinstance(token, dict) and index.isdecimal() and len(index) < 10:
+            pairs.append((token.get("content"), int(index)))
+    listed = read("tokenizer.json").get("added_tokens")
+    for token in listed if isinstance(listed, list) else ():
+        if isinstance(token, dict):
+            pairs.append((token.get("content"), token.get("id")))
+    found: dict[str, int] = {}
+    for spelling, index in pairs:
+        if not isinstance(spelling, str) or not isinstance(index, int):
+            continue
+        if found.setdefault(spelling, index) != index and spelling in _ID_KEYS.values():
+            raise ConfigError(
+                f"the tokenizer files in llm/ disagree about the id of {spelling}; save the tokenizer anew."
+            )
+    return found

@@ -1,0 +1,55 @@
+"""JSON objects from files that nobody vouches for: size-capped, no duplicate keys, one kind of error."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ...kernels.errors import AfnextError
+
+
+def parse_json_object(data: bytes, where: str, error: type[AfnextError]) -> dict[str, Any]:
+    """The JSON object that the UTF-8 bytes `data` spell; `where` names their source in errors.
+
+    Raises `error` when they are not UTF-8, not JSON, not an object, nested too deeply, or repeat a key.
+    """
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise error(
+                f"{where}: the key {shown(repeated)} stands twice in one object; the file is damaged or forged."
+            )
+        return values
+
+    try:
+        values = json.loads(data.decode("utf-8"), object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{where} is not valid JSON ({problem}); download or save it again.") from None
+    if not isinstance(values, dict):
+        raise error(f"{where} holds a JSON {type(values).__name__}, not an object; download or save it again.")
+    return values
+
+
+def read_json_object(path: Path, where: str, error: type[AfnextError], max_bytes: int = 1 << 24) -> dict[str, Any]:
+    """The JSON object in the file `path`, read only if it is at most `max_bytes` long.
+
+    Raises `error`, naming the file as `where`, when it cannot be read, is longer, or is not one sound JSON object.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as problem:
+        raise error(f"{where} cannot be read: {problem.strerror or problem}.") from None
+    if len(data) > max_bytes:
+        raise error(f"{where} is longer than {max_bytes:,} bytes, more than such a file ever needs.")
+    return parse_json_object(data, where, error)
+
+
+def shown(value: object, limit: int = 120) -> str:
+    """`repr(value)`, shortened to `limit` characters, so that hostile names cannot flood an error message."""
+    if isinstance(value, int) and value.bit_length() > 400:
+        return "a huge integer"
+    text = ascii(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
