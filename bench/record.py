@@ -1,7 +1,7 @@
 """What a benchmark leaves behind: one JSON line a measurement, with the machine that it was taken on.
 
-Files of results are appended to line by line, so an interrupted run keeps what it has, and `finished` tells a resumed run
-what need not be measured again.
+Files of results are appended to line by line, so an interrupted run keeps what it has, and `finished` tells a resumed
+run what need not be measured again.
 """
 
 import json
@@ -21,10 +21,10 @@ class ResultsError(AfnextError):
 class Record:
     """One measurement.
 
-    bench: "e2e", "kernels", "quality" or "codegen"; name: what was measured, such as "prefill" or "attention"; subject:
-    who did it, such as "afnext bfloat16" or "transformers bfloat16"; case: what it was given (shapes, seconds of audio,
-    scheme, batch); values: the figures by name, the unit in the name (`median_s`, `p90_s`, `tokens_per_s`, `peak_bytes`);
-    kind: "measured", "extrapolated" (from fewer layers) or "projected" (from a roofline); machine: see `machine.py`.
+    bench: "e2e", "kernels" or "quality"; name: what was measured, such as "prefill" or "attention"; subject: who did
+    it, such as "afnext bfloat16" or "transformers bfloat16"; case: what it was given (shapes, seconds of audio, scheme,
+    batch); values: the figures by name, the unit in the name (`median_s`, `p90_s`, `tokens_per_s`, `peak_bytes`); kind:
+    "measured", "extrapolated" (from fewer layers) or "projected" (from a roofline); machine: see `machine.py`.
     """
 
     bench: str

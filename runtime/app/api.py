@@ -202,19 +202,23 @@ class Model:
         "text", "text": ...} or {"type": "audio", "audio": source}. Each answer equals the one it would get alone.
         """
         answers: list[Answer | None] = [None] * len(conversations)
-        for _ in self._generate(conversations, answers, options):
+        for _ in self._start(conversations, answers, options):
             pass
         return [answer for answer in answers if answer is not None]
 
     def stream_chat(self, messages: Sequence[Message], **options: "Unpack[AnswerOptions]") -> Stream:
         """Continue one conversation, giving the answer piece by piece."""
         answers: list[Answer | None] = [None]
-        return Stream(self._generate([messages], answers, options), answers)
+        return Stream(self._start([messages], answers, options), answers)
 
-    def _generate(
+    def _start(
         self, conversations: Sequence[Sequence[Message]], answers: list[Answer | None], options: AnswerOptions
     ) -> Iterator[tuple[int, Piece]]:
-        """Yield (conversation, piece) as text comes; fill `answers`."""
+        """Check everything and load the audio now; what is returned generates as it is read."""
+        unknown = options.keys() - AnswerOptions.__annotations__.keys()
+        if unknown:
+            known = ", ".join(AnswerOptions.__annotations__)
+            raise TypeError(f"unknown option {', '.join(sorted(unknown))}; the options are {known}")
         report = options.get("progress") or (lambda stage, done, total: None)
         loaded = [
             Conversation.load(
@@ -234,15 +238,7 @@ class Model:
             cancelled=options.get("cancelled") or (lambda: False),
         )
         readers = [AnswerReader(conversation, self.tokenizer, options.get("stop", ())) for conversation in loaded]
-        for index, token in generation:
-            if readers[index].stopped:
-                continue
-            yield from ((index, piece) for piece in readers[index].push(token))
-            if readers[index].stopped:
-                generation.finish(index, "stop")
-        for index, (reader, sequence) in enumerate(zip(readers, generation.sequences, strict=True)):
-            pieces, answers[index] = reader.finish(sequence.tokens, sequence.finish_reason or "cancelled")
-            yield from ((index, piece) for piece in pieces)
+        return _read(generation, readers, answers)
 
     def _sampling(self, conversation: Conversation, options: AnswerOptions) -> SamplingParams:
         values = self._sampling_defaults | {
@@ -255,6 +251,21 @@ class Model:
         if not options.get("ignore_eos"):
             values["stop_token_ids"] = self.tokenizer.eos_ids
         return SamplingParams(**values)
+
+
+def _read(
+    generation: Generation, readers: list[AnswerReader], answers: list[Answer | None]
+) -> Iterator[tuple[int, Piece]]:
+    """Yield (conversation, piece) as text comes; fill `answers` at the end."""
+    for index, token in generation:
+        if readers[index].stopped:
+            continue
+        yield from ((index, piece) for piece in readers[index].push(token))
+        if readers[index].stopped:
+            generation.finish(index, "stop")
+    for index, (reader, sequence) in enumerate(zip(readers, generation.sequences, strict=True)):
+        pieces, answers[index] = reader.finish(sequence.tokens, sequence.finish_reason or "cancelled")
+        yield from ((index, piece) for piece in pieces)
 
 
 def _question(audio: AudioSource | list[AudioSource] | None, question: str, system: str | None) -> list[dict[str, Any]]:

@@ -159,7 +159,7 @@ def info(
 def run(command: typer.Typer) -> None:
     """Run a command line; errors that a user can act on end it with one sentence and exit code 1."""
     try:
-        command()
+        command(prog_name="afnext")
     except AfnextError as error:
         _err.print(f"[bold red]error:[/bold red] {escape(str(error))}")
         sys.exit(1)
@@ -199,7 +199,7 @@ def _options(
 def _progress(hidden: bool) -> Iterator[Report]:
     """A progress bar on stderr, one task a stage, gone once the first piece of the answer is there."""
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=_err, transient=True, disable=hidden) as bars:
+    with Progress(*columns, console=_err, transient=True, disable=hidden or not _err.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: float, total: float) -> None:

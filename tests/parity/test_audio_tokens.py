@@ -5,7 +5,8 @@ import pytest
 import torch
 from afnext.runtime.io.audio import windows
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
-from support.checkpoints import SavedCheckpoint, relative_rms, speech_like
+from support.audio import speech_like
+from support.checkpoints import SavedCheckpoint, relative_rms
 
 import afnext
 

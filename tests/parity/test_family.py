@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
-from support.checkpoints import SavedCheckpoint, save_checkpoint, speech_like
+from support.audio import speech_like
+from support.checkpoints import SavedCheckpoint, save_checkpoint
 from support.layouts import LAYOUTS
 
 import afnext

@@ -10,7 +10,8 @@ from afnext.runtime.engine.kv_cache import KVCache
 from afnext.runtime.engine.prefill import PromptEmbeddings, prefill
 from afnext.runtime.engine.sampler import SamplingParams
 from afnext.runtime.engine.timings import Timings
-from support.checkpoints import SavedCheckpoint, relative_rms, speech_like
+from support.audio import speech_like
+from support.checkpoints import SavedCheckpoint, relative_rms
 
 import afnext
 

@@ -7,7 +7,8 @@ from afnext.kernels.conv_stem import conv_length
 from afnext.kernels.log_mel import valid_frames
 from afnext.runtime.io.audio import windows
 from afnext.runtime.model.encoder import audio_token_count, token_count
-from support.checkpoints import SavedCheckpoint, relative_rms, speech_like
+from support.audio import speech_like
+from support.checkpoints import SavedCheckpoint, relative_rms
 
 import afnext
 

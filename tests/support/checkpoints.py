@@ -138,16 +138,6 @@ def randomize(model: torch.nn.Module, scale: float) -> None:
                 parameter.normal_(0.0, scale * parameter[0].numel() ** -0.5)
 
 
-def speech_like(seconds: float, seed: int) -> np.ndarray:
-    """Noise in bursts with a moving tone: [round(seconds * 16000)] float32, nothing a test should depend on."""
-    generator = np.random.default_rng(seed)
-    t = np.arange(round(seconds * 16_000)) / 16_000
-    envelope = np.clip(np.sin(2 * np.pi * 1.7 * t + generator.uniform(0, 6)), 0, 1)
-    tone = np.sin(2 * np.pi * (200 + 120 * np.sin(0.9 * t)) * t)
-    noise = generator.standard_normal(t.size)
-    return ((0.4 * tone + 0.1 * noise) * envelope + 0.003 * noise).astype(np.float32)
-
-
 def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """RMS of the difference over RMS of what was expected, in float64."""
     actual, expected = actual.double(), expected.double()

@@ -8,7 +8,7 @@ from afnext.runtime.engine.prefill import AudioInput
 from afnext.runtime.engine.sampler import SamplingParams
 from afnext.runtime.errors import ContextLengthError
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
-from support.checkpoints import speech_like
+from support.audio import speech_like
 
 OPTIONS = EngineOptions(page_size=16, chunk_size=64, encode_batch=2)
 
