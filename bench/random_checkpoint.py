@@ -167,7 +167,7 @@ def _write_safetensors(
             if kind not in made:
                 made = made if ".layers." in name else {}
                 made[kind] = _random_tensor(name, shape, torch.Generator().manual_seed(seed + len(name)))
-            file.write(memoryview(made[kind].view(torch.int16).numpy()).cast("B"))
+            made[kind].view(torch.int16).numpy().tofile(file)
             progress(file.tell(), offset + 8 + len(encoded))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...kernels.log_mel import log_mel
 from .adaptor import Adaptor
-from .checkpoint import Checkpoint, load_weights
+from .checkpoint import Checkpoint, load_weights, with_stored_head
 from .config import ModelConfig
 from .decoder import Decoder
 from .encoder import Encoder
@@ -41,9 +41,9 @@ class AudioFlamingo(nn.Module):
 
         Raises ConfigError or CheckpointError naming the file and tensor at fault.
         """
-        config = ModelConfig.from_folder(folder)
-        model = cls(config)
         checkpoint = Checkpoint.open(folder)
+        config = with_stored_head(ModelConfig.from_folder(folder), checkpoint)
+        model = cls(config)
         fill(model, load_weights(checkpoint, config, device=device, dtype=dtype(config.dtype), progress=progress))
         return model
 

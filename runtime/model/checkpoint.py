@@ -12,7 +12,7 @@ import math
 import mmap
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
@@ -47,7 +47,7 @@ TORCH_DTYPES = {
 }
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
 
-LM_HEAD, EMBEDDINGS = "decoder.lm_head.weight", "decoder.embed_tokens.weight"
+LM_HEAD = "decoder.lm_head.weight"
 
 
 class MappedFile:
@@ -177,18 +177,21 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} has no parameter {shown(name)}.") from None
 
 
-def check_fit(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Raise one CheckpointError listing what is missing, unexpected, misshapen, or stored in no usable dtype.
+def with_stored_head(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """The config, untied where the checkpoint holds a head of its own: the reference uses it whatever the flag says."""
+    if not config.decoder.tie_word_embeddings or LM_HEAD not in checkpoint:
+        return config
+    return replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
 
-    Where the config ties the head to the embeddings, a stored head must equal them: transformers would use the stored
-    one, and this runtime the embeddings.
-    """
+
+def check_fit(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raise one CheckpointError listing what is missing, unexpected, misshapen, or stored in no usable dtype."""
     expected = expected_shapes(config)
-    stored = set(checkpoint.names) - ({LM_HEAD} if config.decoder.tie_word_embeddings else set())
+    stored = set(checkpoint.names)
     common = [name for name in checkpoint.names if name in expected]
     problems = {
         "missing": [name for name in expected if name not in stored],
-        "unexpected": [checkpoint.origin(name) for name in checkpoint.names if name in stored and name not in expected],
+        "unexpected": [checkpoint.origin(name) for name in checkpoint.names if name not in expected],
         "misshapen": [
             f"{checkpoint.origin(name)} {shown_shape(checkpoint.shape(name))} instead of {shown_shape(expected[name])}"
             for name in common
@@ -206,8 +209,6 @@ def check_fit(checkpoint: Checkpoint, config: ModelConfig) -> None:
             f"the tensors in {checkpoint.folder} do not fit its config.json: {'; '.join(found)}. "
             "Use dense weights and the config that belongs to them."
         )
-    if config.decoder.tie_word_embeddings and LM_HEAD in checkpoint:
-        _check_tied_head(checkpoint)
 
 
 def load_weights(
@@ -266,15 +267,6 @@ def _place(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch
 
 def _stored_bytes(checkpoint: Checkpoint, name: str) -> int:
     return math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize
-
-
-def _check_tied_head(checkpoint: Checkpoint) -> None:
-    same_dtype = checkpoint.stored_dtype(LM_HEAD) == checkpoint.stored_dtype(EMBEDDINGS)
-    if not same_dtype or not torch.equal(checkpoint.tensor(LM_HEAD), checkpoint.tensor(EMBEDDINGS)):
-        raise CheckpointError(
-            f"config.json says tie_word_embeddings, but {checkpoint.origin(LM_HEAD)} differs from the embeddings. "
-            "If the stored head is meant, set tie_word_embeddings to false; else remove the tensor."
-        )
 
 
 def _check_index(label: str, listed: set[str], stored: set[str]) -> None:

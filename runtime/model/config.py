@@ -269,9 +269,10 @@ def _rote(top: Section, encoder_width: int) -> RoteConfig:
     """RoTE rotates `factor` of the encoder's width; older configs give that share itself as head_dim, with factor 1."""
     theta, factor = _rope(top, default_theta=1200.0)
     head_dim = top.integer("head_dim", default=encoder_width, high=MAX_WIDTH)
-    if factor is None:
-        factor = 0.2 if head_dim == encoder_width else 1.0
+    factor = factor or 0.2
     dim = head_dim if factor == 1.0 else int(encoder_width * factor)
+    if head_dim not in (encoder_width, dim):
+        top.error("head_dim", f"is {head_dim}, but partial_rotary_factor {factor:g} of the encoder's width is {dim}.")
     if dim % 2 or not 0 < 2 * dim <= encoder_width:
         top.error(
             "partial_rotary_factor",

@@ -83,12 +83,10 @@ class Encoder(nn.Module):
         self.embed_positions = Embedding(config.max_positions, config.hidden_size)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
         self.layer_norm = Norm(config.hidden_size, bias=True)
-        self.time_embedding = rote and TimeEmbedding(
-            theta=rote.theta,
-            dim=rote.dim,
-            frames=token_count(WINDOW_SAMPLES),
-            frame_seconds=rote.frame_seconds,
-        )
+        self.time_embedding: TimeEmbedding | None = None
+        if rote is not None:
+            frames = token_count(WINDOW_SAMPLES)
+            self.time_embedding = TimeEmbedding(rote.theta, rote.dim, frames, rote.frame_seconds)
 
     def forward(self, mel: Tensor, samples: list[int], windows: list[int]) -> list[Tensor]:
         """Encode a batch of windows.

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from afnext.runtime.io.audio import windows
-from afnext.runtime.model.audio_flamingo import AudioFlamingo
 from support.audio import speech_like
 from support.checkpoints import SavedCheckpoint, relative_rms
 
 import afnext
+from afnext.runtime.io.audio import windows
+from afnext.runtime.model.audio_flamingo import AudioFlamingo
 
 
 def encode(network: AudioFlamingo, audio: np.ndarray, indices: list[int] | None = None) -> torch.Tensor:

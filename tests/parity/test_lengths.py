@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from afnext.kernels.conv_stem import conv_length
-from afnext.kernels.log_mel import valid_frames
-from afnext.runtime.io.audio import windows
-from afnext.runtime.model.encoder import audio_token_count, token_count
 from support.audio import speech_like
 from support.checkpoints import SavedCheckpoint, relative_rms
 
 import afnext
+from afnext.kernels.conv_stem import conv_length
+from afnext.kernels.log_mel import valid_frames
+from afnext.runtime.io.audio import windows
+from afnext.runtime.model.encoder import audio_token_count, token_count
 
 SECONDS = [0.03, 0.5, 29.9, 29.99, 30.0, 30.01, 60.0, 61.37, 1800.0]
 

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from afnext.kernels.dispatch import Operation
 from torch import Tensor
 
 from afnext import kernels
+from afnext.kernels.dispatch import Operation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNREAD_PAGE = 2**30  # stands past the end of a sequence in page tables: reading it fails

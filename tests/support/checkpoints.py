@@ -1,5 +1,6 @@
 """Checkpoints with random weights, saved by `transformers` itself: what the parity tests hold the runtime against."""
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +28,7 @@ class SavedCheckpoint:
 
     def reference(self, dtype: torch.dtype = torch.float32) -> Any:
         """The `transformers` model of the folder, in eval mode."""
-        kind = transformers.AutoConfig.from_pretrained(self.folder).architectures[0]
-        return getattr(transformers, kind).from_pretrained(self.folder, dtype=dtype, attn_implementation="sdpa").eval()
+        return _reference(self.folder, dtype)
 
     @cached_property
     def processor(self) -> Any:
@@ -84,6 +84,12 @@ class SavedCheckpoint:
         assert len(answer.token_ids) == length, "the answer ends elsewhere"
 
 
+@functools.lru_cache(maxsize=4)
+def _reference(folder: Path, dtype: torch.dtype) -> Any:
+    model = transformers.MusicFlamingoForConditionalGeneration
+    return model.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+
+
 def save_checkpoint(
     folder: Path,
     *,
@@ -96,6 +102,7 @@ def save_checkpoint(
     template: str = CHAT_TEMPLATE,
     scale: float = 1.0,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> SavedCheckpoint:
     """Save a randomly initialized model in `folder`, with tokenizer and template. `scale` multiplies the usual weights'
     standard deviation, so that attention is not uniform and tokens differ."""
@@ -118,7 +125,7 @@ def save_checkpoint(
         },
     )
     model = transformers.MusicFlamingoForConditionalGeneration(config)
-    randomize(model, scale)
+    randomize(model.to(dtype), scale)
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=ids["<|im_end|>"], pad_token_id=ids["[PAD]"], max_new_tokens=64
     )
