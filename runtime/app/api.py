@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
+from ...kernels.errors import AfnextError
 from ..engine.generate import EngineOptions, Generation
 from ..engine.sampler import SamplingParams
-from ..errors import AfnextError, ConfigError
+from ..errors import ConfigError
 from ..io.audio import AudioSource
 from ..io.prompt import PromptTemplate
 from ..io.tokenizer import Tokenizer, read_json_object

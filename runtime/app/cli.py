@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from ..errors import AfnextError
+from ...kernels.errors import AfnextError
 from . import info as model_info
 from .answer import Answer, Piece
 from .api import AnswerOptions, Model, Stream, load
@@ -88,7 +88,8 @@ def ask(
     with _progress(quiet or as_json) as report:
         loaded = load(model, device=device, dtype=dtype.value, chunk_size=chunk_size, progress=report)
         sources = [sys.stdin.buffer.read(_MAX_STDIN_BYTES) if name == "-" else name for name in [audio, *(also or [])]]
-        stream = loaded.stream(sources, question, system=system, progress=report, **options)
+        options["progress"] = report
+        stream = loaded.stream(sources, question, system=system, **options)
         first = next(stream, None)
     answer = _print_stream(stream, first, silent=as_json)
     if as_json:
@@ -133,7 +134,8 @@ def _reply(
     loaded: Model, messages: list[dict[str, Any]], options: AnswerOptions, *, as_json: bool, quiet: bool
 ) -> Answer:
     with _progress(quiet or as_json) as report:
-        stream = loaded.stream_chat(messages, progress=report, **options)
+        options["progress"] = report
+        stream = loaded.stream_chat(messages, **options)
         first = next(stream, None)
     answer = _print_stream(stream, first, silent=as_json)
     if as_json:

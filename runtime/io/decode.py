@@ -345,7 +345,7 @@ def _reason(error: av.FFmpegError) -> str:
 def _limit_allocations() -> None:
     """Tells FFmpeg to refuse single allocations above `MAX_ALLOCATION` (its own knob, which PyAV does not pass on).
 
-    Without it an MP4 of 1 KB that claims 10**8 packets makes FFmpeg write gigabytes of index.
+    Without it an MP4 of 1 KB that claims 5 * 10**7 packets makes FFmpeg write an index of 1.8 GB.
     """
     package = Path(av.__file__).parent
     folders: tuple[Path, ...] = (package.parent / "av.libs", package / ".dylibs")

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from afnext.bench.random_checkpoint import write_random_checkpoint
 
 import afnext
+from afnext.bench.random_checkpoint import write_random_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from afnext.runtime.errors import ContextLengthError, PromptError, SamplingError
 from support.audio import speech_like, wav_bytes
 
 import afnext
+from afnext.runtime.errors import ContextLengthError, PromptError, SamplingError
 
 RATE = 16_000
 

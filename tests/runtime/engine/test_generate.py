@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from support.audio import speech_like
+
 from afnext.bench.random_checkpoint import write_random_checkpoint
 from afnext.runtime.engine.generate import EngineOptions, Generation, Request
 from afnext.runtime.engine.prefill import AudioInput
 from afnext.runtime.engine.sampler import SamplingParams
 from afnext.runtime.errors import ContextLengthError
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
-from support.audio import speech_like
 
 OPTIONS = EngineOptions(page_size=16, chunk_size=64, encode_batch=2)
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
 from afnext.runtime.engine.kv_cache import KVCache, PagePool, page_table, pages_for
 from afnext.runtime.errors import OutOfPagesError
 from afnext.runtime.model.config import DecoderConfig
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 PAGES = 20
 

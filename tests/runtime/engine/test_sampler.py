@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from afnext.runtime.engine.sampler import Sampler, SamplingParams
 from afnext.runtime.errors import SamplingError
 

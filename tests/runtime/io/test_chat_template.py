@@ -4,11 +4,12 @@ import json
 import time
 
 import pytest
+from support.tokenizers import CHAT_TEMPLATE, write_json
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from afnext.runtime.errors import CheckpointError, PromptError
 from afnext.runtime.io import chat_template
 from afnext.runtime.io.chat_template import PromptTemplate
-from support.tokenizers import CHAT_TEMPLATE, write_json
-from transformers.utils.chat_template_utils import render_jinja_template
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": [{"type": "text", "text": "<hi>"}]}]
 

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from afnext.runtime.errors import PromptError
-from afnext.runtime.io.prompt import AudioSpan, Prompt, PromptTemplate, Tokenizer, build_prompt
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.tokenizers import (
@@ -30,6 +28,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     WhisperFeatureExtractor,
 )
+
+from afnext.runtime.errors import PromptError
+from afnext.runtime.io.prompt import AudioSpan, Prompt, PromptTemplate, Tokenizer, build_prompt
 
 TEXT = {"type": "text", "text": "What do you hear?"}
 AUDIO = {"type": "audio", "path": "somewhere.wav"}

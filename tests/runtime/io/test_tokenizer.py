@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from afnext.runtime.errors import CheckpointError, ConfigError, PromptError
-from afnext.runtime.io.tokenizer import BYTE_OF_SYMBOL, StreamDecoder, Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tokenizers import (
@@ -22,6 +20,9 @@ from support.tokenizers import (
     write_checkpoint_texts,
     write_json,
 )
+
+from afnext.runtime.errors import CheckpointError, ConfigError, PromptError
+from afnext.runtime.io.tokenizer import BYTE_OF_SYMBOL, StreamDecoder, Tokenizer
 
 BACKEND = small_tokenizer()
 TOKENIZER = Tokenizer(BACKEND, audio_bos_token="<|sound_bos|>", audio_eos_token="<|sound_eos|>")

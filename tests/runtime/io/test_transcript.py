@@ -3,9 +3,10 @@
 from itertools import pairwise
 
 import pytest
-from afnext.runtime.io.transcript import ThinkingSplitter, split_thinking
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+from afnext.runtime.io.transcript import ThinkingSplitter, split_thinking
 
 CASES = [
     ("just an answer", None, "just an answer"),

@@ -1,0 +1,389 @@
+"""Real and generated files of every common format against the expectations of FFmpeg and libsndfile."""
+
+import io
+import json
+import struct
+import wave
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+from afnext.runtime.errors import AudioError
+from afnext.runtime.io import decode
+from afnext.runtime.io.audio import SAMPLE_RATE, load_audio
+
+EXPECTATIONS = "vectors/decoder_expectations.json"
+UNREADABLE = {
+    "corrupt/empty.wav": "is empty",
+    "corrupt/ogg_headers_only.ogg": "not an audio file",
+    "corrupt/text_named.mp3": "not an audio file",
+    "corrupt/text_named.wav": "not an audio file",
+    "corrupt/wav_header_only_20_bytes.wav": "not an audio file",
+    "corrupt/wav_unknown_codec.wav": "unknown codec",
+    "odd/raw_s16le_16k_mono.pcm": "headerless PCM",
+    "odd/wav_zero_samples.wav": "no audio samples",
+}
+CUT_SHORT = {
+    "corrupt/flac_truncated.flac": "1.15 s of a stated 2.00 s",
+    "corrupt/mp3_truncated_midframe.mp3": "0.97 s of a stated 2.00 s",
+    "corrupt/wav_truncated_header_claims_more.wav": "0.25 s of a stated 2.00 s",
+}
+# RMS difference from libsndfile's decoder, in dB. Lossless files agree bit for bit before mixing. FFmpeg's Opus delays
+# speech (SILK) by up to one sample at 48 kHz, and libsndfile decodes an Opus file of 16 kHz at that rate.
+LOSSLESS_DB, LOSSY_DB, OPUS_DB = -130.0, -110.0, -15.0
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def decibels(error: np.ndarray, signal: np.ndarray) -> float:
+    power = np.mean(np.square(signal, dtype=np.float64)) + 1e-12
+    return float(10 * np.log10(np.mean(np.square(error, dtype=np.float64)) / power + 1e-30))
+
+
+def test_every_vector_gives_the_expected_length_or_error(shared_data: Path):
+    expectations = json.loads((shared_data / EXPECTATIONS).read_text())
+    assert len(expectations) >= 38
+    for name, expected in expectations.items():
+        path = shared_data / name
+        if name in UNREADABLE:
+            with pytest.raises(AudioError, match=UNREADABLE[name]) as caught:
+                load_audio(path)
+            assert str(path) in str(caught.value)
+            continue
+        audio = load_audio(path)
+        frames, rate = expected["ffmpeg"]["frames"], expected["ffmpeg"]["sr"]
+        assert len(audio.samples) == -(-frames * SAMPLE_RATE // rate), name
+        assert (audio.sample_rate_in, audio.channels_in) == (rate, expected["ffmpeg"]["channels"]), name
+        if name in CUT_SHORT:
+            assert CUT_SHORT[name] in " ".join(audio.warnings)
+        else:
+            assert audio.warnings == (), name
+        np.testing.assert_array_equal(load_audio(path.read_bytes()).samples, audio.samples)
+
+
+def test_samples_agree_with_libsndfile(shared_data: Path):
+    compared = 0
+    for path in sorted(shared_data.glob("odd/*")) + sorted(shared_data.glob("speech/*")):
+        try:
+            reference, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError:
+            continue
+        if not len(reference):
+            continue
+        mono = reference.mean(axis=1, dtype=np.float32)
+        mono = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE, "HQ")
+        samples = load_audio(path).samples
+        assert 0 <= len(samples) - len(mono) <= 1, path.name
+        lossy = {".opus": OPUS_DB, ".ogg": LOSSY_DB, ".mp3": LOSSY_DB}
+        limit = lossy.get(path.suffix, LOSSLESS_DB)
+        assert decibels(samples[: len(mono)] - mono, mono) < limit, path.name
+        compared += 1
+    assert compared >= 30
+
+
+# generated formats
+
+
+def tone(rate: int, channels: int = 1, seconds: float = 1.0) -> np.ndarray:
+    """float32 [n, channels], a 440 Hz tone of amplitude 0.3 in every channel."""
+    mono = 0.3 * np.sin(2 * np.pi * 440 * np.arange(round(rate * seconds)) / rate)
+    return np.repeat(mono[:, None], channels, axis=1).astype(np.float32)
+
+
+def encode(codec: str, container: str, rate: int, layout: str, sample_format: str, seconds: float = 1.0) -> bytes:
+    """A tone encoded with FFmpeg."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream: Any = output.add_stream(codec, rate=rate, layout=layout)
+        stream.codec_context.format = sample_format
+        stream.codec_context.open()
+        size = stream.codec_context.frame_size or 1024
+        samples = tone(rate, stream.codec_context.layout.nb_channels, seconds)
+        scale = {"s16": (32767, "i2"), "s32": (2**31 - 1, "i4")}.get(sample_format.rstrip("p"), (1, "f4"))
+        samples = (samples * scale[0]).astype(scale[1])
+        for start in range(0, len(samples), size):
+            block = samples[start : start + size]
+            block = block.T if sample_format.endswith("p") else block.reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format=sample_format, layout=layout)
+            frame.sample_rate, frame.pts = rate, start
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def amplitude(samples: np.ndarray) -> float:
+    """Of the 440 Hz part in the middle of 16 kHz `samples`."""
+    middle = samples[4000:12000].astype(np.float64)
+    return float(2 * abs(np.mean(middle * np.exp(-2j * np.pi * 440 * np.arange(8000) / SAMPLE_RATE))))
+
+
+@pytest.mark.parametrize(
+    ("codec", "container", "rate", "layout", "sample_format"),
+    [
+        ("aac", "mp4", 44_100, "stereo", "fltp"),
+        ("aac", "adts", 44_100, "stereo", "fltp"),
+        ("alac", "ipod", 44_100, "stereo", "s16p"),
+        ("flac", "matroska", 44_100, "stereo", "s16"),
+        ("libopus", "webm", 48_000, "stereo", "flt"),
+        ("libopus", "ogg", 48_000, "7.1", "flt"),
+        ("libmp3lame", "mp3", 44_100, "stereo", "fltp"),
+        ("libmp3lame", "avi", 44_100, "stereo", "fltp"),
+        ("mp2", "mpegts", 44_100, "stereo", "s16"),
+        ("ac3", "mov", 44_100, "stereo", "fltp"),
+        ("eac3", "matroska", 48_000, "stereo", "fltp"),
+        ("adpcm_ms", "wav", 22_050, "mono", "s16"),
+        ("adpcm_ima_wav", "wav", 22_050, "mono", "s16p"),
+        ("pcm_s24be", "aiff", 44_100, "stereo", "s32"),
+        ("pcm_f32le", "caf", 44_100, "stereo", "flt"),
+        ("pcm_s16le", "w64", 44_100, "stereo", "s16"),
+        ("pcm_s16le", "mov", 44_100, "stereo", "s16"),
+        ("pcm_s16le", "avi", 44_100, "stereo", "s16"),
+        ("pcm_mulaw", "au", 8_000, "mono", "s16"),
+    ],
+)
+def test_common_codecs_keep_the_tone(codec, container, rate, layout, sample_format):
+    audio = load_audio(encode(codec, container, rate, layout, sample_format))
+    assert audio.sample_rate_in == rate
+    assert audio.channels_in == av.AudioLayout(layout).nb_channels
+    assert audio.duration == pytest.approx(1.0, abs=0.05)
+    assert amplitude(audio.samples) == pytest.approx(0.3, rel=0.06)
+    assert audio.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("file_format", "subtype", "tolerance"),
+    [
+        ("WAV", "PCM_U8", 1 / 128),
+        ("WAV", "PCM_16", 1 / 32768),
+        ("WAV", "PCM_24", 2**-23),
+        ("WAV", "PCM_32", 1e-7),
+        ("WAV", "FLOAT", 0),
+        ("WAV", "DOUBLE", 0),
+        ("WAV", "ULAW", 0.03),
+        ("WAV", "ALAW", 0.03),
+        ("WAVEX", "PCM_24", 2**-23),
+        ("RF64", "PCM_16", 1 / 32768),
+        ("W64", "PCM_24", 2**-23),
+        ("AIFF", "PCM_S8", 1 / 128),
+        ("AIFF", "PCM_24", 2**-23),
+        ("AIFF", "FLOAT", 0),
+        ("AU", "PCM_16", 1 / 32768),
+        ("CAF", "PCM_24", 2**-23),
+        ("FLAC", "PCM_S8", 1 / 128),
+        ("FLAC", "PCM_16", 1 / 32768),
+        ("FLAC", "PCM_24", 2**-23),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 2, 8])
+def test_lossless_formats_return_what_was_written(file_format, subtype, tolerance, channels, rng):
+    samples = rng.uniform(-0.9, 0.9, (20_002, channels)).astype(np.float32)
+    file = io.BytesIO()
+    soundfile.write(file, samples, SAMPLE_RATE, format=file_format, subtype=subtype)
+    audio = load_audio(file)
+    expected = samples.mean(axis=1, dtype=np.float64)
+    np.testing.assert_allclose(audio.samples, expected, rtol=0, atol=tolerance + 2e-7)
+    assert audio.channels_in == channels
+
+
+@pytest.mark.parametrize("channels", [9, 32])
+def test_many_channels_are_averaged(channels, rng):
+    samples = rng.uniform(-0.9, 0.9, (5000, channels)).astype(np.float32)
+    file = io.BytesIO()
+    soundfile.write(file, samples, SAMPLE_RATE, format="WAV", subtype="FLOAT")
+    np.testing.assert_allclose(load_audio(file).samples, samples.mean(axis=1, dtype=np.float64), rtol=0, atol=2e-7)
+
+
+LONG_ENOUGH = {"OGG": 30_000, "MP3": 1000}  # samples; FFmpeg trims shorter Vorbis and MP3 files only to whole blocks
+
+
+@pytest.mark.parametrize("around", [1, 1024, 1152, 4096, 32_768, 65_536])
+@pytest.mark.parametrize("file_format", ["WAV", "FLAC", "OGG", "MP3"])
+def test_no_sample_is_lost_at_a_block_boundary(around, file_format, rng):
+    for n in {max(1, around - 1), around, around + 1}:
+        samples = rng.uniform(-0.5, 0.5, n).astype(np.float32)
+        file = io.BytesIO()
+        soundfile.write(file, samples, SAMPLE_RATE, format=file_format)
+        audio = load_audio(file)
+        assert abs(len(audio.samples) - n) <= (0 if n > LONG_ENOUGH.get(file_format, 0) else 576)
+        if file_format in ("WAV", "FLAC"):
+            np.testing.assert_allclose(audio.samples, samples, rtol=0, atol=1 / 32768)
+
+
+def test_the_sound_of_a_video_is_used_and_a_silent_video_is_an_error(shared_data: Path):
+    assert load_audio(shared_data / "odd/video_with_aac.mp4").duration == pytest.approx(1.0, abs=0.03)
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as output:
+        stream: Any = output.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for _ in range(3):
+            output.mux(stream.encode(av.VideoFrame(32, 32, "yuv420p")))
+        output.mux(stream.encode(None))
+    with pytest.raises(AudioError, match="no audio stream"):
+        load_audio(file)
+
+
+def test_the_first_of_several_audio_streams_is_used_and_said(rng):
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as output:
+        streams: list[Any] = [output.add_stream("pcm_s16le", rate=16_000, layout="mono") for _ in range(2)]
+        for stream, level in zip(streams, (1000, 2000), strict=True):
+            frame = av.AudioFrame.from_ndarray(np.full((1, 1600), level, np.int16), format="s16", layout="mono")
+            frame.sample_rate = 16_000
+            output.mux(stream.encode(frame))
+    audio = load_audio(file)
+    np.testing.assert_array_equal(audio.samples, np.full(1600, 1000 / 32768, np.float32))
+    assert "2 audio streams" in audio.warnings[0]
+
+
+def test_concatenated_ogg_files_are_heard_to_the_end():
+    parts = []
+    for _ in range(2):
+        file = io.BytesIO()
+        soundfile.write(file, tone(22_050), 22_050, format="OGG", subtype="VORBIS")
+        parts.append(file.getvalue())
+    assert load_audio(parts[0] + parts[1]).duration == pytest.approx(2.0, abs=0.05)
+
+
+def test_a_rate_that_changes_midway_keeps_pitch_and_time():
+    wide, narrow = encode("aac", "adts", 44_100, "stereo", "fltp"), encode("aac", "adts", 16_000, "mono", "fltp")
+    for first, second, rate, channels in ((wide, narrow, 44_100, 2), (narrow, wide, 16_000, 1)):
+        audio = load_audio(first + second)
+        assert (audio.sample_rate_in, audio.channels_in) == (rate, channels)
+        assert audio.duration == pytest.approx(load_audio(first).duration + load_audio(second).duration, abs=0.03)
+        assert amplitude(audio.samples) == pytest.approx(0.3, rel=0.01)
+        assert amplitude(audio.samples[len(audio.samples) // 2 :]) == pytest.approx(0.3, rel=0.01)
+
+
+# damage
+
+
+def wav_16(samples: np.ndarray, rate: int = SAMPLE_RATE) -> bytes:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as output:
+        output.setnchannels(1)
+        output.setsampwidth(2)
+        output.setframerate(rate)
+        output.writeframes((samples * 32767).astype("<i2").tobytes())
+    return file.getvalue()
+
+
+def test_a_wav_cut_anywhere_gives_its_readable_part(rng):
+    samples = rng.uniform(-0.9, 0.9, 50_000)
+    data = wav_16(samples)
+    for kept in rng.integers(1, 49_000, 5):
+        audio = load_audio(data[: 44 + 2 * kept])
+        assert len(audio.samples) == kept
+        assert f"decoded {kept / SAMPLE_RATE:.2f} s of a stated 3.12 s" in audio.warnings[0]
+
+
+def test_a_wav_that_was_streamed_states_no_length(rng):
+    data = bytearray(wav_16(rng.uniform(-0.9, 0.9, 5000)))
+    for size in (0xFFFFFFFF, 0x7FFFFFFF, 0x80000000):
+        data[40:44] = struct.pack("<I", size)
+        audio = load_audio(data)
+        assert (len(audio.samples), audio.warnings) == (5000, ())
+
+
+def test_chunks_around_the_samples_are_not_sound(rng):
+    data = wav_16(rng.uniform(-0.9, 0.9, 5000))
+    odd_chunk = b"LIST" + struct.pack("<I", 5) + b"INFOx\0"
+    audio = load_audio(data[:36] + odd_chunk + data[36:] + b"id3 " + struct.pack("<I", 4) + b"ID3\0")
+    np.testing.assert_array_equal(audio.samples, load_audio(data).samples)
+    assert audio.warnings == ()
+
+
+def test_damage_in_the_middle_is_skipped_with_a_warning(shared_data: Path):
+    for name in ("odd/flac_16k_mono_s16.flac", "odd/mp3_cbr32k_16k_mono.mp3", "odd/aac_lc_44k_stereo.m4a"):
+        data = bytearray((shared_data / name).read_bytes())
+        whole = load_audio(bytes(data))
+        middle = len(data) // 2
+        data[middle : middle + 400] = bytes((37 * k) & 255 for k in range(400))
+        audio = load_audio(data)
+        assert audio.warnings, name
+        assert 0.8 * len(whole.samples) < len(audio.samples) <= len(whole.samples), name
+        quarter = len(whole.samples) // 4
+        assert decibels(audio.samples[:quarter] - whole.samples[:quarter], whole.samples[:quarter]) < -60, name
+
+
+def test_a_flipped_bit_in_a_flac_is_noticed(rng):
+    samples = rng.uniform(-0.5, 0.5, 32_000)
+    file = io.BytesIO()
+    soundfile.write(file, samples, SAMPLE_RATE, format="FLAC")
+    whole = file.getvalue()
+    for position in rng.integers(len(whole) // 4, len(whole) - 20, 10):
+        data = bytearray(whole)
+        data[position] ^= 1 << int(rng.integers(8))
+        audio = load_audio(data)
+        assert audio.warnings, f"byte {position}"
+        assert len(audio.samples) >= 20_000
+        assert np.abs(audio.samples).max() < 0.51, "noise of the damaged part must not be heard"
+
+
+def test_an_mp3_that_states_no_length_is_not_called_short():
+    """FFmpeg guesses its length from the bit rate of the beginning, here three times the truth."""
+    parts = []
+    for bit_rate, seconds in ((32_000, 5), (256_000, 2)):
+        file = io.BytesIO()
+        with av.open(file, "w", format="mp3", options={"write_xing": "0", "id3v2_version": "0"}) as output:
+            stream: Any = output.add_stream("libmp3lame", rate=44_100, layout="mono")
+            stream.bit_rate = bit_rate
+            for start in range(0, seconds * 44_100, 1152):
+                block = tone(44_100, 1, seconds)[start : start + 1152].T
+                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="fltp", layout="mono")
+                frame.sample_rate, frame.pts = 44_100, start
+                output.mux(stream.encode(frame))
+            output.mux(stream.encode(None))
+        parts.append(file.getvalue())
+    audio = load_audio(b"".join(parts))
+    assert audio.duration == pytest.approx(7, abs=0.2)
+    assert audio.warnings == ()
+
+
+def spoil(mp4: bytes, rng: np.random.Generator, fraction: float) -> bytes:
+    """`mp4` with the last `fraction` of its sound replaced by noise."""
+    name = mp4.index(b"mdat")
+    (size,) = struct.unpack(">I", mp4[name - 4 : name])
+    end = name - 4 + size
+    start = end - int(fraction * (size - 8))
+    return mp4[:start] + rng.bytes(end - start) + mp4[end:]
+
+
+def test_a_file_of_damaged_packets_only_is_an_error(rng):
+    data = spoil(encode("alac", "ipod", 44_100, "stereo", "s16p"), rng, 1.0)
+    with pytest.raises(AudioError, match="none of the audio"):
+        load_audio(data)
+
+
+def test_endless_damage_is_given_up(rng, monkeypatch):
+    monkeypatch.setattr(decode, "MAX_DAMAGED_IN_A_ROW", 3)
+    audio = load_audio(spoil(encode("alac", "ipod", 44_100, "stereo", "s16p", seconds=3), rng, 0.5))
+    assert 1.0 < audio.duration < 1.8
+    assert amplitude(audio.samples) == pytest.approx(0.3, rel=0.01)
+    assert "given up after 3 damaged packets" in audio.warnings[0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("channel", [0, 1])
+def test_a_senseless_sample_in_a_file_is_named(bad, channel, rng):
+    samples = rng.uniform(-0.9, 0.9, (100_000, 2))
+    samples[70_007, channel] = bad
+    file = io.BytesIO()
+    soundfile.write(file, samples, 44_100, format="WAV", subtype="DOUBLE")
+    with pytest.raises(AudioError, match=r"1\.58746\d s \(sample 70007\)"):
+        load_audio(file)
+
+
+def test_samples_above_full_scale_are_kept():
+    samples = np.linspace(-3.5, 3.5, 1000).astype(np.float32)
+    file = io.BytesIO()
+    soundfile.write(file, samples, SAMPLE_RATE, format="WAV", subtype="FLOAT")
+    np.testing.assert_array_equal(load_audio(file).samples, samples)
