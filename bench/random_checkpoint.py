@@ -31,6 +31,7 @@ SPECIAL_TOKENS = (
     "<|sound_bos|>",
     "<|sound_eos|>",
 )
+PRINTABLE_IDS = 94  # ids 0 .. 93 are the bytes ! to ~, which byte-level BPE spells as themselves
 CHAT_TEMPLATE = """\
 {% if messages[0]['role'] != 'system' %}<|im_start|>system
 You listen to audio and answer questions about it.<|im_end|>
@@ -176,4 +177,7 @@ def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator
     values = torch.empty(shape, dtype=torch.bfloat16)
     if "norm" in name and name.endswith("weight"):
         return values.normal_(1.0, 0.02, generator=generator)
-    return values.normal_(0.0, 0.02 if len(shape) < 2 else shape[1] ** -0.5, generator=generator)
+    values.normal_(0.0, 0.02 if len(shape) < 2 else shape[1] ** -0.5, generator=generator)
+    if name.endswith("lm_head.weight"):
+        values[PRINTABLE_IDS:] = 0  # other bytes would make broken UTF-8 of every answer
+    return values

@@ -73,11 +73,9 @@ def test_cancelling_from_another_thread(model: afnext.Model, seed: int) -> None:
 
 
 def test_a_stop_string_ends_the_answer_and_is_left_out(model: afnext.Model, seed: int) -> None:
-    options = {"max_new_tokens": 80, "temperature": 1.5, "seed": seed}
+    options = {"max_new_tokens": 200, "temperature": 0.3, "seed": seed}
     whole = model.ask(None, "Write.", **options).text
-    stop = next(
-        whole[i : i + 2] for i in range(5, len(whole)) if whole[i : i + 2].isascii() and whole[i : i + 2].strip()
-    )
+    stop = next(whole[i : i + 2] for i in range(5, len(whole)) if whole[i : i + 2].isprintable())
     answer = model.ask(None, "Write.", stop=[stop], **options)
     assert answer.text == whole[: whole.find(stop)].strip()
     assert answer.finish_reason == "stop"
