@@ -1,0 +1,303 @@
+"""The two sides of the end-to-end benchmark: afnext and `transformers`, cut into the same stages.
+
+    log-mel    waveform to features           [windows, mel_bins, frames]
+    encode     features to audio tokens       [tokens, hidden]
+    prefill    prompt to the first scores     [vocab]
+    decode     one further token each         [batch, vocab]
+    total      all of these, `new_tokens` long
+
+Each stage returns what it computed, so that the two can be compared before their times are. A stage starts from what
+the one before it left; `prepare` runs them once in order.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..kernels.errors import AfnextError
+from ..runtime.app.api import Model
+from ..runtime.engine.kv_cache import KVCache, page_table, pages_for
+from ..runtime.engine.prefill import PromptEmbeddings, prefill
+from ..runtime.engine.timings import Timings
+from ..runtime.io.audio import windows
+from ..runtime.io.prompt import build_prompt
+from ..runtime.model.decoder import CacheView
+from ..runtime.model.encoder import audio_token_count
+
+QUESTION = "Describe what you hear, with the time of each event."
+
+
+class Subject(Protocol):
+    """One implementation of the model, working on one recording."""
+
+    name: str
+
+    def prepare(self, audio: np.ndarray, batch: int, new_tokens: int) -> None:
+        """Take a mono 16 kHz recording and run every stage once."""
+
+    def log_mel(self) -> Tensor:
+        """Features of every window."""
+
+    def encode(self) -> Tensor:
+        """Audio tokens of the recording."""
+
+    def prefill(self) -> Tensor:
+        """Scores of the first new token, float32; fills the cache."""
+
+    def decode(self) -> Tensor:
+        """Scores of the second new token of each sequence of the batch, float32."""
+
+    def total(self) -> Tensor:
+        """Everything from the waveform to `new_tokens` tokens; returns the first scores."""
+
+
+class AfnextSubject:
+    """Our runtime. The recording's prompt is prefilled once; a batch decodes copies of it."""
+
+    def __init__(self, name: str, model: Model):
+        self.name = name
+        self._model = model
+        self._network = model.network
+
+    @torch.inference_mode()
+    def prepare(self, audio: np.ndarray, batch: int, new_tokens: int) -> None:
+        """See `Subject`."""
+        self._batch, self._new_tokens = batch, new_tokens
+        self._windows = [torch.from_numpy(window) for window in windows(audio)]
+        message = {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": QUESTION}]}
+        tokens = audio_token_count(len(audio))
+        self._prompt = build_prompt([message], [tokens], self._model.tokenizer, self._model.template)
+        self._length = len(self._prompt.token_ids)
+        page_size = self._model.options.page_size
+        count = pages_for(self._length + new_tokens, page_size)
+        self._cache = KVCache(
+            self._network.config.decoder,
+            pages=batch * count,
+            page_size=page_size,
+            device=self._network.device,
+            dtype=self._network.dtype,
+        )
+        self._pages = [self._cache.pool.allocate(count) for _ in range(batch)]
+        self._features = self._mel_batches()
+        self.encode()
+        self.prefill()
+
+    def _mel_batches(self) -> list[Tensor]:
+        size = self._model.options.encode_batch
+        return [self._network.log_mel(self._windows[i : i + size]) for i in range(0, len(self._windows), size)]
+
+    @torch.inference_mode()
+    def log_mel(self) -> Tensor:
+        """See `Subject`."""
+        self._features = self._mel_batches()
+        return torch.cat([_padded(features) for features in self._features])
+
+    @torch.inference_mode()
+    def encode(self) -> Tensor:
+        """See `Subject`."""
+        size, tokens = self._model.options.encode_batch, []
+        for index, features in enumerate(self._features):
+            batch = self._windows[index * size : (index + 1) * size]
+            places = list(range(index * size, index * size + len(batch)))
+            tokens += self._network.encode(features, [window.numel() for window in batch], places)
+        self._tokens = torch.cat(tokens)
+        return self._tokens
+
+    @torch.inference_mode()
+    def prefill(self) -> Tensor:
+        """See `Subject`."""
+        logits = prefill(
+            self._network,
+            self._cache,
+            self._pages[0],
+            _Encoded(self),
+            self._length,
+            chunk_size=self._model.options.chunk_size,
+            timings=Timings(),
+            progress=lambda done, total: None,
+            cancelled=lambda: False,
+        )
+        assert logits is not None
+        for pages in self._pages[1:]:
+            for pool in (*self._cache.keys, *self._cache.values):
+                pool[pages] = pool[self._pages[0]]
+        self._next = logits.argmax(-1, keepdim=True).expand(self._batch, 1)
+        return logits[0]
+
+    def decode(self) -> Tensor:
+        """See `Subject`."""
+        return self._step(self._next, self._length)
+
+    @torch.inference_mode()
+    def _step(self, tokens: Tensor, position: int) -> Tensor:
+        decoder = self._network.decoder
+        positions = torch.full((self._batch, 1), position, device=self._network.device)
+        table = page_table(self._pages, self._network.device)
+        view = CacheView.of(self._cache.keys, self._cache.values, table, positions)
+        return decoder.logits(decoder(decoder.embed(tokens), positions, view)[:, -1])
+
+    def total(self) -> Tensor:
+        """See `Subject`."""
+        self._features = self._mel_batches()
+        self.encode()
+        logits = self.prefill()
+        tokens = self._next
+        for offset in range(self._new_tokens - 1):
+            tokens = self._step(tokens, self._length + offset).argmax(-1, keepdim=True)
+        return logits
+
+    @contextmanager
+    def layers(self, encoder: int, decoder: int) -> Iterator[None]:
+        """Only the first layers of each stack inside the block."""
+        with first_layers(self._network.encoder, encoder), first_layers(self._network.decoder, decoder):
+            yield
+
+
+class _Encoded(PromptEmbeddings):
+    """A prompt whose audio is encoded already: prefill alone is what is timed."""
+
+    def __init__(self, subject: AfnextSubject):
+        prompt, network = subject._prompt, subject._network
+        super().__init__(network, prompt.token_ids, (), encode_batch=1, timings=Timings())
+        self._encoded.append((prompt.audio[0].position, subject._tokens))
+
+
+class TransformersSubject:
+    """The reference: `transformers`, SDPA (flash-attn where it is installed on a GPU), its own dynamic cache."""
+
+    def __init__(self, name: str, folder: Path, model: Model, **options: Any):
+        """`model` is the same checkpoint loaded by afnext: its tokenizer builds the prompt for both."""
+        transformers = _transformers()
+        self.name = name
+        self._ours = model
+        flash = model.network.device.type == "cuda" and transformers.utils.is_flash_attn_2_available()
+        self._reference = transformers.MusicFlamingoForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=model.network.dtype,
+            attn_implementation="flash_attention_2" if flash else "sdpa",
+            **options,
+        ).eval()
+        if not options:
+            self._reference.to(model.network.device)
+        self._extractor = transformers.WhisperFeatureExtractor(feature_size=128, return_attention_mask=True)
+
+    @torch.inference_mode()
+    def prepare(self, audio: np.ndarray, batch: int, new_tokens: int) -> None:
+        """See `Subject`."""
+        self._batch, self._new_tokens = batch, new_tokens
+        self._windows = windows(audio)
+        message = {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": QUESTION}]}
+        prompt = build_prompt([message], [audio_token_count(len(audio))], self._ours.tokenizer, self._ours.template)
+        self._ids = torch.tensor([prompt.token_ids], device=self._reference.device)
+        self.log_mel()
+        self.encode()
+        self.prefill()
+
+    def log_mel(self) -> Tensor:
+        """See `Subject`."""
+        extracted = self._extractor(
+            self._windows, sampling_rate=16_000, return_attention_mask=True, return_tensors="pt"
+        ).to(self._reference.device)
+        self._mask = extracted["attention_mask"]
+        self._features = extracted["input_features"].to(self._reference.dtype)
+        return self._features
+
+    @torch.inference_mode()
+    def encode(self) -> Tensor:
+        """See `Subject`."""
+        output = self._reference.get_audio_features(self._features, self._mask, input_ids=self._ids)
+        self._tokens: Tensor = output.pooler_output
+        return self._tokens
+
+    @torch.inference_mode()
+    def prefill(self) -> Tensor:
+        """See `Subject`."""
+        from transformers import DynamicCache
+
+        embeddings = self._reference.get_input_embeddings()(self._ids)
+        embeddings[self._ids == self._reference.config.audio_token_id] = self._tokens.to(embeddings.dtype)
+        self._cache = DynamicCache(config=self._reference.config.text_config)
+        logits = self._forward(inputs_embeds=embeddings)
+        if self._batch > 1:
+            self._cache.batch_repeat_interleave(self._batch)
+        self._next = logits.argmax(-1, keepdim=True).expand(self._batch, 1)
+        return logits[0]
+
+    @torch.inference_mode()
+    def decode(self) -> Tensor:
+        """See `Subject`."""
+        logits = self._forward(input_ids=self._next)
+        self._cache.crop(-1)
+        return logits
+
+    def _forward(self, **inputs: Tensor) -> Tensor:
+        output = self._reference(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1].float()
+
+    @torch.inference_mode()
+    def total(self) -> Tensor:
+        """See `Subject`."""
+        self.log_mel()
+        self.encode()
+        logits = self.prefill()
+        tokens = self._next
+        for _ in range(self._new_tokens - 1):
+            tokens = self._forward(input_ids=tokens).argmax(-1, keepdim=True)
+        return logits
+
+    @contextmanager
+    def layers(self, encoder: int, decoder: int) -> Iterator[None]:
+        """Only the first layers of each stack inside the block."""
+        model = self._reference.model
+        with first_layers(model.audio_tower, encoder), first_layers(model.language_model, decoder):
+            yield
+
+
+@contextmanager
+def first_layers(stack: nn.Module, count: int) -> Iterator[None]:
+    """Only the first `count` of a stack's layers inside the block."""
+    every = stack.layers
+    stack.layers = nn.ModuleList(list(every)[:count])  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        stack.layers = every
+
+
+def quantized_baselines() -> dict[str, Callable[[], dict[str, Any]]]:
+    """What `transformers` can quantize with bitsandbytes: name to the options of `from_pretrained`."""
+    return {
+        "int8": lambda: _bitsandbytes(load_in_8bit=True),
+        "nf4": lambda: _bitsandbytes(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        ),
+    }
+
+
+def _bitsandbytes(**options: Any) -> dict[str, Any]:
+    config = _transformers().BitsAndBytesConfig(**options)
+    return {"quantization_config": config, "device_map": {"": 0 if torch.cuda.is_available() else "cpu"}}
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise AfnextError(
+            "the baseline needs transformers: pip install 'afnext[bench]', or pass --baseline none"
+        ) from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _padded(features: Tensor) -> Tensor:
+    """Features of 30 s: frames of padding hold the floor, 8 decades below the window's maximum but at least 1e-10."""
+    missing = 3000 - features.shape[-1]
+    floor = (features.amax(dim=(1, 2), keepdim=True) - 2.0).clamp_min(-1.5)
+    return torch.cat((features, floor.expand(-1, features.shape[1], missing)), dim=-1)
