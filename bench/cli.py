@@ -1,18 +1,24 @@
 """`afnext bench`: measure speed, memory and quality, on any machine."""
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..runtime.app.api import load
 from .record import Record
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, memory and quality.", rich_markup_mode="rich")
 
+SCHEMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TASKS = ("auto", "asr", "choice", "perplexity")
 OutOption = Annotated[
     Path, typer.Option(help="File of results (JSON lines) to append to; what it holds is not redone.")
 ]
@@ -55,6 +61,123 @@ def e2e(
     show(records, as_json)
 
 
+@app.command(epilog="Example: [bold]afnext bench kernels --dtype bf16 --operation attention --out results.jsonl[/bold]")
+def kernels(
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16; several with commas.")] = "bf16",
+    operation: Annotated[list[str] | None, typer.Option(help="Only this operation; repeat for more.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes: shows that it runs, not how fast.")] = False,
+    repeats: Annotated[int, typer.Option(help="Rounds a case.", min=1)] = 5,
+    warm_cache: Annotated[bool, typer.Option("--warm-cache", help="Leave the caches as they are.")] = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Replay CUDA graphs: launches cost nothing.")] = False,
+    device: DeviceOption = "auto",
+    out: OutOption = Path("results.jsonl"),
+    as_json: JsonOption = False,
+) -> None:
+    """Each operation over the shapes of the real model, beside torch and what else is installed."""
+    from .kernels import run_kernels
+
+    records = run_kernels(
+        out,
+        device=device,
+        dtypes=[dtype_name(name) for name in dtype.split(",")],
+        operations=operation or (),
+        quick=quick,
+        repeats=repeats,
+        cold_cache=not warm_cache,
+        graphs=graphs,
+        progress=not as_json,
+    )
+    show(records, as_json)
+
+
+@app.command(epilog="Example: [bold]afnext bench quality librispeech/ -m CHECKPOINT --out wer.csv[/bold]")
+def quality(
+    data: Annotated[Path, typer.Argument(help="A manifest (JSON lines, MMAU-style JSON) or the folder of one.")],
+    model: Annotated[str, typer.Option("--model", "-m", envvar="AFNEXT_MODEL", help="Checkpoint folder or Hub name.")],
+    task: Annotated[str, typer.Option(help="asr, choice, perplexity, or auto by the manifest.")] = "auto",
+    baseline: Annotated[str | None, typer.Option(help="For perplexity: the model to compare with.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows.", min=1)] = None,
+    scheme: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; the checkpoint's by default.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Upper bound of an answer.", min=1)] = 512,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop the rows that are there.")] = False,
+    device: DeviceOption = "auto",
+    out: Annotated[Path, typer.Option(help="CSV, a row an item; the summary goes beside it.")] = Path("quality.csv"),
+    as_json: JsonOption = False,
+) -> None:
+    """Word error rate, multiple-choice accuracy, or perplexity and divergence from another model."""
+    from .machine import machine
+    from .quality import run_quality
+
+    dtype = dtype_name(scheme) if scheme else "auto"
+    loaded = load(model, device=device, dtype=dtype)
+    other = load(baseline, device=device, dtype=dtype) if baseline else None
+    with bar("scoring", hidden=as_json) as report:
+        record = run_quality(
+            loaded,
+            data,
+            out,
+            baseline=other,
+            task=choice(task, TASKS, "--task"),
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            restart=restart,
+            machine=machine(),
+            progress=report,
+        )
+    if as_json:
+        print(json.dumps(asdict(record), ensure_ascii=False))
+    else:
+        for name, value in record.values.items():
+            print(f"{name}: {value}")
+
+
+@app.command(epilog="Example: [bold]afnext bench report results.jsonl --out report/[/bold]")
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Files of results, or folders of them.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, report.md and the plots.")] = Path("report"),
+    as_json: JsonOption = False,
+) -> None:
+    """One page with plots: stages, roofline, context length, memory, speedups."""
+    from .report import write_report
+
+    pages = write_report(results, out)
+    print(json.dumps([str(page) for page in pages]) if as_json else "\n".join(map(str, pages)))
+
+
+@app.command(epilog="Example: [bold]afnext bench compare before.jsonl after.jsonl[/bold]")
+def compare(
+    a: Annotated[Path, typer.Argument(help="A file of results.")],
+    b: Annotated[Path, typer.Argument(help="Another.")],
+    as_json: JsonOption = False,
+) -> None:
+    """What was measured in both: ratios, and which of them exceed the spread."""
+    from .compare import compare as paired
+    from .compare import render, to_dict
+
+    comparison = paired(a, b)
+    if as_json:
+        print(json.dumps(to_dict(comparison), ensure_ascii=False))
+    else:
+        Console(highlight=False).print(render(comparison))
+
+
+@app.command(epilog="Example: [bold]afnext bench all --out bench/results[/bold]")
+def all(
+    out: Annotated[Path, typer.Option(help="Folder for the results and the report.")] = Path("bench/results"),
+    device: DeviceOption = "auto",
+) -> None:
+    """The committed table: kernels, then end to end at full width with two layers of each kind, then the report."""
+    from .e2e import run_e2e
+    from .kernels import run_kernels
+    from .report import write_report
+
+    results = out / "results.jsonl"
+    run_kernels(results, device=device)
+    run_e2e(out=results, random="full-width:2,2", audio_seconds=(30.0, 120.0, 300.0), repeats=3, device=device)
+    for page in write_report([results], out):
+        print(page)
+
+
 def numbers(text: str, option: str) -> list[float]:
     """The numbers of a comma-separated option, all above 0. Raises typer.BadParameter."""
     try:
@@ -64,6 +187,28 @@ def numbers(text: str, option: str) -> list[float]:
     if min(values) <= 0:
         raise typer.BadParameter(f"{text!r} holds a number that is not above 0", param_hint=option)
     return values
+
+
+def dtype_name(scheme: str) -> str:
+    """The dtype that a scheme computes in. Raises typer.BadParameter for an unknown one."""
+    return SCHEMES[choice(scheme, tuple(SCHEMES), "--scheme")]
+
+
+def choice(value: str, allowed: Sequence[str], option: str) -> Any:
+    """`value` if it is one of `allowed`. Raises typer.BadParameter otherwise."""
+    if value not in allowed:
+        raise typer.BadParameter(f"{value!r} is none of {', '.join(allowed)}", param_hint=option)
+    return value
+
+
+@contextmanager
+def bar(name: str, *, hidden: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr; yields what to call with (done, total)."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=hidden or not console.is_terminal) as bars:
+        task = bars.add_task(name, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def show(records: list[Record], as_json: bool) -> None:
@@ -85,8 +230,13 @@ def show(records: list[Record], as_json: bool) -> None:
 
 def _figures(record: Record) -> tuple[str, str, str]:
     values = record.values
-    rates = {"tokens_per_s": "tokens/s", "windows_per_s": "windows/s", "real_time_factor": "x real time"}
+    rates = {
+        "tokens_per_s": "tokens/s",
+        "windows_per_s": "windows/s",
+        "real_time_factor": "x real time",
+        "percent_of_ceiling": "% of ceiling",
+    }
     rate = next((f"{values[key]:.4g} {unit}" for key, unit in rates.items() if values.get(key) is not None), "")
     ratio = values.get("speedup")
-    gain = f"{ratio:.2f}x" if ratio is not None else values.get("reason", "")
+    gain = f"{ratio:.2f}x" if ratio is not None else values.get("reason", values.get("no_speedup", ""))
     return f"{1000 * values['median_s']:.4g} ms" if "median_s" in values else "", rate, gain

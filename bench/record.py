@@ -44,8 +44,12 @@ class Record:
 def append(path: Path, record: Record) -> None:
     """Add a record to a file of results, making the file and its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(record), ensure_ascii=False, sort_keys=True) + "\n")
+    line = json.dumps(asdict(record), ensure_ascii=False, sort_keys=True) + "\n"
+    with path.open("a+b") as file:
+        # What an interruption left of a line would otherwise swallow this one.
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode())
 
 
 def read(path: Path) -> Iterator[Record]:
@@ -54,7 +58,7 @@ def read(path: Path) -> Iterator[Record]:
         raise ResultsError(
             f"there are no results at {path}; run `afnext bench e2e --out {path}` or another bench first"
         )
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):
         try:
             yield Record(**json.loads(line))

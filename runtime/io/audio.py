@@ -168,7 +168,7 @@ def _load_file(source: Any, collector: _Collector, max_seconds: float, truncate:
             channels_in=decoder.channels,
             source=name,
             truncated=collector.full,
-            warnings=tuple(decoder.warnings),
+            warnings=decoder.warnings,
         )
 
 

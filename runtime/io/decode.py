@@ -55,7 +55,7 @@ class Decoder:
     """Mono blocks from the first audio stream of a seekable binary file; use it in a `with` statement.
 
     `sample_rate` and `channels` are those of the first decoded frame (0 before it), `length_hint` the duration in
-    seconds that the container claims or None, `warnings` what was wrong with a file that could be read in part.
+    seconds that the container claims or None.
     Raises AudioError when the file holds no audio that can be decoded.
     """
 
@@ -63,7 +63,8 @@ class Decoder:
         self.name = name
         self.sample_rate = 0
         self.channels = 0
-        self.warnings: list[str] = []
+        self._notes: list[str] = []
+        self._damaged, self._first_damage = 0, 0.0
         self._reader = _Reader(file)
         self._container = self._open()
         try:
@@ -82,6 +83,17 @@ class Decoder:
     ) -> None:
         self._container.close()
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was wrong with the part that was decoded so far."""
+        if not self._damaged:
+            return tuple(self._notes)
+        skipped = (
+            f"{self._damaged} damaged packet{'s' * (self._damaged > 1)} skipped, the first at "
+            f"{self._first_damage:.2f} s; after each gap the audio is earlier than in the original"
+        )
+        return (skipped, *self._notes)
+
     def blocks(self) -> Iterator[tuple[np.ndarray, int]]:
         """The decoded frames in order, each as (mono float32 [n], rate in Hz); the rate may change within a file.
 
@@ -89,14 +101,13 @@ class Decoder:
         a sample that is no sensible number, and for a rate or channel count out of bounds.
         """
         stated = self._stated_seconds()
-        seconds, damaged, in_a_row = 0.0, 0, 0
-        first_damage = 0.0
+        seconds, in_a_row = 0.0, 0
         for frames in self._frames():
             if frames is None:
-                first_damage = first_damage if damaged else seconds
-                damaged, in_a_row = damaged + 1, in_a_row + 1
+                self._first_damage = self._first_damage if self._damaged else seconds
+                self._damaged, in_a_row = self._damaged + 1, in_a_row + 1
                 if in_a_row >= MAX_DAMAGED_IN_A_ROW:
-                    self.warnings.append(f"given up after {in_a_row} damaged packets in a row at {seconds:.2f} s")
+                    self._notes.append(f"given up after {in_a_row} damaged packets in a row at {seconds:.2f} s")
                     break
                 continue
             for frame in frames:
@@ -106,17 +117,10 @@ class Decoder:
                 yield block, frame.sample_rate
         self._reader.raise_error(self.name)
         if not seconds:
-            raise AudioError(self._nothing_decoded(damaged))
-        if damaged:
-            self.warnings.append(
-                f"{damaged} damaged packet{'s' * (damaged > 1)} skipped, the first at {first_damage:.2f} s; "
-                "after each gap the audio is earlier than in the original"
-            )
+            raise AudioError(self._nothing_decoded())
         lossless = self._stream.codec_context.name.startswith(("flac", "pcm_"))
         if stated and seconds < stated - (LOSSLESS_SHORTFALL if lossless else SHORTFALL):
-            self.warnings.append(
-                f"the file is cut short or damaged: decoded {seconds:.2f} s of a stated {stated:.2f} s"
-            )
+            self._notes.append(f"the file is cut short or damaged: decoded {seconds:.3f} s of a stated {stated:.3f} s")
 
     def _frames(self) -> Iterator[list[AudioFrame] | None]:
         """The frames of each packet, or None for a damaged packet."""
@@ -127,7 +131,7 @@ class Decoder:
             except StopIteration:
                 return
             except av.FFmpegError as error:
-                self.warnings.append(f"reading stopped early: {_reason(error)}")
+                self._notes.append(f"reading stopped early: {_reason(error)}")
                 return
             try:
                 yield packet.decode()
@@ -166,7 +170,7 @@ class Decoder:
             codec = "an unknown codec" if context is None else f"the codec {context.name}"
             raise AudioError(f"the audio in {self.name} uses {codec}; convert it to WAV, FLAC, MP3, M4A or Ogg.")
         if len(streams) > 1:
-            self.warnings.append(f"the file has {len(streams)} audio streams; only the first one is used")
+            self._notes.append(f"the file has {len(streams)} audio streams; only the first one is used")
         context.options = {"max_samples": str(MAX_FRAME_SAMPLES)}
         if context.name == "flac":  # its checksums tell noise from music, but FFmpeg heeds them only on request
             context.options |= {"err_detect": "crccheck+explode"}
@@ -186,10 +190,10 @@ class Decoder:
         check_samples(block, self.name, rate, seconds)
         return block
 
-    def _nothing_decoded(self, damaged: int) -> str:
-        if damaged:
+    def _nothing_decoded(self) -> str:
+        if self._damaged:
             return (
-                f"none of the audio in {self.name} can be decoded: its {damaged} packets are damaged. "
+                f"none of the audio in {self.name} can be decoded: its {self._damaged} packets are damaged. "
                 "Get an intact copy, or export it again."
             )
         return f"{self.name} has a header but contains no audio samples; record or export it again."

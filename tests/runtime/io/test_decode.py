@@ -29,9 +29,9 @@ UNREADABLE = {
     "odd/wav_zero_samples.wav": "no audio samples",
 }
 CUT_SHORT = {
-    "corrupt/flac_truncated.flac": "1.15 s of a stated 2.00 s",
-    "corrupt/mp3_truncated_midframe.mp3": "0.97 s of a stated 2.00 s",
-    "corrupt/wav_truncated_header_claims_more.wav": "0.25 s of a stated 2.00 s",
+    "corrupt/flac_truncated.flac": "1.152 s of a stated 2.000 s",
+    "corrupt/mp3_truncated_midframe.mp3": "0.975 s of a stated 2.000 s",
+    "corrupt/wav_truncated_header_claims_more.wav": "0.250 s of a stated 2.000 s",
 }
 # RMS difference from libsndfile's decoder, in dB. Lossless files agree bit for bit before mixing. FFmpeg's Opus delays
 # speech (SILK) by up to one sample at 48 kHz, and libsndfile decodes an Opus file of 16 kHz at that rate.
@@ -201,18 +201,18 @@ def test_many_channels_are_averaged(channels, rng):
     np.testing.assert_allclose(load_audio(file).samples, samples.mean(axis=1, dtype=np.float64), rtol=0, atol=2e-7)
 
 
-LONG_ENOUGH = {"OGG": 30_000, "MP3": 1000}  # samples; FFmpeg trims shorter Vorbis and MP3 files only to whole blocks
-
-
 @pytest.mark.parametrize("around", [1, 1024, 1152, 4096, 32_768, 65_536])
 @pytest.mark.parametrize("file_format", ["WAV", "FLAC", "OGG", "MP3"])
 def test_no_sample_is_lost_at_a_block_boundary(around, file_format, rng):
+    if file_format == "MP3":
+        around += 20 * 1152  # FFmpeg does not always recognise an MP3 of two frames of noise
     for n in {max(1, around - 1), around, around + 1}:
         samples = rng.uniform(-0.5, 0.5, n).astype(np.float32)
         file = io.BytesIO()
         soundfile.write(file, samples, SAMPLE_RATE, format=file_format)
         audio = load_audio(file)
-        assert abs(len(audio.samples) - n) <= (0 if n > LONG_ENOUGH.get(file_format, 0) else 576)
+        first_page = file_format == "OGG" and n < 30_000  # there FFmpeg trims Vorbis only to whole blocks
+        assert abs(len(audio.samples) - n) <= (256 if first_page else 0)
         if file_format in ("WAV", "FLAC"):
             np.testing.assert_allclose(audio.samples, samples, rtol=0, atol=1 / 32768)
 
@@ -279,10 +279,10 @@ def wav_16(samples: np.ndarray, rate: int = SAMPLE_RATE) -> bytes:
 def test_a_wav_cut_anywhere_gives_its_readable_part(rng):
     samples = rng.uniform(-0.9, 0.9, 50_000)
     data = wav_16(samples)
-    for kept in rng.integers(1, 49_000, 5):
+    for kept in (*rng.integers(1, 49_000, 5), 49_900):
         audio = load_audio(data[: 44 + 2 * kept])
         assert len(audio.samples) == kept
-        assert f"decoded {kept / SAMPLE_RATE:.2f} s of a stated 3.12 s" in audio.warnings[0]
+        assert f"decoded {kept / SAMPLE_RATE:.3f} s of a stated 3.125 s" in audio.warnings[0]
 
 
 def test_a_wav_that_was_streamed_states_no_length(rng):
@@ -348,27 +348,40 @@ def test_an_mp3_that_states_no_length_is_not_called_short():
     assert audio.warnings == ()
 
 
-def spoil(mp4: bytes, rng: np.random.Generator, fraction: float) -> bytes:
-    """`mp4` with the last `fraction` of its sound replaced by noise."""
+def alac(seconds: float = 1.0) -> bytes:
+    return encode("alac", "ipod", 44_100, "stereo", "s16p", seconds)
+
+
+def spoil(mp4: bytes, rng: np.random.Generator, begin: float, end: float) -> bytes:
+    """`mp4` with the part of its sound between two fractions of it replaced by noise."""
     name = mp4.index(b"mdat")
     (size,) = struct.unpack(">I", mp4[name - 4 : name])
-    end = name - 4 + size
-    start = end - int(fraction * (size - 8))
-    return mp4[:start] + rng.bytes(end - start) + mp4[end:]
+    first, last = (name + 4 + int(fraction * (size - 8)) for fraction in (begin, end))
+    return mp4[:first] + rng.bytes(last - first) + mp4[last:]
 
 
 def test_a_file_of_damaged_packets_only_is_an_error(rng):
-    data = spoil(encode("alac", "ipod", 44_100, "stereo", "s16p"), rng, 1.0)
     with pytest.raises(AudioError, match="none of the audio"):
-        load_audio(data)
+        load_audio(spoil(alac(), rng, 0, 1))
 
 
 def test_endless_damage_is_given_up(rng, monkeypatch):
     monkeypatch.setattr(decode, "MAX_DAMAGED_IN_A_ROW", 3)
-    audio = load_audio(spoil(encode("alac", "ipod", 44_100, "stereo", "s16p", seconds=3), rng, 0.5))
+    audio = load_audio(spoil(alac(3), rng, 0.5, 1))
     assert 1.0 < audio.duration < 1.8
     assert amplitude(audio.samples) == pytest.approx(0.3, rel=0.01)
-    assert "given up after 3 damaged packets" in audio.warnings[0]
+    assert "given up after 3 damaged packets" in " ".join(audio.warnings)
+
+
+def test_truncation_does_not_silence_the_warnings(rng):
+    data = spoil(alac(3), rng, 0.4, 0.6)
+    whole = load_audio(data)
+    assert 2.0 < whole.duration < 2.8
+    assert "damaged packet" in whole.warnings[0]
+    cut = load_audio(data, max_seconds=whole.duration - 0.1, truncate=True)
+    assert cut.truncated
+    assert cut.warnings == whole.warnings[:1]
+    assert load_audio(data, max_seconds=0.9, truncate=True).warnings == (), "what was not decoded cannot be damaged"
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
