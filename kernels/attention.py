@@ -64,12 +64,17 @@ def _torch(
         return _grouped_attention(q, k, v, mask, scale)
     outputs = []
     for b, (keys, values) in enumerate(_sequences(q, k, v, key_lengths, page_table)):
-        visible = visible_keys(q.shape[1], keys.shape[0], causal, q.device)
-        outputs.append(_grouped_attention(q[b : b + 1], keys[None], values[None], visible, scale))
+        # Without a prefix the fused kernel skips what is masked by itself, which halves its work; but it masks with
+        # -inf before it scales, which only a positive scale survives.
+        whole = causal and q.shape[1] == keys.shape[0] and scale > 0
+        visible = None if whole else visible_keys(q.shape[1], keys.shape[0], causal, q.device)
+        outputs.append(_grouped_attention(q[b : b + 1], keys[None], values[None], visible, scale, whole))
     return torch.cat(outputs)
 
 
-def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _grouped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False
+) -> Tensor:
     # The query heads of one KV head become SDPA's heads and the KV heads its batch, so that the keys are broadcast over
     # the group with a stride of zero instead of being repeated in memory.
     batch, queries, heads, head_dim = q.shape
@@ -80,11 +85,12 @@ def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sca
         rows = zip(q.split(1), k.split(1), v.split(1), masks, strict=True)
         return torch.cat([_grouped_attention(*row, scale) for row in rows])
     if group == 1:
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, scale=scale)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=is_causal)
         return out.transpose(1, 2)
     grouped = q[0].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)
     keys, values = (x[0].transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale, is_causal=is_causal)
     return out.permute(2, 0, 1, 3).reshape(1, queries, heads, head_dim)
 
 
@@ -129,6 +135,8 @@ def attention(
     Returns like q; softmax in float32. Raises ValueError when shapes do not fit.
     """
     check_attention(q, k, v, key_lengths, page_table)
+    if causal and page_table is None and k.shape[1] < q.shape[1]:
+        raise ValueError(f"causal queries are the last of their sequence, got {q.shape[1]} queries, {k.shape[1]} keys")
     if rotation is not None:
         q = rotary(q, rotation)
     if key_rotation is not None:
@@ -142,14 +150,16 @@ def attention(
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, page_table: Tensor | None) -> None:
     """Raise ValueError unless the shapes are those of one attention problem."""
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[2] % k.shape[2]:
+    alike = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[-1] == k.shape[-1]
+    if not alike or q.shape[2] % k.shape[2] or (page_table is None and k.shape[0] != q.shape[0]):
         raise ValueError(
             "attention takes q [batch, queries, heads, head_dim] and k, v alike with kv_heads dividing heads, got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if page_table is None and k.shape[0] != q.shape[0]:
-        raise ValueError(f"q has a batch of {q.shape[0]}, k of {k.shape[0]}")
-    if page_table is not None and (key_lengths is None or page_table.shape[0] != q.shape[0]):
-        raise ValueError("paged keys need key_lengths, and one row of the page table per sequence")
+    if page_table is not None and (key_lengths is None or page_table.shape[:1] != q.shape[:1]):
+        raise ValueError(
+            "paged keys need key_lengths, and one row of the page table for each of the "
+            f"{q.shape[0]} sequences, got a table of shape {tuple(page_table.shape)}"
+        )
     if key_lengths is not None and key_lengths.shape != q.shape[:1]:
         raise ValueError(f"key_lengths must have the shape {tuple(q.shape[:1])}, got {tuple(key_lengths.shape)}")

@@ -50,8 +50,16 @@ def conv_stem(mel: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias
 
     mel: [batch, mel_bins, frames]; weight1: [hidden, mel_bins, 3]; weight2: [hidden, hidden, 3]; biases: [hidden];
     positions: [max_positions, hidden]. All of one dtype. Returns [batch, conv_length(frames), hidden] in it.
-    Raises ValueError when the frames outrun the positions.
+    Raises ValueError when shapes do not fit or the frames outrun the positions.
     """
+    hidden = bias1.shape[0]
+    parameters = [tuple(x.shape) for x in (weight1, bias1, weight2, bias2, positions[:1])]
+    expected = [(hidden, *mel.shape[-2:-1], 3), (hidden,), (hidden, hidden, 3), (hidden,), (1, hidden)]
+    if mel.ndim != 3 or parameters != expected:
+        raise ValueError(
+            "conv_stem takes mel [batch, mel_bins, frames], two pairs of weights with a kernel of 3 and biases, and "
+            f"positions [max_positions, hidden], got {tuple(mel.shape)}, {parameters[:4]} and {tuple(positions.shape)}"
+        )
     length = conv_length(mel.shape[-1])
     if length > positions.shape[0]:
         raise ValueError(f"{mel.shape[-1]} mel frames need {length} positions, the encoder has {positions.shape[0]}")

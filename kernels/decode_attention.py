@@ -40,8 +40,10 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor, p
         mask = None
         if new_tokens > 1:
             mask = visible_keys(new_tokens, length, True, q.device).repeat(heads // kv_heads, 1)
-        outputs.append(F.scaled_dot_product_attention(rows[b], keys, values, attn_mask=mask, scale=scale))
-    out = torch.stack(outputs).unflatten(2, (-1, new_tokens)).permute(0, 3, 1, 2, 4)
+        # With a batch dimension, which its fused kernel asks for.
+        out = F.scaled_dot_product_attention(rows[b : b + 1], keys[None], values[None], attn_mask=mask, scale=scale)
+        outputs.append(out)
+    out = torch.cat(outputs).unflatten(2, (-1, new_tokens)).permute(0, 3, 1, 2, 4)
     return out.reshape(batch, new_tokens, heads, head_dim)
 
 

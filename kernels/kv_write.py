@@ -50,8 +50,14 @@ def kv_write(
     Raises ValueError when shapes do not fit.
     """
     if k.shape != v.shape or k.shape[2:] != k_cache.shape[2:] or k_cache.shape != v_cache.shape:
-        raise ValueError(f"keys {tuple(k.shape)} do not fit a cache of shape {tuple(k_cache.shape)}")
-    if slots.shape != k.shape[:2] or not k_cache.is_contiguous() or not v_cache.is_contiguous():
-        raise ValueError(f"slots must have the shape {tuple(k.shape[:2])} and the caches be contiguous")
+        raise ValueError(
+            f"keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit caches of shape {tuple(k_cache.shape)} and "
+            f"{tuple(v_cache.shape)}"
+        )
+    if slots.shape != k.shape[:2]:
+        raise ValueError(f"slots must have the shape {tuple(k.shape[:2])}, got {tuple(slots.shape)}")
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("the caches are written in place and must be contiguous")
     check_rotation(q, rotation)
+    check_rotation(k, rotation)
     return _operation.on(q.device)(q, k, v, k_cache, v_cache, slots, rotation)

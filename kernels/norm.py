@@ -76,8 +76,11 @@ def _add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """LayerNorm over the last dimension. x: [..., channels]; weight, bias: [channels]. Returns like x."""
-    _check(x, weight)
+    """LayerNorm over the last dimension. x: [..., channels]; weight, bias: [channels]. Returns like x.
+
+    Raises ValueError when shapes do not fit, as all norms do.
+    """
+    _check(x, weight, bias)
     return _layer_norm.on(x.device)(x, weight, bias, eps)
 
 
@@ -91,18 +94,19 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
     """Add x to the residual stream and LayerNorm the sum. Returns (normed, sum), both like x."""
-    _check(x, weight, residual)
+    _check(x, weight, bias, residual=residual)
     return _add_layer_norm.on(x.device)(x, residual, weight, bias, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """Add x to the residual stream and RMSNorm the sum. Returns (normed, sum), both like x."""
-    _check(x, weight, residual)
+    _check(x, weight, residual=residual)
     return _add_rms_norm.on(x.device)(x, residual, weight, eps)
 
 
-def _check(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
-    if x.shape[-1:] != weight.shape:
-        raise ValueError(f"the last dimension of {tuple(x.shape)} must have the weight's shape {tuple(weight.shape)}")
+def _check(x: Tensor, *parameters: Tensor, residual: Tensor | None = None) -> None:
+    if any(parameter.shape != x.shape[-1:] for parameter in parameters):
+        shapes = ", ".join(str(tuple(parameter.shape)) for parameter in parameters)
+        raise ValueError(f"weight and bias must have the shape of the last dimension of {tuple(x.shape)}, got {shapes}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"the residual's shape {tuple(residual.shape)} must be that of x, {tuple(x.shape)}")

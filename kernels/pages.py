@@ -21,9 +21,11 @@ def gather_pages(cache: Tensor, pages: Tensor, length: int) -> Tensor:
     """The first `length` tokens of the sequence held by `pages`: [length, kv_heads, head_dim].
 
     A view without a copy when the pages lie next to each other in the pool, as they do for a sequence that was
-    allocated at once; otherwise a gathered copy.
+    allocated at once; otherwise a gathered copy. Raises ValueError when the pages cannot hold that many.
     """
     count = -(-length // cache.shape[1])
+    if count > len(pages):
+        raise ValueError(f"{length} tokens in pages of {cache.shape[1]} need {count} pages, got {len(pages)} pages")
     pages = pages[:count].long()
     first = int(pages[0]) if count else 0
     if torch.equal(pages, torch.arange(first, first + count, device=pages.device)):

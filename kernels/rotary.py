@@ -60,7 +60,7 @@ def reference(x: Tensor, rotation: Rotation) -> Tensor:
     first, second = (j, j + pairs) if rotation.pairing == "half" else (2 * j, 2 * j + 1)
     angles = rotation.angles.double()[..., None, :]
     a, b = x[..., first].double(), x[..., second].double()
-    out = x.double()
+    out = x.double().clone()
     out[..., first] = a * angles.cos() - b * angles.sin()
     out[..., second] = b * angles.cos() + a * angles.sin()
     return out.to(x.dtype)

@@ -103,8 +103,11 @@ def pool_norm_rotate(
     Returns [batch, pooled_length(positions), channels] in the dtype of x; pooling, norm and rotation are float32.
     Raises ValueError when shapes do not fit.
     """
-    if x.ndim != 3 or x.shape[1] < 2 or weight.shape != x.shape[-1:]:
-        raise ValueError(f"expected x of shape [batch, at least 2 positions, channels], got {tuple(x.shape)}")
+    if x.ndim != 3 or x.shape[1] < 2 or not weight.shape == bias.shape == x.shape[-1:]:
+        raise ValueError(
+            "expected x [batch, at least 2 positions, channels], weight and bias [channels], got "
+            f"{tuple(x.shape)}, {tuple(weight.shape)}, {tuple(bias.shape)}"
+        )
     length = pooled_length(x.shape[1])
     if angles is not None and (angles.shape[:2] != (x.shape[0], length) or 2 * angles.shape[-1] > x.shape[-1]):
         raise ValueError(f"angles {tuple(angles.shape)} do not fit {tuple(x.shape)} pooled to {length} tokens")
