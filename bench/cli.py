@@ -173,7 +173,7 @@ def all(
 
     results = out / "results.jsonl"
     run_kernels(results, device=device)
-    run_e2e(out=results, random="full-width:2,2", audio_seconds=(30.0, 120.0, 300.0), repeats=3, device=device)
+    run_e2e(out=results, random="full-width:2,2", audio_seconds=(30.0, 120.0), new_tokens=4, repeats=3, device=device)
     for page in write_report([results], out):
         print(page)
 
@@ -220,12 +220,18 @@ def show(records: list[Record], as_json: bool) -> None:
         Console(stderr=True).print("nothing new to measure: the file of results holds all of it")
         return
     table = Table(box=None, pad_edge=False)
-    for name in ("case", "stage", "subject", "kind", "median", "rate", "speedup"):
-        table.add_column(name, justify="right" if name in ("median", "rate", "speedup") else "left")
+    for name in ("case", "what", "subject", "kind", "median", "rate", "speedup"):
+        table.add_column(name, justify="right" if name in ("median", "rate", "speedup") else "left", no_wrap=True)
     for record in records:
-        case = ", ".join(f"{value}" for value in record.case.values())
-        table.add_row(case, record.name, record.subject, record.kind, *_figures(record))
+        table.add_row(_case(record), record.name, record.subject, record.kind, *_figures(record))
     Console(highlight=False).print(table)
+
+
+def _case(record: Record) -> str:
+    case = record.case
+    if "audio_seconds" in case:
+        return f"{case['audio_seconds']:g} s x {case['batch']}, layers {'+'.join(map(str, case['layers']))}"
+    return str(case.get("label", ""))
 
 
 def _figures(record: Record) -> tuple[str, str, str]:

@@ -190,7 +190,7 @@ class _Run:
 
     def _measure(self, stage: str, calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, Samples]:
         # A step of decode is short, and its distribution is wanted; the whole answer is long, and its median is enough.
-        repeats = {"decode": 8 * self._plan.repeats, "total": min(3, self._plan.repeats)}.get(stage, self._plan.repeats)
+        repeats = {"decode": 4 * self._plan.repeats, "total": min(3, self._plan.repeats)}.get(stage, self._plan.repeats)
         return measure_interleaved(calls, repeats=repeats, warmup=0, max_time=90.0, clock=clock_for(device))
 
     def _rates(self, stage: str, samples: Samples, case: dict[str, Any]) -> dict[str, float]:

@@ -29,6 +29,7 @@ from ..runtime.io.prompt import build_prompt
 from ..runtime.model.decoder import CacheView
 from ..runtime.model.encoder import audio_token_count
 
+PROBE = 0  # what both sides decode next; each one's own choice could differ by rounding alone
 QUESTION = "Describe what you hear, with the time of each event."
 
 
@@ -50,7 +51,7 @@ class Subject(Protocol):
         """Scores of the first new token, float32; fills the cache."""
 
     def decode(self) -> Tensor:
-        """Scores of the second new token of each sequence of the batch, float32."""
+        """Scores that follow the token PROBE after the prompt, for each sequence of the batch, float32."""
 
     def total(self) -> Tensor:
         """Everything from the waveform to `new_tokens` tokens; returns the first scores."""
@@ -131,7 +132,7 @@ class AfnextSubject:
 
     def decode(self) -> Tensor:
         """See `Subject`."""
-        return self._step(self._next, self._length)
+        return self._step(torch.full_like(self._next, PROBE), self._length)
 
     @torch.inference_mode()
     def _step(self, tokens: Tensor, position: int) -> Tensor:
@@ -231,7 +232,7 @@ class TransformersSubject:
     @torch.inference_mode()
     def decode(self) -> Tensor:
         """See `Subject`."""
-        logits = self._forward(input_ids=self._next)
+        logits = self._forward(input_ids=torch.full_like(self._next, PROBE))
         self._cache.crop(-1)
         return logits
 

@@ -297,7 +297,8 @@ def _roofs(machine: str, kernel: Record, records: list[Record]) -> tuple[float |
             rates = {key: rate for key in record.values if (rate := labels.positive(record.values[key])) is not None}
             bandwidths = [rate for key, rate in rates.items() if key in ("copy_bytes_per_s", "read_bytes_per_s")]
             flops = {labels.clean(key)[:-12]: rate for key, rate in rates.items() if key.endswith("_flops_per_s")}
-            return max(bandwidths, default=None), flops, "measured"
+            source = "measured, quick" if record.case.get("quick") is True else "measured"
+            return max(bandwidths, default=None), flops, source
     gpu = kernel.machine.get("gpu")
     device = find_device(str(gpu.get("name"))) if isinstance(gpu, dict) else None
     return (None, {}, "") if device is None else (device.bandwidth, dict(device.flops), "datasheet")

@@ -148,7 +148,7 @@ def _machine_table(records: list[Record]) -> Table:
     for record in records:
         label = labels.machine_label(record.machine)
         for key, value in labels.flatten(record.machine).items() if label else ():
-            shown = labels.size(value) if key.endswith("memory_bytes") else labels.clean(value)
+            shown = labels.size(value) if key.endswith("_bytes") else labels.clean(value)
             seen = machines.setdefault(label, {}).setdefault(labels.clean(key), [])
             if shown not in seen:
                 seen.append(shown)
