@@ -1,6 +1,7 @@
 """`afnext bench`: measure speed, memory and quality, on any machine."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -224,7 +225,7 @@ def show(records: list[Record], as_json: bool) -> None:
         table.add_column(name, justify="right" if name in ("median", "rate", "speedup") else "left", no_wrap=True)
     for record in records:
         table.add_row(_case(record), record.name, record.subject, record.kind, *_figures(record))
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _case(record: Record) -> str:

@@ -49,7 +49,8 @@ def sample_reference(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Ten
         order = torch.argsort(scaled, descending=True, stable=True).tolist()
         order = order[: int(rows.top_k[row]) or None]
         probabilities = scaled[order].softmax(0).tolist()
-        kept, mass = [], 0.0
+        kept: list[tuple[int, float]] = []
+        mass = 0.0
         for token, probability in zip(order, probabilities, strict=True):
             enough = mass >= float(rows.top_p[row]) or probability < float(rows.min_p[row]) * probabilities[0]
             if kept and enough:
@@ -81,11 +82,15 @@ def _sample_torch(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor
     rank = torch.arange(logits.shape[-1], device=logits.device)
     top_k = torch.where(rows.top_k > 0, rows.top_k, logits.shape[-1])
     probabilities = scaled.masked_fill(rank >= top_k[:, None], -torch.inf).softmax(-1)
-    mass_before = probabilities.cumsum(-1) - probabilities
-    keep = (mass_before < rows.top_p[:, None]) & (probabilities >= rows.min_p[:, None] * probabilities[:, :1])
+    mass = probabilities.cumsum(-1)
+    # Measured against its own total: a float32 softmax over a whole vocabulary adds up to 1 only within about 1e-5, and
+    # top_p = 1 would cut off the tail.
+    keep = mass - probabilities < rows.top_p[:, None] * mass[:, -1:]
+    keep &= probabilities >= rows.min_p[:, None] * probabilities[:, :1]
     keep[:, 0] = True
     cumulative = (probabilities * keep).cumsum(-1)
-    choice = (cumulative > uniform[:, None] * cumulative[:, -1:]).int().argmax(-1, keepdim=True)
+    # A parallel sum rounds differently at each rank: without `keep` the draw could fall just beyond the last one kept.
+    choice = (keep & (cumulative > uniform[:, None] * cumulative[:, -1:])).int().argmax(-1, keepdim=True)
     return order.gather(1, choice).squeeze(1)
 
 
@@ -93,9 +98,11 @@ def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     """Apply each row's repetition penalty to the tokens it has seen.
 
     logits: [batch, vocab] float32; seen: [batch, vocab] bool; penalty: [batch] float32, 1 for none.
-    Returns like logits.
+    Returns like logits. Raises ValueError when shapes do not fit.
     """
     _check(logits, penalty)
+    if seen.shape != logits.shape:
+        raise ValueError(f"seen must have the shape of the logits, {tuple(logits.shape)}, got {tuple(seen.shape)}")
     return _penalize.on(logits.device)(logits, seen, penalty)
 
 
@@ -110,13 +117,13 @@ def sample(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor:
     logits: [batch, vocab] float32, penalized; rows: the parameters, temperature > 0; uniform: [batch] float32 in
     [0, 1). Returns [batch] int64. Raises ValueError when shapes do not fit.
     """
-    _check(logits, uniform)
+    _check(logits, uniform, rows.temperature, rows.top_k, rows.top_p, rows.min_p)
     return _sample.on(logits.device)(logits, rows, uniform)
 
 
-def _check(logits: Tensor, per_row: Tensor) -> None:
-    if logits.ndim != 2 or per_row.shape != logits.shape[:1] or logits.dtype != torch.float32:
+def _check(logits: Tensor, *per_row: Tensor) -> None:
+    if logits.ndim != 2 or logits.dtype != torch.float32 or any(x.shape != logits.shape[:1] for x in per_row):
         raise ValueError(
             f"expected float32 logits [batch, vocab] and one value a row, got {logits.dtype} {tuple(logits.shape)} "
-            f"and {tuple(per_row.shape)}"
+            f"and {', '.join(str(tuple(x.shape)) for x in per_row)}"
         )

@@ -1,0 +1,179 @@
+"""Writing rotated keys, and values, into pages: nothing else in the cache changes."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.accuracy import DTYPES, UNREAD_PAGE, assert_accurate, backends, exactly, poisoned
+from torch import Tensor
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+from afnext.kernels import decode_attention as decode_module
+from afnext.kernels import kv_write as module
+from afnext.kernels import rotary as rotary_module
+from afnext.kernels.attention import attention
+from afnext.kernels.decode_attention import decode_attention
+from afnext.kernels.kv_write import kv_write
+from afnext.kernels.pages import page_slots
+from afnext.kernels.rotary import Pairing, Rotation, rope_frequencies, rotary
+
+BACKENDS = backends(module._operation, rotary_module._operation)
+# tokens already there, new tokens, (heads, kv_heads), head_dim, rotated channels, page_size
+SHAPES = [
+    ((0,), 1, (1, 1), 16, 16, 16),
+    ((0, 15, 16, 31), 1, (7, 1), 64, 64, 16),
+    ((3, 14), 19, (4, 2), 128, 128, 16),
+    ((250, 0), 13, (6, 3), 20, 14, 256),
+]
+Shape = tuple[tuple[int, ...], int, tuple[int, int], int, int, int]
+
+
+def tensors(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    prefixes, time, (heads, kv_heads), head_dim, _, _ = shape
+    q, k, v = (torch.randn(len(prefixes), time, n, head_dim) for n in (heads, kv_heads, kv_heads))
+    return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def layout(shape: Shape, pairing: Pairing, device: torch.device) -> tuple[Tensor, Rotation, tuple[int, ...]]:
+    """Slots of the new tokens in shuffled pages, their rotation, and the shape of the caches."""
+    prefixes, time, (_, kv_heads), head_dim, width, page_size = shape
+    counts = [-(-(prefix + time) // page_size) for prefix in prefixes]
+    order = torch.randperm(sum(counts) + 2)
+    table = torch.full((len(prefixes), max(counts) + 1), UNREAD_PAGE, dtype=torch.int32)
+    for b, pages in enumerate(order[: sum(counts)].split(counts)):
+        table[b, : counts[b]] = pages
+    positions = torch.tensor(prefixes)[:, None] + torch.arange(time)
+    slots = page_slots(table, positions, page_size)
+    rotation = Rotation(positions.float().to(device), rope_frequencies(width, 15.3e6, device), pairing)
+    return slots.to(device), rotation, (len(order), page_size, kv_heads, head_dim)
+
+
+def plain_rotary(x: Tensor, rotation: Rotation) -> Tensor:
+    pairs = rotation.frequencies.numel()
+    half = rotation.pairing == "half"
+    first, second = (
+        (slice(pairs), slice(pairs, 2 * pairs)) if half else (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2))
+    )
+    angles = rotation.positions[..., None, None] * rotation.frequencies
+    a, b, out = x[..., first].float(), x[..., second].float(), x.float().clone()
+    out[..., first] = a * angles.cos() - b * angles.sin()
+    out[..., second] = b * angles.cos() + a * angles.sin()
+    return out.to(x.dtype)
+
+
+def test_reference_writes_what_qwen2_caches(seed: int) -> None:
+    shape = SHAPES[2]
+    q, k, v = tensors(shape, torch.float64, torch.device("cpu"))
+    slots, rotation, cache_shape = layout(shape, "half", q.device)
+    k_cache, v_cache = torch.full((2, *cache_shape), torch.nan, dtype=torch.float64)
+    rotated = exactly(kv_write, q, k, v, k_cache=k_cache, v_cache=v_cache, slots=slots, rotation=rotation)
+    angles = torch.cat((rotation.angles, rotation.angles), dim=-1).double()
+    expected_q, expected_k = apply_rotary_pos_emb(q, k, angles.cos(), angles.sin(), unsqueeze_dim=2)
+    torch.testing.assert_close(rotated, expected_q, rtol=0, atol=1e-12)
+    for b, row in enumerate(slots.tolist()):
+        for t, slot in enumerate(row):
+            page, offset = divmod(slot, shape[-1])
+            torch.testing.assert_close(k_cache[page, offset], expected_k[b, t], rtol=0, atol=1e-12)
+            assert torch.equal(v_cache[page, offset], v[b, t])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accuracy(
+    backend: str, shape: Shape, pairing: Pairing, dtype: torch.dtype, seed: int, device: torch.device
+) -> None:
+    q, k, v = tensors(shape, dtype, device)
+    slots, rotation, cache_shape = layout(shape, pairing, device)
+    k_cache, v_cache = torch.full((2, *cache_shape), torch.nan, dtype=dtype, device=device)
+    before = q.clone(), k.clone(), v.clone()
+    with poisoned(backend):
+        rotated = kv_write(q, k, v, k_cache=k_cache, v_cache=v_cache, slots=slots, rotation=rotation)
+    assert_accurate(rotated, exactly(rotary, q, rotation), plain_rotary(q, rotation))
+    written = k_cache.flatten(0, 1)[slots]
+    assert_accurate(written, exactly(rotary, k, rotation), plain_rotary(k, rotation))
+    assert torch.equal(v_cache.flatten(0, 1)[slots], v)
+    others = torch.ones(cache_shape[0] * cache_shape[1], dtype=torch.bool, device=device)
+    others[slots.flatten()] = False
+    assert k_cache.flatten(0, 1)[others].isnan().all(), "a key was written to a slot that was not named"
+    assert v_cache.flatten(0, 1)[others].isnan().all(), "a value was written to a slot that was not named"
+    assert all(torch.equal(*pair) for pair in zip(before, (q, k, v), strict=True)), "an input was changed"
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_cache_of_another_dtype(backend: str, seed: int, device: torch.device) -> None:
+    """float32 keys and values into a bfloat16 cache are rounded once."""
+    q, k, v = tensors(SHAPES[2], torch.float32, device)
+    slots, rotation, cache_shape = layout(SHAPES[2], "half", device)
+    k_cache, v_cache = torch.full((2, *cache_shape), torch.nan, dtype=torch.bfloat16, device=device)
+    with poisoned(backend):
+        rotated = kv_write(q, k, v, k_cache=k_cache, v_cache=v_cache, slots=slots, rotation=rotation)
+    assert rotated.dtype == torch.float32
+    written = k_cache.flatten(0, 1)[slots]
+    assert_accurate(written, exactly(rotary, k, rotation), plain_rotary(k, rotation).to(torch.bfloat16))
+    assert torch.equal(v_cache.flatten(0, 1)[slots], v.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_piece_by_piece_equals_at_once(backend: str, seed: int, device: torch.device) -> None:
+    shape = SHAPES[2]
+    q, k, v = tensors(shape, torch.bfloat16, device)
+    slots, rotation, cache_shape = layout(shape, "half", device)
+    at_once, pieces = torch.full((2, 2, *cache_shape), torch.nan, dtype=torch.bfloat16, device=device)
+    with poisoned(backend):
+        kv_write(q, k, v, k_cache=at_once[0], v_cache=at_once[1], slots=slots, rotation=rotation)
+        for start, end in ((0, 1), (1, 9), (9, 18), (18, 19)):
+            part = Rotation(rotation.positions[:, start:end], rotation.frequencies)
+            kv_write(
+                q[:, start:end],
+                k[:, start:end],
+                v[:, start:end],
+                k_cache=pieces[0],
+                v_cache=pieces[1],
+                slots=slots[:, start:end],
+                rotation=part,
+            )
+    assert torch.equal(at_once.nan_to_num(-1e9), pieces.nan_to_num(-1e9))
+
+
+@pytest.mark.parametrize("backend", backends(module._operation, rotary_module._operation, decode_module._operation))
+def test_written_then_attended(backend: str, seed: int, device: torch.device) -> None:
+    """Tokens written one by one and attended by decoding equal causal attention with rotation over the whole."""
+    length, page_size = 35, 16
+    q, k, v = tensors(((0,), length, (4, 2), 32, 32, page_size), torch.float32, device)
+    rotation = Rotation(torch.arange(float(length), device=device)[None], rope_frequencies(32, 15.3e6, device))
+    expected = exactly(attention, q, k, v, causal=True, rotation=rotation, key_rotation=rotation)
+    k_cache, v_cache = torch.full((2, 4, page_size, 2, 32), torch.nan, device=device)
+    table = torch.tensor([[3, 0, 2]], dtype=torch.int32, device=device)
+    for i in range(length):
+        here = Rotation(rotation.positions[:, i : i + 1], rotation.frequencies)
+        step = (x[:, i : i + 1] for x in (q, k, v))
+        slots = page_slots(table, torch.tensor([[i]], device=device), page_size)
+        with poisoned(backend):
+            turned = kv_write(*step, k_cache=k_cache, v_cache=v_cache, slots=slots, rotation=here)
+            out = decode_attention(
+                turned, k_cache, v_cache, key_lengths=torch.tensor([i + 1], device=device), page_table=table
+            )
+        torch.testing.assert_close(out[:, 0].double(), expected[:, i], rtol=0, atol=5e-6)
+
+
+def test_wrong_shapes() -> None:
+    q, k = torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 2, 8)
+    cache, slots = torch.zeros(5, 16, 2, 8), torch.arange(6).view(2, 3)
+    rotation = Rotation(torch.zeros(2, 3), torch.ones(4))
+    good: dict[str, Any] = {"k_cache": cache, "v_cache": cache.clone(), "slots": slots, "rotation": rotation}
+    with pytest.raises(ValueError, match=r"\(2, 3, 2, 8\).*\(2, 3, 1, 8\)"):
+        kv_write(q, k, k[:, :, :1], **good)
+    with pytest.raises(ValueError, match=r"\(2, 3, 1, 8\).*\(5, 16, 2, 8\)"):
+        kv_write(q, k[:, :, :1], k[:, :, :1], **good)
+    with pytest.raises(ValueError, match=r"\(5, 16, 2, 8\).*\(4, 16, 2, 8\)"):
+        kv_write(q, k, k, **{**good, "v_cache": cache[:4]})
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 2\)"):
+        kv_write(q, k, k, **{**good, "slots": slots[:, :2]})
+    with pytest.raises(ValueError, match="contiguous"):
+        kv_write(q, k, k, **{**good, "v_cache": torch.zeros(16, 5, 2, 8).transpose(0, 1)})
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 2, 4, 8\)"):
+        kv_write(q[:, :2], k, k, **good)
+    with pytest.raises(ValueError, match=r"\(2, 4\).*\(2, 3, 4, 8\)"):
+        kv_write(q, k, k, **{**good, "rotation": Rotation(torch.zeros(2, 4), torch.ones(4))})
