@@ -1,5 +1,7 @@
 """Logits and greedy tokens against the reference's forward pass and `generate`."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from support.audio import speech_like
@@ -7,6 +9,7 @@ from support.checkpoints import SavedCheckpoint, relative_rms
 from support.logits import QUESTIONS, last_logits, question, reference_logits
 
 import afnext
+import afnext.bench
 
 
 @pytest.mark.parametrize("seconds", [3.21, 45.0])
@@ -17,11 +20,14 @@ def test_logits_equal_the_reference_in_float32(checkpoint: SavedCheckpoint, seco
     assert relative_rms(last_logits(model, question(audio, QUESTIONS[0])), expected) <= 1e-5
 
 
-def test_logits_in_bfloat16_are_as_accurate_as_the_reference(checkpoint: SavedCheckpoint, seed: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_logits_are_as_accurate_as_the_reference(
+    checkpoint: SavedCheckpoint, dtype: torch.dtype, seed: int
+) -> None:
     """Over several recordings at once, since a single one's rounding errors can happen to cancel."""
     exact, rounded, ours = [], [], []
-    reference, rounding_reference = checkpoint.reference(), checkpoint.reference(torch.bfloat16)
-    model = afnext.load(checkpoint.folder, dtype="bfloat16")
+    reference, rounding_reference = checkpoint.reference(), checkpoint.reference(dtype)
+    model = afnext.load(checkpoint.folder, dtype=dtype)
     for offset in range(6):
         audio = speech_like(2.0 + 3 * offset, seed + offset)
         inputs = checkpoint.inputs([audio], [QUESTIONS[1]])
@@ -29,6 +35,29 @@ def test_logits_in_bfloat16_are_as_accurate_as_the_reference(checkpoint: SavedCh
         rounded.append(reference_logits(rounding_reference, inputs))
         ours.append(last_logits(model, question(audio, QUESTIONS[1])))
     assert relative_rms(torch.cat(ours), torch.cat(exact)) <= 2 * relative_rms(torch.cat(rounded), torch.cat(exact))
+
+
+RECORDINGS = [
+    "speech/jfk.flac",
+    "speech/libri_198-209-0000.ogg",
+    "music/vibeace.ogg",
+    "sound/esc50_dog_1-100032-A-0.wav",
+]
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_real_recordings_equal_the_reference(one_checkpoint: SavedCheckpoint, shared_data: Path, name: str) -> None:
+    check_file(one_checkpoint, shared_data / name)
+
+
+def test_the_bundled_recording_equals_the_reference(one_checkpoint: SavedCheckpoint) -> None:
+    check_file(one_checkpoint, Path(afnext.bench.__path__[0]) / "data" / "jfk.flac")
+
+
+def check_file(checkpoint: SavedCheckpoint, path: Path) -> None:
+    inputs = checkpoint.inputs([afnext.load_audio(path).samples], [QUESTIONS[0]])
+    answer = afnext.load(checkpoint.folder, dtype="float32").ask(path, QUESTIONS[0], max_new_tokens=24)
+    checkpoint.assert_same_answer(answer, inputs)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.2])
