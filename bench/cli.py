@@ -97,6 +97,7 @@ def quality(
     model: Annotated[str, typer.Option("--model", "-m", envvar="AFNEXT_MODEL", help="Checkpoint folder or Hub name.")],
     task: Annotated[str, typer.Option(help="asr, choice, perplexity, or auto by the manifest.")] = "auto",
     baseline: Annotated[str | None, typer.Option(help="For perplexity: the model to compare with.")] = None,
+    baseline_scheme: Annotated[str | None, typer.Option(help="Its scheme; the checkpoint's by default.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first rows.", min=1)] = None,
     scheme: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; the checkpoint's by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Upper bound of an answer.", min=1)] = 512,
@@ -109,9 +110,9 @@ def quality(
     from .machine import machine
     from .quality import run_quality
 
-    dtype = dtype_name(scheme) if scheme else "auto"
-    loaded = load(model, device=device, dtype=dtype)
-    other = load(baseline, device=device, dtype=dtype) if baseline else None
+    loaded = load(model, device=device, dtype=dtype_name(scheme) if scheme else "auto")
+    other_dtype = dtype_name(baseline_scheme) if baseline_scheme else "auto"
+    other = load(baseline, device=device, dtype=other_dtype) if baseline else None
     with bar("scoring", hidden=as_json) as report:
         record = run_quality(
             loaded,

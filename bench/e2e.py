@@ -200,7 +200,8 @@ class _Run:
         if stage == "prefill":
             return {"tokens_per_s": seconds / 0.04 / median}
         if stage == "decode":
-            return {"tokens_per_s": case["batch"] / median, "context": round(seconds / 0.04)}
+            steps = {"context": round(seconds / 0.04), "new_tokens": self._plan.new_tokens}
+            return {"tokens_per_s": case["batch"] / median, **steps}
         return {"real_time_factor": seconds / median}
 
     def _extrapolated(

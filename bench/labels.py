@@ -67,6 +67,8 @@ def case_label(case: Mapping[str, Any], without: Iterable[str] = ()) -> str:
         if key in (*without, "label") or value is None or (parts and "label" in case and not isinstance(value, str)):
             continue
         shown = clean(value) if figure is None else f"{figure:g}" if abs(figure) < 1e6 else f"{value}"
+        if isinstance(value, list) and value and all(isinstance(each, int | float) for each in value):
+            shown = " + ".join(map(str, value))  # the layers of encoder and decoder
         parts.append(_UNITS[key].format(shown) if key in _UNITS else f"{clean(key)} {shown}")
     return ", ".join(parts)
 

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MEMORY = {
+    "peak_device_bytes": "device memory",
+    "peak_rss_bytes": "process memory",
+    "working_bytes": "working memory",
+}
 STAGES = ("load audio", "log-mel", "encode", "prefill", "decode")
 BLUE, ORANGE, GREEN, SKY, VERMILION, PURPLE, GREY = (
     *("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#CC79A7", "#999999"),
@@ -80,10 +85,10 @@ def stage_breakdown(records: list[Record]) -> "Figure | None":
     several = len({labels.machine_label(record.machine) for record in timed}) > 1
     panels: Panels = {}
     for record in timed:
-        panel = labels.case_label({key: record.case.get(key) for key in ("audio_seconds", "batch", "model")})
+        panel = labels.case_label({key: record.case.get(key) for key in ("audio_seconds", "batch", "model", "layers")})
         panel += f" on {labels.machine_label(record.machine)}" if several else ""
         bar = panels.setdefault(panel, {}).setdefault((_subject(record), record.kind), {})
-        bar[record.name] = record.values["median_s"]
+        bar[record.name] = _stage_seconds(record) or 0.0
     panels, note = _capped(panels)
     if not panels:
         return None
@@ -105,7 +110,17 @@ def stage_breakdown(records: list[Record]) -> "Figure | None":
 
 def _is_stage(record: Record) -> bool:
     known = record.bench == "e2e" and record.name in (*STAGES, "total") and "audio_seconds" in record.case
-    return known and labels.positive(record.values.get("median_s")) is not None
+    return known and _stage_seconds(record) is not None
+
+
+def _stage_seconds(record: Record) -> float | None:
+    """Seconds in a whole request. A record of decode is of one step, and `new_tokens` in its values or case says how
+    many there were, the first being prefill's; without, its part of the request is not known."""
+    median = labels.positive(record.values.get("median_s"))
+    if record.name != "decode" or median is None:
+        return median
+    tokens = labels.positive(record.values.get("new_tokens", record.case.get("new_tokens")))
+    return None if tokens is None or tokens < 2 else median * (tokens - 1)
 
 
 def _stacked_bars(axes: "Axes", bars: Bars) -> None:
@@ -123,9 +138,12 @@ def _stacked_bars(axes: "Axes", bars: Bars) -> None:
                 middle = left + length / 2
                 axes.text(middle, y, labels.seconds(length), ha="center", va="center", color="white", bbox=box, size=8)
             left += length
-        axes.text(left, y, f"  {labels.seconds(totals[y])}", va="center", size=9)
+        whole = stages.get("total", 0.0)
+        ends = [f"{labels.seconds(left)} in stages"] if whole < 0.995 * left else []
+        ends += [f"{labels.seconds(whole)} in all"] if whole else []
+        axes.text(left, y, f"  {', '.join(ends)}", va="center", size=9)
     _bar_labels(axes, [subject if kind == "measured" else f"{subject}\n({kind})" for subject, kind in bars])
-    axes.set_xlim(0, max(totals) * 1.14)
+    axes.set_xlim(0, max(totals) * 1.36)
     axes.grid(axis="x", color="#E5E5E5")
 
 
@@ -159,7 +177,8 @@ def speedup(records: list[Record], over: str) -> "Figure | None":
     handles = [_patch(PALETTE[i % len(PALETTE)], labels.short(s, 54)) for i, s in enumerate(subjects[: len(PALETTE)])]
     handles += _kind_patches(record.kind for record in shown)
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 2), frameon=False)
-    _add_note(figure, note)
+    shared = labels.case_label({key: shown[0].case.get(key) for key in constant if key != "scheme"})
+    _add_note(figure, "; ".join(filter(None, (shared and f"all: {labels.short(shared, 90)}", note))))
     return figure
 
 
@@ -177,7 +196,7 @@ def _what(record: Record, without: tuple[str, ...]) -> tuple[str, ...]:
 
 def _constant(records: list[Record]) -> tuple[str, ...]:
     """The keys of the case that say the same in all records, when there are several."""
-    keys = {key for record in records for key in record.case} if len(records) > 1 else set()
+    keys = dict.fromkeys(key for record in records for key in record.case) if len(records) > 1 else {}
     return tuple(key for key in keys if all(r.case.get(key) == records[0].case.get(key) for r in records))
 
 
@@ -194,9 +213,9 @@ def agreed_speedup(record: Record) -> float | None:
 
 @_styled
 def tokens_by_context(records: list[Record]) -> "Figure | None":
-    """Decoding speed by the length of the context: tokens/s over all sequences of the batch."""
+    """Decoding speed by the length of the context, `context` in case or values: tokens/s over the whole batch."""
     decoding = [record for record in records if record.bench == "e2e" and record.name == "decode"]
-    lines = _lines(decoding, lambda record: (record.case.get("context"), record.values.get("tokens_per_s")))
+    lines = _lines(decoding, lambda r: (r.case.get("context", r.values.get("context")), r.values.get("tokens_per_s")))
     if not lines:
         return None
     figure = _figure(4.2)
@@ -219,10 +238,11 @@ def tokens_by_context(records: list[Record]) -> "Figure | None":
 
 @_styled
 def memory_by_audio(records: list[Record]) -> "Figure | None":
-    """Largest memory by the length of the audio: of the device where records have it, and of the process. GB."""
+    """Largest memory by the length of the audio: of the device, of the process, and what the process needed beyond
+    what it held before, as far as records have them. GB."""
     runs = [record for record in records if record.bench == "e2e"]
     panels: dict[str, Lines] = {}
-    for key, what in (("peak_device_bytes", "device"), ("peak_rss_bytes", "process")):
+    for key, what in MEMORY.items():
         lines = _lines(runs, lambda record, key=key: (record.case.get("audio_seconds"), record.values.get(key)))  # type: ignore[misc]
         if lines:
             panels[what] = lines
@@ -232,7 +252,7 @@ def memory_by_audio(records: list[Record]) -> "Figure | None":
     every = list(dict.fromkeys(line for lines in panels.values() for line in lines))
     for column, (what, lines) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), column)
-        axes.set_title(f"{what} memory", loc="left")
+        axes.set_title(what, loc="left")
         _draw_lines(axes, lines, every)
         axes.set_xscale("log")
         axes.set_xticks(_spaced(sorted({x for points in lines.values() for x in points}), len(panels)), minor=False)
@@ -385,7 +405,8 @@ def _lines(records: list[Record], point: Callable[[Record], tuple[Any, Any]]) ->
     lines: Lines = {}
     for record, x, y in found:
         batch = labels.number(record.case.get("batch"))
-        label = named(record) + (f", batch {batch:g}" if batch not in (None, 1.0) else "")
+        layers = labels.case_label({"layers": record.case.get("layers")})
+        label = ", ".join(filter(None, (named(record), layers, f"batch {batch:g}" if batch not in (None, 1.0) else "")))
         points = lines.setdefault((label, record.kind), {})
         points[x] = max(y, points.get(x, 0.0))
     return lines

@@ -102,7 +102,7 @@ def _sections(records: list[Record], passed_over: int) -> list[Section]:
         Section("Machines", note + KIND_NOTE, tables=[_machine_table(records)]),
         Section(
             "Where the time goes",
-            "Seconds of each stage of a request. Hatched bars were not measured.",
+            "Seconds of each stage of a request. Hatched bars were not measured. In the table, decode is one step.",
             _plot("stages.png", plots.stage_breakdown(records)),
             [_e2e_table(by_bench["e2e"])],
         ),
@@ -118,7 +118,7 @@ def _sections(records: list[Record], passed_over: int) -> list[Section]:
         ),
         Section(
             "Memory by the length of the audio",
-            "The most that the device and the process held at once.",
+            "The most that was held at once: on the device, by the process, and by it beyond what it held before.",
             _plot("memory.png", plots.memory_by_audio(records)),
         ),
         Section(
@@ -163,6 +163,12 @@ def _several(values: list[str]) -> str:
 
 
 Column = Callable[[dict[str, Any]], str]
+
+
+def _bytes(key: str) -> Column:
+    return lambda values: labels.size(values.get(key))
+
+
 _TIMES: dict[str, Column] = {
     "median": lambda values: labels.seconds(values.get("median_s")),
     "p20 – p80": lambda values: _range(values.get("p20_s"), values.get("p80_s")),
@@ -172,8 +178,7 @@ _E2E: dict[str, Column] = {
     "tokens/s": lambda values: labels.digits(values.get("tokens_per_s")),
     "windows/s": lambda values: labels.digits(values.get("windows_per_s")),
     "real-time factor": lambda values: labels.digits(values.get("real_time_factor")),
-    "device memory": lambda values: labels.size(values.get("peak_device_bytes")),
-    "process memory": lambda values: labels.size(values.get("peak_rss_bytes")),
+    **{title: _bytes(key) for key, title in plots.MEMORY.items()},
 }
 _KERNELS: dict[str, Column] = {
     **_TIMES,
