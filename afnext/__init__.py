@@ -1,17 +1,16 @@
 """A fast, exact inference runtime for NVIDIA's Audio Flamingo Next.
 
-    import afnext
-
-    model = afnext.load("nvidia/audio-flamingo-next-hf")
-    answer = model.ask("meeting.mp3", "Who speaks first, and about what?")
-    print(answer.text)
+>>> import afnext
+>>> model = afnext.load("nvidia/audio-flamingo-next-hf")
+>>> answer = model.ask("meeting.mp3", "Who speaks first, and about what?")
+>>> print(answer.text)
 """
 
 from afnext.kernels import backend
 from afnext.kernels.errors import AfnextError
 from afnext.runtime.app.answer import Answer, Piece, Usage
-from afnext.runtime.app.api import Model, load
+from afnext.runtime.app.api import Model, Stream, load
 from afnext.runtime.io.audio import Audio, load_audio
 
 __version__ = "0.1.0"
-__all__ = ["AfnextError", "Answer", "Audio", "Model", "Piece", "Usage", "backend", "load", "load_audio"]
+__all__ = ["AfnextError", "Answer", "Audio", "Model", "Piece", "Stream", "Usage", "backend", "load", "load_audio"]

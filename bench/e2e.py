@@ -246,7 +246,7 @@ def _call(
 ) -> Callable[[], Any]:
     method = getattr(subject, stage.replace("-", "_"))
     if not first_layer_only:
-        return method  # type: ignore[no-any-return]
+        return method
 
     def call() -> Any:
         with subject.layers(1, 1):

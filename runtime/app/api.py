@@ -12,9 +12,10 @@ from ...kernels.errors import AfnextError
 from ..engine.generate import EngineOptions, Generation
 from ..engine.sampler import SamplingParams
 from ..errors import ConfigError
+from ..files import read_settings
 from ..io.audio import AudioSource
 from ..io.prompt import PromptTemplate
-from ..io.tokenizer import Tokenizer, read_json_object
+from ..io.tokenizer import Tokenizer
 from ..model.audio_flamingo import AudioFlamingo
 from ..model.hub import resolve
 from .answer import Answer, Piece
@@ -120,7 +121,7 @@ def _dtype(dtype: str | torch.dtype, stored: str, device: torch.device) -> torch
 
 def _sampling_defaults(folder: Path) -> dict[str, Any]:
     """What generation_config.json recommends: sampling only where it says do_sample."""
-    config = read_json_object(folder / "generation_config.json")
+    config = read_settings(folder / "generation_config.json")
     names = ["max_new_tokens", "repetition_penalty"]
     if config.get("do_sample"):
         names += ["temperature", "top_k", "top_p", "min_p"]

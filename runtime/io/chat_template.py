@@ -25,7 +25,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import CheckpointError, PromptError
-from .tokenizer import read_json_object
+from ..files import read_settings, read_text
 
 MAX_TEMPLATE_BYTES = 2**20
 MAX_RENDERED_CHARACTERS = 16 * 2**20
@@ -58,9 +58,9 @@ class PromptTemplate:
         folder = Path(folder)
         file = folder / "chat_template.jinja"
         if file.is_file():
-            return cls(_read_template(file))
+            return cls(read_text(file, file.name, CheckpointError, MAX_TEMPLATE_BYTES))
         for name in ("processor_config.json", "chat_template.json", "tokenizer_config.json"):
-            value = read_json_object(folder / name).get("chat_template")
+            value = read_settings(folder / name).get("chat_template")
             if value is not None:
                 return cls(_default_template(value, name))
         raise PromptError(
@@ -223,16 +223,6 @@ def _raise_exception(message: object) -> None:
 
 def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
-
-
-def _read_template(file: Path) -> str:
-    try:
-        size = file.stat().st_size
-        if size > MAX_TEMPLATE_BYTES:
-            raise CheckpointError(f"{file.name} has {size} bytes; a chat template has at most {MAX_TEMPLATE_BYTES}.")
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file.name} cannot be read as UTF-8 text ({error}).") from error
 
 
 def _default_template(value: Any, name: str) -> str:

@@ -9,7 +9,6 @@ template may write them. In everything else the ids equal those of the `transfor
 """
 
 import codecs
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 import tokenizers
 
 from ..errors import CheckpointError, ConfigError, PromptError
+from ..files import read_settings, read_text
 
 MAX_TOKENIZER_BYTES = 256 * 2**20
-MAX_SETTINGS_BYTES = 16 * 2**20
 MAX_SPELLING = 256
 
 AUDIO_TOKEN = "<sound>"
@@ -102,12 +101,12 @@ class Tokenizer:
         folder = Path(folder)
         backend = _load_backend(folder / "tokenizer.json")
         spellings = {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items()}
-        processor = read_json_object(folder / "processor_config.json")
-        settings = read_json_object(folder / "tokenizer_config.json")
-        config = read_json_object(folder / "config.json")
+        processor = read_settings(folder / "processor_config.json")
+        settings = read_settings(folder / "tokenizer_config.json")
+        config = read_settings(folder / "config.json")
         text_config = config.get("text_config")
         ids_in_order = [
-            read_json_object(folder / "generation_config.json"),
+            read_settings(folder / "generation_config.json"),
             config,
             text_config if isinstance(text_config, dict) else {},
         ]
@@ -274,33 +273,10 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def read_json_object(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
-    """The JSON object in `path`, empty when there is no such file. Raises CheckpointError when it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(_read_text(path, max_bytes))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not valid JSON ({error}). Download the checkpoint again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} holds a JSON {type(value).__name__}, not an object.")
-    return value
-
-
-def _read_text(path: Path, max_bytes: int) -> str:
-    try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise CheckpointError(f"{path.name} has {size} bytes; more than {max_bytes} are not believable. Check it.")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path.name} cannot be read as UTF-8 text ({error}).") from error
-
-
 def _load_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise CheckpointError(f"there is no tokenizer.json in {path.parent}. Download the checkpoint's.")
-    text = _read_text(path, MAX_TOKENIZER_BYTES)
+    text = read_text(path, path.name, CheckpointError, MAX_TOKENIZER_BYTES)
     try:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception for whatever it cannot parse

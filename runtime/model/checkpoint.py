@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
+from ..files import shown
 from .checkpoint_files import first_five, part_files, weight_parts
 from .config import ModelConfig
-from .json_object import shown
 from .parameters import canonical_name, expected_shapes
 from .safetensors_header import StoredTensor, parse_header, shown_shape
 

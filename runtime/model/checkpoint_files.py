@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..errors import CheckpointError
+from ..files import read_json_object, shown
 from .component_config import COMPONENTS
-from .json_object import read_json_object, shown
 from .safetensors_header import MAX_HEADER_BYTES
 
 SINGLE_FILE = "model.safetensors"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..files import read_json_object
 from .config_section import Section
-from .json_object import read_json_object
 
 COMPONENTS = ("llm", "sound_tower", "sound_mm_projector")
 

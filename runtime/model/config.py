@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..files import read_json_object, shown
 from .component_config import component_sections
 from .config_section import Section
-from .json_object import read_json_object, shown
 
 MODEL_TYPES = ("musicflamingo", "audioflamingonext", "audioflamingo3")
 ENCODER_TYPES = ("audioflamingo3_encoder", "musicflamingo_encoder")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ..errors import ConfigError
-from .json_object import shown
+from ..files import shown
 
 
 class Section:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
-from .json_object import parse_json_object, shown
+from ..files import parse_json_object, shown
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 64

@@ -1,11 +1,12 @@
-"""JSON objects from files that nobody vouches for: size-capped, no duplicate keys, one kind of error."""
+"""Text and JSON objects from files that nobody vouches for: size-capped, no duplicate keys, one kind of error."""
 
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ...kernels.errors import AfnextError
+from ..kernels.errors import AfnextError
+from .errors import CheckpointError
 
 
 def parse_json_object(data: bytes, where: str, error: type[AfnextError]) -> dict[str, Any]:
@@ -37,6 +38,26 @@ def read_json_object(path: Path, where: str, error: type[AfnextError], max_bytes
 
     Raises `error`, naming the file as `where`, when it cannot be read, is longer, or is not one sound JSON object.
     """
+    return parse_json_object(_read_bytes(path, where, error, max_bytes), where, error)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object in an optional file of a checkpoint, empty when there is no such file.
+
+    Raises CheckpointError when it is damaged.
+    """
+    return read_json_object(path, path.name, CheckpointError) if path.is_file() else {}
+
+
+def read_text(path: Path, where: str, error: type[AfnextError], max_bytes: int) -> str:
+    """The UTF-8 text of the file `path`. Raises `error` when it cannot be read, is longer, or is not UTF-8."""
+    try:
+        return _read_bytes(path, where, error, max_bytes).decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise error(f"{where} is not UTF-8 text ({problem}); download or save it again.") from None
+
+
+def _read_bytes(path: Path, where: str, error: type[AfnextError], max_bytes: int) -> bytes:
     try:
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
@@ -44,7 +65,7 @@ def read_json_object(path: Path, where: str, error: type[AfnextError], max_bytes
         raise error(f"{where} cannot be read: {problem.strerror or problem}.") from None
     if len(data) > max_bytes:
         raise error(f"{where} is longer than {max_bytes:,} bytes, more than such a file ever needs.")
-    return parse_json_object(data, where, error)
+    return data
 
 
 def shown(value: object, limit: int = 120) -> str:
