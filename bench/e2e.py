@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..kernels.errors import AfnextError
 from ..runtime.app.api import Model, load
 from ..runtime.io.audio import load_audio
+from ..runtime.model.hub import resolve
 from .e2e_subjects import AfnextSubject, TransformersSubject, quantized_baselines
 from .machine import energy_joules, machine, peak_device_memory, peak_rss, reset_peaks
 from .random_checkpoint import write_random_checkpoint
@@ -86,7 +87,7 @@ class _Run:
     """The state of one run: where records go, and what is known of the machine."""
 
     def __init__(self, out: Path, model: str, label: str, baseline: str, plan: Plan, device: str, quiet: bool):
-        self._out, self._model, self._label, self._plan = out, model, label, plan
+        self._out, self._folder, self._label, self._plan = out, resolve(model), label, plan
         self._baselines = [] if baseline == "none" else baseline.split(",")
         known = {"transformers", *quantized_baselines()}
         if set(self._baselines) - known:
@@ -98,7 +99,7 @@ class _Run:
 
     def scheme(self, scheme: str) -> Iterator[Record]:
         """Measure one scheme over all recordings and batches."""
-        loaded = load(self._model, device=self._device, dtype=SCHEMES[scheme])
+        loaded = load(self._folder, device=self._device, dtype=SCHEMES[scheme])
         subjects = self._subjects(loaded, scheme)
         cases = [(seconds, batch) for seconds in self._plan.audio_seconds for batch in self._plan.batches]
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -120,7 +121,7 @@ class _Run:
             options = {} if name == "transformers" else quantized_baselines()[name]()
             label = f"transformers {scheme}" if name == "transformers" else f"transformers {name}"
             try:
-                subjects.append(TransformersSubject(label, Path(self._model), loaded, **options))
+                subjects.append(TransformersSubject(label, self._folder, loaded, **options))
             except (ImportError, RuntimeError, ValueError) as error:
                 self._console.print(f"[yellow]{label} is left out:[/yellow] {error}")
         return subjects
@@ -153,15 +154,16 @@ class _Run:
             subject.prepare(audio, batch, self._plan.new_tokens)
         for stage in _STAGES:
             progress(f"{scheme} {seconds:g} s x {batch}: {stage}")
-            records = self._stage(stage, subjects, case, loaded)
-            yield from map(self._keep, records)
-            if stage in _LAYERED and min(layers) > 1 and _width(loaded) == FULL_WIDTH and layers != FULL_LAYERS:
-                yield from map(self._keep, self._extrapolated(stage, subjects, records, case, loaded))
+            yield from map(self._keep, self._stage(stage, subjects, case, loaded))
 
     def _stage(
         self, stage: str, subjects: list[AfnextSubject | TransformersSubject], case: dict[str, Any], loaded: Model
     ) -> list[Record]:
         calls = {subject.name: _call(subject, stage) for subject in subjects}
+        few_layers = min(case["layers"]) > 1 and _width(loaded) == FULL_WIDTH and tuple(case["layers"]) != FULL_LAYERS
+        single = {}
+        if stage in _LAYERED and few_layers:
+            single = {_single(subject): _call(subject, stage, first_layer_only=True) for subject in subjects}
         device, dtype = loaded.network.device, str(loaded.network.dtype).removeprefix("torch.")
         outputs, memory = {}, {}
         for name, call in calls.items():
@@ -171,9 +173,12 @@ class _Run:
             memory[name] = {
                 "working_bytes": _above(peak_rss(), resident),
                 "peak_device_bytes": peak_device_memory(device),
+                "joules": _above(energy_joules(device), joules),
             }
-            memory[name]["joules"] = _above(energy_joules(device), joules)
-        samples = self._measure(stage, calls, device)
+        samples = self._measure(stage, {**calls, **single}, device)
+        if single:  # they leave a state of their own behind
+            for call in calls.values():
+                call()
         ours = subjects[0].name
         records = []
         for subject in subjects:
@@ -186,6 +191,8 @@ class _Run:
                 values |= {"agrees": agreement.agrees, "error": agreement.error}
                 values |= {"speedup": gain.ratio, "speedup_over": other, "reason": gain.reason}
             records.append(self._record(stage, subject.name, case, values))
+        if single:
+            records += [self._extrapolated(stage, subject, case, samples) for subject in subjects]
         return records
 
     def _measure(self, stage: str, calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, Samples]:
@@ -207,25 +214,20 @@ class _Run:
     def _extrapolated(
         self,
         stage: str,
-        subjects: list[AfnextSubject | TransformersSubject],
-        measured: list[Record],
+        subject: AfnextSubject | TransformersSubject,
         case: dict[str, Any],
-        loaded: Model,
-    ) -> Iterator[Record]:
+        samples: dict[str, Samples],
+    ) -> Record:
         """The stage's time with all layers of the full model, from its time with one layer and with those there are."""
         index = 0 if stage == "encode" else 1
-        count, full = case["layers"][index], FULL_LAYERS[index]
-        calls = {subject.name: _call(subject, stage, first_layer_only=True) for subject in subjects}
-        for call in calls.values():
-            call()
-        single = self._measure(stage, calls, loaded.network.device)
-        for record in measured:
-            one = single[record.subject].median
-            layer = max(0.0, (record.values["median_s"] - one) / (count - 1))
-            whole = Samples((one + (full - 1) * layer,))
-            values: dict[str, Any] = {"median_s": whole.median, "one_layer_s": one, "further_layer_s": layer}
-            values |= self._rates(stage, whole, case)
-            yield replace(record, case={**case, "layers": list(FULL_LAYERS)}, values=values, kind="extrapolated")
+        one, every = samples[_single(subject)].median, samples[subject.name].median
+        layer = max(0.0, (every - one) / (case["layers"][index] - 1))
+        whole = Samples((one + (FULL_LAYERS[index] - 1) * layer,))
+        values: dict[str, Any] = {"median_s": whole.median, "one_layer_s": one, "further_layer_s": layer}
+        values |= self._rates(stage, whole, case)
+        return replace(
+            self._record(stage, subject.name, {**case, "layers": list(FULL_LAYERS)}, values), kind="extrapolated"
+        )
 
     def _load_audio(self, audio: np.ndarray, case: dict[str, Any], subject: str) -> Record:
         with wav_file(audio) as path:
@@ -253,6 +255,10 @@ def _call(
             return method()
 
     return call
+
+
+def _single(subject: AfnextSubject | TransformersSubject) -> str:
+    return f"{subject.name}, first layer only"
 
 
 def _width(loaded: Model) -> tuple[int, int]:

@@ -233,7 +233,8 @@ class TransformersSubject:
     def decode(self) -> Tensor:
         """See `Subject`."""
         logits = self._forward(input_ids=torch.full_like(self._next, PROBE))
-        self._cache.crop(-1)
+        for layer in self._cache.layers[: len(self._reference.model.language_model.layers)]:
+            layer.crop(-1)
         return logits
 
     def _forward(self, **inputs: Tensor) -> Tensor:

@@ -72,14 +72,18 @@ _operation = Operation("rotary", reference)
 @_operation.implementation("torch")
 def _torch(x: Tensor, rotation: Rotation) -> Tensor:
     cos, sin = rotation.cos_sin
-    rotated, rest = x.float().split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    pairs = cos.shape[-1]
     if rotation.pairing == "half":
-        a, b = rotated.chunk(2, dim=-1)
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        first, second = slice(pairs), slice(pairs, 2 * pairs)
     else:
-        a, b = rotated.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    return torch.cat((turned, rest), dim=-1).to(x.dtype)
+        first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    a, b = x[..., first], x[..., second]
+    out = torch.empty_like(x)
+    out[..., 2 * pairs :] = x[..., 2 * pairs :]
+    # cos and sin are float32, so the products are, too; the sum is rounded once, on its way into `out`.
+    out[..., first] = a * cos - b * sin
+    out[..., second] = b * cos + a * sin
+    return out
 
 
 def rotary(x: Tensor, rotation: Rotation) -> Tensor:

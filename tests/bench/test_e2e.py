@@ -111,12 +111,8 @@ def test_extrapolation_adds_the_cost_of_a_layer(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(bench, "FULL_LAYERS", (32, 28))
 
     def fake_times(self: object, stage: str, calls: dict[str, Callable[[], Any]], device: object) -> Any:
-        for call in calls.values():
-            call()
-        seen.append(stage)  # each of these stages is measured twice: with all layers, then with one
-        return {name: bench.Samples((1.2 if seen.count(stage) == 1 else 1.1,)) for name in calls}
+        return {name: bench.Samples((1.1 if "first layer only" in name else 1.2,)) for name in calls}
 
-    seen: list[str] = []
     monkeypatch.setattr(bench._Run, "_measure", fake_times)
     records = run(tmp_path / "results.jsonl", baseline="none")
     extrapolated = {record.name: record for record in records if record.kind == "extrapolated"}
@@ -124,6 +120,16 @@ def test_extrapolation_adds_the_cost_of_a_layer(tmp_path: Path, monkeypatch: pyt
     assert extrapolated["encode"].values["median_s"] == pytest.approx(1.0 + 0.1 * 32)
     assert extrapolated["decode"].values["median_s"] == pytest.approx(1.0 + 0.1 * 28)
     assert extrapolated["decode"].case["layers"] == [32, 28]
+
+
+def test_measuring_single_layers_changes_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the runs with one layer leave in caches and features must not reach the stages that follow."""
+    monkeypatch.setattr(bench, "FULL_WIDTH", (64, 96))
+    records = run(tmp_path / "results.jsonl", repeats=3, batches=(1, 2))
+    ours = [r for r in records if r.subject == "afnext fp32" and r.kind == "measured" and r.name != "load audio"]
+    assert len(ours) == 2 * len(STAGES)
+    assert all(record.values["agrees"] for record in ours), [record.values["reason"] for record in ours]
+    assert sum(record.kind == "extrapolated" for record in records) == 2 * 2 * 3
 
 
 def test_first_layers_are_all_that_runs_and_come_back(measured: tuple[Path, list[Record]]) -> None:

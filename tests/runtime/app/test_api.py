@@ -41,7 +41,7 @@ def test_usage_counts_what_was_consumed(model: afnext.Model, seed: int) -> None:
 
 def test_the_pieces_of_a_stream_are_the_answer(model: afnext.Model, seed: int) -> None:
     audio = (speech_like(1, seed), RATE)
-    options = {"max_new_tokens": 40, "temperature": 1.5, "seed": seed}
+    options = {"max_new_tokens": 40, "temperature": 1.5, "seed": seed, "ignore_eos": True}
     stream = model.stream(audio, "What?", **options)
     assert stream.answer is None
     pieces = list(stream)
@@ -53,7 +53,7 @@ def test_the_pieces_of_a_stream_are_the_answer(model: afnext.Model, seed: int) -
 
 
 def test_a_closed_stream_stops_the_model(model: afnext.Model, seed: int) -> None:
-    stream = model.stream(None, "Go on.", max_new_tokens=1000, temperature=1.0, seed=seed)
+    stream = model.stream(None, "Go on.", max_new_tokens=1000, ignore_eos=True)
     next(stream)
     stream.close()
     assert list(stream) == []
@@ -62,7 +62,7 @@ def test_a_closed_stream_stops_the_model(model: afnext.Model, seed: int) -> None
 
 def test_cancelling_from_another_thread(model: afnext.Model, seed: int) -> None:
     event = threading.Event()
-    stream = model.stream(None, "Go on.", max_new_tokens=5000, temperature=1.0, seed=seed, cancelled=event.is_set)
+    stream = model.stream(None, "Go on.", max_new_tokens=5000, ignore_eos=True, cancelled=event.is_set)
     next(stream)
     threading.Timer(0.05, event.set).start()
     for _ in stream:
@@ -73,7 +73,7 @@ def test_cancelling_from_another_thread(model: afnext.Model, seed: int) -> None:
 
 
 def test_a_stop_string_ends_the_answer_and_is_left_out(model: afnext.Model, seed: int) -> None:
-    options = {"max_new_tokens": 200, "temperature": 0.3, "seed": seed}
+    options = {"max_new_tokens": 200, "temperature": 0.3, "seed": seed, "ignore_eos": True}
     whole = model.ask(None, "Write.", **options).text
     stop = next(whole[i : i + 2] for i in range(5, len(whole)) if whole[i : i + 2].isprintable())
     answer = model.ask(None, "Write.", stop=[stop], **options)

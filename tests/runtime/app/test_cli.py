@@ -1,18 +1,15 @@
 """The command line as a user runs it: output, JSON, exit codes, messages."""
 
-import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from support.audio import speech_like, wav_bytes
+from support.command_line import CommandLine
 
 import afnext
-from afnext.__main__ import main
 
 
 @pytest.fixture
@@ -23,35 +20,10 @@ def clip(tmp_path: Path, seed: int) -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class Done:
-    """What a run of the command line left behind."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Done]
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
     """Runs the command line in this process; `test_the_module_is_the_command` shows that a process does the same."""
-
-    def call(*arguments: object, stdin: bytes = b"") -> Done:
-        monkeypatch.setattr(sys, "argv", ["afnext", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return Done(code, out, err)
-
-    return call
+    return CommandLine(monkeypatch, capsys)
 
 
 def test_the_module_is_the_command(folder: Path) -> None:
@@ -61,7 +33,9 @@ def test_the_module_is_the_command(folder: Path) -> None:
     assert (done.returncode, json.loads(done.stdout)["folder"]) == (0, str(folder))
 
 
-def test_ask_prints_the_answer_and_where_the_time_went(run: Run, folder: Path, model: afnext.Model, clip: Path) -> None:
+def test_ask_prints_the_answer_and_where_the_time_went(
+    run: CommandLine, folder: Path, model: afnext.Model, clip: Path
+) -> None:
     done = run("ask", clip, "What is it?", "-m", folder, "--max-new-tokens", 9, "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == model.ask(clip, "What is it?", max_new_tokens=9).text
@@ -70,7 +44,7 @@ def test_ask_prints_the_answer_and_where_the_time_went(run: Run, folder: Path, m
     assert "Traceback" not in done.stderr
 
 
-def test_ask_as_json_is_one_object(run: Run, folder: Path, model: afnext.Model, clip: Path) -> None:
+def test_ask_as_json_is_one_object(run: CommandLine, folder: Path, model: afnext.Model, clip: Path) -> None:
     done = run("ask", clip, "What is it?", "-m", folder, "--max-new-tokens", 9, "--dtype", "float32", "--json")
     answer = json.loads(done.stdout)
     expected = model.ask(clip, "What is it?", max_new_tokens=9)
@@ -80,13 +54,13 @@ def test_ask_as_json_is_one_object(run: Run, folder: Path, model: afnext.Model, 
     assert (answer["finish_reason"], done.stderr) == ("length", "")
 
 
-def test_ask_reads_audio_from_standard_input(run: Run, folder: Path, clip: Path) -> None:
+def test_ask_reads_audio_from_standard_input(run: CommandLine, folder: Path, clip: Path) -> None:
     options = ("What is it?", "-m", folder, "--max-new-tokens", 9, "--json")
     piped = json.loads(run("ask", "-", *options, stdin=clip.read_bytes()).stdout)
     assert piped["token_ids"] == json.loads(run("ask", clip, *options).stdout)["token_ids"]
 
 
-def test_chat_goes_on_with_what_was_said(run: Run, folder: Path, model: afnext.Model, clip: Path) -> None:
+def test_chat_goes_on_with_what_was_said(run: CommandLine, folder: Path, model: afnext.Model, clip: Path) -> None:
     options = ("-m", folder, "--max-new-tokens", 6, "--dtype", "float32", "--json")
     done = run("chat", clip, *options, stdin=b"What is it?\nAnd then?\n")
     answers = [json.loads(line) for line in done.stdout.splitlines()]
@@ -100,7 +74,7 @@ def test_chat_goes_on_with_what_was_said(run: Run, folder: Path, model: afnext.M
     assert [answer["token_ids"] for answer in answers] == expected
 
 
-def test_info_shows_the_shape_and_the_bytes(run: Run, folder: Path) -> None:
+def test_info_shows_the_shape_and_the_bytes(run: CommandLine, folder: Path) -> None:
     shown = run("info", folder)
     described = json.loads(run("info", folder, "--json").stdout)
     assert shown.returncode == 0, shown.stderr
@@ -111,14 +85,14 @@ def test_info_shows_the_shape_and_the_bytes(run: Run, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [[], ["ask"], ["chat"], ["info"], ["bench"]])
-def test_every_command_explains_itself(run: Run, command: list[str]) -> None:
+def test_every_command_explains_itself(run: CommandLine, command: list[str]) -> None:
     done = run(*command, "--help")
     assert done.returncode == 0
     assert "Usage: afnext" in done.stdout
     assert command in ([], ["bench"]) or "Example" in done.stdout
 
 
-def test_errors_are_one_sentence_and_exit_code_1(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_errors_are_one_sentence_and_exit_code_1(run: CommandLine, folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "notes.wav"
     text.write_text("this is no audio\n" * 9)
     for arguments in (
@@ -135,6 +109,6 @@ def test_errors_are_one_sentence_and_exit_code_1(run: Run, folder: Path, tmp_pat
         assert done.stdout == ""
 
 
-def test_wrong_usage_is_exit_code_2(run: Run, folder: Path, clip: Path) -> None:
+def test_wrong_usage_is_exit_code_2(run: CommandLine, folder: Path, clip: Path) -> None:
     assert run("ask", clip).returncode == 2
     assert run("ask", clip, "?", "-m", folder, "--temperature", "hot").returncode == 2
