@@ -175,7 +175,7 @@ def all(
 
     results = out / "results.jsonl"
     run_kernels(results, device=device)
-    run_e2e(out=results, random="full-width:2,2", audio_seconds=(30.0, 120.0), new_tokens=4, repeats=3, device=device)
+    run_e2e(out=results, random="full-width:2,2", audio_seconds=(30.0, 120.0), new_tokens=4, repeats=7, device=device)
     for page in write_report([results], out):
         print(page)
 

@@ -222,7 +222,7 @@ class TransformersSubject:
 
         embeddings = self._reference.get_input_embeddings()(self._ids)
         embeddings[self._ids == self._reference.config.audio_token_id] = self._tokens.to(embeddings.dtype)
-        self._cache = DynamicCache(config=self._reference.config.text_config)
+        self._cache: Any = DynamicCache(config=self._reference.config.text_config)
         logits = self._forward(inputs_embeds=embeddings)
         if self._batch > 1:
             self._cache.batch_repeat_interleave(self._batch)

@@ -353,7 +353,8 @@ def _draw_roofs(
         axes.plot([rate / bandwidth if bandwidth else left / 2, right], [rate, rate], **line)
         y = max(rate, lowest_free)
         text = f"{labels.short(names, 40)} {_si(rate)}FLOP/s ({source}) "
-        axes.text(right, y, text, ha="right", va="bottom", size=8)
+        veil = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1}
+        axes.text(right, y, text, ha="right", va="bottom", size=8, bbox=veil, zorder=5)
         lowest_free = y * step
 
 
