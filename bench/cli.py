@@ -33,7 +33,9 @@ def e2e(
     random: Annotated[
         str | None, typer.Option(help="Shape of a random checkpoint: tiny, full-width:ENC,DEC or full.")
     ] = None,
-    baseline: Annotated[str, typer.Option(help="transformers, transformers,int8,nf4 or none.")] = "transformers",
+    baseline: Annotated[
+        str, typer.Option(help="none, or with commas: transformers, compiled, int8, nf4, hqq, torchao.")
+    ] = "transformers",
     audio: Annotated[str, typer.Option(help="Lengths of the recordings, in seconds.")] = "30,300",
     scheme: Annotated[str, typer.Option(help="fp32, bf16, fp16; several with commas.")] = "bf16",
     batch: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1",
@@ -167,6 +169,7 @@ def compare(
 def all(
     out: Annotated[Path, typer.Option(help="Folder for the results and the report.")] = Path("bench/results"),
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
     """The committed table: kernels, then end to end at full width with two layers of each kind, then the report."""
     from .e2e import run_e2e
@@ -174,10 +177,18 @@ def all(
     from .report import write_report
 
     results = out / "results.jsonl"
-    run_kernels(results, device=device)
-    run_e2e(out=results, random="full-width:2,2", audio_seconds=(30.0, 120.0), new_tokens=4, repeats=7, device=device)
-    for page in write_report([results], out):
-        print(page)
+    run_kernels(results, device=device, progress=not as_json)
+    run_e2e(
+        out=results,
+        random="full-width:2,2",
+        audio_seconds=(30.0, 120.0),
+        new_tokens=4,
+        repeats=7,
+        device=device,
+        quiet=as_json,
+    )
+    pages = write_report([results], out)
+    print(json.dumps([str(page) for page in pages]) if as_json else "\n".join(map(str, pages)))
 
 
 def numbers(text: str, option: str) -> list[float]:

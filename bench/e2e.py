@@ -23,7 +23,7 @@ from ..kernels.errors import AfnextError
 from ..runtime.app.api import Model, load
 from ..runtime.io.audio import load_audio
 from ..runtime.model.hub import resolve
-from .e2e_subjects import AfnextSubject, TransformersSubject, quantized_baselines
+from .e2e_subjects import AfnextSubject, TransformersSubject, variants
 from .machine import energy_joules, machine, peak_device_memory, peak_rss, reset_peaks
 from .random_checkpoint import write_random_checkpoint
 from .record import Record, append, finished
@@ -33,7 +33,7 @@ SCHEMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 FULL_LAYERS, FULL_WIDTH = (32, 28), (1280, 3584)
 # Relative RMS within which two runs of one random model agree: rounding alone, at the given dtype and over many layers.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.08, "float16": 0.02}
-_STAGES = ("log-mel", "encode", "prefill", "decode", "total")
+_STAGES = ("log-mel", "encode", "prefill", "decode", "first token", "total")
 _LAYERED = ("encode", "prefill", "decode")
 
 
@@ -65,7 +65,8 @@ def run_e2e(
     """Measure and append records to `out`; what it already holds is not measured again. Returns the new records.
 
     model: a checkpoint, or random: the shape of a random one (see `random_checkpoint.py`). baseline: "transformers",
-    "transformers,int8,nf4" (its bitsandbytes schemes beside it) or "none". Raises AfnextError for anything else.
+    "transformers,compiled,nf4" (with variants of it, see `e2e_subjects.variants`) or "none". Raises AfnextError for
+    anything else.
     """
     if (model is None) == (random is None):
         raise AfnextError("name a checkpoint with --model, or the shape of a random one with --random")
@@ -89,7 +90,7 @@ class _Run:
     def __init__(self, out: Path, model: str, label: str, baseline: str, plan: Plan, device: str, quiet: bool):
         self._out, self._folder, self._label, self._plan = out, resolve(model), label, plan
         self._baselines = [] if baseline == "none" else baseline.split(",")
-        known = {"transformers", *quantized_baselines()}
+        known = {"transformers", *variants()}
         if set(self._baselines) - known:
             raise AfnextError(f"unknown baseline {baseline!r}; choose none, or some of {', '.join(sorted(known))}")
         self._device = device
@@ -118,9 +119,9 @@ class _Run:
     def _subjects(self, loaded: Model, scheme: str) -> list[AfnextSubject | TransformersSubject]:
         subjects: list[AfnextSubject | TransformersSubject] = [AfnextSubject(f"afnext {scheme}", loaded)]
         for name in self._baselines:
-            options = {} if name == "transformers" else quantized_baselines()[name]()
             label = f"transformers {scheme}" if name == "transformers" else f"transformers {name}"
             try:
+                options = {} if name == "transformers" else variants()[name]()
                 subjects.append(TransformersSubject(label, self._folder, loaded, **options))
             except (ImportError, RuntimeError, ValueError) as error:
                 self._console.print(f"[yellow]{label} is left out:[/yellow] {error}")
@@ -196,8 +197,9 @@ class _Run:
         return records
 
     def _measure(self, stage: str, calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, Samples]:
-        # A step of decode is short, and its distribution is wanted; the whole answer is long, and its median is enough.
-        repeats = {"decode": 4 * self._plan.repeats, "total": min(3, self._plan.repeats)}.get(stage, self._plan.repeats)
+        # A step of decode is short, and its distribution is wanted; what sums up the others is long.
+        few = min(3, self._plan.repeats)
+        repeats = {"decode": 4 * self._plan.repeats, "first token": few, "total": few}.get(stage, self._plan.repeats)
         return measure_interleaved(calls, repeats=repeats, warmup=0, max_time=90.0, clock=clock_for(device))
 
     def _rates(self, stage: str, samples: Samples, case: dict[str, Any]) -> dict[str, float]:
@@ -246,7 +248,7 @@ class _Run:
 def _call(
     subject: AfnextSubject | TransformersSubject, stage: str, *, first_layer_only: bool = False
 ) -> Callable[[], Any]:
-    method = getattr(subject, stage.replace("-", "_"))
+    method = getattr(subject, stage.replace("-", "_").replace(" ", "_"))
     if not first_layer_only:
         return method
 

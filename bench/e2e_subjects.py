@@ -4,12 +4,14 @@
     encode     features to audio tokens       [tokens, hidden]
     prefill    prompt to the first scores     [vocab]
     decode     one further token each         [batch, vocab]
+    first token    log-mel, encode and prefill
     total      all of these, `new_tokens` long
 
 Each stage returns what it computed, so that the two can be compared before their times are. A stage starts from what
 the one before it left; `prepare` runs them once in order.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +54,9 @@ class Subject(Protocol):
 
     def decode(self) -> Tensor:
         """Scores that follow the token PROBE after the prompt, for each sequence of the batch, float32."""
+
+    def first_token(self) -> Tensor:
+        """Everything from the waveform to the first scores."""
 
     def total(self) -> Tensor:
         """Everything from the waveform to `new_tokens` tokens; returns the first scores."""
@@ -142,11 +147,15 @@ class AfnextSubject:
         view = CacheView.of(self._cache.keys, self._cache.values, table, positions)
         return decoder.logits(decoder(decoder.embed(tokens), positions, view)[:, -1])
 
-    def total(self) -> Tensor:
+    def first_token(self) -> Tensor:
         """See `Subject`."""
         self._features = self._mel_batches()
         self.encode()
-        logits = self.prefill()
+        return self.prefill()
+
+    def total(self) -> Tensor:
+        """See `Subject`."""
+        logits = self.first_token()
         tokens = self._next
         for offset in range(self._new_tokens - 1):
             tokens = self._step(tokens, self._length + offset).argmax(-1, keepdim=True)
@@ -169,9 +178,10 @@ class _Encoded(PromptEmbeddings):
 
 
 class TransformersSubject:
-    """The reference: `transformers`, SDPA (flash-attn where it is installed on a GPU), its own dynamic cache."""
+    """The reference: `transformers`, SDPA (flash-attn where it is installed on a GPU), its own dynamic cache, or a
+    static one with the step of decode compiled."""
 
-    def __init__(self, name: str, folder: Path, model: Model, **options: Any):
+    def __init__(self, name: str, folder: Path, model: Model, *, compiled: bool = False, **options: Any):
         """`model` is the same checkpoint loaded by afnext: its tokenizer builds the prompt for both."""
         transformers = _transformers()
         self.name = name
@@ -185,6 +195,7 @@ class TransformersSubject:
         ).eval()
         if not options:
             self._reference.to(model.network.device)
+        self._compiled = self._reference.get_compiled_call(transformers.CompileConfig()) if compiled else None
         self._extractor = transformers.WhisperFeatureExtractor(feature_size=128, return_attention_mask=True)
 
     @torch.inference_mode()
@@ -223,33 +234,59 @@ class TransformersSubject:
         embeddings = self._reference.get_input_embeddings()(self._ids)
         embeddings[self._ids == self._reference.config.audio_token_id] = self._tokens.to(embeddings.dtype)
         self._cache: Any = DynamicCache(config=self._reference.config.text_config)
-        logits = self._forward(inputs_embeds=embeddings)
+        logits = self._forward(self._reference, inputs_embeds=embeddings)
         if self._batch > 1:
             self._cache.batch_repeat_interleave(self._batch)
+        if self._compiled is not None:
+            self._cache = self._static(self._cache)
         self._next = logits.argmax(-1, keepdim=True).expand(self._batch, 1)
         return logits[0]
 
     @torch.inference_mode()
     def decode(self) -> Tensor:
         """See `Subject`."""
-        logits = self._forward(input_ids=torch.full_like(self._next, PROBE))
+        logits = self._step(torch.full_like(self._next, PROBE))
         for layer in self._cache.layers[: len(self._reference.model.language_model.layers)]:
-            layer.crop(-1)
+            if self._compiled is None:
+                layer.crop(-1)
+            else:
+                layer.cumulative_length.sub_(1)
         return logits
 
-    def _forward(self, **inputs: Tensor) -> Tensor:
-        output = self._reference(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+    def _step(self, tokens: Tensor) -> Tensor:
+        return self._forward(self._compiled or self._reference, input_ids=tokens)
+
+    def _forward(self, call: Callable[..., Any], **inputs: Tensor) -> Tensor:
+        output = call(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1].float()
+
+    def _static(self, filled: Any) -> Any:
+        """A static cache with the contents of a dynamic one, and room for the answer."""
+        from transformers import StaticCache
+
+        length = self._ids.shape[1]
+        cache: Any = StaticCache(config=self._reference.config.text_config, max_cache_len=length + self._new_tokens)
+        for layer, source in zip(cache.layers, filled.layers, strict=False):
+            if source.is_initialized:
+                layer.lazy_initialization(source.keys, source.values)
+                layer.keys[:, :, :length] = source.keys
+                layer.values[:, :, :length] = source.values
+                layer.cumulative_length.fill_(length)
+        return cache
+
+    def first_token(self) -> Tensor:
+        """See `Subject`."""
+        self.log_mel()
+        self.encode()
+        return self.prefill()
 
     @torch.inference_mode()
     def total(self) -> Tensor:
         """See `Subject`."""
-        self.log_mel()
-        self.encode()
-        logits = self.prefill()
+        logits = self.first_token()
         tokens = self._next
         for _ in range(self._new_tokens - 1):
-            tokens = self._forward(input_ids=tokens).argmax(-1, keepdim=True)
+            tokens = self._step(tokens).argmax(-1, keepdim=True)
         return logits
 
     @contextmanager
@@ -271,19 +308,33 @@ def first_layers(stack: nn.Module, count: int) -> Iterator[None]:
         stack.layers = every
 
 
-def quantized_baselines() -> dict[str, Callable[[], dict[str, Any]]]:
-    """What `transformers` can quantize with bitsandbytes: name to the options of `from_pretrained`."""
+def variants() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Further baselines: name to the options of `TransformersSubject`, made when asked for.
+
+    compiled: static cache and torch.compile; int8, nf4: bitsandbytes; hqq: 4 bits; torchao: int4 weights. Those of
+    libraries that are not installed raise ImportError.
+    """
     return {
+        "compiled": lambda: {"compiled": True},
         "int8": lambda: _bitsandbytes(load_in_8bit=True),
         "nf4": lambda: _bitsandbytes(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         ),
+        "hqq": lambda: _quantized(_transformers().HqqConfig(nbits=4, group_size=64)),
+        "torchao": lambda: _quantized(_transformers().TorchAoConfig(_torchao_int4())),
     }
 
 
 def _bitsandbytes(**options: Any) -> dict[str, Any]:
-    config = _transformers().BitsAndBytesConfig(**options)
+    return _quantized(_transformers().BitsAndBytesConfig(**options))
+
+
+def _quantized(config: Any) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": 0 if torch.cuda.is_available() else "cpu"}}
+
+
+def _torchao_int4() -> Any:
+    return importlib.import_module("torchao.quantization").Int4WeightOnlyConfig(group_size=128)
 
 
 def _transformers() -> Any:

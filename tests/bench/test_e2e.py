@@ -1,5 +1,6 @@
 """The end-to-end benchmark: what it compares, refuses, extrapolates and resumes."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from afnext.bench.e2e_subjects import AfnextSubject, TransformersSubject
 from afnext.bench.record import Record, read
 from afnext.kernels.errors import AfnextError
 
-STAGES = ["log-mel", "encode", "prefill", "decode", "total"]
+STAGES = ["log-mel", "encode", "prefill", "decode", "first token", "total"]
 
 
 def run(out: Path, **options: Any) -> list[Record]:
@@ -130,6 +131,25 @@ def test_measuring_single_layers_changes_no_output(tmp_path: Path, monkeypatch: 
     assert len(ours) == 2 * len(STAGES)
     assert all(record.values["agrees"] for record in ours), [record.values["reason"] for record in ours]
     assert sum(record.kind == "extrapolated" for record in records) == 2 * 2 * 3
+
+
+def test_a_compiled_reference_with_a_static_cache_agrees(tmp_path: Path) -> None:
+    records = run(tmp_path / "results.jsonl", baseline="compiled", batches=(2,), repeats=1)
+    decode = next(r for r in records if (r.name, r.subject) == ("decode", "afnext fp32"))
+    assert decode.values["agrees"], decode.values["reason"]
+    assert decode.values["speedup_over"] == "transformers compiled"
+
+
+@pytest.mark.parametrize("name", ["hqq", "torchao"])
+def test_a_quantizer_that_is_not_installed_is_left_out(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if importlib.util.find_spec(name):
+        pytest.skip(f"{name} is installed")
+    options: dict[str, Any] = {"random": "tiny", "audio_seconds": (1.0,), "schemes": ("fp32",), "repeats": 1}
+    records = bench.run_e2e(out=tmp_path / "r.jsonl", baseline=name, new_tokens=2, **options)
+    assert {record.subject for record in records} == {"afnext fp32"}
+    assert f"transformers {name} is left out" in capsys.readouterr().err
 
 
 def test_first_layers_are_all_that_runs_and_come_back(measured: tuple[Path, list[Record]]) -> None:
