@@ -152,7 +152,7 @@ class Stream(Iterator[Piece]):
 
 
 class Model:
-    """A loaded model. Its methods may be called from several threads, one call at a time each."""
+    """A loaded model. Calls share its weights and nothing else, so each has the KV cache of its own requests."""
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from ...kernels.errors import AfnextError
+from ..io.audio import AudioSource
 from . import info as model_info
 from .answer import Answer, Piece
 from .api import AnswerOptions, Model, Stream, load
@@ -87,7 +88,7 @@ def ask(
     options = _options(max_new_tokens, temperature, top_p, repetition_penalty, seed, truncate)
     with _progress(quiet or as_json) as report:
         loaded = load(model, device=device, dtype=dtype.value, chunk_size=chunk_size, progress=report)
-        sources = [sys.stdin.buffer.read(_MAX_STDIN_BYTES) if name == "-" else name for name in [audio, *(also or [])]]
+        sources: list[AudioSource] = [sys.stdin.buffer if name == "-" else name for name in [audio, *(also or [])]]
         options["progress"] = report
         stream = loaded.stream(sources, question, system=system, **options)
         first = next(stream, None)
@@ -170,10 +171,6 @@ def run(command: typer.Typer) -> None:
         sys.exit(130)
 
 
-# A recording of the longest audio the model hears, in the largest common format (30 minutes, 192 kHz, stereo, float64).
-_MAX_STDIN_BYTES = 1800 * 192_000 * 2 * 8
-
-
 def _options(
     max_new_tokens: int | None,
     temperature: float | None,
@@ -214,7 +211,7 @@ def _progress(hidden: bool) -> Iterator[Report]:
 
 def _print_stream(stream: Stream, first: Piece | None, *, silent: bool) -> Answer:
     """Write the pieces as they come, thoughts dimmed, and return the answer."""
-    out = Console(highlight=False, soft_wrap=True)
+    out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     thinking = False
     for piece in () if first is None else chain([first], stream):
         if silent:
@@ -223,7 +220,7 @@ def _print_stream(stream: Stream, first: Piece | None, *, silent: bool) -> Answe
         if thinking and not is_thought:
             out.print("\n")
         thinking = is_thought
-        out.print(piece, style="dim" if is_thought else None, end="", markup=False)
+        out.print(piece, style="dim" if is_thought else None, end="")
     if not silent:
         out.print()
     assert stream.answer is not None
