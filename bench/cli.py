@@ -14,12 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..runtime.app.api import load
-from .record import Record
+from .quality_data import TASKS
+from .record import SCHEMES, Record
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, memory and quality.", rich_markup_mode="rich")
 
-SCHEMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-TASKS = ("auto", "asr", "choice", "perplexity")
 OutOption = Annotated[
     Path, typer.Option(help="File of results (JSON lines) to append to; what it holds is not redone.")
 ]
@@ -121,7 +120,7 @@ def quality(
             data,
             out,
             baseline=other,
-            task=choice(task, TASKS, "--task"),
+            task=choice(task, ("auto", *TASKS), "--task"),
             limit=limit,
             max_new_tokens=max_new_tokens,
             restart=restart,

@@ -26,10 +26,9 @@ from ..runtime.model.hub import resolve
 from .e2e_subjects import AfnextSubject, TransformersSubject, variants
 from .machine import energy_joules, machine, peak_device_memory, peak_rss, reset_peaks
 from .random_checkpoint import write_random_checkpoint
-from .record import Record, append, finished
+from .record import SCHEMES, Record, append, finished
 from .timing import Samples, clock_for, compare_outputs, measure_interleaved, speedup
 
-SCHEMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 FULL_LAYERS, FULL_WIDTH = (32, 28), (1280, 3584)
 # Relative RMS within which two runs of one random model agree: rounding alone, at the given dtype and over many layers.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.08, "float16": 0.02}

@@ -27,7 +27,7 @@ from ..runtime.engine.kv_cache import KVCache, page_table, pages_for
 from ..runtime.engine.prefill import PromptEmbeddings, prefill
 from ..runtime.engine.timings import Timings
 from ..runtime.io.audio import windows
-from ..runtime.io.prompt import build_prompt
+from ..runtime.io.prompt import Prompt, build_prompt
 from ..runtime.model.decoder import CacheView
 from ..runtime.model.encoder import audio_token_count
 
@@ -75,9 +75,7 @@ class AfnextSubject:
         """See `Subject`."""
         self._batch, self._new_tokens = batch, new_tokens
         self._windows = [torch.from_numpy(window) for window in windows(audio)]
-        message = {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": QUESTION}]}
-        tokens = audio_token_count(len(audio))
-        self._prompt = build_prompt([message], [tokens], self._model.tokenizer, self._model.template)
+        self._prompt = _prompt(self._model, audio)
         self._length = len(self._prompt.token_ids)
         page_size = self._model.options.page_size
         count = pages_for(self._length + new_tokens, page_size)
@@ -203,8 +201,7 @@ class TransformersSubject:
         """See `Subject`."""
         self._batch, self._new_tokens = batch, new_tokens
         self._windows = windows(audio)
-        message = {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": QUESTION}]}
-        prompt = build_prompt([message], [audio_token_count(len(audio))], self._ours.tokenizer, self._ours.template)
+        prompt = _prompt(self._ours, audio)
         self._ids = torch.tensor([prompt.token_ids], device=self._reference.device)
         self.log_mel()
         self.encode()
@@ -347,6 +344,11 @@ def _transformers() -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
+
+
+def _prompt(model: Model, audio: np.ndarray) -> Prompt:
+    message = {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": QUESTION}]}
+    return build_prompt([message], [audio_token_count(len(audio))], model.tokenizer, model.template)
 
 
 def _padded(features: Tensor) -> Tensor:

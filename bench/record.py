@@ -12,6 +12,9 @@ from typing import Any
 
 from ..kernels.errors import AfnextError
 
+# The schemes that can be measured, and the dtype that each computes in.
+SCHEMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 class ResultsError(AfnextError):
     """A file of results cannot be read."""

@@ -92,11 +92,7 @@ def ask(
         options["progress"] = report
         stream = loaded.stream(sources, question, system=system, **options)
         first = next(stream, None)
-    answer = _print_stream(stream, first, silent=as_json)
-    if as_json:
-        print(json.dumps(answer.to_dict(), ensure_ascii=False))
-    else:
-        _print_footer(answer, quiet)
+    _show(stream, first, as_json=as_json, quiet=quiet)
 
 
 @app.command(epilog="Example: [bold]afnext chat meeting.mp3 -m nvidia/audio-flamingo-next-think-hf[/bold]")
@@ -138,6 +134,11 @@ def _reply(
         options["progress"] = report
         stream = loaded.stream_chat(messages, **options)
         first = next(stream, None)
+    return _show(stream, first, as_json=as_json, quiet=quiet)
+
+
+def _show(stream: Stream, first: Piece | None, *, as_json: bool, quiet: bool) -> Answer:
+    """Print the answer as it comes, or as one JSON object; return it."""
     answer = _print_stream(stream, first, silent=as_json)
     if as_json:
         print(json.dumps(answer.to_dict(), ensure_ascii=False), flush=True)

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
+from ...kernels.log_mel import SAMPLE_RATE
 from ..engine.generate import FinishReason, Request
 from ..engine.prefill import AudioInput
 from ..engine.sampler import SamplingParams
 from ..engine.timings import Timings
 from ..errors import AudioError, PromptError
-from ..io.audio import SAMPLE_RATE, Audio, AudioSource, load_audio, windows
+from ..io.audio import Audio, AudioSource, load_audio, windows
 from ..io.prompt import Prompt, PromptTemplate, build_prompt
 from ..io.stop_strings import StopStrings
 from ..io.tokenizer import StreamDecoder, Tokenizer

@@ -20,11 +20,10 @@ import numpy as np
 import soxr
 import torch
 
+from ...kernels.log_mel import SAMPLE_RATE, WINDOW_SAMPLES
 from ..errors import AudioError, AudioTooLongError
 from .decode import MAX_CHANNELS, MAX_RATE, MIN_RATE, SCALES, Decoder, check_samples, mix, unreadable
 
-SAMPLE_RATE = 16_000
-WINDOW_SAMPLES = 480_000
 MAX_SECONDS = 1800.0
 MAX_STREAM_BYTES = 4 << 30  # of a file object that cannot seek and is therefore spooled
 _BLOCK = 1 << 18  # samples of an array that are converted at once
