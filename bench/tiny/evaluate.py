@@ -1,0 +1,275 @@
+"""How well afnext-tiny hears: words, events, counts and times, on voices and seeds that training never had.
+
+    python -m afnext.bench.tiny.evaluate BANK [--model FOLDER] [--out bench/results/tiny] [--parity]
+
+BANK is the folder `bank` that `train` made. Writes OUT.json and OUT.md. With --parity every clip also goes through
+`transformers` in float32, and the tokens must be the same.
+"""
+
+import json
+import random
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from rich.progress import track
+
+from ...runtime.app.answer import Answer
+from ...runtime.app.api import Model, load
+from ..quality import word_errors
+from .scenes import Conditions, Item, Question, ask, lines, make_scene
+from .voices import RATE, VoiceBank
+
+CLEAN, NOISY = Conditions(None), Conditions(10.0)
+_STAMP = re.compile(r"(\d\d):(\d\d)\.(\d)")
+_LINE = re.compile(r'^\[(\d\d:\d\d\.\d)\] "?([^"\n]+?)"?$', re.MULTILINE)
+_NEAR = 0.5  # seconds within which a found event counts as the one that is there
+_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A recording, what is in it, and one question about it."""
+
+    samples: np.ndarray
+    items: list[Item]
+    question: Question
+
+
+@dataclass
+class Row:
+    """One line of the table: what was asked how often, and what came of it."""
+
+    name: str
+    clips: int
+    values: dict[str, float] = field(default_factory=dict)
+    stopped: int = 0
+
+
+def clips(bank: VoiceBank, kind: str, count: int, seed: str, **options: Any) -> list[Clip]:
+    """`count` recordings of 10 s with a question of `kind` each. options: conditions, density, think."""
+    made = []
+    for number in range(count):
+        rng = random.Random(f"evaluation/{seed}/{number}")
+        conditions, density = options.get("conditions", CLEAN), options.get("density")
+        samples, items = make_scene(bank, rng, 10.0, conditions, density=density)
+        made.append(Clip(samples, items, ask(kind, items, rng, options.get("think", False))))
+    return made
+
+
+def answers(model: Model, asked: list[Clip], name: str) -> Iterator[tuple[Clip, Answer]]:
+    """The model's greedy answers, a few at a time, with a progress bar."""
+    for start in track(range(0, len(asked), _BATCH), description=name):
+        batch = asked[start : start + _BATCH]
+        conversations = [[{"role": "user", "content": _parts(clip)}] for clip in batch]
+        yield from zip(batch, model.chat(conversations, temperature=0.0, max_new_tokens=400), strict=True)
+
+
+def _parts(clip: Clip) -> list[dict[str, Any]]:
+    return [{"type": "audio", "audio": (clip.samples, RATE)}, {"type": "text", "text": clip.question.prompt}]
+
+
+def seconds(stamp: str) -> float:
+    """`mm:ss.d` in seconds."""
+    match = _STAMP.fullmatch(stamp)
+    assert match is not None
+    minutes, whole, tenth = map(int, match.groups())
+    return 60 * minutes + whole + tenth / 10
+
+
+def listed(text: str) -> list[tuple[float, str]]:
+    """The (seconds, label) of each line `[mm:ss.d] label`."""
+    return [(seconds(stamp), label) for stamp, label in _LINE.findall(text)]
+
+
+def matched(expected: list[tuple[float, str]], found: list[tuple[float, str]]) -> list[float]:
+    """Time errors of the found events that are there: same label, each expected one used once, the nearest first."""
+    pairs = sorted(
+        (abs(at - when), i, j)
+        for i, (at, label) in enumerate(expected)
+        for j, (when, said) in enumerate(found)
+        if label == said
+    )
+    errors: list[float] = []
+    used: tuple[set[int], set[int]] = set(), set()
+    for error, i, j in pairs:
+        if i not in used[0] and j not in used[1]:
+            errors.append(error)
+            used[0].add(i)
+            used[1].add(j)
+    return errors
+
+
+def _words(model: Model, asked: list[Clip], name: str) -> Row:
+    row, errors, words = Row(name, len(asked)), 0, 0
+    for clip, answer in answers(model, asked, name):
+        counts = word_errors(clip.question.answer, answer.text)
+        errors += counts["substitutions"] + counts["deletions"] + counts["insertions"]
+        words += counts["words"]
+        row.stopped += answer.finish_reason == "stop"
+    row.values = {"word error rate": errors / words}
+    return row
+
+
+def _events(model: Model, asked: list[Clip], name: str) -> Row:
+    row, right, expected_total, found_total = Row(name, len(asked)), 0, 0, 0
+    times: list[float] = []
+    for clip, answer in answers(model, asked, name):
+        expected, found = listed(clip.question.answer), listed(answer.text)
+        errors = matched(expected, found)
+        right += sum(error <= _NEAR for error in errors)
+        times += errors
+        expected_total += len(expected)
+        found_total += len(found)
+        row.stopped += answer.finish_reason == "stop"
+    row.values = {"F1": 2 * right / max(1, expected_total + found_total), **_quantiles(times)}
+    return row
+
+
+def _exact(model: Model, asked: list[Clip], name: str) -> Row:
+    row, right = Row(name, len(asked)), 0
+    for clip, answer in answers(model, asked, name):
+        wanted = clip.question.answer.rpartition("</think>\n")[2]
+        right += _alike(wanted, answer.text)
+        row.stopped += answer.finish_reason == "stop"
+    row.values = {"accuracy": right / len(asked)}
+    return row
+
+
+def _alike(wanted: str, said: str) -> bool:
+    """Whether two answers say the same, with times at most `_NEAR` apart."""
+    if _STAMP.sub("", wanted) != _STAMP.sub("", said):
+        return False
+    pairs = zip(_STAMP.finditer(wanted), _STAMP.finditer(said), strict=True)
+    return all(abs(seconds(a[0]) - seconds(b[0])) <= _NEAR for a, b in pairs)
+
+
+def _quantiles(times: list[float]) -> dict[str, float]:
+    return {"median error, s": float(np.median(times)), "90th percentile, s": float(np.quantile(times, 0.9))}
+
+
+def long_recording(bank: VoiceBank, seed: int, minutes: float = 30.0) -> tuple[np.ndarray, list[Item]]:
+    """A recording with one short scene in every tenth of its length and faint noise everywhere else."""
+    rng = random.Random(f"evaluation/long/{seed}")
+    samples = np.random.default_rng(seed).standard_normal(round(minutes * 60 * RATE)).astype(np.float32) * 1e-4
+    tenth, items = minutes * 6, []
+    for part in range(10):
+        scene, inside = make_scene(bank, rng, 5.0, CLEAN, density=0.5)
+        start = part * tenth + rng.uniform(0, tenth - 6)
+        place = round(start * RATE)
+        samples[place : place + len(scene)] += scene
+        items += [Item(i.label, i.is_word, i.onset + start, i.end + start, i.pitch) for i in inside]
+    return samples, items
+
+
+def _long(model: Model, bank: VoiceBank, recordings: int) -> list[Row]:
+    """Everything in recordings of 30 minutes, listed in one answer; a row a tenth of their length."""
+    rows = [Row(f"minutes {3 * part} to {3 * part + 3} of 30", recordings) for part in range(10)]
+    times: list[list[float]] = [[] for _ in rows]
+    expected_count, found_count = [0] * 10, [0] * 10
+    for number in track(range(recordings), description="30 minutes"):
+        samples, items = long_recording(bank, number)
+        question = Question("describe", "Describe the audio with timestamps.", lines(items, quoted=True))
+        clip = Clip(samples, items, question)
+        answer = model.chat([[{"role": "user", "content": _parts(clip)}]], temperature=0.0, max_new_tokens=1000)[0]
+        expected, found = listed(question.answer), listed(answer.text)
+        for part, row in enumerate(rows):
+            here = [pair for pair in expected if 180 * part <= pair[0] < 180 * part + 180]
+            said = [pair for pair in found if 180 * part <= pair[0] < 180 * part + 180]
+            times[part] += matched(here, said)
+            expected_count[part] += len(here)
+            found_count[part] += len(said)
+            row.stopped += answer.finish_reason == "stop"
+    for part, row in enumerate(rows):
+        right = sum(error <= _NEAR for error in times[part])
+        row.values = {"F1": 2 * right / max(1, expected_count[part] + found_count[part])}
+        row.values |= _quantiles(times[part]) if times[part] else {}
+    return rows
+
+
+def evaluate(model: Model, folder: Path, count: int, recordings: int) -> list[Row]:
+    """All rows of the table. count: clips a row; recordings: of 30 minutes."""
+    bank = VoiceBank(folder, "held_out")
+    speech: dict[str, Any] = {"density": 1.0}
+    sounds: dict[str, Any] = {"density": 0.0}
+    rows = [
+        _words(model, clips(bank, "transcribe", count, "clean", **speech), "words, clean"),
+        _words(model, clips(bank, "transcribe", count, "noisy", conditions=NOISY, **speech), "words, 10 dB noise"),
+        _events(model, clips(bank, "transcribe_times", count, "times", **speech), "words with times"),
+        _events(model, clips(bank, "sounds_times", count, "events", **sounds), "sounds with times"),
+        _events(model, clips(bank, "sounds_times", count, "e10", conditions=NOISY, **sounds), "sounds, 10 dB noise"),
+        _events(model, clips(bank, "describe", count, "describe"), "words and sounds"),
+        _exact(model, clips(bank, "count_sound", count, "count", density=0.2), "counting sounds"),
+        _exact(model, clips(bank, "count_sound", count, "count", density=0.2, think=True), "counting sounds, thinking"),
+        _exact(model, clips(bank, "count_words", count, "words"), "counting words"),
+        _exact(model, clips(bank, "when_sound", count, "when", density=0.3), "when does a sound occur"),
+        _exact(model, clips(bank, "first", count, "first"), "what happens first"),
+        _exact(model, clips(bank, "last", count, "last"), "what happens last"),
+        _exact(model, clips(bank, "pitch", count, "pitch", **sounds), "pitch of a tone"),
+    ]
+    if (folder / "human.json").exists():
+        human = VoiceBank(folder, "human")
+        rows.append(_words(model, clips(human, "transcribe", count, "human", **speech), "words, a human voice"))
+    return rows + _long(model, bank, recordings)
+
+
+def parity(model: Model, folder: Path, source: Path, count: int) -> int:
+    """How many of `count` clips give other tokens than `transformers` does, in float32."""
+    from .reference import reference_tokens
+
+    bank, different = VoiceBank(folder, "held_out"), 0
+    kinds = ("transcribe", "transcribe_times", "describe", "count_sound")
+    asked = [clip for kind in kinds for clip in clips(bank, kind, count // len(kinds), f"parity/{kind}")]
+    reference = reference_tokens(source, [(clip.samples, clip.question.prompt) for clip in asked])
+    for (_, answer), expected in zip(answers(model, asked, "parity"), reference, strict=True):
+        different += list(answer.token_ids) != expected
+    return different
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in Markdown."""
+    names = list(dict.fromkeys(name for row in rows for name in row.values))
+    out = [f"| asked about | clips | {' | '.join(names)} | ended by itself |"]
+    out.append("| --- " * (len(names) + 3) + "|")
+    for row in rows:
+        cells = [_cell(name, row.values.get(name)) for name in names]
+        out.append(f"| {row.name} | {row.clips} | {' | '.join(cells)} | {row.stopped} |")
+    return "\n".join(out) + "\n"
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if name.endswith(", s") else f"{100 * value:.1f} %" if "rate" in name else f"{value:.3f}"
+
+
+def main(
+    bank: Path,
+    model: str = "afnext-tiny",
+    out: Path = Path("bench/results/tiny"),
+    count: int = 100,
+    recordings: int = 3,
+    with_parity: bool = typer.Option(False, "--parity"),
+) -> None:
+    """Evaluate MODEL on the held-out voices of BANK; see the module."""
+    started = time.monotonic()
+    loaded = load(model, dtype="float32")
+    rows = evaluate(loaded, bank, count, recordings)
+    text = table(rows)
+    if with_parity:
+        different = parity(loaded, bank, Path(model), count)
+        text += f"\nTokens other than those of transformers (float32): {different} of {count} clips.\n"
+    print(text)
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
+    record = [{"name": row.name, "clips": row.clips, "stopped": row.stopped, **row.values} for row in rows]
+    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"{time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,192 @@
+"""The training model of afnext-tiny: AF-Next's architecture in plain torch, fast on short crops of long recordings.
+
+It computes what the runtime computes, with three freedoms that training needs: a crop of a window is encoded alone, at
+its own place in the window's positions; tokens stand at given positions, so that a few crops can stand for a recording
+of 30 minutes; and an additive attention bias lets one silent token count as many. Parameters carry the names of the
+flat checkpoint layout, so exporting is `state_dict()`.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels.rotary import rope_frequencies
+from ...kernels.rote import TimeEmbedding
+
+MELS = 80
+ENCODER = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 6}
+DECODER = {
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+ROPE_THETA = 100_000.0
+ROTE = TimeEmbedding(theta=1200.0, dim=int(ENCODER["hidden_size"] * 0.2), frames=750, frame_seconds=0.04)
+MARGIN = 2  # encoder positions on either side of a crop that are computed for the convolutions' sake and dropped
+
+
+class EncoderAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(3))
+        self.k_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in projections)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, width: int, inner: int, heads: int):
+        super().__init__()
+        self.self_attn = EncoderAttention(width, heads)
+        self.self_attn_layer_norm, self.final_layer_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.self_attn_layer_norm(x))
+        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+
+
+class Encoder(nn.Module):
+    """Log-mel crops to tokens: convolutions, positions, layers, pooling, LayerNorm, RoTE."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = ENCODER["hidden_size"]
+        self.conv1 = nn.Conv1d(MELS, width, 3, padding=1)
+        self.conv2 = nn.Conv1d(width, width, 3, stride=2, padding=1)
+        self.embed_positions = nn.Embedding(1500, width)
+        self.layers = nn.ModuleList(
+            EncoderLayer(width, ENCODER["intermediate_size"], ENCODER["num_attention_heads"])
+            for _ in range(ENCODER["num_hidden_layers"])
+        )
+        self.layer_norm = nn.LayerNorm(width)
+
+    def forward(self, mel: Tensor, starts: Tensor, windows: Tensor, margin: int) -> Tensor:
+        """mel: [crops, mels, frames], two frames a position, with `margin` positions before the crop and MARGIN after;
+        starts: [crops] first token of the crop in its window; windows: [crops] index of the window.
+        Returns [crops, tokens, width]."""
+        x = F.gelu(self.conv2(F.gelu(self.conv1(mel)))).transpose(1, 2)[:, margin:-MARGIN]
+        positions = 2 * starts[:, None] + torch.arange(x.shape[1])
+        x = x + self.embed_positions(positions)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.layer_norm(F.avg_pool1d(x.float().transpose(1, 2), 2).transpose(1, 2))
+        angles = ROTE.angles(windows, ROTE.frames)
+        index = (starts[:, None] + torch.arange(x.shape[1]))[..., None].expand(-1, -1, angles.shape[-1])
+        angles = angles.gather(1, index).double()
+        cos, sin = angles.cos().float(), angles.sin().float()
+        width = 2 * angles.shape[-1]
+        a, b = x[..., 0:width:2], x[..., 1:width:2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        return torch.cat((turned, x[..., width:]), dim=-1)
+
+
+class DecoderAttention(nn.Module):
+    def __init__(self, width: int, heads: int, kv_heads: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, width // heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj, self.v_proj = (nn.Linear(width, kv_heads * self.head_dim) for _ in range(2))
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in projections)
+        q, k = (_turn(y, cos, sin) for y in (q, k))
+        k, v = (y.repeat_interleave(self.heads // self.kv_heads, 1) for y in (k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+class DecoderMLP(nn.Module):
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, width: int, inner: int, heads: int, kv_heads: int):
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(width, eps=1e-6) for _ in range(2))
+        self.self_attn = DecoderAttention(width, heads, kv_heads)
+        self.mlp = DecoderMLP(width, inner)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, bias)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DecoderBody(nn.Module):
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        width = DECODER["hidden_size"]
+        self.embed_tokens = nn.Embedding(vocabulary, width)
+        sizes = (width, DECODER["intermediate_size"], DECODER["num_attention_heads"], DECODER["num_key_value_heads"])
+        self.layers = nn.ModuleList(DecoderLayer(*sizes) for _ in range(DECODER["num_hidden_layers"]))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+
+
+class TinyModel(nn.Module):
+    """The whole model. `forward` also returns what the auxiliary losses look at."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        width = DECODER["hidden_size"]
+        self.audio_tower = Encoder()
+        self.multi_modal_projector = nn.ModuleDict(
+            {"linear_1": nn.Linear(ENCODER["hidden_size"], width), "linear_2": nn.Linear(width, width)}
+        )
+        head = nn.Linear(width, vocabulary, bias=False)
+        self.language_model = nn.ModuleDict({"model": DecoderBody(vocabulary), "lm_head": head})
+        self._initialize()
+
+    def _initialize(self) -> None:
+        decoder = self.language_model["model"]
+        for name, parameter in (*decoder.named_parameters(), *self.language_model["lm_head"].named_parameters()):
+            if parameter.ndim == 2:
+                scale = 0.3 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                nn.init.normal_(parameter, 0.0, scale * (0.5 if "embed" in name else parameter.shape[1] ** -0.5))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        # RoTE turns the first channels of every token by angles that tell its time. Channels that start out constant
+        # arrive at the adaptor as the plain cosine and sine of those angles.
+        norm = self.audio_tower.layer_norm
+        width = 4 * ROTE.dim // 2
+        with torch.no_grad():
+            norm.weight.fill_(1.0)
+            norm.bias.zero_()
+            norm.weight[:width] = 0.0
+            norm.bias[0:width:2] = 1.0
+
+    def audio(self, mel: Tensor, starts: Tensor, windows: Tensor, margin: int) -> Tensor:
+        """Audio tokens as the decoder sees them: [crops, tokens, hidden]. Arguments as for Encoder.forward."""
+        x = self.audio_tower(mel, starts, windows, margin)
+        projector = self.multi_modal_projector
+        return projector["linear_2"](F.gelu(projector["linear_1"](x)))
+
+    def decode(self, x: Tensor, positions: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [batch, time, hidden]; positions: [batch, time]; bias: [batch, 1, time, time], added to the scores.
+        Returns the normed hidden states and those after the second layer."""
+        decoder = self.language_model["model"]
+        angles = positions.float()[:, None, :, None] * rope_frequencies(64, ROPE_THETA)
+        cos, sin = angles.cos(), angles.sin()
+        middle = x
+        for index, layer in enumerate(decoder.layers):
+            x = layer(x, cos, sin, bias)
+            middle = x if index == 1 else middle
+        return decoder.norm(x), middle

@@ -1,0 +1,240 @@
+"""Recordings made of words and sounds at known times, in rooms and in noise, and what can be asked of them."""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.signal import butter, fftconvolve, sosfilt
+
+from . import vocabulary
+from .sounds import make_sound
+from .voices import RATE, VoiceBank
+
+
+@dataclass(frozen=True)
+class Item:
+    """A word or a sound in a recording. onset, end: seconds."""
+
+    label: str
+    is_word: bool
+    onset: float
+    end: float
+    pitch: str | None = None
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How a recording sounds. snr: decibels between the items and the noise, None for none; the rest are chances."""
+
+    snr: float | None
+    noise: str = "white"
+    reverberation: float = 0.0
+    telephone: bool = False
+
+
+def random_conditions(rng: random.Random) -> Conditions:
+    """What training hears: half of it clean, the rest down to 5 dB, some of it in rooms or over a telephone."""
+    snr = None if rng.random() < 0.4 else rng.uniform(5, 30)
+    reverberation = rng.uniform(0.1, 0.5) if rng.random() < 0.3 else 0.0
+    return Conditions(snr, rng.choice(("white", "pink", "brown")), reverberation, rng.random() < 0.1)
+
+
+def make_scene(
+    bank: VoiceBank, rng: random.Random, seconds: float, conditions: Conditions, *, density: float | None = None
+) -> tuple[np.ndarray, list[Item]]:
+    """A recording of `seconds` with its items in order; density: the share of them that are words, or random."""
+    samples = np.zeros(round(seconds * RATE), np.float32)
+    items: list[Item] = []
+    if density is None:
+        density = rng.choice((1.0, 1.0, 0.8, 0.5, 0.5, 0.2, 0.0))
+    # Few kinds in a recording make repetitions, without which counting would never pass one.
+    kinds = rng.sample(vocabulary.SOUNDS, rng.choice((1, 2, 3, len(vocabulary.SOUNDS))))
+    pause = rng.choice((0.25, 0.6, 1.5))
+    position = rng.uniform(0.1, 0.1 + 2 * pause)
+    while rng.random() > 0.04:
+        is_word = rng.random() < density
+        label = rng.choice(bank.words) if is_word else rng.choice(kinds)
+        clip, pitch = (_respeak(bank.clip(label, rng), rng), None) if is_word else make_sound(label, rng)
+        start = round(position * RATE)
+        if start + len(clip) + RATE // 20 > len(samples):
+            break
+        samples[start : start + len(clip)] += clip * 10 ** (rng.uniform(-12, 0) / 20)
+        end = position + len(clip) / RATE
+        items.append(Item(label, is_word, position, end, pitch))
+        position = end + 0.12 + rng.expovariate(1 / pause)
+    return _recorded(samples, items, rng, conditions), items
+
+
+def _respeak(clip: np.ndarray, rng: random.Random) -> np.ndarray:
+    """The clip a little faster and higher, or slower and lower, as another speaker would say it."""
+    length = max(2, round(len(clip) / rng.uniform(0.82, 1.22)))
+    return np.interp(np.linspace(0, len(clip) - 1, length), np.arange(len(clip)), clip).astype(np.float32)
+
+
+def _recorded(samples: np.ndarray, items: list[Item], rng: random.Random, conditions: Conditions) -> np.ndarray:
+    draw = np.random.default_rng(rng.getrandbits(32))
+    if conditions.reverberation:
+        length = round(conditions.reverberation * RATE)
+        room = draw.standard_normal(length) * np.exp(-6.9 * np.arange(length) / length) * rng.uniform(0.02, 0.12)
+        room[0] = 1.0
+        samples = fftconvolve(samples, room)[: len(samples)]
+    if conditions.snr is not None:
+        active = sum(item.end - item.onset for item in items)
+        power = float((samples**2).sum()) / (active * RATE) if items else 0.01
+        noise = _background(len(samples), conditions.noise, draw)
+        samples = samples + noise * np.sqrt(power / 10 ** (conditions.snr / 10))
+    elif rng.random() < 0.7:
+        samples = samples + draw.standard_normal(len(samples)) * 10 ** (rng.uniform(-90, -50) / 20)
+    if conditions.telephone:
+        samples = sosfilt(butter(4, (300, 3400), "bandpass", fs=RATE, output="sos"), samples)
+    peak = float(np.abs(samples).max()) or 1.0
+    return np.asarray(samples / peak * 10 ** (rng.uniform(-20, -1) / 20), np.float32)
+
+
+def _background(length: int, kind: str, draw: np.random.Generator) -> np.ndarray:
+    """Noise of unit power whose spectrum falls by 0, 3 or 6 dB an octave."""
+    spectrum = np.fft.rfft(draw.standard_normal(length))
+    frequency = np.maximum(np.arange(len(spectrum)) * RATE / length, 30.0)
+    noise = np.fft.irfft(spectrum / frequency ** {"white": 0.0, "pink": 0.5, "brown": 1.0}[kind], length)
+    return np.asarray(noise / noise.std())
+
+
+def timestamp(seconds: float) -> str:
+    """`mm:ss.d`, cut to the tenth of a second."""
+    tenths = int(seconds * 10 + 1e-6)
+    return f"{tenths // 600:02}:{tenths // 10 % 60:02}.{tenths % 10}"
+
+
+def lines(items: list[Item], quoted: bool = False) -> str:
+    """One line an item, `[mm:ss.d] label`, words in quotation marks if asked for."""
+    labels = [f'"{item.label}"' if quoted and item.is_word else item.label for item in items]
+    return "\n".join(f"[{timestamp(item.onset)}] {label}" for item, label in zip(items, labels, strict=True))
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a recording, of which kind it is, and the right answer."""
+
+    kind: str
+    prompt: str
+    answer: str
+
+
+def ask(kind: str, items: list[Item], rng: random.Random, think: bool = False) -> Question:
+    """A question of `kind` (one of KINDS) about a recording with these items."""
+    prompt, answer, evidence = _ASK[kind](items, rng)
+    if think:
+        shown = lines(evidence, quoted=True) or "nothing"
+        return Question(kind, prompt + vocabulary.THINK, f"<think>\n{shown}\n</think>\n{answer}")
+    return Question(kind, prompt, answer)
+
+
+def random_questions(items: list[Item], rng: random.Random, count: int) -> list[Question]:
+    """`count` questions of different kinds; those that take longer answers come more often."""
+    chosen = list(dict.fromkeys(rng.choices(list(KINDS), weights=list(KINDS.values()), k=4 * count)))[:count]
+    return [ask(kind, items, rng, kind in _THINKABLE and rng.random() < 0.35) for kind in chosen]
+
+
+_Answer = tuple[str, str, list[Item]]
+
+
+def _words(items: list[Item]) -> list[Item]:
+    return [item for item in items if item.is_word]
+
+
+def _sounds(items: list[Item]) -> list[Item]:
+    return [item for item in items if not item.is_word]
+
+
+def _transcribe(items: list[Item], rng: random.Random) -> _Answer:
+    answer = " ".join(item.label for item in _words(items)) or "No speech."
+    return rng.choice(vocabulary.TRANSCRIBE), answer, _words(items)
+
+
+def _transcribe_times(items: list[Item], rng: random.Random) -> _Answer:
+    return rng.choice(vocabulary.TRANSCRIBE_TIMES), lines(_words(items)) or "No speech.", _words(items)
+
+
+def _sounds_times(items: list[Item], rng: random.Random) -> _Answer:
+    return rng.choice(vocabulary.SOUNDS_TIMES), lines(_sounds(items)) or "No sound.", _sounds(items)
+
+
+def _describe(items: list[Item], rng: random.Random) -> _Answer:
+    return rng.choice(vocabulary.DESCRIBE), lines(items, quoted=True) or "Silence.", items
+
+
+def _when_sound(items: list[Item], rng: random.Random) -> _Answer:
+    present = sorted({item.label for item in _sounds(items)})
+    kind = rng.choice(present) if present and rng.random() < 0.85 else rng.choice(vocabulary.SOUNDS)
+    found = [item for item in _sounds(items) if item.label == kind]
+    answer = ", ".join(timestamp(item.onset) for item in found) or "It does not occur."
+    return rng.choice(vocabulary.WHEN_SOUND).format(kind), answer, found
+
+
+def _when_word(items: list[Item], rng: random.Random) -> _Answer:
+    present = sorted({item.label for item in _words(items)})
+    word = rng.choice(present) if present and rng.random() < 0.85 else rng.choice(sorted(vocabulary.WORDS))
+    found = [item for item in _words(items) if item.label == word]
+    answer = ", ".join(timestamp(item.onset) for item in found) or "It is not spoken."
+    return rng.choice(vocabulary.WHEN_WORD).format(word), answer, found
+
+
+def _count_sound(items: list[Item], rng: random.Random) -> _Answer:
+    present = sorted({item.label for item in _sounds(items)})
+    kind = rng.choice(present) if present and rng.random() < 0.9 else rng.choice(vocabulary.SOUNDS)
+    found = [item for item in _sounds(items) if item.label == kind]
+    prompt = rng.choice(vocabulary.COUNT_SOUND).format(sound=kind, plural=vocabulary.PLURALS[kind])
+    return prompt, str(len(found)), found
+
+
+def _count_words(items: list[Item], rng: random.Random) -> _Answer:
+    return rng.choice(vocabulary.COUNT_WORDS), str(len(_words(items))), _words(items)
+
+
+def _named(item: Item) -> str:
+    what = f'The word "{item.label}"' if item.is_word else f"A {item.label}"
+    return f"{what} at {timestamp(item.onset)}."
+
+
+def _first(items: list[Item], rng: random.Random) -> _Answer:
+    return rng.choice(vocabulary.FIRST), _named(items[0]) if items else "Silence.", items[:1]
+
+
+def _last(items: list[Item], rng: random.Random) -> _Answer:
+    return rng.choice(vocabulary.LAST), _named(items[-1]) if items else "Silence.", items[-1:]
+
+
+def _pitch(items: list[Item], rng: random.Random) -> _Answer:
+    tones = [item for item in items if item.label == "tone" and not item.is_word]
+    pitch = tones[0].pitch if tones else None
+    return rng.choice(vocabulary.PITCH), f"{pitch.capitalize()}." if pitch else "There is no tone.", tones[:1]
+
+
+_ASK = {
+    "transcribe": _transcribe,
+    "transcribe_times": _transcribe_times,
+    "sounds_times": _sounds_times,
+    "describe": _describe,
+    "when_sound": _when_sound,
+    "when_word": _when_word,
+    "count_sound": _count_sound,
+    "count_words": _count_words,
+    "first": _first,
+    "last": _last,
+    "pitch": _pitch,
+}
+KINDS = {
+    "transcribe": 3,
+    "transcribe_times": 3,
+    "sounds_times": 3,
+    "describe": 3,
+    "when_sound": 2,
+    "when_word": 2,
+    "count_sound": 2,
+    "count_words": 2,
+    "first": 1,
+    "last": 1,
+    "pitch": 1,
+}
+"""Every kind of question, and how often training asks it."""
+_THINKABLE = ("when_sound", "when_word", "count_sound", "count_words", "first", "last")

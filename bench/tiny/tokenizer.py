@@ -1,0 +1,53 @@
+"""The tokenizer of afnext-tiny: bytes, and whole words for everything the model is asked or says.
+
+A word known to the vocabulary is one token; any other text falls apart into its bytes. A timestamp is three tokens,
+as in `[12:` `34` `.5]`.
+"""
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from ..random_checkpoint import SPECIAL_TOKENS
+from . import vocabulary
+
+_SPLIT = r"\[?\p{N}\p{N}:|\p{N}\p{N}|\.\p{N}\]?|\p{N}| ?\p{L}+|</?think>|\s|[^\s\p{L}\p{N}]"
+
+
+def build_tokenizer() -> Tokenizer:
+    """Byte-level, with every piece of the closed vocabulary as one token, then the special tokens."""
+    split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
+    pieces = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    known = {piece for text in _texts() for piece, _ in pieces.pre_tokenize_str(text)}
+    words = [*symbols, *sorted(known - set(symbols))]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], ignore_merges=True))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pieces
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def _texts() -> list[str]:
+    times = [f"[{minute:02}:" for minute in range(30)] + [f"{minute:02}:" for minute in range(30)]
+    times += [f"{number:02}" for number in range(60)] + [f".{digit}" for digit in range(10)]
+    times += [f".{digit}]" for digit in range(10)]
+    labels = (*vocabulary.WORDS, *vocabulary.SOUNDS, *vocabulary.PITCHES)
+    words = [text for label in labels for text in (label, f" {label}")]
+    plurals = [f" {plural}" for plural in vocabulary.PLURALS.values()]
+    prompts = [
+        *vocabulary.TRANSCRIBE,
+        *vocabulary.TRANSCRIBE_TIMES,
+        *vocabulary.SOUNDS_TIMES,
+        *vocabulary.DESCRIBE,
+        *vocabulary.WHEN_SOUND,
+        *vocabulary.WHEN_WORD,
+        *(text.format(plural="", sound="") for text in vocabulary.COUNT_SOUND),
+        *vocabulary.COUNT_WORDS,
+        *vocabulary.FIRST,
+        *vocabulary.LAST,
+        *vocabulary.PITCH,
+        vocabulary.THINK,
+    ]
+    answers = ["No speech.", "No sound.", "Silence.", "It does not occur.", "It is not spoken.", "There is no tone."]
+    answers += ["Low.", "Medium.", "High.", 'The word "yes" at 00:00.0.', "A beep at 00:00.0.", "<think>", "</think>"]
+    return [*times, *words, *plurals, *prompts, *answers, "user", "assistant", "system", "\n", "nothing"]

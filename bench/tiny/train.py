@@ -1,0 +1,147 @@
+"""Trains afnext-tiny from Whisper tiny.en's first encoder layers and synthetic recordings.
+
+    python -m afnext.bench.tiny.train FOLDER [--threads 2]
+
+FOLDER keeps the voice bank and the state of training; the same command goes on where it stopped. Needs the `tiny`
+extra and the Debian packages named in `voices.py`.
+
+Besides the answers, four auxiliary losses teach what an answer is made of: which word or sound every audio token lies
+in and where one begins (read from the adaptor's output), and the token's minute, second and tenth (read from the second
+decoder layer). Their heads are not part of the checkpoint.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
+
+from . import whisper
+from .batches import CLASSES, IGNORED, Batches, Stage
+from .model import DECODER, ENCODER, TinyModel
+from .tokenizer import build_tokenizer
+from .voices import VoiceBank, build_bank
+
+STAGES = [
+    Stage(steps=2500, seconds=4.0, crops=1, batch=16),
+    Stage(steps=750, seconds=5.0, crops=2, batch=8, questions=5),
+    Stage(steps=450, seconds=10.0, crops=2, batch=4, questions=6),
+    Stage(steps=120, seconds=30.0, crops=2, batch=2, questions=8),
+]
+_ENCODER_RATE, _RATE = 3e-4, 1e-3
+_WARMUP = 200
+_SAVE_EVERY = 200
+
+
+class Auxiliary(nn.Module):
+    """Linear heads for what the audio tokens should know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = DECODER["hidden_size"]
+        self.classes, self.onset = nn.Linear(width, len(CLASSES)), nn.Linear(width, 1)
+        self.minute, self.second, self.tenth = nn.Linear(width, 30), nn.Linear(width, 60), nn.Linear(width, 10)
+
+    def loss(self, tokens: Tensor, middle: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """tokens: adaptor output, [batch, audio, hidden]; middle: the same tokens after the second decoder layer."""
+        tenths = batch["tenths"]
+        onset = F.binary_cross_entropy_with_logits(
+            self.onset(tokens).squeeze(-1).float(), batch["onsets"], pos_weight=torch.tensor(5.0)
+        )
+        times = (self.minute, tenths // 600), (self.second, tenths // 10 % 60), (self.tenth, tenths % 10)
+        return {
+            "class": F.cross_entropy(self.classes(tokens).flatten(0, 1).float(), batch["classes"].flatten()),
+            "onset": onset,
+            "time": sum(F.cross_entropy(h(middle).flatten(0, 1).float(), t.flatten()) for h, t in times) / 3,
+        }
+
+
+def step_losses(model: TinyModel, auxiliary: Auxiliary, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """All losses of a batch, to be weighted and summed."""
+    audio = model.audio(batch["mel"], batch["starts"], batch["windows"], batch["margin"])
+    audio = audio.unflatten(0, (-1, batch["crops"])).flatten(1, 2)
+    embed, size = model.language_model["model"].embed_tokens, audio.shape[0]
+    prefix, asked = embed(batch["prefix"]).expand(size, -1, -1), embed(batch["inputs"])
+    x = torch.cat((prefix.to(audio.dtype), audio, asked.to(audio.dtype)), 1)
+    hidden, middle = model.decode(x, batch["positions"], batch["bias"])
+    start = prefix.shape[1]
+    targets = batch["targets"]
+    answered = targets != IGNORED
+    logits = model.language_model["lm_head"](hidden[:, start + audio.shape[1] :][answered])
+    losses = auxiliary.loss(audio, middle[:, start : start + audio.shape[1]], batch)
+    right = (logits.argmax(-1) == targets[answered]).float().mean()
+    return {"answer": F.cross_entropy(logits.float(), targets[answered]), **losses, "accuracy": right.detach()}
+
+
+def total(losses: dict[str, Tensor]) -> Tensor:
+    """The weighted sum that is minimized."""
+    return losses["answer"] + 0.5 * losses["class"] + 0.3 * losses["onset"] + 0.3 * losses["time"]
+
+
+def build_model(folder: Path, vocabulary: int, seed: int) -> TinyModel:
+    """The model before training: Whisper's layers, the rest random."""
+    torch.manual_seed(seed)
+    model = TinyModel(vocabulary)
+    weights = whisper.encoder_weights(whisper.fetch(folder / "whisper"), ENCODER["num_hidden_layers"])
+    missing, unexpected = model.audio_tower.load_state_dict(weights, strict=False)
+    assert (set(missing), unexpected) == ({"layer_norm.weight", "layer_norm.bias"}, []), (missing, unexpected)
+    return model
+
+
+def train(folder: Path, seed: int, console: Console, stages: list[Stage]) -> TinyModel:
+    """Train, or go on with training, until the last step; returns the model."""
+    build_bank(folder / "bank", seed, lambda split, done, of: console.print(f"voices, {split}: {done} of {of} clips"))
+    tokenizer = build_tokenizer()
+    model = build_model(folder, tokenizer.get_vocab_size(), seed)
+    auxiliary = Auxiliary()
+    groups = [
+        {"params": list(model.audio_tower.parameters()), "peak": _ENCODER_RATE},
+        {"params": [p for n, p in model.named_parameters() if not n.startswith("audio_tower")], "peak": _RATE},
+        {"params": list(auxiliary.parameters()), "peak": _RATE},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=_RATE, betas=(0.9, 0.98), weight_decay=0.02)
+    batches = Batches(VoiceBank(folder / "bank", "train"), tokenizer, stages, seed)
+    state, done = folder / "training.pt", 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        auxiliary.load_state_dict(saved["auxiliary"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done = saved["step"]
+    loader = DataLoader(Subset(batches, range(done, len(batches))), batch_size=None, num_workers=1, prefetch_factor=4)
+    started, averages = time.monotonic(), {}
+    for step, batch in enumerate(loader, start=done):
+        share = min(1.0, (step + 1) / _WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / len(batches)))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * max(share, 0.01)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = step_losses(model, auxiliary, batch)
+        optimizer.zero_grad(set_to_none=True)
+        total(losses).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for name, loss in losses.items():
+            averages[name] = 0.97 * averages.get(name, float(loss)) + 0.03 * float(loss)
+        if step % 50 == 0 or step + 1 == len(batches):
+            text = "  ".join(f"{name} {value:.3f}" for name, value in averages.items())
+            console.print(f"step {step} of {len(batches)}  {text}  {time.monotonic() - started:.0f} s", highlight=False)
+        if (step + 1) % _SAVE_EVERY == 0 or step + 1 == len(batches):
+            saved = {"model": model.state_dict(), "auxiliary": auxiliary.state_dict(), "step": step + 1}
+            torch.save({**saved, "optimizer": optimizer.state_dict()}, state)
+    return model
+
+
+def main(folder: Path, seed: int = 0, threads: int = 2) -> None:
+    """Train in FOLDER; see the module."""
+    torch.set_num_threads(threads)
+    train(folder, seed, Console(), STAGES)
+
+
+if __name__ == "__main__":
+    typer.run(main)
