@@ -5,22 +5,33 @@
 Without `causal` a query sees the first key_lengths[b] keys of its sequence. With `causal` the queries are the LAST
 ones of their sequence: of key_lengths[b] keys, query i of n sees those up to key_lengths[b] - n + i. Query head h reads
 KV head h // (heads / kv_heads) (GQA). Keys and values are dense, [batch, keys, kv_heads, head_dim], or paged
-(`page_table` given, see `pages.py`). `rotation` turns the queries on the way in; keys in a cache are already turned
-(`kv_write.py`), dense keys are turned by `key_rotation`. So RoPE, the report's RoTE (positions -2 pi * seconds,
-interleaved pairs) and no rotation are one operation.
+(`page_table` given, see `pages.py`), there also in int8 with a scale for each token and head (`kv_write.py`).
+`rotation` turns the queries on the way in; keys in a cache are already turned, dense keys are turned by `key_rotation`.
+So RoPE, the report's RoTE (positions -2 pi * seconds, interleaved pairs) and no rotation are one operation.
 
-Operations: 4 * head_dim per visible query-key pair and head, half of them in each product. Bytes: q and out once, k
-and v once per query tile.
-Source: Vaswani et al. 2017; Ainslie et al. 2023 (GQA); Goel et al. 2024, arXiv:2410.12109 (RoTE in attention).
+Operations: 4 * head_dim per visible pair of query and key and head, half of them in each product; they limit both uses
+on a GPU. Bytes: q and out once, k and v at least once.
+
+The Triton kernel makes one pass (flash attention). A program has a tile of rows, each one query of one head; the heads
+of a KV head are neighbouring rows, so that they share its keys and values. It walks over the visible keys a tile at a
+time with a running maximum and sum, in float32 and in base 2, and forms no tile that no row sees; only tiles that some
+rows see are masked. So it moves k and v once for each 128 rows (18 queries of a group of 7), mostly from the L2 cache:
+128 operations for each byte. At full size a window's head is 12 tiles in the encoder, and 1024 tokens of prefill are 56
+tiles for each KV head.
+Source: Vaswani et al. 2017; Milakov and Gimelshein 2018 (online softmax); Dao 2023 (FlashAttention-2); Ainslie et al.
+2023 (GQA); Goel et al. 2024, arXiv:2410.12109 (RoTE in attention).
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .configs import Config, Configs
 from .dispatch import Operation
-from .pages import gather_pages
-from .rotary import Rotation, rotary
+from .pages import gather_pages, locate_tokens
+from .rotary import Rotation, check_rotation, load_turned, load_turns, rotary
+from .rotary import reference as rotary_reference
+from .triton_language import tl, triton
 
 
 def reference(
@@ -31,20 +42,248 @@ def reference(
     scale: float,
     key_lengths: Tensor | None,
     page_table: Tensor | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> Tensor:
     """The specification: float64, one sequence and one query head at a time."""
+    if rotation is not None:
+        q = rotary_reference(q, rotation)
     out = torch.empty_like(q)
-    for b, (keys, values) in enumerate(_sequences(q, k, v, key_lengths, page_table)):
+    for b, (keys, values) in enumerate(_sequences(q, k, v, key_lengths, page_table, k_scales, v_scales, torch.float64)):
         visible = visible_keys(q.shape[1], keys.shape[0], causal, q.device)
         for h in range(q.shape[2]):
             kv_head = h // (q.shape[2] // keys.shape[1])
-            scores = q[b, :, h].double() @ keys[:, kv_head].double().T * scale
+            scores = q[b, :, h].double() @ keys[:, kv_head].T * scale
             weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-            out[b, :, h] = (weights @ values[:, kv_head].double()).to(q.dtype)
+            out[b, :, h] = (weights @ values[:, kv_head]).to(q.dtype)
     return out
 
 
 _operation = Operation("attention", reference)
+
+
+@triton.jit
+def _load_queries(  # type: ignore[no-untyped-def]
+    q, cos, sin, q_rows, tokens, mask, PAIRS: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """A tile of queries, rotated when there is a table of cosines: [BLOCK_M, BLOCK_D] of the dtype of q."""
+    channels = tl.arange(0, BLOCK_D)[None, :]
+    if cos is None:
+        rows = tl.load(q + q_rows + channels, mask=mask, other=0.0)
+    else:
+        turn_cos, turn_sin = load_turns(cos, sin, tokens, channels, mask, PAIRS, HALF)
+        rows = load_turned(q, q_rows, channels, mask, turn_cos, turn_sin, PAIRS, HALF).to(q.dtype.element_ty)
+    return rows
+
+
+@triton.jit
+def _weigh(scores, row_max, row_sum):  # type: ignore[no-untyped-def]
+    """One step of the online softmax: (weights of these scores, factor for what is summed so far, new maximum, sum)."""
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_max[:, None])
+    decay = tl.exp2(row_max - new_max)
+    return weights, decay, new_max, row_sum * decay + tl.sum(weights, 1)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "table_row"])
+def _kernel(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    out,
+    cos,
+    sin,
+    key_lengths,
+    page_table,
+    k_scales,
+    v_scales,
+    scale,
+    queries,
+    keys,
+    table_row,
+    q_batch,
+    q_token,
+    q_head,
+    k_page,
+    k_slot,
+    k_head,
+    v_page,
+    v_slot,
+    v_head,
+    CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HALF: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Causal tiles have more keys the later their queries: the longest go first, so that the last to finish are short.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
+    kv_head, kv_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    batch = tl.program_id(2).to(tl.int64)
+    length = keys if key_lengths is None else tl.load(key_lengths + batch).to(tl.int32)
+    k += kv_head * k_head
+    v += kv_head * v_head
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    query, head = row // GROUP, kv_head * GROUP + row % GROUP
+    channels = tl.arange(0, BLOCK_D)[None, :]
+    mask = (query < queries)[:, None] & (channels < HEAD_DIM)
+    q_rows = (batch * q_batch + query.to(tl.int64) * q_token + head * q_head)[:, None]
+    tokens = (batch * queries + query)[:, None]
+    rows = _load_queries(q, cos, sin, q_rows, tokens, mask, PAIRS, HALF, BLOCK_D)
+
+    # Keys before `whole` are seen by every row of the tile; keys from `end` on by none.
+    last = tl.full((BLOCK_M,), length - 1, tl.int32)
+    whole, end = length, length
+    if CAUSAL:
+        last = length - queries + query
+        whole = length - queries + tile * BLOCK_M // GROUP + 1
+        end = tl.minimum(length - queries + (tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1, length)
+    whole = tl.maximum(whole, 0) // BLOCK_N * BLOCK_N
+
+    # The lowest finite number rather than -inf: a row that has seen no key yet then forms no inf - inf.
+    row_max = tl.full((BLOCK_M,), -3.4028234663852886e38, tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    scale *= 1.4426950408889634  # log2(e): exponentials are of base 2
+    for masked in tl.static_range(2):
+        for start in tl.range(whole if masked else 0, end if masked else whole, BLOCK_N):
+            token = start + tl.arange(0, BLOCK_N)
+            exists = token < length
+            if page_table is None:
+                page, slot = batch, token
+            else:
+                page, slot = locate_tokens(page_table + batch * table_row, start, length, PAGE_SIZE, BLOCK_N)
+            slot = slot.to(tl.int64)
+            k_at = k + (page * k_page + slot * k_slot)[:, None] + channels
+            v_at = v + (page * v_page + slot * v_slot)[:, None] + channels
+            if masked or BLOCK_D != HEAD_DIM:
+                loaded = exists[:, None] & (channels < HEAD_DIM)
+                k_tile, v_tile = tl.load(k_at, mask=loaded, other=0), tl.load(v_at, mask=loaded, other=0)
+            else:
+                k_tile, v_tile = tl.load(k_at), tl.load(v_at)
+            scores = tl.dot(rows, tl.trans(k_tile.to(rows.dtype)), input_precision="ieee") * scale
+            scale_at = (page * PAGE_SIZE + slot) * kv_heads + kv_head
+            if k_scales is not None:
+                scores *= tl.load(k_scales + scale_at, mask=exists, other=0.0)[None, :]
+            if masked:
+                scores = tl.where((token[None, :] <= last[:, None]) & exists[None, :], scores, -float("inf"))
+            weights, decay, row_max, row_sum = _weigh(scores, row_max, row_sum)
+            if v_scales is not None:
+                # Times 127, the largest stored magnitude: weights as small as a scale would leave float16's range.
+                weights *= tl.load(v_scales + scale_at, mask=exists, other=0.0)[None, :] * 127
+            weights = weights.to(rows.dtype)
+            acc = tl.dot(weights, v_tile.to(rows.dtype), acc * decay[:, None], input_precision="ieee")
+    if v_scales is not None:
+        row_sum *= 127
+    acc /= tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    out_rows = ((tokens * kv_heads + kv_head) * GROUP + (row % GROUP)[:, None]) * HEAD_DIM
+    tl.store(out + out_rows + channels, acc.to(out.dtype.element_ty), mask=mask)
+
+
+# By the width of a head. Up to sm_89 and on sm_120 the operands of a product are in registers, which for wide heads
+# leaves room for 32 keys; sm_90 and sm_100 have them in shared memory. With pages, the first of the three stages looks
+# the page up.
+_CANDIDATES = [
+    Config({"BLOCK_M": rows, "BLOCK_N": keys}, num_warps=warps, num_stages=stages)
+    for rows, keys, warps, stages in (
+        (64, 32, 4, 3),
+        (64, 64, 4, 3),
+        (128, 32, 4, 3),
+        (128, 64, 8, 2),
+        (128, 128, 8, 2),
+    )
+]
+_CONFIGS = {
+    64: Configs(
+        "attention_64", Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3), candidates=_CANDIDATES
+    ),
+    128: Configs(
+        "attention_128",
+        Config({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=8, num_stages=3),
+        dict.fromkeys(("sm90", "sm100"), Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3)),
+        candidates=_CANDIDATES,
+    ),
+}
+# Where operands are in registers, a wide tile of 128 rows leaves none for its cosines and sines.
+_ROTATING = Configs(
+    "attention_128_rotating",
+    Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=3),
+    _CONFIGS[128].by_family,
+    candidates=_CANDIDATES,
+)
+# Float32 is for comparisons: exact products without tensor cores. Heads wider than 128 are in no model of ours.
+_SMALL = Configs("attention_small", Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=2))
+
+
+@_operation.implementation("triton")
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    key_lengths: Tensor | None,
+    page_table: Tensor | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    rotation: Rotation | None = None,
+) -> Tensor:
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if page_table is not None and page_table.stride(-1) != 1:
+        page_table = page_table.contiguous()
+    batch, queries, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    group = heads // kv_heads
+    out = q.new_empty(q.shape)
+    if q.numel() == 0:
+        return out
+    cos, sin = (None, None) if rotation is None else rotation.cos_sin
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    page_size = 0 if page_table is None else k.shape[1]
+
+    def launch(config: Config) -> None:
+        _kernel[(triton.cdiv(queries * group, config.blocks["BLOCK_M"]), kv_heads, batch)](
+            q,
+            k,
+            v,
+            out,
+            cos,
+            sin,
+            None if key_lengths is None else key_lengths.contiguous(),
+            page_table,
+            k_scales,
+            v_scales,
+            scale,
+            queries,
+            k.shape[1],
+            0 if page_table is None else page_table.stride(0),
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            CAUSAL=causal,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            PAIRS=0 if cos is None else cos.shape[-1],
+            HALF=rotation is not None and rotation.pairing == "half",
+            PAGE_SIZE=page_size,
+            BLOCK_D=block_d,
+            **config.options(),
+        )
+
+    configs = _CONFIGS.get(max(64, block_d), _SMALL)
+    if q.element_size() > 2:
+        configs = _SMALL
+    elif block_d == 128 and rotation is not None:
+        configs = _ROTATING
+    key = (str(q.dtype), str(k.dtype), head_dim, group, causal, page_size, rotation is not None)
+    launch(configs.on(q.device, key, launch))
+    return out
 
 
 @_operation.implementation("torch")
@@ -56,14 +295,19 @@ def _torch(
     scale: float,
     key_lengths: Tensor | None,
     page_table: Tensor | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> Tensor:
+    if rotation is not None:
+        q = rotary(q, rotation)
     if page_table is None and not causal:
         mask = None
         if key_lengths is not None and int(key_lengths.min()) < k.shape[1]:
             mask = (torch.arange(k.shape[1], device=q.device) < key_lengths[:, None])[:, None, None, :]
         return _grouped_attention(q, k, v, mask, scale)
     outputs = []
-    for b, (keys, values) in enumerate(_sequences(q, k, v, key_lengths, page_table)):
+    for b, (keys, values) in enumerate(_sequences(q, k, v, key_lengths, page_table, k_scales, v_scales, q.dtype)):
         # Without a prefix the fused kernel skips what is masked by itself, which halves its work; but it masks with
         # -inf before it scales, which only a positive scale survives.
         whole = causal and q.shape[1] == keys.shape[0] and scale > 0
@@ -103,16 +347,32 @@ def visible_keys(queries: int, keys: int, causal: bool, device: torch.device) ->
 
 
 def _sequences(
-    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, page_table: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    page_table: Tensor | None,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    dtype: torch.dtype,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each sequence, [length, kv_heads, head_dim], cut to its length."""
+    """Keys and values of each sequence as `dtype`, [length, kv_heads, head_dim], cut to its length."""
     lengths = [k.shape[1]] * q.shape[0] if key_lengths is None else key_lengths.tolist()
     if page_table is None:
-        return [(k[b, :length], v[b, :length]) for b, length in enumerate(lengths)]
+        return [(k[b, :length].to(dtype), v[b, :length].to(dtype)) for b, length in enumerate(lengths)]
     return [
-        (gather_pages(k, pages, length), gather_pages(v, pages, length))
+        (_gather(k, k_scales, pages, length, dtype), _gather(v, v_scales, pages, length, dtype))
         for pages, length in zip(page_table, lengths, strict=True)
     ]
+
+
+def _gather(cache: Tensor, scales: Tensor | None, pages: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """The first `length` tokens held by `pages`, as numbers of `dtype` also where the cache is int8."""
+    x = gather_pages(cache, pages, length)
+    if scales is None:
+        return x.to(dtype)
+    at_least_float32 = torch.promote_types(dtype, torch.float32)
+    return (x.to(at_least_float32) * gather_pages(scales, pages, length)[..., None]).to(dtype)
 
 
 def attention(
@@ -124,31 +384,43 @@ def attention(
     scale: float | None = None,
     key_lengths: Tensor | None = None,
     page_table: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     rotation: Rotation | None = None,
     key_rotation: Rotation | None = None,
 ) -> Tensor:
     """Attention of q over dense or paged keys and values.
 
-    q: [batch, queries, heads, head_dim]; k, v: [batch, keys, kv_heads, head_dim], or with `page_table` ([batch,
-    max_pages] int) pools [pages, page_size, kv_heads, head_dim]. key_lengths: [batch] int, required with pages, at
-    least 1, and at least the number of queries when causal. scale defaults to head_dim ** -0.5.
-    Returns like q; softmax in float32. Raises ValueError when shapes do not fit.
+    q: [batch, queries, heads, head_dim], float32, bfloat16 or float16; k, v: [batch, keys, kv_heads, head_dim], or with
+    `page_table` ([batch, max_pages] int) pools [pages, page_size, kv_heads, head_dim], of the dtype of q or, with
+    k_scales and v_scales ([pages, page_size, kv_heads] float32), int8. key_lengths: [batch] int, required with pages,
+    at least 1, and at least the number of queries when causal. rotation turns q, key_rotation dense k. scale defaults
+    to head_dim ** -0.5.
+    Returns like q; softmax in float32. Raises ValueError when shapes or dtypes do not fit.
     """
-    check_attention(q, k, v, key_lengths, page_table)
+    check_attention(q, k, v, key_lengths, page_table, k_scales, v_scales)
     if causal and page_table is None and k.shape[1] < q.shape[1]:
         raise ValueError(f"causal queries are the last of their sequence, got {q.shape[1]} queries, {k.shape[1]} keys")
     if rotation is not None:
-        q = rotary(q, rotation)
+        check_rotation(q, rotation)
     if key_rotation is not None:
         if page_table is not None:
             raise ValueError("keys in a paged cache are rotated when they are written, not by attention")
         k = rotary(k, key_rotation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _operation.on(q.device)(q, k, v, causal, scale, key_lengths, page_table)
+    return _operation.on(q.device)(q, k, v, causal, scale, key_lengths, page_table, k_scales, v_scales, rotation)
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, page_table: Tensor | None) -> None:
-    """Raise ValueError unless the shapes are those of one attention problem."""
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    page_table: Tensor | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
+    """Raise ValueError unless the shapes and dtypes are those of one attention problem."""
     alike = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[-1] == k.shape[-1]
     if not alike or q.shape[2] % k.shape[2] or (page_table is None and k.shape[0] != q.shape[0]):
         raise ValueError(
@@ -162,3 +434,19 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None,
         )
     if key_lengths is not None and key_lengths.shape != q.shape[:1]:
         raise ValueError(f"key_lengths must have the shape {tuple(q.shape[:1])}, got {tuple(key_lengths.shape)}")
+    for x, scales in ((k, k_scales), (v, v_scales)):
+        _check_scales(q, x, scales, page_table)
+
+
+def _check_scales(q: Tensor, x: Tensor, scales: Tensor | None, page_table: Tensor | None) -> None:
+    if x.dtype != (q.dtype if scales is None else torch.int8):
+        raise ValueError(f"keys and values are {q.dtype} like q, or int8 with scales; got {x.dtype}")
+    if scales is None:
+        return
+    if page_table is None:
+        raise ValueError("scales belong to int8 keys and values in pages, got no page_table")
+    if scales.shape != x.shape[:3] or scales.dtype != torch.float32 or not scales.is_contiguous():
+        raise ValueError(
+            f"scales must be contiguous float32 of the shape {tuple(x.shape[:3])}, got {scales.dtype} "
+            f"{tuple(scales.shape)}"
+        )

@@ -7,6 +7,10 @@
 GELU is the exact one (erf). The convolutions are dense products and go to torch (cuDNN, oneDNN).
 Operations for one window at full size: 2 * 3 * 3000 * 128 * 1280 + 2 * 3 * 1500 * 1280 * 1280 = 17.7 GFLOP.
 
+On GPUs the libraries add the bias in a pass of its own. The Triton implementation leaves them the bare convolutions and
+fuses what follows: bias and GELU after the first, in place; bias, GELU, transposition and positions after the second.
+In bf16 and for one window at full size these passes move 15 and 12 MB, where one pass for each step would move 58 MB.
+
 Source: Radford et al. 2022, section 2.2.
 """
 
@@ -14,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .activation import gelu
+from .activation import exact_gelu, gelu
 from .dispatch import Operation
+from .triton_language import tl, triton
 
 
 def conv_length(frames: int) -> int:
@@ -36,6 +41,55 @@ def reference(mel: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias
 
 
 _operation = Operation("conv_stem", reference)
+
+
+@triton.jit
+def _bias_gelu_kernel(h, bias, rows, channels, length, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """GELU(h + bias) in place; h: [rows, length], rows = batch * channels."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    time = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    shift = tl.load(bias + row % channels).to(tl.float32)[:, None]
+    inside = (row[:, None] < rows) & (time < length)
+    at = h + row[:, None] * length + time
+    values = exact_gelu(tl.load(at, mask=inside, other=0.0).to(tl.float32) + shift)
+    tl.store(at, values.to(h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _finish_kernel(h, bias, positions, out, channels, length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """GELU(h + bias)^T + positions. h: [batch, channels, length]; out: [batch, length, channels]."""
+    batch = tl.program_id(2).to(tl.int64)
+    time = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    h += batch * channels * length
+    out += batch * channels * length
+    inside = (channel[:, None] < channels) & (time[None, :] < length)
+    values = tl.load(h + channel[:, None] * length + time[None, :], mask=inside, other=0.0).to(tl.float32)
+    values += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[:, None]
+    values = tl.trans(exact_gelu(values))
+    inside = (time[:, None] < length) & (channel[None, :] < channels)
+    at = time[:, None] * channels + channel[None, :]
+    values += tl.load(positions + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=inside)
+
+
+@_operation.implementation("triton")
+def _triton(mel: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, positions: Tensor) -> Tensor:
+    h = F.conv1d(mel, weight1, padding=1).contiguous()
+    batch, channels, frames = h.shape
+    rows, block = 4, 1024
+    grid = triton.cdiv(batch * channels, rows), triton.cdiv(frames, block)
+    _bias_gelu_kernel[grid](
+        h, bias1.contiguous(), batch * channels, channels, frames, ROWS=rows, BLOCK=block, num_warps=8
+    )
+    h = F.conv1d(h, weight2, stride=2, padding=1).contiguous()
+    length, block = h.shape[-1], 64
+    out = h.new_empty(batch, length, channels)
+    tiles = triton.cdiv(length, block), triton.cdiv(channels, block), batch
+    _finish_kernel[tiles](
+        h, bias2.contiguous(), positions.contiguous(), out, channels, length, BLOCK=block, num_warps=8
+    )
+    return out
 
 
 @_operation.implementation("torch")

@@ -4,39 +4,261 @@
 
 for n = 1 .. 8 new tokens a sequence (more than one when drafts are verified). It is the causal attention of
 `attention.py`, kept apart because its limit is another: each key and value is used by a handful of rows only, so the
-time is that of reading the cache, 2 * kv_heads * head_dim * bytes per cached token and layer (2 KiB in bf16 at full
-size: 92 MB a layer at 45 000 tokens).
+time is that of reading the cache. An int8 cache has a float32 scale for each token and KV head (`kv_write.py`).
+
+Shapes as in `decode_attention` below. The keys of a sequence are divided among `splits` programs for each KV head, so
+that one sequence fills the device. A program computes the softmax of its part for the group * n rows that share the
+KV head, gathered in one tensor-core tile, together with the logarithm of its sum; a second kernel weighs the parts by
+those. How long a part is follows from key_lengths on the device and how many there are from the width of the page
+table, so a captured launch serves a sequence as it grows, up to what its pages can hold.
+
+Bytes, for each sequence of t cached tokens and each layer: 2 t kv_heads head_dim elements of the cache, once (2 KiB a
+token in bf16 at full size, 92 MB at 45 000 tokens; in int8 1 KiB and 32 bytes of scales), and the page table. Besides
+them only the parts, 4 n heads (head_dim + 1) bytes each, written once and read once (66 parts and 2 MB on 132
+multiprocessors at one new token, in the L2 cache). Operations: 4 t n heads head_dim, 7 for each byte of a bf16 cache
+at full size and one new token; the tile's padding to 16 rows makes them 16.
+Source: Dao et al. 2023 (Flash-Decoding); Kwon et al. 2023 (PagedAttention).
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import check_attention, visible_keys
+from .attention import _gather, _weigh, check_attention, visible_keys
 from .attention import reference as attention_reference
+from .configs import Config, Configs, multiprocessors
 from .dispatch import Operation
-from .pages import gather_pages
+from .pages import locate_tokens
+from .triton_language import tl, triton
 
 MAX_NEW_TOKENS = 8
+MAX_ROWS = 64  # of a tile: 8 new tokens of a group of 8 heads
+PROGRAMS = 2  # of a multiprocessor at a time: their loads in flight cover the memory's latency
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor, page_table: Tensor) -> Tensor:
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    key_lengths: Tensor,
+    page_table: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
     """The specification: causal attention in float64."""
-    return attention_reference(q, k, v, True, scale, key_lengths, page_table)
+    return attention_reference(q, k, v, True, scale, key_lengths, page_table, k_scales, v_scales)
 
 
 _operation = Operation("decode_attention", reference)
 
 
+@triton.jit(do_not_specialize=["splits", "batches", "new_tokens", "table_row"])
+def _attend_part(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    parts,
+    log_sums,
+    key_lengths,
+    page_table,
+    k_scales,
+    v_scales,
+    scale,
+    splits,
+    batches,
+    new_tokens,
+    table_row,
+    k_page,
+    k_slot,
+    k_head,
+    v_page,
+    v_slot,
+    v_head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Attention over one part of the keys of a sequence, and to base 2 the logarithm of its softmax's sum."""
+    kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
+    split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    k += kv_head * k_head
+    v += kv_head * v_head
+
+    row = tl.program_id(0) // KV_HEADS * ROWS + tl.arange(0, ROWS)
+    token, head = row // GROUP, kv_head * GROUP + row % GROUP
+    in_rows = token < new_tokens
+    channels = tl.arange(0, BLOCK_D)[None, :]
+    mask = in_rows[:, None] & (channels < HEAD_DIM)
+    q_row = (batch * new_tokens + token) * (KV_HEADS * GROUP) + head
+    part_row = q_row + split.to(tl.int64) * batches * new_tokens * (KV_HEADS * GROUP)
+
+    length = tl.load(key_lengths + batch).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
+    first = split * share
+    if (first >= length) & (split > 0):  # part 0 is written in any case, for a sequence without keys
+        tl.store(log_sums + part_row, tl.full((ROWS,), -float("inf"), tl.float32), mask=in_rows)
+        return
+
+    rows = tl.load(q + q_row[:, None] * HEAD_DIM + channels, mask=mask, other=0.0)
+    last = length - new_tokens + token
+    # The lowest finite number rather than -inf: a row that sees none of these keys then forms no inf - inf.
+    row_max = tl.full((ROWS,), -3.4028234663852886e38, tl.float32)
+    row_sum = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    scale *= 1.4426950408889634  # log2(e): exponentials are of base 2
+    for start in tl.range(first, tl.minimum(first + share, length), BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        exists = key < length
+        loaded = exists[:, None] & (channels < HEAD_DIM)
+        page, slot = locate_tokens(page_table + batch * table_row, start, length, PAGE_SIZE, BLOCK_N)
+        slot = slot.to(tl.int64)
+        keys = tl.load(k + (page * k_page + slot * k_slot)[:, None] + channels, mask=loaded, other=0)
+        scores = tl.dot(rows, tl.trans(keys.to(rows.dtype)), input_precision="ieee") * scale
+        scale_at = (page * PAGE_SIZE + slot) * KV_HEADS + kv_head
+        if k_scales is not None:
+            scores *= tl.load(k_scales + scale_at, mask=exists, other=0.0)[None, :]
+        scores = tl.where(key[None, :] <= last[:, None], scores, -float("inf"))
+        weights, decay, row_max, row_sum = _weigh(scores, row_max, row_sum)
+        if v_scales is not None:
+            # Times 127, the largest stored magnitude: weights as small as a scale would leave float16's range.
+            weights *= tl.load(v_scales + scale_at, mask=exists, other=0.0)[None, :] * 127
+        values = tl.load(v + (page * v_page + slot * v_slot)[:, None] + channels, mask=loaded, other=0)
+        weights = weights.to(rows.dtype)
+        acc = tl.dot(weights, values.to(rows.dtype), acc * decay[:, None], input_precision="ieee")
+
+    log_sum = tl.where(row_sum > 0, row_max + tl.log2(row_sum), -float("inf"))
+    tl.store(log_sums + part_row, log_sum, mask=in_rows)
+    if v_scales is not None:
+        row_sum *= 127
+    acc /= tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    tl.store(parts + part_row[:, None] * HEAD_DIM + channels, acc.to(parts.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _merge_parts(  # type: ignore[no-untyped-def]
+    parts, log_sums, out, splits, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The mean of the parts of one row, each weighed by its share of the whole softmax's sum."""
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    channels = tl.arange(0, BLOCK_D)
+    row_max = tl.full((1,), -3.4028234663852886e38, tl.float32)
+    row_sum = tl.zeros((1,), tl.float32)
+    acc = tl.zeros((1, BLOCK_D), tl.float32)
+    for start in tl.range(0, splits, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)
+        part_row = split.to(tl.int64) * rows + row
+        log_sum = tl.load(log_sums + part_row, mask=split < splits, other=-float("inf"))
+        written = log_sum > -float("inf")
+        mask = written[:, None] & (channels < HEAD_DIM)[None, :]
+        part = tl.load(parts + part_row[:, None] * HEAD_DIM + channels[None, :], mask=mask, other=0.0)
+        weights, decay, row_max, row_sum = _weigh(log_sum[None, :], row_max, row_sum)
+        acc = acc * decay[:, None] + tl.sum(part * tl.trans(weights), 0)[None, :]
+    acc /= tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    out_at = out + row * HEAD_DIM + channels[None, :]
+    tl.store(out_at, acc.to(out.dtype.element_ty), mask=(channels < HEAD_DIM)[None, :])
+
+
+# Stages count the load of a page's number before those of its keys: five keep two tiles of keys and values in flight.
+_NARROW = Config({"BLOCK_N": 32}, num_warps=4, num_stages=5)
+_CONFIGS = Configs(
+    "decode_attention",
+    Config({"BLOCK_N": 64}, num_warps=4, num_stages=5),
+    {"sm86": _NARROW, "sm89": _NARROW, "sm120": _NARROW, "gfx942": Config({"BLOCK_N": 32}, num_warps=4, num_stages=2)},
+)
+_CONFIGS_OF_MANY_ROWS = Configs("decode_attention of many rows", _NARROW, {"gfx942": _CONFIGS.by_family["gfx942"]})
+_MERGE = Config({"BLOCK_S": 32}, num_warps=4, num_stages=1)
+
+
+@_operation.implementation("triton")
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    key_lengths: Tensor,
+    page_table: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
+    q, page_table, key_lengths = (x.contiguous() for x in (q, page_table, key_lengths))
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    batch, new_tokens, heads, head_dim = q.shape
+    page_size, kv_heads = k.shape[1:3]
+    group = heads // kv_heads
+    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(group * new_tokens)))
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    config = (_CONFIGS if rows < MAX_ROWS else _CONFIGS_OF_MANY_ROWS).on(q.device)
+    programs = kv_heads * triton.cdiv(group * new_tokens, rows)
+    most_keys = page_table.shape[1] * page_size
+    splits = split_count(q.device, programs * batch, triton.cdiv(most_keys, config.blocks["BLOCK_N"]))
+    out = q.new_empty(q.shape)
+    parts = out if splits == 1 else q.new_empty((splits, *q.shape), dtype=torch.float32)
+    log_sums = q.new_empty((splits, batch, new_tokens, heads), dtype=torch.float32)
+    _attend_part[(programs, splits, batch)](
+        q,
+        k,
+        v,
+        parts,
+        log_sums,
+        key_lengths,
+        page_table,
+        k_scales,
+        v_scales,
+        scale,
+        splits,
+        batch,
+        new_tokens,
+        page_table.stride(0),
+        *k.stride()[:3],
+        *v.stride()[:3],
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
+        ROWS=rows,
+        BLOCK_D=block_d,
+        **config.options(),
+    )
+    if splits > 1:
+        grid = (batch * new_tokens * heads,)
+        _merge_parts[grid](parts, log_sums, out, splits, HEAD_DIM=head_dim, BLOCK_D=block_d, **_MERGE.options())
+    return out
+
+
+def split_count(device: torch.device, programs: int, blocks: int) -> int:
+    """Parts into which to divide the keys, of at most `blocks` blocks, where each part takes `programs` programs.
+
+    As many as run at the same time: more would wait for others, fewer leave multiprocessors idle.
+    """
+    return max(1, min(PROGRAMS * multiprocessors(device) // programs, blocks))
+
+
 @_operation.implementation("torch")
-def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor, page_table: Tensor) -> Tensor:
+def _torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    key_lengths: Tensor,
+    page_table: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
     batch, new_tokens, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     # The rows of a group and its new tokens share each KV head, so they form one small matrix against it.
     rows = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     outputs = []
     for b, length in enumerate(key_lengths.tolist()):
-        keys, values = (gather_pages(cache, page_table[b], length).transpose(0, 1) for cache in (k, v))
+        keys, values = (
+            _gather(cache, scales, page_table[b], length, q.dtype).transpose(0, 1)
+            for cache, scales in ((k, k_scales), (v, v_scales))
+        )
         mask = None
         if new_tokens > 1:
             mask = visible_keys(new_tokens, length, True, q.device).repeat(heads // kv_heads, 1)
@@ -48,16 +270,25 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor, p
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, key_lengths: Tensor, page_table: Tensor, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_lengths: Tensor,
+    page_table: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Attention of the last n tokens of each sequence over its cache, in which they already are.
 
     q: [batch, n, heads, head_dim] with n <= MAX_NEW_TOKENS, rotated; k, v: pools [pages, page_size, kv_heads,
-    head_dim]; key_lengths: [batch] int, tokens in the cache, the new ones included; page_table: [batch, max_pages] int.
-    Returns like q; softmax in float32. Raises ValueError when shapes do not fit.
+    head_dim] of q's dtype, or int8 with the float32 scales k_scales, v_scales: [pages, page_size,
+    kv_heads]; key_lengths: [batch] int, tokens in the cache, at least the n new ones; page_table: [batch, max_pages]
+    int. Returns like q; softmax in float32. Raises ValueError when shapes or dtypes do not fit.
     """
-    check_attention(q, k, v, key_lengths, page_table)
+    check_attention(q, k, v, key_lengths, page_table, k_scales, v_scales)
     if not 1 <= q.shape[1] <= MAX_NEW_TOKENS:
         raise ValueError(f"decode_attention takes 1 to {MAX_NEW_TOKENS} new tokens, got {q.shape[1]}; use attention")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _operation.on(q.device)(q, k, v, scale, key_lengths, page_table)
+    return _operation.on(q.device)(q, k, v, scale, key_lengths, page_table, k_scales, v_scales)

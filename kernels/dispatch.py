@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from .errors import BackendError
+from .triton_language import AVAILABLE as TRITON_AVAILABLE
 
 BACKENDS = ("triton", "native", "torch", "reference")
 _BY_DEVICE = {"cuda": ("triton", "torch"), "cpu": ("native", "torch")}
@@ -53,6 +54,7 @@ class Operation(Generic[F]):
     """The implementations of one operation, and the choice among them.
 
     `reference` is the specification and is always there; `implementation("torch")` registers another as a decorator.
+    Where Triton is not installed, its implementations are not registered.
     """
 
     def __init__(self, name: str, reference: F):
@@ -65,7 +67,8 @@ class Operation(Generic[F]):
         _checked(name)
 
         def register(function: F) -> F:
-            self.implementations[name] = function
+            if name != "triton" or TRITON_AVAILABLE:
+                self.implementations[name] = function
             return function
 
         return register

@@ -2,52 +2,233 @@
 
     q_out = rotary(q);  k_cache[slot] = rotary(k);  v_cache[slot] = v          slot = page_slots(...)
 
-Keys are stored rotated, so attention reads them as they are. One pass reads q, k, v and writes as much: at full size
-2 * (3584 + 2 * 512) * 2 bytes a token and layer in bf16.
+Keys are stored rotated, so attention reads them as they are. An int8 cache holds, for each token and head x (keys after
+rotation), a float32 scale beside the integers:
+
+    scale = max |x| / 127;  stored = round(x / scale), half to even, within +-127;  x is read as stored * scale
+
+A vector of zeros has the scale 0.
+
+The biases of q, k and v are not added here: the products that form q, k and v add them in their epilogue (cuBLAS and
+every quantized product do), so they cost no pass over memory that fusing them here would save.
+
+Memory-bound: one pass reads q, k, v and writes as much, at full size 2 * (3584 + 2 * 512) * 2 bytes a token and layer
+in bf16 (18 KiB; 17 KiB with an int8 cache). The Triton kernel does so in one launch, and reads the table of cosines
+(512 bytes a token, see `rotary.py`) from the L2 cache; a program has four query heads, or one key and its value.
 Source: the paged layout is that of Kwon et al. 2023 (PagedAttention).
 """
 
+import torch
 from torch import Tensor
 
 from .dispatch import Operation
-from .rotary import Rotation, check_rotation, rotary
+from .rotary import Rotation, check_rotation, load_turned, load_turns, rotary, rotation_config, token_rows
 from .rotary import reference as rotary_reference
+from .triton_language import tl, triton
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, rotation: Rotation
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    slots: Tensor,
+    rotation: Rotation,
 ) -> Tensor:
     """The specification: token by token."""
-    keys = rotary_reference(k, rotation)
+    keys = rotary_reference(k.double(), rotation)
     page_size = k_cache.shape[1]
-    for b, row in enumerate(slots.tolist()):
-        for t, slot in enumerate(row):
-            k_cache[slot // page_size, slot % page_size] = keys[b, t].to(k_cache.dtype)
-            v_cache[slot // page_size, slot % page_size] = v[b, t].to(v_cache.dtype)
+    for x, cache, scales in ((keys, k_cache, k_scales), (v, v_cache, v_scales)):
+        for b, row in enumerate(slots.tolist()):
+            for t, slot in enumerate(row):
+                page, offset = divmod(slot, page_size)
+                if scales is None:
+                    cache[page, offset] = x[b, t].to(cache.dtype)
+                else:
+                    cache[page, offset], scales[page, offset] = quantize(x[b, t])
     return rotary_reference(q, rotation)
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 for each vector along the last dimension, computed in float32.
+
+    x: [..., head_dim]. Returns (int8 like x, scales [...] float32).
+    """
+    x = x.float()
+    scales = x.abs().amax(-1) / 127
+    # The divisor of a zero vector may be anything: 1 keeps its quotients from being 0 / 0.
+    divisors = torch.where(scales > 0, scales, 1.0)[..., None]
+    return (x / divisors).round().clamp(-127, 127).to(torch.int8), scales
 
 
 _operation = Operation("kv_write", reference)
 
 
+@triton.jit
+def _store(x, cache, scales, rows, channels, exists, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write one head of some tokens. x: [tokens, channels] float32, 0 beyond HEAD_DIM; rows: [tokens, 1] int64, the
+    index of each (slot, head) in the cache; exists: [tokens, 1], false past the last token."""
+    if scales is not None:
+        # Divisions and rounding as IEEE has them, so that every implementation stores the same integers. Adding
+        # 1.5 * 2^23 leaves a float32 no room for a fraction: it is rounded to an integer, half to even.
+        scale = tl.div_rn(tl.max(tl.abs(x), 1, keep_dims=True), 127.0)
+        tl.store(scales + rows, scale, mask=exists)
+        quotient = tl.div_rn(x, tl.where(scale > 0, scale, 1.0).broadcast_to(x.shape))
+        x = tl.minimum(tl.maximum((quotient + 12582912.0) - 12582912.0, -127.0), 127.0)
+    tl.store(cache + rows * HEAD_DIM + channels, x.to(cache.dtype.element_ty), mask=exists & (channels < HEAD_DIM))
+
+
+@triton.jit(do_not_specialize=["tokens", "time"])
+def _kv_write_kernel(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    q_out,
+    k_cache,
+    v_cache,
+    k_scales,
+    v_scales,
+    slots,
+    cos,
+    sin,
+    q_batch,
+    q_time,
+    q_head,
+    k_batch,
+    k_time,
+    k_head,
+    v_batch,
+    v_time,
+    v_head,
+    tokens,
+    time,
+    heads,
+    kv_heads,
+    HEAD_DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+):
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
+    channel = tl.arange(0, BLOCK_CHANNELS)[None, :]
+    exists = token < tokens
+    mask = exists & (channel < HEAD_DIM)
+    turn_cos, turn_sin = load_turns(cos, sin, token, channel, mask, PAIRS, HALF)
+    part = tl.program_id(1)
+    if part < kv_heads:
+        slot = tl.load(slots + token, mask=exists, other=0).to(tl.int64)
+        key_rows = token_rows(token, time, k_batch, k_time) + part * k_head
+        key = load_turned(k, key_rows, channel, mask, turn_cos, turn_sin, PAIRS, HALF)
+        _store(key, k_cache, k_scales, slot * kv_heads + part, channel, exists, HEAD_DIM)
+        value_rows = token_rows(token, time, v_batch, v_time) + part * v_head
+        value = tl.load(v + value_rows + channel, mask=mask, other=0.0).to(tl.float32)
+        _store(value, v_cache, v_scales, slot * kv_heads + part, channel, exists, HEAD_DIM)
+    else:
+        query_rows = token_rows(token, time, q_batch, q_time)
+        first = (part - kv_heads) * BLOCK_HEADS
+        for head in range(first, tl.minimum(first + BLOCK_HEADS, heads)):
+            turned = load_turned(q, query_rows + head * q_head, channel, mask, turn_cos, turn_sin, PAIRS, HALF)
+            to = q_out + (token.to(tl.int64) * heads + head) * HEAD_DIM + channel
+            tl.store(to, turned.to(q_out.dtype.element_ty), mask=mask)
+
+
+@_operation.implementation("triton")
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    slots: Tensor,
+    rotation: Rotation,
+) -> Tensor:
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    batch, time, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    out = q.new_empty(q.shape)
+    if q.numel() == 0:
+        return out
+    cos, sin = rotation.cos_sin
+    config = rotation_config(batch * time, q.device)
+    parts = kv_heads + triton.cdiv(heads, config.blocks["BLOCK_HEADS"])
+    _kv_write_kernel[(triton.cdiv(batch * time, config.blocks["BLOCK_TOKENS"]), parts)](
+        q,
+        k,
+        v,
+        out,
+        k_cache,
+        v_cache,
+        k_scales,
+        v_scales,
+        slots.contiguous(),
+        cos,
+        sin,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        batch * time,
+        time,
+        heads,
+        kv_heads,
+        HEAD_DIM=head_dim,
+        PAIRS=cos.shape[-1],
+        HALF=rotation.pairing == "half",
+        BLOCK_CHANNELS=triton.next_power_of_2(head_dim),
+        **config.options(),
+    )
+    return out
+
+
 @_operation.implementation("torch")
 def _torch(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, rotation: Rotation
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    slots: Tensor,
+    rotation: Rotation,
 ) -> Tensor:
     flat = slots.flatten()
-    k_cache.flatten(0, 1).index_copy_(0, flat, rotary(k, rotation).flatten(0, 1).to(k_cache.dtype))
-    v_cache.flatten(0, 1).index_copy_(0, flat, v.flatten(0, 1).to(v_cache.dtype))
+    # Keys that are to be quantized are not rounded to their own dtype first.
+    keys = rotary(k if k_scales is None else k.float(), rotation)
+    for x, cache, scales in ((keys, k_cache, k_scales), (v, v_cache, v_scales)):
+        if scales is None:
+            cache.flatten(0, 1).index_copy_(0, flat, x.flatten(0, 1).to(cache.dtype))
+        else:
+            stored, scale = quantize(x.flatten(0, 1))
+            cache.flatten(0, 1).index_copy_(0, flat, stored)
+            scales.flatten(0, 1).index_copy_(0, flat, scale)
     return rotary(q, rotation)
 
 
 def kv_write(
-    q: Tensor, k: Tensor, v: Tensor, *, k_cache: Tensor, v_cache: Tensor, slots: Tensor, rotation: Rotation
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    rotation: Rotation,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Write the rotated keys and the values INTO `k_cache` and `v_cache`; return the rotated queries.
 
     q: [batch, time, heads, head_dim]; k, v: [batch, time, kv_heads, head_dim]; caches: [pages, page_size, kv_heads,
-    head_dim], contiguous; slots: [batch, time] int64 from `page_slots`, all different.
-    Raises ValueError when shapes do not fit.
+    head_dim], contiguous; slots: [batch, time] int64 from `page_slots`, all different. With int8 caches, k_scales and
+    v_scales, [pages, page_size, kv_heads] float32 and contiguous, are written, too.
+    Raises ValueError when shapes or dtypes do not fit.
     """
     if k.shape != v.shape or k.shape[2:] != k_cache.shape[2:] or k_cache.shape != v_cache.shape:
         raise ValueError(
@@ -56,8 +237,19 @@ def kv_write(
         )
     if slots.shape != k.shape[:2]:
         raise ValueError(f"slots must have the shape {tuple(k.shape[:2])}, got {tuple(slots.shape)}")
-    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-        raise ValueError("the caches are written in place and must be contiguous")
+    for cache, scales in ((k_cache, k_scales), (v_cache, v_scales)):
+        _check_scales(cache, scales)
+        if not (cache.is_contiguous() and (scales is None or scales.is_contiguous())):
+            raise ValueError("the caches and their scales are written in place and must be contiguous")
     check_rotation(q, rotation)
     check_rotation(k, rotation)
-    return _operation.on(q.device)(q, k, v, k_cache, v_cache, slots, rotation)
+    return _operation.on(q.device)(q, k, v, k_cache, v_cache, k_scales, v_scales, slots, rotation)
+
+
+def _check_scales(cache: Tensor, scales: Tensor | None) -> None:
+    if (cache.dtype == torch.int8) != (scales is not None):
+        raise ValueError(f"scales belong to int8 caches and to no others, got a cache of {cache.dtype}")
+    if scales is not None and (scales.shape != cache.shape[:3] or scales.dtype != torch.float32):
+        raise ValueError(
+            f"scales must be float32 of the shape {tuple(cache.shape[:3])}, got {scales.dtype} {tuple(scales.shape)}"
+        )

@@ -6,6 +6,10 @@
 
 Statistics are float32 whatever the dtype. The pair "add, then norm" is one operation because both are memory-bound:
 fused it reads 2 and writes 2 elements per channel, apart it reads 3 and writes 2.
+
+The Triton kernel gives each row to one program, which holds it in registers: every element is read once and written
+once, and the mean is known before deviations are squared. Weight and bias, the same for all rows, stay in the caches.
+Operations: about 5 a channel for RMSNorm and 8 for LayerNorm, far below what the bytes cost.
 Source: Ba et al. 2016 (LayerNorm); Zhang & Sennrich 2019 (RMSNorm).
 """
 
@@ -14,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dispatch import Operation
+from .triton_language import tl, triton
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -48,6 +53,111 @@ _layer_norm = Operation("layer_norm", layer_norm_reference)
 _rms_norm = Operation("rms_norm", rms_norm_reference)
 _add_layer_norm = Operation("add_layer_norm", add_layer_norm_reference)
 _add_rms_norm = Operation("add_rms_norm", add_rms_norm_reference)
+
+
+@triton.jit
+def normalize_row(x, inside, width, eps, CENTER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One row over its standard deviation (CENTER, LayerNorm) or over its root mean square; float32.
+
+    x: [BLOCK] float32, zero where `inside` is false: past the row's `width` channels.
+    """
+    if CENTER:
+        x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
+    mean_square = tl.sum(x * x, 0) / width
+    # Once a row, so exact: the hardware's quick rsqrt would put all its channels off by the same error.
+    return x * tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
+
+
+@triton.jit
+def _kernel(  # type: ignore[no-untyped-def]
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    hidden,
+    x_row,
+    residual_row,
+    width,
+    eps,
+    ADD: tl.constexpr,
+    CENTER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < width
+    values = tl.load(x + row * x_row + channel, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        values += tl.load(residual + row * residual_row + channel, mask=inside, other=0.0).to(tl.float32)
+        rounded = values.to(hidden.dtype.element_ty)
+        tl.store(hidden + row * width + channel, rounded, mask=inside)
+        values = rounded.to(tl.float32)
+    values = normalize_row(values, inside, width, eps, CENTER)
+    values *= tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    if CENTER:
+        values += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + row * width + channel, values.to(normed.dtype.element_ty), mask=inside)
+
+
+def row_blocks(width: int) -> dict[str, int]:
+    """Block and warps for a row of `width` channels held by one program: about 16 float32 a thread, on every GPU."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+
+
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """(normed,), or (normed, sum) with a residual; LayerNorm with a bias, RMSNorm without."""
+    width = x.shape[-1]
+    outputs = tuple(x.new_empty(x.shape) for _ in range(1 if residual is None else 2))
+    rows = _rows(x)
+    residual_rows = None if residual is None else _rows(residual)
+    _kernel[(len(rows),)](
+        rows,
+        residual_rows,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        outputs[0],
+        None if residual is None else outputs[1],
+        rows.stride(0),
+        0 if residual_rows is None else residual_rows.stride(0),
+        width,
+        eps,
+        ADD=residual is not None,
+        CENTER=bias is not None,
+        **row_blocks(width),
+    )
+    return outputs
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as [rows, channels] with the channels next to each other: a view wherever its strides allow."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+@_layer_norm.implementation("triton")
+def _layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return _launch(x, None, weight, bias, eps)[0]
+
+
+@_rms_norm.implementation("triton")
+def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _launch(x, None, weight, None, eps)[0]
+
+
+@_add_layer_norm.implementation("triton")
+def _add_layer_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    normed, hidden = _launch(x, residual, weight, bias, eps)
+    return normed, hidden
+
+
+@_add_rms_norm.implementation("triton")
+def _add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    normed, hidden = _launch(x, residual, weight, None, eps)
+    return normed, hidden
 
 
 @_layer_norm.implementation("torch")

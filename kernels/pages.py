@@ -7,6 +7,8 @@ page table, [batch, max_pages] int32: the pages that hold its tokens, in order; 
 import torch
 from torch import Tensor
 
+from .triton_language import tl, triton
+
 
 def page_slots(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
     """Flat slot of each token. page_table: [batch, max_pages] int; positions: [batch, time] int64, token indices.
@@ -31,3 +33,20 @@ def gather_pages(cache: Tensor, pages: Tensor, length: int) -> Tensor:
     if torch.equal(pages, torch.arange(first, first + count, device=pages.device)):
         return cache[first : first + count].flatten(0, 1)[:length]
     return cache[pages].flatten(0, 1)[:length]
+
+
+@triton.jit
+def locate_tokens(pages, first, end, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """In a kernel: page and slot in it of the tokens first .. first + BLOCK - 1, for `first` a multiple of BLOCK.
+
+    pages: the sequence's row of the page table. Returns (int64, [BLOCK] int32); the page is one number where all tokens
+    lie in the same, and [BLOCK] otherwise, then 0 for tokens from `end` on.
+    """
+    if PAGE_SIZE % BLOCK == 0:
+        page = tl.load(pages + first // PAGE_SIZE)
+        slots = first % PAGE_SIZE + tl.arange(0, BLOCK)
+    else:
+        tokens = first + tl.arange(0, BLOCK)
+        page = tl.load(pages + tokens // PAGE_SIZE, mask=tokens < end, other=0)
+        slots = tokens % PAGE_SIZE
+    return page.to(tl.int64), slots

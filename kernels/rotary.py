@@ -8,7 +8,10 @@ where turning (a, b) by phi gives (a cos phi - b sin phi, b cos phi + a sin phi)
 a token (RoPE) and its time (the report's RoTE: position = -2 pi * seconds) are the same operation. Channels beyond
 2 * len(f) pass through. Angles are formed in float32 by that one product, as the reference model does.
 
-Memory-bound: each element is read and written once.
+Memory-bound: each element is read and written once, in 2 * 2 bytes and 3 operations in bf16. The Triton kernel takes
+cos and sin from a table, 8 bytes a pair and token, formed once per forward pass for all layers and heads: angles reach
+10^5 radians, where an accurate sine costs a reduction by hundreds of bits of pi and local memory. A program reads the
+table of its tokens once for several heads; between programs it stays in the L2 cache.
 Source: Su et al. 2021 (RoPE); Goel et al. 2024, arXiv:2410.12109 (RoTE).
 """
 
@@ -19,7 +22,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .configs import Config, Configs
 from .dispatch import Operation
+from .triton_language import tl, triton
 
 Pairing = Literal["half", "interleaved"]
 
@@ -48,7 +53,10 @@ class Rotation:
 
 
 def rope_frequencies(dim: int, theta: float, device: torch.device | None = None) -> Tensor:
-    """f[j] = theta ** (-2 j / dim) for j < dim / 2, float32."""
+    """f[j] = theta ** (-2 j / dim) for j < dim / 2, float32.
+
+    They are computed on the CPU and copied, so that they have the same bits on every device.
+    """
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     return (1.0 / theta**exponents).to(device)
 
@@ -67,6 +75,112 @@ def reference(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 _operation = Operation("rotary", reference)
+
+
+@triton.jit
+def load_turns(cos, sin, tokens, channels, mask, PAIRS: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What each channel is multiplied with, and what its partner: (cos, signed sin), [tokens, channels] float32.
+
+    cos, sin: tables [tokens, PAIRS]. mask: [tokens, channels], false for tokens past the end.
+    """
+    if HALF:
+        pair, sign = channels % PAIRS, tl.where(channels < PAIRS, -1.0, 1.0)
+    else:
+        pair, sign = channels // 2, tl.where(channels % 2 == 0, -1.0, 1.0)
+    turning = mask & (channels < 2 * PAIRS)
+    offsets = tokens.to(tl.int64) * PAIRS + pair
+    return tl.load(cos + offsets, mask=turning, other=1.0), sign * tl.load(sin + offsets, mask=turning, other=0.0)
+
+
+@triton.jit
+def load_turned(x, rows, channels, mask, cos, signed_sin, PAIRS: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A head of some tokens, rotated: [tokens, channels] float32.
+
+    Each channel's partner is loaded a second time, from the L1 cache: cheaper to write, and as fast, as exchanging
+    halves between threads. rows: [tokens, 1], where each token's head begins.
+    """
+    partner = (channels + PAIRS) % (2 * PAIRS) if HALF else channels ^ 1
+    own = tl.load(x + rows + channels, mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(x + rows + partner, mask=mask & (channels < 2 * PAIRS), other=0.0).to(tl.float32)
+    return own * cos + other * signed_sin
+
+
+@triton.jit
+def token_rows(tokens, time, batch_stride, time_stride):  # type: ignore[no-untyped-def]
+    """Where the tokens of a [batch, time, ...] tensor begin, for indices into batch * time; int64."""
+    return (tokens // time).to(tl.int64) * batch_stride + (tokens % time).to(tl.int64) * time_stride
+
+
+@triton.jit(do_not_specialize=["tokens", "time"])
+def _rotary_kernel(  # type: ignore[no-untyped-def]
+    x,
+    out,
+    cos,
+    sin,
+    x_batch,
+    x_time,
+    x_head,
+    tokens,
+    time,
+    heads,
+    HEAD_DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+):
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
+    channel = tl.arange(0, BLOCK_CHANNELS)[None, :]
+    mask = (token < tokens) & (channel < HEAD_DIM)
+    turn_cos, turn_sin = load_turns(cos, sin, token, channel, mask, PAIRS, HALF)
+    rows = token_rows(token, time, x_batch, x_time)
+    first = tl.program_id(1) * BLOCK_HEADS
+    for head in range(first, tl.minimum(first + BLOCK_HEADS, heads)):
+        turned = load_turned(x, rows + head * x_head, channel, mask, turn_cos, turn_sin, PAIRS, HALF)
+        to = out + (token.to(tl.int64) * heads + head) * HEAD_DIM + channel
+        tl.store(to, turned.to(out.dtype.element_ty), mask=mask)
+
+
+# A few tokens (decoding) are spread as wide as they go: one warp for one head of one token. Many are taken eight at a
+# time, 16 bytes of bf16 a thread, four heads in turn to share the cosines. Nothing but memory limits either, so every
+# chip has the same.
+_FEW = Configs("rotary, few tokens", Config({"BLOCK_TOKENS": 1, "BLOCK_HEADS": 1}, num_warps=1, num_stages=1))
+_MANY = Configs("rotary, many tokens", Config({"BLOCK_TOKENS": 8, "BLOCK_HEADS": 4}, num_warps=4, num_stages=1))
+
+
+def rotation_config(tokens: int, device: torch.device) -> Config:
+    """The config of the kernels that rotate `tokens` tokens: BLOCK_TOKENS, BLOCK_HEADS."""
+    return (_FEW if tokens <= 16 else _MANY).on(device)
+
+
+@_operation.implementation("triton")
+def _triton(x: Tensor, rotation: Rotation) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    batch, time, heads, head_dim = x.shape
+    out = x.new_empty(x.shape)
+    if x.numel() == 0:
+        return out
+    cos, sin = rotation.cos_sin
+    config = rotation_config(batch * time, x.device)
+    blocks = config.blocks
+    grid = triton.cdiv(batch * time, blocks["BLOCK_TOKENS"]), triton.cdiv(heads, blocks["BLOCK_HEADS"])
+    _rotary_kernel[grid](
+        x,
+        out,
+        cos,
+        sin,
+        *x.stride()[:3],
+        batch * time,
+        time,
+        heads,
+        HEAD_DIM=head_dim,
+        PAIRS=cos.shape[-1],
+        HALF=rotation.pairing == "half",
+        BLOCK_CHANNELS=triton.next_power_of_2(head_dim),
+        **config.options(),
+    )
+    return out
 
 
 @_operation.implementation("torch")

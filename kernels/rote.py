@@ -16,20 +16,24 @@ They reach 4e4 rad at the end of 30 minutes, where a float32 step is 0.004 rad: 
 this order, because another order gives visibly other angles. cos and sin must be accurate to full float32 precision.
 
 One window at full size reads 1500 * 1280 and writes 750 * 1280 elements; pooling, norm and rotation apart would read
-and write another 4 * 750 * 1280.
+and write another 4 * 750 * 1280. The Triton kernel gives each token to one program, which reads its two positions and
+its `dim` angles, 1 KiB, and writes its row: 8.7 KiB a token in bf16, and some 40 operations a channel pair. The angles
+are the rows of a table that is formed once (`TimeEmbedding.table`), so that no pass over the windows forms its own.
 Source: Goel et al. 2024, arXiv:2410.12109, in the axial form of the released checkpoints.
 """
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .dispatch import Operation
-from .norm import layer_norm_reference
+from .norm import layer_norm_reference, normalize_row, row_blocks
 from .rotary import rope_frequencies
+from .triton_language import tl, triton
 
 
 def pooled_length(positions: int) -> int:
@@ -61,10 +65,26 @@ class TimeEmbedding:
         both = torch.cat(torch.broadcast_tensors(axis1[:, None], axis2[None]), dim=-1)
         return both * (-tau * 2 * math.pi)[..., None]
 
+    def table(self, windows: int, device: torch.device) -> Tensor:
+        """Angles of at least the first `windows` windows, whole: [.., frames, dim] float32, formed once and kept.
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, angles: Tensor | None) -> Tensor:
+        768 KB a window at full size. The number of windows is rounded up to a power of two, so that a longer audio than
+        those before seldom forms another table.
+        """
+        return _table(self, 1 << (windows - 1).bit_length(), device)
+
+
+@lru_cache(maxsize=2)
+def _table(embedding: TimeEmbedding, windows: int, device: torch.device) -> Tensor:
+    return embedding.angles(torch.arange(windows, device=device), embedding.frames)
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, angles: Tensor | None, windows: Tensor | None
+) -> Tensor:
     """The specification: float64 from the float32 angles on."""
     length = pooled_length(x.shape[1])
+    angles = _rows_of_table(angles, windows, length)
     wide = x.double()
     pooled = (wide[:, 0 : 2 * length : 2] + wide[:, 1 : 2 * length : 2]) / 2
     out = layer_norm_reference(pooled, weight, bias, eps)
@@ -77,12 +97,111 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, angles: Tenso
     return out.to(x.dtype)
 
 
+def _rows_of_table(angles: Tensor | None, windows: Tensor | None, length: int) -> Tensor | None:
+    return angles if angles is None or windows is None else angles[windows, :length]
+
+
 _operation = Operation("pool_norm_rotate", reference)
 
 
+@triton.jit
+def sine_cosine(angle):  # type: ignore[no-untyped-def]
+    """sin and cos of float32 angles up to 1e5 rad, each to about one unit in the last place.
+
+    The angle less its multiple n of pi/2, then polynomials on [-pi/4, pi/4] (Cephes). pi/2 is a sum of parts of 8 bits,
+    so that n * part and the differences are exact, fused or not. Triton's own sin and cos are as accurate but provide
+    for any angle, with a table in local memory.
+    """
+    n = tl.floor(angle * 0.6366197723675814 + 0.5)
+    r = angle - n * 1.5703125
+    r -= n * 4.825592041015625e-4
+    r -= n * 1.2665987014770508e-6
+    r -= n * 9.920935796805404e-10
+    z = r * r
+    sin = r + r * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+    cos = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    quadrant = n.to(tl.int32)
+    swapped = (quadrant & 1) != 0
+    sine, cosine = tl.where(swapped, cos, sin), tl.where(swapped, sin, cos)
+    return tl.where((quadrant & 2) != 0, -sine, sine), tl.where(((quadrant + 1) & 2) != 0, -cosine, cosine)
+
+
+@triton.jit
+def _kernel(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    angles,
+    windows,
+    out,
+    x_window,
+    x_position,
+    angles_window,
+    angles_token,
+    length,
+    channels,
+    pairs,
+    eps,
+    ROTATE: tl.constexpr,
+    INDEXED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    window, token = row // length, row % length
+    channel = tl.arange(0, BLOCK)
+    inside = channel < channels
+    first = x + window * x_window + 2 * token * x_position + channel
+    pooled = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+    pooled = 0.5 * (pooled + tl.load(first + x_position, mask=inside, other=0.0).to(tl.float32))
+    values = normalize_row(pooled, inside, channels, eps, CENTER=True)
+    values *= tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    values += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    if ROTATE:
+        if INDEXED:
+            window = tl.load(windows + window).to(tl.int64)
+        pair = tl.arange(0, BLOCK // 2)
+        turns = angles + window * angles_window + token * angles_token
+        # Pairs beyond the rotary width turn by 0: they stay as they are.
+        sin, cos = sine_cosine(tl.load(turns + pair, mask=pair < pairs, other=0.0))
+        a, b = tl.split(tl.reshape(values, (BLOCK // 2, 2)))
+        values = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (BLOCK,))
+    tl.store(out + row * channels + channel, values.to(out.dtype.element_ty), mask=inside)
+
+
+@_operation.implementation("triton")
+def _triton(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, angles: Tensor | None, windows: Tensor | None
+) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    angles = angles if angles is None or angles.stride(-1) == 1 else angles.contiguous()
+    batch, length, channels = x.shape[0], pooled_length(x.shape[1]), x.shape[2]
+    out = x.new_empty(batch, length, channels)
+    _kernel[(batch * length,)](
+        x,
+        weight.contiguous(),
+        bias.contiguous(),
+        angles,
+        windows,
+        out,
+        *x.stride()[:2],
+        *((0, 0) if angles is None else angles.stride()[:2]),
+        length,
+        channels,
+        0 if angles is None else angles.shape[-1],
+        eps,
+        ROTATE=angles is not None,
+        INDEXED=windows is not None,
+        **row_blocks(channels),
+    )
+    return out
+
+
 @_operation.implementation("torch")
-def _torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, angles: Tensor | None) -> Tensor:
+def _torch(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, angles: Tensor | None, windows: Tensor | None
+) -> Tensor:
     length = pooled_length(x.shape[1])
+    angles = _rows_of_table(angles, windows, length)
     pooled = x[:, : 2 * length].float().unflatten(1, (length, 2)).mean(2)
     out = F.layer_norm(pooled, weight.shape, weight.float(), bias.float(), eps)
     if angles is not None:
@@ -94,12 +213,20 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, angles: Tensor |
 
 
 def pool_norm_rotate(
-    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, angles: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    angles: Tensor | None = None,
+    windows: Tensor | None = None,
 ) -> Tensor:
     """Average pool by two over time, LayerNorm, then RoTE.
 
-    x: [batch, positions, channels]; weight, bias: [channels]; angles: [batch, pooled_length(positions), dim] float32
-    radians with 2 * dim <= channels, or None for models without RoTE (Audio Flamingo 3).
+    x: [batch, positions, channels]; weight, bias: [channels]; angles: float32 radians up to 1e5 with 2 * dim <=
+    channels, or None for models without RoTE (Audio Flamingo 3). Without `windows` they are those of each row, [batch,
+    pooled_length(positions), dim]; with it they are a table, [windows, at least pooled_length(positions), dim], and
+    windows, [batch] int64, says which entry is whose; it must be within the table, which is not checked.
     Returns [batch, pooled_length(positions), channels] in the dtype of x; pooling, norm and rotation are float32.
     Raises ValueError when shapes do not fit.
     """
@@ -108,7 +235,25 @@ def pool_norm_rotate(
             "expected x [batch, at least 2 positions, channels], weight and bias [channels], got "
             f"{tuple(x.shape)}, {tuple(weight.shape)}, {tuple(bias.shape)}"
         )
+    _check_angles(x, angles, windows)
+    return _operation.on(x.device)(x, weight, bias, eps, angles, windows)
+
+
+def _check_angles(x: Tensor, angles: Tensor | None, windows: Tensor | None) -> None:
     length = pooled_length(x.shape[1])
-    if angles is not None and (angles.shape[:2] != (x.shape[0], length) or 2 * angles.shape[-1] > x.shape[-1]):
-        raise ValueError(f"angles {tuple(angles.shape)} do not fit {tuple(x.shape)} pooled to {length} tokens")
-    return _operation.on(x.device)(x, weight, bias, eps, angles)
+    if angles is None:
+        if windows is not None:
+            raise ValueError("windows choose among angles, and there are no angles")
+    elif windows is None:
+        if angles.shape[:2] != (x.shape[0], length) or 2 * angles.shape[-1] > x.shape[-1]:
+            raise ValueError(f"angles {tuple(angles.shape)} do not fit {tuple(x.shape)} pooled to {length} tokens")
+    elif (
+        angles.ndim != 3
+        or angles.shape[1] < length
+        or 2 * angles.shape[-1] > x.shape[-1]
+        or windows.shape != x.shape[:1]
+    ):
+        raise ValueError(
+            f"a table of angles {tuple(angles.shape)} with windows {tuple(windows.shape)} does not fit "
+            f"{tuple(x.shape)} pooled to {length} tokens"
+        )

@@ -10,6 +10,13 @@
 in this order. u is uniform in [0, 1) and comes from the caller, one a row, so a row's draw depends neither on the rest
 of its batch nor on the device's random generator. Rows are independent and carry their own parameters.
 
+The Triton kernels do not sort. What the filters keep is a prefix of the order (logit descending, token ascending), and
+so is what comes up to the draw; each prefix ends where a count or a mass of exp(-s), s = (max logit - logit) /
+temperature, is reached. A histogram over s, made by many programs a row, says in which bin that is; one program a row
+gathers the tokens of that bin alone, few unless the row is flat, and bisects for the logit. Tokens with s >= 32 are
+left out: together they weigh less than the largest u below 1 leaves over, so they are never drawn. The logits are read
+twice, the bins of 2048 tokens that matter up to four times more; 4 x vocab bytes a row and pass.
+
 Source: Keskar et al. 2019 (repetition penalty), Holtzman et al. 2019 (top-p), Nguyen et al. 2024 (min-p).
 """
 
@@ -18,7 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .configs import Config, Configs
 from .dispatch import Operation
+from .triton_language import tl, triton
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,293 @@ def sample_reference(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Ten
     return torch.tensor(drawn, device=logits.device)
 
 
+def greedy_reference(logits: Tensor) -> Tensor:
+    """The specification of `greedy`."""
+    rows = logits.double().tolist()
+    return torch.tensor([row.index(max(row)) for row in rows], device=logits.device)
+
+
 _penalize = Operation("penalize", penalize_reference)
 _sample = Operation("sample", sample_reference)
+_greedy = Operation("greedy", greedy_reference)
+
+BINS, RANGE = 64, 32.0  # of the histogram over s; RANGE must keep vocab * exp(-RANGE) below 2**-24
+_HISTOGRAM = Configs("sampling_histogram", Config({"PIECE": 128}, num_warps=8))
+_DRAW = Configs("sampling_draw", Config(num_warps=8))
+
+
+@triton.jit
+def _penalize_kernel(logits, seen, penalty, out, vocab, logits_stride, seen_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < vocab
+    x = tl.load(logits + row * logits_stride + token, mask=inside, other=0.0)
+    hit = tl.load(seen + row * seen_stride + token, mask=inside, other=0) != 0
+    p = tl.load(penalty + row)
+    tl.store(out + row * vocab + token, tl.where(hit, tl.where(x > 0, tl.div_rn(x, p), x * p), x), mask=inside)
+
+
+@triton.jit
+def _chunk_best_kernel(logits, best, token_of_best, vocab, stride, CHUNK: tl.constexpr):
+    """The largest logit of a chunk and the first token that has it."""
+    row = tl.program_id(1).to(tl.int64)
+    at = row * tl.num_programs(0) + tl.program_id(0)
+    token = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(logits + row * stride + token, mask=token < vocab, other=-float("inf")).to(tl.float32)
+    value, index = tl.max(x, 0, return_indices=True)
+    tl.store(best + at, value)
+    tl.store(token_of_best + at, tl.program_id(0) * CHUNK + index)
+
+
+@triton.jit
+def _best_kernel(best, token_of_best, out, chunks, CHUNKS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, CHUNKS)
+    value = tl.load(best + row * chunks + i, mask=i < chunks, other=-float("inf"))
+    _, index = tl.max(value, 0, return_indices=True)
+    tl.store(out + row, tl.load(token_of_best + row * chunks + index).to(tl.int64))
+
+
+@triton.jit
+def _bin(x, top, sharpness, BINS: tl.constexpr, RANGE: tl.constexpr):
+    """s and its bin; BINS where s is out of range. Never decreasing as x falls, so that bins follow the order."""
+    s = (top - x) * sharpness
+    return s, tl.where(s < RANGE, (tl.where(s < RANGE, s, 0.0) * (BINS / RANGE)).to(tl.int32), BINS)
+
+
+@triton.jit
+def _histogram_kernel(
+    logits, best, temperature, min_p, counts, masses, likely, vocab, stride,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr, RANGE: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Of one chunk: how many tokens and what mass each bin holds, and how many tokens min_p keeps."""
+    row = tl.program_id(1).to(tl.int64)
+    chunks = tl.num_programs(0)
+    i = tl.arange(0, CHUNKS)
+    top = tl.max(tl.load(best + row * chunks + i, mask=i < chunks, other=-float("inf")), 0)
+    sharpness = 1.0 / tl.load(temperature + row)
+    farthest = -tl.log(tl.load(min_p + row))
+    bins = tl.arange(0, BINS)
+    count = tl.zeros((BINS,), tl.int32)
+    mass = tl.zeros((BINS,), tl.float32)
+    kept = tl.zeros((PIECE,), tl.int32)
+    for start in range(0, CHUNK, PIECE):
+        token = tl.program_id(0) * CHUNK + start + tl.arange(0, PIECE)
+        x = tl.load(logits + row * stride + token, mask=token < vocab, other=-float("inf"))
+        s, index = _bin(x, top, sharpness, BINS, RANGE)
+        hit = index[None, :] == bins[:, None]
+        count += tl.sum(hit.to(tl.int32), 1)
+        mass += tl.sum(tl.where(hit, tl.exp(-s)[None, :], 0.0), 1)
+        kept += ((index < BINS) & (s <= farthest)).to(tl.int32)
+    at = row * chunks + tl.program_id(0)
+    tl.store(counts + at * BINS + bins, count)
+    tl.store(masses + at * BINS + bins, mass)
+    tl.store(likely + at, tl.sum(kept, 0))
+
+
+@triton.jit
+def _gathered(logits, scratch, start, n, top, sharpness, BLOCK: tl.constexpr):
+    """Of the tokens gathered from `start` on: whether there is one, its logit, its exp(-s), and the token."""
+    i = start + tl.arange(0, BLOCK)
+    token = tl.load(scratch + i, mask=i < n, other=0)
+    x = tl.load(logits + token, mask=i < n, other=-float("inf"))
+    return i < n, x, tl.exp((x - top) * sharpness), token
+
+
+@triton.jit
+def _prefix(
+    target, by_count, strict, last_bin,
+    logits, top, sharpness, count, mass, counts, scratch, vocab, chunks,
+    CHUNK: tl.constexpr, BINS: tl.constexpr, RANGE: tl.constexpr,
+):  # fmt: skip
+    """The shortest prefix whose mass, or size if `by_count`, reaches `target` (`strict`: exceeds it).
+
+    Returns where it ends: bin, logit, how many of the tokens with that logit are in it; its mass; the size of the bin,
+    whose tokens are left in `scratch`. Sizes are float32, exact below 2**24.
+    """
+    bins = tl.arange(0, BINS)
+    weight = tl.where(by_count, count.to(tl.float32), mass)
+    weight_before = tl.sum(tl.where(bins[:, None] > bins[None, :], weight[None, :], 0.0), 1)
+    through = weight_before + weight
+    short = (through < target) | (strict & (through == target))
+    end = tl.minimum(tl.sum(short.to(tl.int32), 0), last_bin)
+    base = tl.sum(tl.where(bins == end, weight_before, 0.0), 0)
+    mass_above = tl.sum(tl.where(bins < end, mass, 0.0), 0)
+    n = tl.sum(tl.where(bins == end, count, 0), 0)
+
+    tl.debug_barrier()  # the list of the last prefix has been read
+    filled = 0
+    for chunk in range(chunks):
+        found = tl.load(counts + chunk * BINS + end)
+        if found > 0:
+            token = chunk * CHUNK + tl.arange(0, CHUNK)
+            x = tl.load(logits + token, mask=token < vocab, other=-float("inf"))
+            _, index = _bin(x, top, sharpness, BINS, RANGE)
+            hit = index == end
+            tl.store(scratch + filled + tl.cumsum(hit.to(tl.int32), 0) - 1, token, mask=hit)
+            filled += found
+    tl.debug_barrier()  # and this one has been written
+
+    low = top  # of the logits in the bin
+    high = -float("inf")
+    for start in range(0, n, CHUNK):
+        inside, x, _, _ = _gathered(logits, scratch, start, n, top, sharpness, CHUNK)
+        low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")), 0))
+        high = tl.maximum(high, tl.max(tl.where(inside, x, -float("inf")), 0))
+    while low < high:  # the largest logit with which the prefix is long enough
+        middle = low + (high - low) / 2
+        middle = tl.where(middle > low, middle, high)
+        reached = base
+        next_low = high
+        next_high = low
+        for start in range(0, n, CHUNK):
+            inside, x, e, _ = _gathered(logits, scratch, start, n, top, sharpness, CHUNK)
+            in_prefix = inside & (x >= middle)
+            reached += tl.sum(tl.where(in_prefix, tl.where(by_count, 1.0, e), 0.0), 0)
+            next_low = tl.minimum(next_low, tl.min(tl.where(in_prefix, x, float("inf")), 0))
+            next_high = tl.maximum(next_high, tl.max(tl.where(inside & (x < middle), x, -float("inf")), 0))
+        enough = (reached > target) | ((reached == target) & (strict == 0))
+        low = tl.where(enough, next_low, low)
+        high = tl.where(enough, high, next_high)
+
+    ties = 0
+    share = 0.0
+    for start in range(0, n, CHUNK):
+        inside, x, e, _ = _gathered(logits, scratch, start, n, top, sharpness, CHUNK)
+        above = inside & (x > low)
+        base += tl.sum(tl.where(above, tl.where(by_count, 1.0, e), 0.0), 0)
+        mass_above += tl.sum(tl.where(above, e, 0.0), 0)
+        ties += tl.sum((inside & (x == low)).to(tl.int32), 0)
+        share = tl.maximum(share, tl.max(tl.where(inside & (x == low), e, 0.0), 0))
+    needed = tl.minimum((target - base) / tl.where(by_count, 1.0, share), vocab)
+    kept = tl.where(strict, tl.floor(needed) + 1, tl.ceil(needed)).to(tl.int32)
+    kept = tl.maximum(tl.minimum(kept, ties), 1)
+    return end, low, kept, mass_above + kept * share, n
+
+
+@triton.jit
+def _draw_kernel(
+    logits, best, temperature, top_k, top_p, uniform, counts, masses, likely, scratch, out, vocab, chunks, stride,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr, RANGE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    counts += row * chunks * BINS
+    scratch += row * vocab
+    chunk = tl.arange(0, CHUNKS)
+    bins = tl.arange(0, BINS)
+    there = chunk < chunks
+    top = tl.max(tl.load(best + row * chunks + chunk, mask=there, other=-float("inf")), 0)
+    sharpness = 1.0 / tl.load(temperature + row)
+    at = chunk[:, None] * BINS + bins[None, :]
+    count = tl.sum(tl.load(counts + at, mask=there[:, None], other=0), 0)
+    mass = tl.sum(tl.load(masses + row * chunks * BINS + at, mask=there[:, None], other=0.0), 0)
+    total = tl.sum(count, 0).to(tl.float32)
+    k = tl.load(top_k + row).to(tl.float32)
+    p = tl.load(top_p + row)
+    m = tl.maximum(tl.sum(tl.load(likely + row * chunks + chunk, mask=there, other=0), 0), 1).to(tl.float32)
+
+    # The end of the shortest prefix so far, and its mass. Everything is kept at first.
+    end = tl.max(tl.where(count > 0, bins, 0), 0)
+    lowest = top - float("inf")
+    kept = 0
+    kept_mass = tl.sum(mass, 0)
+    n = 0
+    for stage in range(4):  # top_k, top_p, min_p, the draw
+        by_count = (stage == 0) | (stage == 2)
+        draws = stage == 3
+        share = tl.where(draws, tl.load(uniform + row), p)
+        target = tl.where(by_count, tl.where(stage == 0, k, m), share * kept_mass)
+        active = tl.where(by_count, (target > 0) & (target < total), draws | (p < 1))
+        if active:
+            new_end, logit, ties, new_mass, n = _prefix(
+                target, by_count, draws, end, logits, top, sharpness, count, mass, counts, scratch, vocab, chunks,
+                CHUNK, BINS, RANGE,
+            )  # fmt: skip
+            # Sums round: the draw could fall just beyond the last token that was kept.
+            shorter = (logit > lowest) | ((logit == lowest) & (ties < kept))
+            end = tl.where(shorter, new_end, end)
+            lowest = tl.where(shorter, logit, lowest)
+            kept = tl.where(shorter, ties, kept)
+            kept_mass = tl.where(shorter, new_mass, kept_mass)
+
+    before = 0
+    result = 0
+    for start in range(0, n, CHUNK):
+        inside, x, _, token = _gathered(logits, scratch, start, n, top, sharpness, CHUNK)
+        tie = inside & (x == lowest)
+        rank = before + tl.cumsum(tie.to(tl.int32), 0)
+        result += tl.sum(tl.where(tie & (rank == kept), token, 0), 0)
+        before += tl.sum(tie.to(tl.int32), 0)
+    tl.store(out + row, result.to(tl.int64))
+
+
+@_penalize.implementation("triton")
+def _penalize_triton(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    batch, vocab = logits.shape
+    logits, seen = _rows_of(logits), _rows_of(seen).view(torch.uint8)
+    out = torch.empty((batch, vocab), device=logits.device)
+    _penalize_kernel[(triton.cdiv(vocab, 1024), batch)](
+        logits, seen, penalty.contiguous(), out, vocab, logits.stride(0), seen.stride(0), BLOCK=1024
+    )
+    return out
+
+
+@_greedy.implementation("triton")
+def _greedy_triton(logits: Tensor) -> Tensor:
+    logits = _rows_of(logits)
+    best, token = _chunk_best(logits)
+    out = logits.new_empty(len(logits), dtype=torch.int64)
+    chunks = best.shape[1]
+    _best_kernel[(len(logits),)](best, token, out, chunks, CHUNKS=triton.next_power_of_2(chunks), num_warps=1)
+    return out
+
+
+@_sample.implementation("triton")
+def _sample_triton(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor:
+    batch, vocab = logits.shape
+    device = logits.device
+    logits = _rows_of(logits)
+    best, _ = _chunk_best(logits)
+    chunks = best.shape[1]
+    counts = torch.empty((batch, chunks, BINS), dtype=torch.int32, device=device)
+    masses = torch.empty((batch, chunks, BINS), device=device)
+    likely = torch.empty((batch, chunks), dtype=torch.int32, device=device)
+    scratch = torch.empty((batch, vocab), dtype=torch.int32, device=device)
+    out = torch.empty(batch, dtype=torch.int64, device=device)
+    temperature, top_k, top_p, min_p, uniform = (
+        x.contiguous() for x in (rows.temperature, rows.top_k, rows.top_p, rows.min_p, uniform)
+    )
+    sizes = {"CHUNK": _chunk(vocab), "CHUNKS": triton.next_power_of_2(chunks), "BINS": BINS, "RANGE": RANGE}
+    _histogram_kernel[(chunks, batch)](
+        logits, best, temperature, min_p, counts, masses, likely, vocab, logits.stride(0),
+        **sizes, **_HISTOGRAM.on(device).options(),
+    )  # fmt: skip
+    _draw_kernel[(batch,)](
+        logits, best, temperature, top_k, top_p, uniform, counts, masses, likely, scratch, out,
+        vocab, chunks, logits.stride(0), **sizes, **_DRAW.on(device).options(),
+    )  # fmt: skip
+    return out
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """`x` with consecutive columns; its rows may lie anywhere."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _chunk(vocab: int) -> int:
+    """How many tokens one program takes at once."""
+    return min(2048, max(128, triton.next_power_of_2(vocab)))
+
+
+def _chunk_best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each chunk of each row and its token, [batch, chunks]."""
+    batch, vocab = logits.shape
+    chunks = triton.cdiv(vocab, _chunk(vocab))
+    best = torch.empty((batch, chunks), device=logits.device)
+    token = torch.empty((batch, chunks), dtype=torch.int32, device=logits.device)
+    _chunk_best_kernel[(chunks, batch)](logits, best, token, vocab, logits.stride(0), CHUNK=_chunk(vocab))
+    return best, token
 
 
 @_penalize.implementation("torch")
@@ -76,10 +370,16 @@ def _penalize_torch(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+@_greedy.implementation("torch")
+def _greedy_torch(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
 @_sample.implementation("torch")
 def _sample_torch(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor:
-    scaled, order = (logits / rows.temperature[:, None]).sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
+    values, order = _descending(logits, rows.top_k)
+    scaled = values / rows.temperature[:, None]
+    rank = torch.arange(scaled.shape[-1], device=logits.device)
     top_k = torch.where(rows.top_k > 0, rows.top_k, logits.shape[-1])
     probabilities = scaled.masked_fill(rank >= top_k[:, None], -torch.inf).softmax(-1)
     mass = probabilities.cumsum(-1)
@@ -92,6 +392,25 @@ def _sample_torch(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor
     # A parallel sum rounds differently at each rank: without `keep` the draw could fall just beyond the last one kept.
     choice = (keep & (cumulative > uniform[:, None] * cumulative[:, -1:])).int().argmax(-1, keepdim=True)
     return order.gather(1, choice).squeeze(1)
+
+
+def _descending(logits: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits in the order of drawing and their tokens: at least the `top_k` first of each row.
+
+    Only these are sorted where reading `top_k` costs no wait for the device; padding is -inf.
+    """
+    if logits.device.type != "cpu" or not 0 < int(top_k.min()) <= int(top_k.max()) <= logits.shape[1] // 8:
+        values, order = logits.sort(dim=-1, descending=True, stable=True)
+        return values, order
+    least = logits.topk(int(top_k.max()), dim=-1).values[:, -1:]
+    row, token = (logits >= least).nonzero(as_tuple=True)  # by token within a row, which decides among equal logits
+    counts = row.bincount(minlength=len(logits))
+    column = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+    values = logits.new_full((len(logits), int(counts.max())), -torch.inf)
+    tokens = torch.zeros_like(values, dtype=torch.int64)
+    values[row, column], tokens[row, column] = logits[row, token], token
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return values, tokens.gather(1, order)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -107,8 +426,10 @@ def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The most likely token of each row. logits: [batch, vocab]. Returns [batch] int64."""
-    return logits.argmax(-1)
+    """The most likely token of each row, of equals the first. logits: [batch, vocab]. Returns [batch] int64."""
+    if logits.ndim != 2:
+        raise ValueError(f"expected logits [batch, vocab], got {tuple(logits.shape)}")
+    return _greedy.on(logits.device)(logits)
 
 
 def sample(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor:

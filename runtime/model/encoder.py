@@ -101,9 +101,9 @@ class Encoder(nn.Module):
         key_lengths = torch.tensor(lengths, device=x.device)
         for layer in self.layers:
             x = layer(x, key_lengths)
-        angles = None
+        angles = indices = None
         if self.time_embedding is not None:
+            angles = self.time_embedding.table(max(windows) + 1, x.device)
             indices = torch.tensor(windows, device=x.device)
-            angles = self.time_embedding.angles(indices, pooled_length(x.shape[1]))
-        x = pool_norm_rotate(x, self.layer_norm.weight, self.layer_norm.bias, angles=angles)
+        x = pool_norm_rotate(x, self.layer_norm.weight, self.layer_norm.bias, angles=angles, windows=indices)
         return [row[: token_count(n)] for row, n in zip(x, samples, strict=True)]

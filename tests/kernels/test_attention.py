@@ -112,6 +112,39 @@ def test_accuracy(backend: str, case: Case, dtype: torch.dtype, seed: int, devic
     assert_accurate(actual, exact, plain(q, k, v, list(case.lengths), case.causal))
 
 
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 with a scale for each token and head: (integers as float32, scales [..., 1]). The first token is zero."""
+    x = x.float()
+    x[:, 0] = 0
+    scales = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scales).nan_to_num(0).round(), scales
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [case for case in CASES if case.page_size], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int8_cache(backend: str, case: Case, dtype: torch.dtype, seed: int, device: torch.device) -> None:
+    """Scales differ a thousandfold from token to token and head to head."""
+    q, k, v = case.tensors(dtype, device)
+    k, v = (x * 10 ** torch.empty(*x.shape[:3], 1, device=device).uniform_(-2, 1).to(dtype) for x in (k, v))
+    (k, k_scales), (v, v_scales) = quantized(k), quantized(v)
+    lengths, page_size = list(case.lengths), case.page_size or 0
+    k_pool, v_pool, table = paged(torch.cat((k, k_scales), -1), torch.cat((v, v_scales), -1), lengths, page_size)
+    with poisoned(backend):
+        actual = attention(
+            q,
+            *(pool[..., :-1].nan_to_num(77).to(torch.int8) for pool in (k_pool, v_pool)),
+            causal=case.causal,
+            key_lengths=torch.tensor(lengths, device=device),
+            page_table=table,
+            k_scales=k_pool[..., -1].contiguous(),
+            v_scales=v_pool[..., -1].contiguous(),
+        )
+    k, v = k.double() * k_scales, v.double() * v_scales
+    exact = exactly(attention, q, k, v, causal=case.causal, key_lengths=torch.tensor(lengths, device=device))
+    assert_accurate(actual, exact, plain(q, k.to(dtype), v.to(dtype), lengths, case.causal))
+
+
 @pytest.mark.parametrize("page_size", [16, 256])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_prefix_length(backend: str, page_size: int, seed: int, device: torch.device) -> None:
@@ -174,27 +207,41 @@ def test_rotation_inside_equals_rotation_outside(
     assert not torch.allclose(inside, without, atol=1e-2)
 
 
-@pytest.mark.parametrize("backend", WITH_ROTATION)
-def test_rotation_of_queries_over_a_paged_cache(backend: str, seed: int, device: torch.device) -> None:
-    """Keys lie rotated in the cache; only the queries turn on the way in."""
-    case = Case((40,), 6, (7, 1), 64, causal=True)
-    q, k, v = case.tensors(torch.float32, device)
-    frequencies = rope_frequencies(64, 15.3e6, device)
-    everywhere = Rotation(torch.arange(40.0, device=device)[None], frequencies)
-    last = Rotation(torch.arange(34.0, 40.0, device=device)[None], frequencies)
-    expected = exactly(attention, q, k, v, causal=True, rotation=last, key_rotation=everywhere)
-    k_pool, v_pool, table = paged(rotary(k, everywhere), v, [40], 16)
+@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+@pytest.mark.parametrize("head_dim", [64, 24])
+@pytest.mark.parametrize("pairs", [32, 12, 5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rotation_of_queries_over_a_paged_cache(
+    backend: str, pairs: int, head_dim: int, pairing: Pairing, seed: int, device: torch.device
+) -> None:
+    """Keys lie rotated in the cache; only the queries turn on the way in, all their channels or the first of them."""
+    q, k, v = Case((40, 31), 6, (14, 2), head_dim, causal=True).tensors(torch.float32, device)
+    frequencies = rope_frequencies(2 * min(pairs, head_dim // 2), 15.3e6, device)
+    everywhere = Rotation(torch.arange(40.0, device=device).expand(2, -1), frequencies, pairing)
+    last = Rotation(torch.stack([torch.arange(n - 6.0, n) for n in (40, 31)]).to(device), frequencies, pairing)
+    lengths = torch.tensor([40, 31], device=device)
+    options = {"causal": True, "key_lengths": lengths, "rotation": last}
+    expected = exactly(attention, q, k, v, key_rotation=everywhere, **options)
+    k_pool, v_pool, table = paged(rotary(k, everywhere), v, [40, 31], 16)
     with poisoned(backend):
-        actual = attention(
-            q,
-            k_pool,
-            v_pool,
-            causal=True,
-            key_lengths=torch.tensor([40], device=device),
-            page_table=table,
-            rotation=last,
-        )
+        actual = attention(q, k_pool, v_pool, page_table=table, **options)
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+@pytest.mark.parametrize("backend", WITH_ROTATION)
+def test_accuracy_with_rotation(
+    backend: str, pairing: Pairing, dtype: torch.dtype, seed: int, device: torch.device
+) -> None:
+    q, k, v = Case((37,), 37, (3, 3), 64, causal=False).tensors(dtype, device)
+    positions = -2 * math.pi * torch.rand(1, 37, device=device).cumsum(1)
+    rotation = Rotation(positions, rope_frequencies(64, 1200.0, device), pairing)
+    exact = exactly(attention, q, k, v, rotation=rotation, key_rotation=rotation)
+    with poisoned(backend):
+        actual = attention(q, k, v, rotation=rotation, key_rotation=rotation)
+    turned = (rotary_module.reference(x, rotation) for x in (q, k))
+    assert_accurate(actual, exact, plain(*turned, v, [37], False))
 
 
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])
@@ -259,6 +306,33 @@ def test_strided_inputs(backend: str, causal: bool, seed: int, device: torch.dev
     torch.testing.assert_close(actual, plain(q, k, v, [21, 21], causal), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_elements_beyond_two_to_the_31(
+    backend: str, page_size: int | None, seed: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third page, or the third sequence, begins 2^31 elements after the first; nothing between is touched."""
+    far, tokens = 2**30, 16
+    memory = torch.empty(2 * far + 4096, dtype=torch.float16, device=device)
+    k, v = (memory.as_strided((3, tokens, 1, 16), (far, 16, 16, 1), offset) for offset in (0, 2048))
+    keys, values = torch.randn(2, 3, tokens, 1, 16).to(device, torch.float16)
+    k.copy_(keys)
+    v.copy_(values)
+    q = torch.randn(3, 3, 2, 16).to(device, torch.float16)
+    table = None if page_size is None else torch.tensor([[1], [0], [2]], dtype=torch.int32, device=device)
+    order = [0, 1, 2] if page_size is None else [1, 0, 2]
+    lengths = torch.full((3,), tokens, device=device)
+    if backend == "triton" and device.type == "cpu":
+        # The record of who touched which address would not fit into memory; bounds are still checked.
+        for name in ("read", "write"):
+            unrecorded = staticmethod(lambda addresses, program, ordered: addresses != addresses)
+            monkeypatch.setattr(f"support.interpreter._Allocation.{name}", unrecorded)
+    with poisoned(backend):
+        actual = attention(q, k, v, causal=True, key_lengths=lengths, page_table=table)
+    expected = exactly(attention, q, keys[order], values[order], causal=True)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=4e-3)
+
+
 Q, K, POOL = (2, 5, 4, 8), (2, 9, 2, 8), (6, 16, 2, 8)
 
 
@@ -295,3 +369,23 @@ def test_wrong_lengths_and_tables() -> None:
         attention(q, pool, pool, page_table=table, key_lengths=lengths, key_rotation=rotation)
     with pytest.raises(ValueError, match=r"\(2, 5\).*\(2, 9, 2, 8\)"):
         attention(q, k, k, key_rotation=rotation)
+
+
+def test_wrong_dtypes_and_scales() -> None:
+    q, k, pool = torch.zeros(Q), torch.zeros(K), torch.zeros(POOL, dtype=torch.int8)
+    scales = torch.zeros(POOL[:3])
+    cache = {"page_table": torch.zeros(2, 1, dtype=torch.int32), "key_lengths": torch.tensor([9, 9])}
+    attention(q, pool, pool, k_scales=scales, v_scales=scales, **cache)
+    with pytest.raises(ValueError, match=r"float32 like q.*float16"):
+        attention(q, k.half(), k.half())
+    with pytest.raises(ValueError, match=r"int8 with scales; got torch\.int8"):
+        attention(q, pool, pool, **cache)
+    with pytest.raises(ValueError, match=r"int8 with scales; got torch\.int8"):
+        attention(q, pool, pool, k_scales=scales, **cache)
+    with pytest.raises(ValueError, match=r"int8 with scales; got torch\.float32"):
+        attention(q, pool.float(), pool.float(), k_scales=scales, v_scales=scales, **cache)
+    with pytest.raises(ValueError, match="no page_table"):
+        attention(q, k.to(torch.int8), k.to(torch.int8), k_scales=scales, v_scales=scales)
+    for wrong in (scales[1:], scales.half(), scales.transpose(0, 1).contiguous().transpose(0, 1)):
+        with pytest.raises(ValueError, match="contiguous float32"):
+            attention(q, pool, pool, k_scales=wrong, v_scales=scales, **cache)

@@ -115,6 +115,84 @@ def test_a_cache_of_another_dtype(backend: str, seed: int, device: torch.device)
     assert torch.equal(v_cache.flatten(0, 1)[slots], v.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_int8_cache(backend: str, shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> None:
+    """Values are quantized bit for bit as by the formula; keys, whose rotation rounds, within half a step of it."""
+    q, k, v = tensors(shape, dtype, device)
+    v[:, :, 0] *= 1e-3
+    slots, rotation, cache_shape = layout(shape, "half", device)
+    caches = torch.full((2, *cache_shape), -128, dtype=torch.int8, device=device)
+    scales = torch.full((2, *cache_shape[:3]), torch.nan, device=device)
+    with poisoned(backend):
+        rotated = int8_write(q, k, v, caches, scales, slots, rotation)
+    assert_accurate(rotated, exactly(rotary, q, rotation), plain_rotary(q, rotation))
+    (keys, values), (k_scales, v_scales) = (x.flatten(1, 2)[:, slots] for x in (caches, scales))
+    expected = v.float().abs().amax(-1) / 127
+    assert torch.equal(v_scales, expected)
+    assert torch.equal(values, (v.float() / expected[..., None]).round().to(torch.int8))
+    exact = exactly(rotary, k, rotation)
+    torch.testing.assert_close(k_scales.double(), exact.abs().amax(-1) / 127, rtol=2e-6, atol=0)
+    assert ((keys * k_scales.double()[..., None] - exact).abs() <= 0.50002 * k_scales[..., None]).all()
+    assert keys.abs().amax(-1).eq(127).all()
+    others = torch.ones(cache_shape[0] * cache_shape[1], dtype=torch.bool, device=device)
+    others[slots.flatten()] = False
+    assert (caches.flatten(1, 2)[:, others] == -128).all(), "something was written to a slot that was not named"
+    assert scales.flatten(1, 2)[:, others].isnan().all(), "a scale was written to a slot that was not named"
+
+
+def int8_write(
+    q: Tensor, k: Tensor, v: Tensor, caches: Tensor, scales: Tensor, slots: Tensor, rotation: Rotation
+) -> Tensor:
+    """`kv_write` into caches and scales that have keys and values stacked."""
+    return kv_write(
+        q,
+        k,
+        v,
+        k_cache=caches[0],
+        v_cache=caches[1],
+        slots=slots,
+        rotation=rotation,
+        k_scales=scales[0],
+        v_scales=scales[1],
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_int8_ties_and_zeros(backend: str, device: torch.device) -> None:
+    """A scale of 1 shows that halves go to even; zeros have the scale 0; the largest value of either sign is 127."""
+    rows = [[127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 125.5], [0.0] * 8, [-127, 126.5, -126.5, 3.49, -3.51, 0, 1, -1]]
+    v = torch.tensor(rows, device=device)[None, :, None]
+    caches, scales = torch.zeros(2, 1, 16, 1, 8, dtype=torch.int8, device=device), torch.ones(2, 1, 16, 1).to(device)
+    rotation = Rotation(torch.zeros(1, 3, device=device), torch.ones(4, device=device))
+    with poisoned(backend):
+        int8_write(v, v, v, caches, scales, torch.tensor([[4, 9, 2]], device=device), rotation)
+    for kind in (0, 1):  # keys at position 0 are not turned
+        assert scales[kind, 0, [4, 9, 2], 0].tolist() == [1, 0, 1]
+        stored = caches[kind, 0, [4, 9, 2], 0].tolist()
+        assert stored == [[127, 0, 2, 2, 0, -2, -2, 126], [0] * 8, [-127, 126, -126, 3, -4, 0, 1, -1]]
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_strided_inputs(backend: str, seed: int, device: torch.device) -> None:
+    """Queries, keys and values as slices of one fused projection, and with their channels apart."""
+    shape = ((0, 15, 16, 31), 1, (7, 1), 64, 64, 16)
+    fused = torch.randn(4, 1, 9, 64).to(device)
+    slots, rotation, cache_shape = layout(shape, "half", device)
+    parts = fused[:, :, :7], fused[:, :, 7:8], fused[:, :, 8:]
+    apart = [part.transpose(2, 3).contiguous().transpose(2, 3) for part in parts]
+    results = []
+    for q, k, v in (parts, apart, [part.contiguous() for part in parts]):
+        caches = torch.zeros(2, *cache_shape, device=device)
+        with poisoned(backend):
+            out = kv_write(q, k, v, k_cache=caches[0], v_cache=caches[1], slots=slots, rotation=rotation)
+        results.append((out, caches))
+    for out, caches in results[:2]:
+        assert torch.equal(out, results[2][0])
+        assert torch.equal(caches, results[2][1])
+
+
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_piece_by_piece_equals_at_once(backend: str, seed: int, device: torch.device) -> None:
     shape = SHAPES[2]
@@ -139,23 +217,27 @@ def test_piece_by_piece_equals_at_once(backend: str, seed: int, device: torch.de
 
 @pytest.mark.parametrize("backend", backends(module._operation, rotary_module._operation, decode_module._operation))
 def test_written_then_attended(backend: str, seed: int, device: torch.device) -> None:
-    """Tokens written one by one and attended by decoding equal causal attention with rotation over the whole."""
+    """Tokens written a few at a time and attended by decoding equal causal attention with rotation over the whole."""
     length, page_size = 35, 16
     q, k, v = tensors(((0,), length, (4, 2), 32, 32, page_size), torch.float32, device)
     rotation = Rotation(torch.arange(float(length), device=device)[None], rope_frequencies(32, 15.3e6, device))
     expected = exactly(attention, q, k, v, causal=True, rotation=rotation, key_rotation=rotation)
     k_cache, v_cache = torch.full((2, 4, page_size, 2, 32), torch.nan, device=device)
     table = torch.tensor([[3, 0, 2]], dtype=torch.int32, device=device)
-    for i in range(length):
-        here = Rotation(rotation.positions[:, i : i + 1], rotation.frequencies)
-        step = (x[:, i : i + 1] for x in (q, k, v))
-        slots = page_slots(table, torch.tensor([[i]], device=device), page_size)
+    start = 0
+    for count in (1, 1, 3, 8, 2, 5, 1, 8, 6):
+        new = torch.arange(start, start + count, device=device)
+        start += count
+        here = Rotation(rotation.positions[:, new], rotation.frequencies)
+        step = (x[:, new] for x in (q, k, v))
+        slots = page_slots(table, new[None], page_size)
         with poisoned(backend):
             turned = kv_write(*step, k_cache=k_cache, v_cache=v_cache, slots=slots, rotation=here)
             out = decode_attention(
-                turned, k_cache, v_cache, key_lengths=torch.tensor([i + 1], device=device), page_table=table
+                turned, k_cache, v_cache, key_lengths=torch.tensor([start], device=device), page_table=table
             )
-        torch.testing.assert_close(out[:, 0].double(), expected[:, i], rtol=0, atol=5e-6)
+        torch.testing.assert_close(out.double(), expected[:, new], rtol=0, atol=5e-6)
+    assert start == length
 
 
 def test_wrong_shapes() -> None:
@@ -177,3 +259,15 @@ def test_wrong_shapes() -> None:
         kv_write(q[:, :2], k, k, **good)
     with pytest.raises(ValueError, match=r"\(2, 4\).*\(2, 3, 4, 8\)"):
         kv_write(q, k, k, **{**good, "rotation": Rotation(torch.zeros(2, 4), torch.ones(4))})
+    int8 = {"k_cache": cache.char(), "v_cache": cache.char()}
+    scales = torch.zeros(5, 16, 2)
+    with pytest.raises(ValueError, match=r"int8 caches.*float32"):
+        kv_write(q, k, k, **good, k_scales=scales, v_scales=scales)
+    with pytest.raises(ValueError, match=r"int8 caches.*int8"):
+        kv_write(q, k, k, **{**good, **int8}, k_scales=scales)
+    with pytest.raises(ValueError, match=r"\(5, 16, 2\).*\(5, 16\)"):
+        kv_write(q, k, k, **{**good, **int8}, k_scales=scales, v_scales=scales[..., 0])
+    with pytest.raises(ValueError, match=r"float32.*float64"):
+        kv_write(q, k, k, **{**good, **int8}, k_scales=scales, v_scales=scales.double())
+    with pytest.raises(ValueError, match="contiguous"):
+        kv_write(q, k, k, **{**good, **int8}, k_scales=scales, v_scales=torch.zeros(16, 5, 2).transpose(0, 1))

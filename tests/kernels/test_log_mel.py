@@ -113,7 +113,8 @@ def soundfile_reads(path: Path) -> bool:
 def test_accuracy(backend: str, samples: int, dtype: torch.dtype, seed: int, device: torch.device) -> None:
     """`dtype` is that of the features; each row of the batch is loud or quiet by itself."""
     rows = [signal(kind, samples) for kind in ("noise", "full scale", "quiet noise")]
-    waveforms = torch.stack(rows * 4).to(device)
+    # A few frames' error is a matter of luck: more rows of them.
+    waveforms = torch.stack(rows * (4 if samples < 1000 else 1)).to(device)
     with poisoned(backend):
         actual = log_mel(waveforms, mel_bins=80, window_samples=16_000, dtype=dtype)
     exact = exactly(log_mel, waveforms, mel_bins=80, window_samples=16_000, dtype=torch.float64)
@@ -148,6 +149,17 @@ def test_rows_are_independent(backend: str, seed: int, device: torch.device) -> 
         together = log_mel(torch.stack(rows))
         for row, features in zip(rows, together, strict=True):
             torch.testing.assert_close(log_mel(row[None])[0], features, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", backends(module._operation))
+def test_strided_waveforms(backend: str, seed: int, device: torch.device) -> None:
+    waveforms = torch.randn(2, 1000).to(device)
+    with poisoned(backend):
+        expected = log_mel(waveforms[:, 1:901:2].contiguous(), window_samples=1600)
+        assert torch.equal(log_mel(waveforms[:, 1:901:2], window_samples=1600), expected)
+        assert torch.equal(
+            log_mel(waveforms[:, :450], window_samples=1600), log_mel(waveforms[:, :450].clone(), window_samples=1600)
+        )
 
 
 @pytest.mark.parametrize("backend", ["reference", *backends(module._operation)])
@@ -194,3 +206,8 @@ def test_refuses_other_shapes_and_integers(waveforms: Tensor) -> None:
         log_mel(waveforms)
     assert str(tuple(waveforms.shape)) in str(error.value)
     assert str(waveforms.dtype) in str(error.value)
+
+
+def test_refuses_windows_shorter_than_a_frame() -> None:
+    with pytest.raises(ValueError, match=r"at least 400 samples.*got 320"), kernels.backend("torch"):
+        log_mel(torch.zeros(1, 100), window_samples=320)

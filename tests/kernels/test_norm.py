@@ -10,7 +10,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from afnext.kernels import norm
 from afnext.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-SHAPES = [(1, 67), (31, 16), (2, 5, 131), (1, 4, 1280), (2, 1, 3584)]
+SHAPES = [(1, 67), (31, 16), (2, 5, 131), (1, 4, 1280), (2, 1, 3584), (1, 8191), (31, 1)]
 OPERATIONS = (norm._layer_norm, norm._rms_norm, norm._add_layer_norm, norm._add_rms_norm)
 
 
@@ -98,6 +98,21 @@ def test_statistics_are_float32(backend: str, seed: int, device: torch.device) -
         centered = layer_norm(offset, weight, bias)
     assert_accurate(scaled, exactly(rms_norm, large, weight), plain_rms_norm(large, weight.half(), 1e-6))
     assert_accurate(centered, exactly(layer_norm, offset, weight, bias), plain_layer_norm(offset, weight, bias, 1e-5))
+
+
+@pytest.mark.parametrize("backend", backends(*OPERATIONS))
+def test_strided_inputs(backend: str, seed: int, device: torch.device) -> None:
+    """Rows apart from each other, and channels apart from each other."""
+    x, residual, weight, bias = inputs((3, 2, 40), torch.float32, device)
+    for cut in (lambda t: t[:, 0, 3:36], lambda t: t[:, :, 1:34:2], lambda t: t.transpose(1, 2)[:, 4:37]):
+        part, stream = cut(x), cut(residual)
+        width = part.shape[-1]
+        scale, shift = weight[:width], bias.repeat(2)[::2][:width]
+        with poisoned(backend):
+            torch.testing.assert_close(rms_norm(part, scale), rms_norm(part.contiguous(), scale))
+            actual = add_layer_norm(part, stream, scale, shift)
+            expected = add_layer_norm(part.contiguous(), stream.contiguous(), scale, shift.contiguous())
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("backend", backends(*OPERATIONS))

@@ -20,7 +20,7 @@ from afnext.kernels.rote import TimeEmbedding, pool_norm_rotate, pooled_length
 
 WINDOWS, FRAMES = 60, 750
 # windows, positions before pooling, channels, rotary channels of each axis (None: no time embedding)
-SHAPES = [(31, 2, 20, 2), (29, 3, 24, 12), (3, 7, 20, 6), (2, 31, 64, 32), (1, 200, 1280, 256), (2, 9, 67, None)]
+SHAPES = [(31, 2, 20, 2), (29, 3, 24, 12), (3, 7, 20, 6), (2, 31, 64, 32), (1, 60, 1280, 256), (2, 9, 67, None)]
 
 
 def inputs(
@@ -75,6 +75,15 @@ def test_angles_of_a_short_window_are_the_first_of_a_full_one(seed: int) -> None
         assert torch.equal(time_embedding.angles(windows, length), full[:, :length])
 
 
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_the_table_holds_the_angles_of_every_window(count: int) -> None:
+    time_embedding = TimeEmbedding(1800.0, 16, 31, 0.04)
+    table = time_embedding.table(count, torch.device("cpu"))
+    assert len(table) >= count
+    assert torch.equal(table, time_embedding.angles(torch.arange(len(table)), 31))
+    assert time_embedding.table(count, torch.device("cpu")) is table
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference_is_pooling_norm_and_rotation(shape: tuple[int, int, int, int | None], seed: int) -> None:
     x, weight, bias, angles = inputs(shape, torch.float64, torch.device("cpu"))
@@ -95,6 +104,42 @@ def test_accuracy(
     exact = exactly(pool_norm_rotate, x, weight, bias, angles=angles)
     assert_accurate(actual, exact, composed(x.float(), weight.float(), bias.float(), angles).to(dtype))
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("backend", ["reference", *backends(module._operation)])
+def test_rows_find_their_angles_in_the_table(backend: str, seed: int, device: torch.device) -> None:
+    time_embedding = TimeEmbedding(1200.0, 6, 13, 0.04)
+    windows = torch.randint(0, 11, (3,), device=device)
+    x, weight, bias, _ = inputs((3, 19, 20, None), torch.float32, device)
+    table, angles = time_embedding.table(11, device), time_embedding.angles(windows, 9)
+    with poisoned(backend):
+        indexed = pool_norm_rotate(x, weight, bias, angles=table, windows=windows)
+        assert torch.equal(indexed, pool_norm_rotate(x, weight, bias, angles=angles))
+
+
+@pytest.mark.parametrize("largest", [0.5, 4.0, 1e3, 1e5])
+@pytest.mark.parametrize("backend", backends(module._operation))
+def test_angles_of_any_size(backend: str, largest: float, seed: int, device: torch.device) -> None:
+    """Multiples of pi / 8 among them, rounded to float32: there one of sine and cosine is small or both are alike."""
+    x, weight, bias, _ = inputs((1, 40, 256, None), torch.float32, device)
+    angles = largest * (2 * torch.rand(1, 20, 128) - 1)
+    angles[:, ::2] = (angles[:, ::2] / (torch.pi / 8)).round() * (torch.pi / 8)
+    angles = angles.to(device)
+    with poisoned(backend):
+        actual = pool_norm_rotate(x, weight, bias, angles=angles)
+    exact = exactly(pool_norm_rotate, x, weight, bias, angles=angles)
+    assert_accurate(actual, exact, composed(x, weight, bias, angles))
+
+
+@pytest.mark.parametrize("backend", backends(module._operation))
+def test_strided_inputs(backend: str, seed: int, device: torch.device) -> None:
+    x, weight, bias, angles = inputs((3, 26, 24, 6), torch.float32, device)
+    assert angles is not None
+    with poisoned(backend):
+        expected = pool_norm_rotate(x[:, ::2].contiguous(), weight, bias, angles=angles[:, :6].contiguous())
+        assert torch.equal(pool_norm_rotate(x[:, ::2], weight, bias, angles=angles[:, :6]), expected)
+        channels_first = x.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(pool_norm_rotate(channels_first[:, ::2], weight, bias, angles=angles[:, :6]), expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", *backends(module._operation)])
@@ -156,3 +201,19 @@ def test_wrong_shapes(
         )
     assert str(x) in str(error.value)
     assert str(bias if angles is None else angles) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("angles", "windows"),
+    [(None, (2,)), ((5, 3, 2), (3,)), ((5, 3, 2), (2, 1)), ((5, 2, 2), (2,)), ((5, 3, 5), (2,)), ((3, 2), (2,))],
+)
+def test_wrong_tables(angles: tuple[int, ...] | None, windows: tuple[int, ...]) -> None:
+    table = None if angles is None else torch.zeros(angles)
+    with pytest.raises(ValueError, match=r"windows"):
+        pool_norm_rotate(
+            torch.zeros(2, 6, 8),
+            torch.zeros(8),
+            torch.zeros(8),
+            angles=table,
+            windows=torch.zeros(windows, dtype=torch.int64),
+        )

@@ -6,7 +6,7 @@ written naively in torch at the same dtype. Memory that an implementation alloca
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import pytest
@@ -18,6 +18,7 @@ from afnext.kernels.dispatch import Operation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNREAD_PAGE = 2**30  # stands past the end of a sequence in page tables: reading it fails
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()  # how Triton's kernels run
 
 T = TypeVar("T")
 
@@ -25,12 +26,13 @@ T = TypeVar("T")
 def backends(*operations: Operation[Any]) -> list[Any]:
     """Parameters for `backend`: every backend that all of `operations` have, once for each device it can run on here.
 
-    Those that need a GPU carry the `gpu` marker, by which the `device` fixture picks the device.
+    Triton's kernels run on the CPU, interpreted, where there is no GPU. Parameters that need a GPU carry the `gpu`
+    marker, by which the `device` fixture picks the device.
     """
     shared = set.intersection(*(set(operation.implementations) for operation in operations)) - {"reference"}
     parameters: list[Any] = []
     for name in sorted(shared):
-        if name != "triton" or os.environ.get("TRITON_INTERPRET") == "1":
+        if name != "triton" or INTERPRETED:
             parameters.append(name)
         if name != "native":
             parameters.append(pytest.param(name, id=f"{name}-gpu", marks=pytest.mark.gpu))
@@ -39,14 +41,25 @@ def backends(*operations: Operation[Any]) -> list[Any]:
 
 @contextmanager
 def poisoned(backend: str) -> Iterator[None]:
-    """Force `backend`; memory allocated inside the block holds NaN (integers: their maximum) until it is written."""
+    """Force `backend`; memory allocated inside the block holds NaN (integers: their maximum) until it is written.
+
+    Without a GPU, Triton's kernels run in the interpreter and are checked there.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)  # the switch that fill_uninitialized_memory hangs on
     try:
         assert torch.empty(1).isnan().all(), "uninitialized memory is not poisoned"
-        with kernels.backend(backend):
+        with kernels.backend(backend), _interpreted(backend):
             yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def _interpreted(backend: str) -> AbstractContextManager[None]:
+    if backend != "triton" or not INTERPRETED:
+        return nullcontext()
+    from support.interpreter import interpreted  # here, because it needs Triton to be installed
+
+    return interpreted()
 
 
 def exactly(function: Callable[..., T], *args: Any, **options: Any) -> T:

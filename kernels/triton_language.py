@@ -1,0 +1,28 @@
+"""The one place that imports Triton, so that the kernels' files also import where there is none (macOS, Windows).
+
+Kernels say `from .triton_language import tl, triton`. Without Triton both names are stand-ins under which decorated
+kernels can be defined but not launched, and `AVAILABLE` is false: nothing registers a `triton` implementation then.
+"""
+
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+
+    AVAILABLE = True
+except ImportError:
+
+    class _Missing:
+        """Answers every attribute and call with itself; as a decorator it returns the function it is given."""
+
+        def __getattr__(self, name: str) -> Any:
+            return self
+
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            return args[0] if args and callable(args[0]) else self
+
+    triton = tl = _Missing()
+    AVAILABLE = False
+
+__all__ = ["AVAILABLE", "tl", "triton"]
