@@ -8,30 +8,42 @@ import torch
 
 from ..errors import ContextLengthError
 from ..model.audio_flamingo import AudioFlamingo
-from ..model.decoder import CacheView
-from .kv_cache import KVCache, page_table, pages_for
+from .decode_graph import DecodeStep
+from .kv_cache import KVCache, pages_for
 from .prefill import AudioInput, PromptEmbeddings, prefill
 from .sampler import Sampler, SamplingParams
 from .timings import Timings
 
 FinishReason = Literal["stop", "length", "cancelled"]
+KV_STORAGE = ("auto", "int8")
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Sizes that trade memory for speed and never change an answer.
+    """What trades memory, speed and precision.
 
-    page_size: tokens a KV page; chunk_size: prompt tokens a prefill step; encode_batch: audio windows encoded at once.
+    page_size: tokens a KV page; chunk_size: prompt tokens a prefill step; encode_batch: audio windows encoded at once;
+    cuda_graphs: on a GPU, launch each decode step as one CUDA graph. None of these changes an answer.
+    kv: what keys and values are stored in, "auto" (the model's dtype) or "int8": half the memory, and rounded.
+    Raises ValueError for values out of range.
     """
 
     page_size: int = 256
     chunk_size: int = 1024
     encode_batch: int = 4
+    cuda_graphs: bool = True
+    kv: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("page_size", "chunk_size", "encode_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.kv not in KV_STORAGE:
+            raise ValueError(f"kv must be one of {', '.join(KV_STORAGE)}, got {self.kv!r}")
+
+    def cache_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the KV cache of a model that computes in `model_dtype`."""
+        return torch.int8 if self.kv == "int8" else model_dtype
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ class Generation:
             pages=sum(pages_for(tokens, options.page_size) for tokens in budget),
             page_size=options.page_size,
             device=model.device,
-            dtype=model.dtype,
+            dtype=options.cache_dtype(model.dtype),
         )
         for sequence, tokens in zip(self.sequences, budget, strict=True):
             sequence.pages = self._cache.allocate(tokens)
@@ -110,6 +122,8 @@ class Generation:
             model.config.decoder.vocab_size,
             model.device,
         )
+        self._step: DecodeStep | None = None
+        self._step_rows: list[int] = []
 
     def finish(self, index: int, reason: FinishReason) -> None:
         """End a request early; its tokens so far stay."""
@@ -124,6 +138,7 @@ class Generation:
                     break
                 yield from self._decode_step(active)
         finally:
+            self._step = None
             for sequence in self.sequences:
                 self._finish(sequence, "cancelled")
 
@@ -158,13 +173,12 @@ class Generation:
             yield from self._accept(self._sampler.choose(logits, [index]), [index])
 
     def _decode_step(self, active: list[int]) -> Iterator[tuple[int, int]]:
-        model, sequences = self._model, [self.sequences[i] for i in active]
-        newest = torch.tensor([[sequence.tokens[-1]] for sequence in sequences], device=model.device)
-        positions = torch.tensor([[sequence.length - 1] for sequence in sequences], device=model.device)
-        table = page_table([sequence.pages for sequence in sequences], model.device)
-        view = CacheView.of(self._cache.keys, self._cache.values, table, positions)
-        hidden = model.decoder(model.decoder.embed(newest), positions, view)
-        logits = model.decoder.logits(hidden[:, -1])
+        sequences = [self.sequences[i] for i in active]
+        if self._step is None or active != self._step_rows:
+            pages, positions = [s.pages for s in sequences], [s.length - 1 for s in sequences]
+            self._step_rows = active
+            self._step = DecodeStep(self._model, self._cache, pages, positions, cuda_graph=self._options.cuda_graphs)
+        logits = self._step([sequence.tokens[-1] for sequence in sequences])
         yield from self._accept(self._sampler.choose(logits, active), active)
 
     def _accept(self, tokens: list[int], indices: list[int]) -> Iterator[tuple[int, int]]:

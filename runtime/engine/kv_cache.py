@@ -1,7 +1,8 @@
 """The paged KV cache: one pool of keys and one of values a layer, and the account of which pages are in use.
 
 Layout: see `kernels/pages.py`. A token takes 2 * layers * kv_heads * head_dim elements: 57 344 bytes at full size in
-bf16, 2.58 GB for the 45 000 tokens of 30 minutes of audio.
+bf16, 2.58 GB for the 45 000 tokens of 30 minutes of audio. In int8, with a float32 scale for each token, head and layer
+of keys and of values (see `kernels/kv_write.py`), it takes 29 568 bytes, 1.33 GB for 30 minutes.
 """
 
 import heapq
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..errors import OutOfPagesError
 from ..model.config import DecoderConfig
+from ..model.decoder import CacheView
 
 
 class PagePool:
@@ -44,19 +46,40 @@ class PagePool:
 
 
 class KVCache:
-    """Keys and values of all layers. `keys[layer]`, `values[layer]`: [pages, page_size, kv_heads, head_dim]."""
+    """Keys and values of all layers. `keys[layer]`, `values[layer]`: [pages, page_size, kv_heads, head_dim].
+
+    With dtype int8, `k_scales[layer]` and `v_scales[layer]` are [pages, page_size, kv_heads] float32; otherwise None.
+    """
 
     def __init__(self, config: DecoderConfig, *, pages: int, page_size: int, device: torch.device, dtype: torch.dtype):
         shape = (pages, page_size, config.kv_heads, config.head_dim)
+
+        def pools(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+            return [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+
         self.page_size = page_size
         self.pool = PagePool(pages)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.keys, self.values = pools(shape, dtype), pools(shape, dtype)
+        self.k_scales: list[Tensor] | None = None
+        self.v_scales: list[Tensor] | None = None
+        if dtype == torch.int8:
+            self.k_scales, self.v_scales = pools(shape[:-1], torch.float32), pools(shape[:-1], torch.float32)
+
+    @property
+    def pools(self) -> list[Tensor]:
+        """Every tensor of the cache, each with one entry a page."""
+        return [*self.keys, *self.values, *(self.k_scales or ()), *(self.v_scales or ())]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pools."""
-        return sum(pool.nbytes for pool in (*self.keys, *self.values))
+        return sum(pool.nbytes for pool in self.pools)
+
+    def view(self, page_table: Tensor, positions: Tensor) -> CacheView:
+        """The cache as the decoder takes it, for new tokens at the indices `positions`; see `CacheView.of`."""
+        return CacheView.of(
+            self.keys, self.values, page_table, positions, k_scales=self.k_scales, v_scales=self.v_scales
+        )
 
     def allocate(self, tokens: int) -> list[int]:
         """Pages for a sequence of `tokens` tokens. Raises OutOfPagesError when they are not free."""

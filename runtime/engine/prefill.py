@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..model.audio_flamingo import AudioFlamingo
-from ..model.decoder import CacheView
 from ..model.encoder import token_count
 from .kv_cache import KVCache, page_table
 from .timings import Timings
@@ -118,8 +117,7 @@ def prefill(
         x = embeddings.piece(start, stop)
         with timings.measure("prefill", model.device):
             positions = torch.arange(start, stop, device=model.device)[None]
-            view = CacheView.of(cache.keys, cache.values, table, positions)
-            hidden = model.decoder(x, positions, view)
+            hidden = model.decoder(x, positions, cache.view(table, positions))
         progress(stop, length)
     assert hidden is not None
     return model.decoder.logits(hidden[:, -1])

@@ -6,7 +6,9 @@
 Source: Qwen2.5 technical report, arXiv:2412.15115.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +31,7 @@ class CacheView:
 
     keys, values: one pool [pages, page_size, kv_heads, head_dim] a layer; page_table: [batch, max_pages] int32;
     key_lengths: [batch] int64, tokens in the cache once the new ones are written; slots: [batch, time] int64.
+    k_scales, v_scales: for int8 pools one [pages, page_size, kv_heads] float32 a layer, otherwise None.
     """
 
     keys: list[Tensor]
@@ -36,12 +39,29 @@ class CacheView:
     page_table: Tensor
     key_lengths: Tensor
     slots: Tensor
+    k_scales: list[Tensor] | None = None
+    v_scales: list[Tensor] | None = None
 
     @classmethod
-    def of(cls, keys: list[Tensor], values: list[Tensor], page_table: Tensor, positions: Tensor) -> "CacheView":
+    def of(
+        cls,
+        keys: list[Tensor],
+        values: list[Tensor],
+        page_table: Tensor,
+        positions: Tensor,
+        *,
+        k_scales: list[Tensor] | None = None,
+        v_scales: list[Tensor] | None = None,
+    ) -> "CacheView":
         """The view for new tokens at the indices `positions`: [batch, time] int64, ascending by one in each row."""
         slots = page_slots(page_table, positions, keys[0].shape[1])
-        return cls(keys, values, page_table, positions[:, -1] + 1, slots)
+        return cls(keys, values, page_table, positions[:, -1] + 1, slots, k_scales, v_scales)
+
+    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """The scales of a layer's keys and of its values."""
+        if self.k_scales is None or self.v_scales is None:
+            return None, None
+        return self.k_scales[layer], self.v_scales[layer]
 
 
 class DecoderAttention(nn.Module):
@@ -60,11 +80,30 @@ class DecoderAttention(nn.Module):
         """x: [batch, time, hidden]. Writes keys and values into the layer's cache. Returns like x."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         keys, values = cache.keys[layer], cache.values[layer]
-        q = kv_write(q, k, v, k_cache=keys, v_cache=values, slots=cache.slots, rotation=rotation)
-        if x.shape[1] <= MAX_NEW_TOKENS:
-            out = decode_attention(q, keys, values, key_lengths=cache.key_lengths, page_table=cache.page_table)
-        else:
-            out = attention(q, keys, values, causal=True, key_lengths=cache.key_lengths, page_table=cache.page_table)
+        k_scales, v_scales = cache.scales(layer)
+        q = kv_write(
+            q,
+            k,
+            v,
+            k_cache=keys,
+            v_cache=values,
+            slots=cache.slots,
+            rotation=rotation,
+            k_scales=k_scales,
+            v_scales=v_scales,
+        )
+        attend: Callable[..., Tensor] = (
+            decode_attention if x.shape[1] <= MAX_NEW_TOKENS else partial(attention, causal=True)
+        )
+        out = attend(
+            q,
+            keys,
+            values,
+            key_lengths=cache.key_lengths,
+            page_table=cache.page_table,
+            k_scales=k_scales,
+            v_scales=v_scales,
+        )
         return self.o_proj(out.flatten(2))
 
 
@@ -120,6 +159,11 @@ class Decoder(nn.Module):
         self.norm = Norm(config.hidden_size, bias=False)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @cached_property
+    def frequencies(self) -> Tensor:
+        """What the rotation of queries and keys takes; formed once, as copying it to a GPU would halt every step."""
+        return rope_frequencies(self.config.head_dim, self.config.rope_theta, self.norm.weight.device)
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """Embeddings of token ids: [...] int64 to [..., hidden]."""
         return F.embedding(token_ids, self.embed_tokens.weight)
@@ -129,8 +173,7 @@ class Decoder(nn.Module):
 
         x: [batch, time, hidden]; positions: [batch, time] int64. Returns the normed hidden states, like x.
         """
-        frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, x.device)
-        rotation = Rotation(positions.float(), frequencies, "half")
+        rotation = Rotation(positions.float(), self.frequencies, "half")
         residual = None
         for index, layer in enumerate(self.layers):
             x, residual = layer(x, residual, rotation, cache, index)

@@ -7,7 +7,7 @@ from support.audio import speech_like
 from afnext.bench.random_checkpoint import write_random_checkpoint
 from afnext.runtime.engine.generate import EngineOptions, Generation, Request
 from afnext.runtime.engine.prefill import AudioInput
-from afnext.runtime.engine.sampler import SamplingParams
+from afnext.runtime.engine.sampler import Sampler, SamplingParams
 from afnext.runtime.errors import ContextLengthError
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
 
@@ -144,6 +144,38 @@ def test_a_prompt_beyond_the_context_is_refused(model: AudioFlamingo) -> None:
 def test_sizes_below_one_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1"):
         EngineOptions(**{name: 0})
+
+
+def test_an_unknown_kv_storage_is_refused() -> None:
+    with pytest.raises(ValueError, match="kv must be one of auto, int8, got 'int3'"):
+        EngineOptions(kv="int3")
+
+
+def test_int8_kv_follows_the_dense_scores(model: AudioFlamingo, seed: int) -> None:
+    """Teacher-forced: the same 24 tokens decoded over both caches, after a prompt with audio in several chunks."""
+    steps = torch.randint(0, 256, (24,)).tolist()
+    dense, rounded = (scores(model, request(model, 25, 4.0, seed), steps, kv) for kv in ("auto", "int8"))
+    assert not torch.equal(dense, rounded)
+    errors = (rounded - dense).square().mean(-1).sqrt() / dense.std(-1)
+    assert errors.max() < 0.02, f"relative errors of the scores {errors.tolist()}"
+
+
+@torch.inference_mode()
+def scores(model: AudioFlamingo, request: Request, steps: list[int], kv: str) -> torch.Tensor:
+    """The scores after the prompt and after each of `steps`, whatever is likely: [1 + steps, vocab]."""
+    rows = []
+
+    class Forced(Sampler):
+        def choose(self, logits: torch.Tensor, _: list[int]) -> list[int]:
+            rows.append(logits[0].clone())
+            return [steps[len(rows) - 1]] if len(rows) <= len(steps) else [0]
+
+    options = EngineOptions(page_size=16, chunk_size=64, encode_batch=2, kv=kv)
+    generation = Generation(model, [request], options)
+    generation._sampler = Forced([request.sampling], [request.token_ids], model.config.decoder.vocab_size, model.device)
+    run(generation)
+    assert generation._cache.keys[0].dtype == (torch.int8 if kv == "int8" else torch.float32)
+    return torch.stack(rows)
 
 
 def test_timings_add_up(model: AudioFlamingo, seed: int) -> None:

@@ -65,8 +65,8 @@ def test_page_table_pads_short_rows() -> None:
     assert table.dtype == torch.int32
 
 
-def test_bytes_of_a_token_at_full_size() -> None:
-    """57 344 bytes a token in bfloat16, as the model's shape has it."""
+def full_size(page_size: int, pages: int, dtype: torch.dtype) -> KVCache:
+    """A cache of the full model's shape."""
     config = DecoderConfig(
         vocab_size=10,
         hidden_size=3584,
@@ -80,6 +80,29 @@ def test_bytes_of_a_token_at_full_size() -> None:
         max_positions=100,
         tie_word_embeddings=False,
     )
-    cache = KVCache(config, pages=3, page_size=16, device=torch.device("cpu"), dtype=torch.bfloat16)
-    assert cache.nbytes == 3 * 16 * 57_344
+    return KVCache(config, pages=pages, page_size=page_size, device=torch.device("cpu"), dtype=dtype)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 57_344), (torch.int8, 29_568)])
+def test_bytes_of_a_token_at_full_size(dtype: torch.dtype, size: int) -> None:
+    """57 344 bytes a token in bfloat16, as the model's shape has it; in int8 half, and 4 bytes a scale."""
+    cache = full_size(16, 3, dtype)
+    assert cache.nbytes == 3 * 16 * size
     assert len(cache.allocate(33)) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_view_has_the_scales_of_int8_and_of_nothing_else(dtype: torch.dtype) -> None:
+    cache = full_size(4, 3, dtype)
+    view = cache.view(page_table([[2, 1]], torch.device("cpu")), torch.tensor([[3, 4]]))
+    assert view.slots.tolist() == [[2 * 4 + 3, 1 * 4]]
+    assert view.key_lengths.tolist() == [5]
+    k_scales, v_scales = view.scales(7)
+    if dtype != torch.int8:
+        assert k_scales is v_scales is None
+        return
+    assert cache.k_scales is not None
+    assert cache.v_scales is not None
+    assert k_scales is cache.k_scales[7]
+    assert v_scales is cache.v_scales[7]
+    assert (k_scales.shape, k_scales.dtype) == ((3, 4, 4), torch.float32)

@@ -1,0 +1,119 @@
+"""The decode step through static buffers, and recorded in a CUDA graph, against plain calls of the decoder."""
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+from afnext import kernels
+from afnext.bench.random_checkpoint import write_random_checkpoint
+from afnext.runtime.engine.decode_graph import DecodeStep, capturable
+from afnext.runtime.engine.kv_cache import KVCache, page_table, pages_for
+from afnext.runtime.model.audio_flamingo import AudioFlamingo
+
+PAGE_SIZE = 16
+LENGTHS = [15, 1, 37]  # tokens in the cache before the first step: the first sequence enters its next page at once
+STEPS = 5
+
+
+@pytest.fixture
+def model(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> AudioFlamingo:
+    folder = write_random_checkpoint(tmp_path_factory.mktemp("random"))
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return AudioFlamingo.from_folder(folder, device=device, dtype=lambda stored: dtype)
+
+
+def filled_cache(model: AudioFlamingo, dtype: torch.dtype) -> tuple[KVCache, list[list[int]]]:
+    """A cache with random tokens of LENGTHS, and room for STEPS more each."""
+    budget = [length + STEPS for length in LENGTHS]
+    pages = sum(pages_for(tokens, PAGE_SIZE) for tokens in budget)
+    cache = KVCache(model.config.decoder, pages=pages, page_size=PAGE_SIZE, device=model.device, dtype=dtype)
+    for pool in cache.pools:
+        pool.copy_(torch.randint(-127, 128, pool.shape) if pool.dtype == torch.int8 else torch.rand(pool.shape) / 64)
+    return cache, [cache.allocate(tokens) for tokens in budget]
+
+
+def eager(model: AudioFlamingo, cache: KVCache, pages: list[list[int]], tokens: Tensor) -> Tensor:
+    """Scores of all steps by plain calls, every input made anew: [steps, batch, vocab]."""
+    decoder, rows = model.decoder, []
+    for step, newest in enumerate(tokens):
+        positions = torch.tensor(LENGTHS, device=model.device)[:, None] + step
+        view = cache.view(page_table(pages, model.device), positions)
+        hidden = decoder(decoder.embed(newest[:, None].to(model.device)), positions, view)
+        rows.append(decoder.logits(hidden[:, -1]))
+    return torch.stack(rows)
+
+
+def copies(cache: KVCache) -> list[Tensor]:
+    return [pool.clone() for pool in cache.pools]
+
+
+@pytest.mark.parametrize("kv", ["dense", "int8"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.gpu)])
+@torch.inference_mode()
+def test_step_equals_plain_calls(backend: str, kv: str, model: AudioFlamingo, seed: int) -> None:
+    """On the CPU through the buffers alone; on a GPU recorded from the second step on."""
+    cache, pages = filled_cache(model, torch.int8 if kv == "int8" else model.dtype)
+    before = copies(cache)
+    tokens = torch.randint(0, 256, (STEPS, len(LENGTHS)))
+    with kernels.backend(backend):
+        expected, written = eager(model, cache, pages, tokens), copies(cache)
+        for pool, earlier in zip(cache.pools, before, strict=True):
+            pool.copy_(earlier)
+        step = DecodeStep(model, cache, pages, LENGTHS, cuda_graph=True)
+        actual = torch.stack([step(newest.tolist()).clone() for newest in tokens])
+        assert (step._graph is not None) == (backend == "triton")
+    assert torch.equal(actual, expected)
+    assert all(torch.equal(*pair) for pair in zip(copies(cache), written, strict=True))
+
+
+@torch.inference_mode()
+def test_buffers_keep_their_addresses(model: AudioFlamingo, seed: int) -> None:
+    """What a recorded step reads is where it was when it was recorded."""
+    cache, pages = filled_cache(model, model.dtype)
+    step = DecodeStep(model, cache, pages, LENGTHS, cuda_graph=False)
+    buffers = [step._tokens, step._positions, step._table, model.decoder.frequencies, *cache.pools]
+    addresses = [buffer.data_ptr() for buffer in buffers]
+    for _ in range(3):
+        step([1, 2, 3])
+    after = [step._tokens, step._positions, step._table, model.decoder.frequencies, *cache.pools]
+    assert [buffer.data_ptr() for buffer in after] == addresses
+    assert step._positions.flatten().tolist() == [length + 3 for length in LENGTHS]
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_graphs_can_be_switched_off_and_say_when_they_are_on(
+    model: AudioFlamingo, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, pages = filled_cache(model, model.dtype)
+    for cuda_graph in (False, True):
+        with caplog.at_level(logging.INFO, "afnext.engine"):
+            step = DecodeStep(model, cache, pages, LENGTHS, cuda_graph=cuda_graph)
+            for _ in range(3):
+                step([1, 2, 3])
+        assert [record.message for record in caplog.records] == [
+            "decoding 3 sequences a step in a CUDA graph"
+        ] * cuda_graph
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_step_waits_for_nothing(model: AudioFlamingo) -> None:
+    cache, pages = filled_cache(model, model.dtype)
+    step = DecodeStep(model, cache, pages, LENGTHS, cuda_graph=False)
+    step([1, 2, 3])  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step([1, 2, 3])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_only_triton_on_a_gpu_is_recorded() -> None:
+    assert not capturable(torch.device("cpu"))
+    with kernels.backend("torch"):
+        assert not capturable(torch.device("cuda"))
+    with kernels.backend("triton"):
+        assert capturable(torch.device("cuda"))
