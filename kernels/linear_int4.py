@@ -1,0 +1,307 @@
+"""Linear layers with int4 weights in groups (W4A16), alone or as a SwiGLU pair.
+
+    y[m, n] = sum_k x[m, k] * scales[n, g] * (code[n, k] - zeros[n, g]) + bias[n] + residual[m, n],    g = k // group
+    SwiGLU: y = silu(gate(x)) * up(x), two such products of one x
+
+x: [rows, in] float16, bfloat16 or float32; packed: [out, in / 2] uint8, the even input in a byte's low four bits;
+scales, zeros: [out, in / group], zeros absent where all are 8. Groups of 32, 64 or 128 inputs. Sums and epilogues are
+float32 and are rounded to the dtype of x once.
+
+Bound by memory up to about 100 rows: a launch must read out * in * (1/2 + 2 / group) bytes of codes and 16-bit scales,
+and reads them once for every BLOCK_M rows, that is once up to 64 rows; x is read from L2 by every block of outputs.
+2 * rows * out * in operations, after about 3 instructions a weight that make it a number: the code is or-ed into the
+mantissa of a power of two, of which 2^23 + zero is subtracted; an upper code stands 4 bits higher, in 2^19. Few rows:
+the differences, exact in 16 bits up to their zero, go to the tensor cores and the scale multiplies a group's sum. Many
+rows: there are more sums than weights, so the scale multiplies the weights before they are rounded.
+Weights are the product's left operand, tokens its columns; split inner dimensions as in `linear_int8`.
+
+Source: Frantar et al. 2022, arXiv:2210.17323 (groups); Kim et al. 2022, arXiv:2211.10017 (codes in the mantissa).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import activation
+from .configs import Config, Configs
+from .dispatch import Operation
+from .linear_int8 import (
+    add_epilogue,
+    as_rows,
+    block_of,
+    blocks,
+    check_epilogue,
+    config_for,
+    silu,
+    split_inner,
+    store_block,
+    sum_partials,
+)
+from .triton_language import tl, triton
+
+GROUP_SIZES = (32, 64, 128)
+SYMMETRIC_ZERO = 8
+
+
+def unpacked(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """The weights [out, in], in float32, or float64 if the scales are."""
+    dtype = torch.promote_types(scales.dtype, torch.float32)
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1).to(dtype).unflatten(1, (scales.shape[1], -1))
+    zero = SYMMETRIC_ZERO if zeros is None else zeros.to(dtype)[..., None]
+    return ((codes - zero) * scales.to(dtype)[..., None]).flatten(1)
+
+
+def linear_int4_reference(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """The specification of `linear_int4`, in float64."""
+    y = x.double() @ unpacked(packed, scales.double(), zeros).T
+    return add_epilogue(y, bias, residual).to(x.dtype)
+
+
+def linear_int4_swiglu_reference(
+    x: Tensor,
+    gate: Tensor,
+    gate_scales: Tensor,
+    up: Tensor,
+    up_scales: Tensor,
+    gate_zeros: Tensor | None,
+    up_zeros: Tensor | None,
+) -> Tensor:
+    """The specification of `linear_int4_swiglu`, in float64."""
+    wide = x.double()
+    gated = linear_int4_reference(wide, gate, gate_scales, gate_zeros, None, None)
+    raised = linear_int4_reference(wide, up, up_scales, up_zeros, None, None)
+    return activation.swiglu_reference(gated, raised).to(x.dtype)
+
+
+@triton.jit
+def _add_group(acc, tokens, codes, scales, zeros, at, group, SCALE_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc + the product of a tile of weights, whose codes begin at codes + at and lie in one group, with tokens."""
+    packed = tl.load(codes + at).to(tl.int32)
+    low = ((packed & 0x0F) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0  # 2^23 + 8
+    high = ((packed & 0xF0) | 0x49000000).to(tl.float32, bitcast=True) - 524296.0  # 2^19 + 8
+    if zeros is not None:
+        shift = tl.load(zeros + group).to(tl.float32)[:, None] - 8.0
+        low -= shift
+        high -= shift
+    scale = tl.load(scales + group).to(tl.float32)[:, None]
+    if SCALE_WEIGHTS:
+        low *= scale
+        high *= scale
+        weights = tl.interleave(low.to(DTYPE), high.to(DTYPE))
+        acc = tl.dot(weights, tokens, acc, input_precision="ieee")
+    else:
+        weights = tl.interleave(low.to(DTYPE), high.to(DTYPE))
+        acc += tl.dot(weights, tokens, input_precision="ieee") * scale
+    return acc
+
+
+@triton.jit(do_not_specialize=["rows", "steps"])
+def _w4a16_kernel(  # type: ignore[no-untyped-def]
+    x,
+    codes,
+    scales,
+    zeros,
+    up,
+    up_scales,
+    up_zeros,
+    bias,
+    residual,
+    out,
+    rows,
+    columns,
+    inner,
+    steps,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    SCALE_WEIGHTS: tl.constexpr = BLOCK_M > 64
+    m, n = block_of(rows, columns, BLOCK_M, BLOCK_N)
+    channel = tl.minimum(n, columns - 1).to(tl.int64)
+    xs = x + m[None, :].to(tl.int64) * inner + tl.arange(0, BLOCK_K)[:, None]
+    at = channel[:, None] * (inner // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
+    groups = channel * (inner // GROUP)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    up_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    start = tl.program_id(1) * steps * BLOCK_K
+    for k in range(start, tl.minimum(start + steps * BLOCK_K, inner), BLOCK_K):
+        tokens = tl.load(xs + k, mask=m[None, :] < rows, other=0)
+        here, group = at + k // 2, groups + k // GROUP
+        acc = _add_group(acc, tokens, codes, scales, zeros, here, group, SCALE_WEIGHTS, x.dtype.element_ty)
+        if up is not None:
+            up_acc = _add_group(up_acc, tokens, up, up_scales, up_zeros, here, group, SCALE_WEIGHTS, x.dtype.element_ty)
+    if up is not None:
+        if SPLITS > 1:
+            store_block(up_acc, out + SPLITS * rows.to(tl.int64) * columns, None, None, m, n, rows, columns, SPLITS)
+        else:
+            acc = silu(acc) * up_acc
+    store_block(acc, out, bias, residual, m, n, rows, columns, SPLITS)
+
+
+def _config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
+    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}, num_warps, num_stages)
+
+
+# By the most rows that a config is for; the last also serves more. BLOCK_K is cut to the group.
+_W4A16 = {
+    16: Configs("linear_int4_16", _config(16, 64, 128, 4, 4)),
+    32: Configs("linear_int4_32", _config(32, 64, 128, 4, 4)),
+    64: Configs("linear_int4_64", _config(64, 64, 128, 4, 3)),
+    128: Configs("linear_int4_128", _config(128, 128, 64, 8, 3)),
+}
+
+
+def config_of(rows: int, group: int, device: torch.device) -> Config:
+    """How a product of `rows` tokens with weights in groups of `group` is launched."""
+    config = config_for(_W4A16, rows, device)
+    block_k = min(group, config.blocks["BLOCK_K"])
+    return Config({**config.blocks, "BLOCK_K": block_k}, config.num_warps, config.num_stages)
+
+
+def _w4a16_triton(
+    x: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor | None],
+    up: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """weight, up: (packed, scales, zeros)."""
+    tokens, residual = as_rows(x), None if residual is None else as_rows(residual)
+    (rows, inner), columns = tokens.shape, len(weight[0])
+    out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    group = inner // weight[1].shape[1]
+    config = config_of(rows, group, x.device)
+    splits, steps = split_inner(config, rows, columns, inner, x.device)
+    shape = (splits, rows, columns) if up[0] is None else (2, splits, rows, columns)
+    target = out if splits == 1 else torch.empty(shape, dtype=torch.float32, device=x.device)
+    _w4a16_kernel[(blocks(config, rows, columns), splits)](
+        tokens,
+        *weight,
+        *up,
+        bias,
+        residual,
+        target,
+        rows,
+        columns,
+        inner,
+        steps,
+        GROUP=group,
+        SPLITS=splits,
+        **config.options(),
+    )
+    if splits > 1:
+        sum_partials(target, out, bias, residual)
+    return out
+
+
+_linear = Operation("linear_int4", linear_int4_reference)
+_swiglu = Operation("linear_int4_swiglu", linear_int4_swiglu_reference)
+
+
+@_linear.implementation("triton")
+def _linear_triton(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    return _w4a16_triton(x, (packed, scales, zeros), (None, None, None), bias, residual)
+
+
+@_swiglu.implementation("triton")
+def _swiglu_triton(
+    x: Tensor,
+    gate: Tensor,
+    gate_scales: Tensor,
+    up: Tensor,
+    up_scales: Tensor,
+    gate_zeros: Tensor | None,
+    up_zeros: Tensor | None,
+) -> Tensor:
+    return _w4a16_triton(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
+
+
+@_linear.implementation("torch")
+def _linear_torch(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    weight = unpacked(packed, scales, zeros).to(x.dtype)
+    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return y if residual is None else y + residual
+
+
+@_swiglu.implementation("torch")
+def _swiglu_torch(
+    x: Tensor,
+    gate: Tensor,
+    gate_scales: Tensor,
+    up: Tensor,
+    up_scales: Tensor,
+    gate_zeros: Tensor | None,
+    up_zeros: Tensor | None,
+) -> Tensor:
+    gated = _linear_torch(x, gate, gate_scales, gate_zeros, None, None)
+    return activation.swiglu(gated, _linear_torch(x, up, up_scales, up_zeros, None, None))
+
+
+def linear_int4(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x W^T + bias + residual with int4 weights in groups, W[n, k] = scales[n, g] * (code[n, k] - zeros[n, g]).
+
+    x: [..., in] floating; packed: [out, in / 2] uint8; scales: [out, in / group] floating, group 32, 64 or 128; zeros:
+    like scales, or None for 8; bias: [out]; residual: [..., out] in the dtype of x. Returns [..., out] like x.
+    Raises ValueError for shapes or dtypes that do not fit.
+    """
+    _check(x, packed, scales, zeros)
+    check_epilogue(x, len(packed), bias, residual)
+    return _linear.on(x.device)(x, packed, scales, zeros, bias, residual)
+
+
+def linear_int4_swiglu(
+    x: Tensor,
+    gate: Tensor,
+    gate_scales: Tensor,
+    up: Tensor,
+    up_scales: Tensor,
+    gate_zeros: Tensor | None = None,
+    up_zeros: Tensor | None = None,
+) -> Tensor:
+    """silu(x G^T) * (x U^T), x read once; gate and up are packed weights of one shape and group as in `linear_int4`.
+
+    Both have zeros or neither. Raises ValueError otherwise.
+    """
+    _check(x, gate, gate_scales, gate_zeros)
+    _check(x, up, up_scales, up_zeros)
+    if gate.shape != up.shape or gate_scales.shape != up_scales.shape or (gate_zeros is None) != (up_zeros is None):
+        raise ValueError(
+            f"gate {tuple(gate.shape)} with scales {tuple(gate_scales.shape)} and up {tuple(up.shape)} with scales "
+            f"{tuple(up_scales.shape)} must have one shape and group, and both or neither zeros"
+        )
+    return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales, gate_zeros, up_zeros)
+
+
+def _check(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+    if packed.dtype != torch.uint8 or packed.ndim != 2 or not packed.is_contiguous():
+        raise ValueError(f"packed must be contiguous uint8 [out, in / 2], got {packed.dtype} {tuple(packed.shape)}")
+    inner = 2 * packed.shape[1]
+    if not x.is_floating_point() or x.shape[-1:] != (inner,):
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; a packed weight {tuple(packed.shape)} takes [..., {inner}]")
+    fits = scales.ndim == 2 and len(scales) == len(packed) and inner in [scales.shape[1] * g for g in GROUP_SIZES]
+    if not fits or not scales.is_floating_point() or not scales.is_contiguous():
+        raise ValueError(
+            f"scales must be contiguous floating [{len(packed)}, {inner} / group] with a group of {GROUP_SIZES}, got "
+            f"{scales.dtype} {tuple(scales.shape)}"
+        )
+    if zeros is not None and (
+        zeros.shape != scales.shape or not zeros.is_floating_point() or not zeros.is_contiguous()
+    ):
+        raise ValueError(f"zeros must be like scales, {tuple(scales.shape)}, got {zeros.dtype} {tuple(zeros.shape)}")

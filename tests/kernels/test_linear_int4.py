@@ -1,0 +1,145 @@
+"""int4 linear layers: every backend against the float64 reference, and the error against a plain dense product."""
+
+import pytest
+import torch
+from support.accuracy import DTYPES, assert_accurate, backends, exactly, poisoned
+from torch import Tensor
+from torch.nn import functional as F
+
+from afnext.kernels import linear_int4 as module
+from afnext.kernels.linear_int4 import linear_int4, linear_int4_swiglu
+
+# rows, in, out, group
+SHAPES = [
+    (1, 512, 96, 128),
+    (3, 192, 37, 64),
+    (17, 32, 1, 32),
+    (33, 256, 70, 128),
+    (64, 384, 64, 64),
+    (70, 96, 131, 32),
+]
+
+Packed = tuple[Tensor, Tensor, Tensor | None]
+
+
+def weights(
+    columns: int, inner: int, group: int, with_zeros: bool, device: torch.device, dtype: torch.dtype = torch.float16
+) -> Packed:
+    packed = torch.randint(0, 256, (columns, inner // 2), dtype=torch.uint8).to(device)
+    scales = (torch.rand(columns, inner // group) / 8 / inner**0.5).to(device, dtype)
+    zeros = torch.randint(0, 16, scales.shape).to(device, dtype) if with_zeros else None
+    return packed, scales, zeros
+
+
+def dense(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
+    columns, half = packed.shape
+    group = 2 * half // scales.shape[1]
+    weight = torch.empty(columns, 2 * half, device=packed.device)
+    for k in range(2 * half):
+        code = (packed[:, k // 2] >> 4 if k % 2 else packed[:, k // 2] & 15).float()
+        zero = 8 if zeros is None else zeros[:, k // group].float()
+        weight[:, k] = (code - zero) * scales[:, k // group].float()
+    return weight.to(dtype)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T, one product added after the other in float32: libraries sum in an order that GPUs do not."""
+    y = torch.zeros(len(x), len(weight), device=x.device)
+    for k in range(x.shape[1]):
+        y += x[:, k, None].float() * weight[:, k].float()
+    return y.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_zeros", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", backends(module._linear))
+def test_accuracy(
+    backend: str,
+    shape: tuple[int, int, int, int],
+    with_zeros: bool,
+    dtype: torch.dtype,
+    seed: int,
+    device: torch.device,
+) -> None:
+    rows, inner, columns, group = shape
+    x = torch.randn(rows, inner).to(device, dtype)
+    weight = weights(columns, inner, group, with_zeros, device)
+    with poisoned(backend):
+        actual = linear_int4(x, *weight)
+    assert_accurate(actual, exactly(linear_int4, x, *weight), product(x, dense(*weight, dtype)))
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+@pytest.mark.parametrize("backend", backends(module._linear))
+def test_bias_residual_and_fractional_zeros(
+    backend: str, scale_dtype: torch.dtype, rows: int, seed: int, device: torch.device
+) -> None:
+    x = torch.randn(1, rows, 256).to(device, torch.bfloat16)
+    packed, scales, zeros = weights(43, 256, 64, True, device, scale_dtype)
+    zeros = zeros + 0.375
+    bias, residual = torch.randn(43).to(device, x.dtype), torch.randn(1, rows, 43).to(device, x.dtype)
+    with poisoned(backend):
+        actual = linear_int4(x, packed, scales, zeros, bias, residual)
+    exact = exactly(linear_int4, x, packed, scales, zeros, bias, residual)
+    assert_accurate(actual, exact, F.linear(x, dense(packed, scales, zeros, x.dtype), bias) + residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_zeros", [False, True])
+@pytest.mark.parametrize("shape", [(1, 512, 48, 128), (9, 64, 37, 32), (66, 128, 129, 64)])
+@pytest.mark.parametrize("backend", backends(module._swiglu))
+def test_swiglu_accuracy(
+    backend: str,
+    shape: tuple[int, int, int, int],
+    with_zeros: bool,
+    dtype: torch.dtype,
+    seed: int,
+    device: torch.device,
+) -> None:
+    rows, inner, columns, group = shape
+    x = (3 * torch.randn(rows, inner)).to(device, dtype)
+    gate, up = (weights(columns, inner, group, with_zeros, device) for _ in range(2))
+    arguments = (x, *gate[:2], *up[:2], gate[2], up[2])
+    with poisoned(backend):
+        actual = linear_int4_swiglu(*arguments)
+    plain = F.silu(product(x, dense(*gate, dtype))) * product(x, dense(*up, dtype))
+    assert_accurate(actual, exactly(linear_int4_swiglu, *arguments), plain)
+
+
+def test_reference_is_the_dense_product(seed: int) -> None:
+    x = torch.randn(3, 64, dtype=torch.float64)
+    weight = weights(5, 64, 32, True, x.device, torch.float32)
+    torch.testing.assert_close(exactly(linear_int4, x, *weight), x @ dense(*weight, torch.float64).T)
+
+
+@pytest.mark.parametrize("backend", backends(module._linear, module._swiglu))
+def test_strided_and_empty_inputs(backend: str, seed: int, device: torch.device) -> None:
+    packed, scales, _ = weights(20, 64, 32, False, device)
+    x, residual = torch.randn(5, 2, 128).to(device)[..., :64], torch.randn(20, 2, 5).to(device).permute(2, 1, 0)
+    empty = torch.empty(0, 64, device=device)
+    with poisoned(backend):
+        expected = linear_int4(x.contiguous(), packed, scales, residual=residual.contiguous())
+        assert torch.equal(linear_int4(x, packed, scales, residual=residual), expected)
+        assert linear_int4(empty, packed, scales).shape == (0, 20)
+        assert linear_int4_swiglu(empty, packed, scales, packed, scales).shape == (0, 20)
+
+
+def test_refusals() -> None:
+    x, packed, scales = torch.zeros(2, 128), torch.zeros(5, 64, dtype=torch.uint8), torch.zeros(5, 2)
+    cases = [
+        (lambda: linear_int4(x[:, :64], packed, scales), r"\(2, 64\)"),
+        (lambda: linear_int4(x, packed.char(), scales), "uint8"),
+        (lambda: linear_int4(x, packed, scales[:4]), "scales"),
+        (lambda: linear_int4(x, packed, torch.zeros(5, 8)), "group"),
+        (lambda: linear_int4(x, packed, torch.zeros(5, 3)), "group"),
+        (lambda: linear_int4(x, packed, scales, torch.zeros(5, 1)), "zeros"),
+        (lambda: linear_int4(x, packed, scales, bias=torch.zeros(4)), "bias"),
+        (lambda: linear_int4(x, packed, scales, residual=torch.zeros(2, 4)), "residual"),
+        (lambda: linear_int4_swiglu(x, packed, scales, packed, torch.zeros(5, 4)), "one shape"),
+        (lambda: linear_int4_swiglu(x, packed, scales, packed, scales, scales, None), "zeros"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,111 @@
+"""int4 packing: the layout, the error of each weight, exact cases, and what is refused."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from afnext.quant.int4 import dequantize_int4, pack_int4, quantize_int4, unpack_int4
+
+
+def test_the_even_input_has_the_low_bits() -> None:
+    codes = torch.tensor([[1, 2, 3, 15]], dtype=torch.uint8)
+    assert pack_int4(codes).tolist() == [[0x21, 0xF3]]
+    assert torch.equal(unpack_int4(pack_int4(codes)), codes)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    out=st.integers(1, 5),
+    groups=st.integers(1, 4),
+    group=st.sampled_from([32, 64, 128]),
+    symmetric=st.booleans(),
+    exponent=st.integers(-3, 3),
+    offset=st.sampled_from([0.0, 1.0, -5.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scale_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**31),
+)
+def test_error_is_at_most_half_a_step(
+    out: int,
+    groups: int,
+    group: int,
+    symmetric: bool,
+    exponent: int,
+    offset: float,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = ((torch.randn(out, groups * group, generator=generator) + offset) * 10.0**exponent).to(dtype)
+    packed, scales, zeros = quantize_int4(weight, group, symmetric, scale_dtype)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (out, groups * group // 2))
+    assert (scales.dtype, scales.shape) == (scale_dtype, (out, groups))
+    assert (zeros is None) == symmetric
+    error = (dequantize_int4(packed, scales, zeros, torch.float64) - weight.double()).abs()
+    # Rounding the scale moves the last code's edge by up to 15 roundings, the whole zero point by up to half a step.
+    slack = 0.5 + 16 * torch.finfo(scale_dtype).eps + (0 if symmetric else 0.5)
+    steps = scales.double().repeat_interleave(group, 1)
+    assert (error <= slack * steps + 1e-7 * 10.0**exponent).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_codes_pack_to_themselves(group: int, symmetric: bool, seed: int) -> None:
+    codes = torch.randint(0, 16, (6, 2 * group), dtype=torch.uint8)
+    codes[:, ::group], codes[:, 1::group] = 15, 1 if symmetric else 0
+    scales = 2.0 ** torch.randint(-6, 6, (6, 2))
+    zeros = None if symmetric else torch.randint(0, 16, (6, 2)).float()
+    if symmetric:
+        codes = codes.clamp_min(1)  # -8 takes a larger scale
+    weight = dequantize_int4(pack_int4(codes), scales, zeros)
+    packed, same_scales, same_zeros = quantize_int4(weight, group, symmetric, torch.float32)
+    assert torch.equal(unpack_int4(packed), codes)
+    assert torch.equal(same_scales, scales)
+    if zeros is not None:
+        assert same_zeros is not None
+        assert torch.equal(same_zeros, zeros)
+
+
+def test_groups_are_neighbours_of_one_channel() -> None:
+    weight = torch.zeros(2, 128)
+    weight[0, 64:] = 7.0
+    packed, scales, _ = quantize_int4(weight, 64)
+    assert scales.tolist() == [[0.0, 1.0], [0.0, 0.0]]
+    assert torch.equal(dequantize_int4(packed, scales), weight)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_extreme_values(symmetric: bool) -> None:
+    weight = torch.zeros(3, 32)
+    weight[0, 4] = -1e38
+    weight[1, 5], weight[1, 6] = 1e38, -1e38
+    weight[2, 7] = 1e-44
+    packed, scales, zeros = quantize_int4(weight, 32, symmetric, torch.float32)
+    restored = dequantize_int4(packed, scales, zeros)
+    assert restored.isfinite().all()
+    assert (restored[0, :4] == 0).all()
+    with pytest.raises(ValueError, match="float16"):
+        quantize_int4(weight, 32, symmetric)
+
+
+@pytest.mark.parametrize(
+    ("weight", "group", "message"),
+    [
+        (torch.zeros(3, 100), 64, "not divisible"),
+        (torch.zeros(3, 96), 48, "not 48"),
+        (torch.zeros(64), 64, r"\(64,\)"),
+        (torch.zeros(3, 0), 64, r"\(3, 0\)"),
+        (torch.zeros(3, 64, dtype=torch.int32), 64, "int32"),
+        (torch.full((1, 32), float("nan")), 32, "32 of 32"),
+    ],
+)
+def test_refusals(weight: torch.Tensor, group: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize_int4(weight, group)
+
+
+def test_an_odd_number_of_codes_is_refused() -> None:
+    with pytest.raises(ValueError, match="odd"):
+        pack_int4(torch.zeros(2, 3, dtype=torch.uint8))
