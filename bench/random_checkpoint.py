@@ -70,7 +70,7 @@ def write_random_checkpoint(
     `progress` is called with (bytes written, bytes in all). Raises AfnextError for an unknown shape.
     """
     tokenizer = byte_tokenizer()
-    config = _config(shape, tokenizer)
+    config = checkpoint_config(shape, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
@@ -96,7 +96,8 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _config(shape: str, tokenizer: Tokenizer) -> dict[str, Any]:
+def checkpoint_config(shape: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The config.json of a checkpoint of `shape` (see the module). Raises AfnextError for an unknown shape."""
     kind, _, layers = shape.partition(":")
     if kind == "tiny" and not layers:
         encoder, decoder, vocabulary = dict(_TINY_ENCODER), dict(_TINY_DECODER), tokenizer.get_vocab_size()
