@@ -18,6 +18,7 @@ setup(
         "afnext.runtime.model",
         "afnext.runtime.engine",
         "afnext.runtime.app",
+        "afnext.bench.tiny",
     ],
-    package_data={"afnext": ["py.typed"], "afnext.bench": ["data/*"]},
+    package_data={"afnext": ["py.typed"], "afnext.bench": ["data/*"], "afnext.runtime.model": ["afnext_tiny/*"]},
 )

@@ -10,10 +10,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..kernels.errors import BackendError
+from ..kernels.triton_language import AVAILABLE as TRITON_AVAILABLE
 from ..runtime.app.api import load
+from ..runtime.engine.generate import KV_STORAGE
+from ..runtime.model.hub import BUNDLED
 from .quality_data import TASKS
 from .record import SCHEMES, Record
 
@@ -95,12 +100,15 @@ def kernels(
 @app.command(epilog="Example: [bold]afnext bench quality librispeech/ -m CHECKPOINT --out wer.csv[/bold]")
 def quality(
     data: Annotated[Path, typer.Argument(help="A manifest (JSON lines, MMAU-style JSON) or the folder of one.")],
-    model: Annotated[str, typer.Option("--model", "-m", envvar="AFNEXT_MODEL", help="Checkpoint folder or Hub name.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", envvar="AFNEXT_MODEL", help="Checkpoint folder or Hub name.")
+    ] = BUNDLED,
     task: Annotated[str, typer.Option(help="asr, choice, perplexity, or auto by the manifest.")] = "auto",
     baseline: Annotated[str | None, typer.Option(help="For perplexity: the model to compare with.")] = None,
     baseline_scheme: Annotated[str | None, typer.Option(help="Its scheme; the checkpoint's by default.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first rows.", min=1)] = None,
     scheme: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; the checkpoint's by default.")] = None,
+    kv: Annotated[str, typer.Option(help="What keys and values are stored in: auto or int8.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Upper bound of an answer.", min=1)] = 512,
     restart: Annotated[bool, typer.Option("--restart", help="Drop the rows that are there.")] = False,
     device: DeviceOption = "auto",
@@ -111,7 +119,8 @@ def quality(
     from .machine import machine
     from .quality import run_quality
 
-    loaded = load(model, device=device, dtype=dtype_name(scheme) if scheme else "auto")
+    dtype = dtype_name(scheme) if scheme else "auto"
+    loaded = load(model, device=device, dtype=dtype, kv=choice(kv, KV_STORAGE, "--kv"))
     other_dtype = dtype_name(baseline_scheme) if baseline_scheme else "auto"
     other = load(baseline, device=device, dtype=other_dtype) if baseline else None
     with bar("scoring", hidden=as_json) as report:
@@ -162,6 +171,37 @@ def compare(
         print(json.dumps(to_dict(comparison), ensure_ascii=False))
     else:
         Console(highlight=False).print(render(comparison))
+
+
+@app.command(epilog="Example: [bold]afnext bench codegen --out bench/results[/bold]")
+def codegen(
+    target: Annotated[list[str] | None, typer.Option(help="Only this chip (sm_90, ...); repeat for more.")] = None,
+    operation: Annotated[list[str] | None, typer.Option(help="Only this operation; repeat for more.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that compile; 0 for this one.", min=0)] = 2,
+    out: Annotated[Path | None, typer.Option(help="Folder for codegen.md and codegen.json.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The Triton kernels compiled for every chip, without one: registers, spills, tensor cores, projected times.
+
+    Ends with status 1 when a kernel spills, does not fit a chip, or multiplies matrices without tensor cores.
+    """
+    if not TRITON_AVAILABLE:
+        raise BackendError("Triton is not installed here, and compiles the kernels; it comes with afnext on Linux")
+    from .codegen import audit, to_dict
+    from .codegen_report import show_audit, write_audit
+
+    with bar("tracing, then compiling", hidden=as_json) as report:
+        result = audit(targets=target or (), operations=operation or (), workers=workers, progress=report)
+    if out is not None:
+        write_audit(result, out)
+    if as_json:
+        print(json.dumps(to_dict(result), ensure_ascii=False))
+    else:
+        show_audit(result, Console(highlight=False, width=None if sys.stdout.isatty() else 200))
+    for offender in result.offenders:
+        Console(stderr=True, highlight=False).print(f"[red]fails[/]: {escape(offender)}")
+    if result.offenders:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: [bold]afnext bench all --out bench/results[/bold]")

@@ -25,7 +25,6 @@ from ..runtime.engine.prefill import AudioInput, PromptEmbeddings
 from ..runtime.engine.sampler import SamplingParams
 from ..runtime.engine.timings import Timings
 from ..runtime.errors import AudioError, ContextLengthError, PromptError
-from ..runtime.model.decoder import CacheView
 from .quality_data import GROUPS, Item, Manifest, Task, choice_prompt, match_choice, normalise, read_manifest
 from .record import Record, ResultsError, append
 
@@ -64,9 +63,9 @@ def run_quality(
     """Score a model on a manifest; write `out` (CSV, a row an item) and beside it the same name with .jsonl, the score.
 
     data: a manifest or the folder of one, see `quality_data`. baseline: for perplexity, the model to compare with.
-    limit: only the first rows. subject: who is measured, by default "afnext" and the dtype. restart: drop the rows that
-    are there; without it they are kept, those that failed are tried again, and rows of another model or manifest raise
-    ResultsError. progress: called with (rows done, rows in all). Decoding is greedy.
+    limit: only the first rows. subject: who is measured, by default "afnext", the dtype and that of an int8 KV.
+    restart: drop the rows that are there; without it they are kept, those that failed are tried again, and rows of
+    another model or manifest raise ResultsError. progress: called with (rows done, rows in all). Decoding is greedy.
 
     A row whose audio or prompt is refused is kept with its error and counts in "failed", not in the score.
     """
@@ -98,7 +97,7 @@ def run_quality(
         _append_rows(out, columns, [rows[item.number]])
         report(sum(item.number in rows for item in items), len(items))
     scored = [rows[item.number] for item in items]
-    record = _summary(manifest, scored, subject or f"afnext {_dtype(model)}", baseline is not None, machine or {})
+    record = _summary(manifest, scored, subject or _subject(model), baseline is not None, machine or {})
     out.with_suffix(".jsonl").unlink(missing_ok=True)
     append(out.with_suffix(".jsonl"), record)
     return record
@@ -216,7 +215,11 @@ def _hidden_states(model: Model, ids: list[int], audio: tuple[AudioInput, ...], 
     network, options, length = model.network, model.options, len(ids) - 1
     pages = -(-length // options.page_size)
     cache = KVCache(
-        network.config.decoder, pages=pages, page_size=options.page_size, device=network.device, dtype=network.dtype
+        network.config.decoder,
+        pages=pages,
+        page_size=options.page_size,
+        device=network.device,
+        dtype=options.cache_dtype(network.dtype),
     )
     table = page_table([cache.allocate(length)], network.device)
     embeddings = PromptEmbeddings(network, ids, audio, encode_batch=options.encode_batch, timings=Timings())
@@ -224,14 +227,14 @@ def _hidden_states(model: Model, ids: list[int], audio: tuple[AudioInput, ...], 
     for begin in range(0, length, options.chunk_size):
         end = min(begin + options.chunk_size, length)
         positions = torch.arange(begin, end, device=network.device)[None]
-        view = CacheView.of(cache.keys, cache.values, table, positions)
-        hidden = network.decoder(embeddings.piece(begin, end), positions, view)
+        hidden = network.decoder(embeddings.piece(begin, end), positions, cache.view(table, positions))
         kept.append(hidden[0, max(0, start - begin) :])
     return torch.cat(kept)
 
 
-def _dtype(model: Model) -> str:
-    return str(model.network.dtype).removeprefix("torch.")
+def _subject(model: Model) -> str:
+    dtype = str(model.network.dtype).removeprefix("torch.")
+    return f"afnext {dtype}" if model.options.kv == "auto" else f"afnext {dtype}, {model.options.kv} KV"
 
 
 def _fingerprint(model: Model, baseline: Model | None, max_new_tokens: int) -> str:
@@ -240,7 +243,7 @@ def _fingerprint(model: Model, baseline: Model | None, max_new_tokens: int) -> s
     for one in (model, baseline):
         if one is None:
             continue
-        digest.update(f"|{one.network.dtype}|{one.template.source}".encode())
+        digest.update(f"|{one.network.dtype}|{one.options.kv}|{one.template.source}".encode())
         for name, tensor in one.network.state_dict().items():
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 256)].cpu()

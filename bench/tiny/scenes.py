@@ -46,10 +46,10 @@ def make_scene(
     samples = np.zeros(round(seconds * RATE), np.float32)
     items: list[Item] = []
     if density is None:
-        density = rng.choice((1.0, 1.0, 0.8, 0.5, 0.5, 0.2, 0.0))
+        density = rng.choice((1.0, 1.0, 1.0, 0.8, 0.5, 0.3, 0.0))
     # Few kinds in a recording make repetitions, without which counting would never pass one.
     kinds = rng.sample(vocabulary.SOUNDS, rng.choice((1, 2, 3, len(vocabulary.SOUNDS))))
-    pause = rng.choice((0.25, 0.6, 1.5))
+    pause = rng.choice((0.15, 0.15, 0.4, 1.2))
     position = rng.uniform(0.1, 0.1 + 2 * pause)
     while rng.random() > 0.04:
         is_word = rng.random() < density
@@ -61,7 +61,7 @@ def make_scene(
         samples[start : start + len(clip)] += clip * 10 ** (rng.uniform(-12, 0) / 20)
         end = position + len(clip) / RATE
         items.append(Item(label, is_word, position, end, pitch))
-        position = end + 0.12 + rng.expovariate(1 / pause)
+        position = end + 0.1 + rng.expovariate(1 / pause)
     return _recorded(samples, items, rng, conditions), items
 
 

@@ -1,8 +1,9 @@
 """Trains afnext-tiny from Whisper tiny.en's first encoder layers and synthetic recordings.
 
-    python -m afnext.bench.tiny.train FOLDER [--threads 2]
+    python -m afnext.bench.tiny.train FOLDER [--threads 2] [--start runtime/model/afnext_tiny]
 
-FOLDER keeps the voice bank and the state of training; the same command goes on where it stopped. Needs the `tiny`
+FOLDER keeps the voice bank and the state of training; the same command goes on where it stopped. With --start training
+begins at an exported checkpoint. Needs the `bench`
 extra and the Debian packages named in `voices.py`.
 
 Besides the answers, four auxiliary losses teach what an answer is made of: which word or sound every audio token lies
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import typer
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
@@ -29,12 +31,12 @@ from .tokenizer import build_tokenizer
 from .voices import VoiceBank, build_bank
 
 STAGES = [
-    Stage(steps=2500, seconds=4.0, crops=1, batch=16),
-    Stage(steps=750, seconds=5.0, crops=2, batch=8, questions=5),
-    Stage(steps=450, seconds=10.0, crops=2, batch=4, questions=6),
-    Stage(steps=120, seconds=30.0, crops=2, batch=2, questions=8),
+    Stage(steps=2650, seconds=4.0, crops=1, batch=16, questions=2),
+    Stage(steps=400, seconds=5.0, crops=2, batch=8, questions=4),
+    Stage(steps=200, seconds=10.0, crops=2, batch=4, questions=5),
+    Stage(steps=80, seconds=30.0, crops=2, batch=2, questions=6),
 ]
-_ENCODER_RATE, _RATE = 3e-4, 1e-3
+_ENCODER_RATE, _RATE = 6e-4, 1e-3
 _WARMUP = 200
 _SAVE_EVERY = 200
 
@@ -81,24 +83,27 @@ def step_losses(model: TinyModel, auxiliary: Auxiliary, batch: dict[str, Any]) -
 
 def total(losses: dict[str, Tensor]) -> Tensor:
     """The weighted sum that is minimized."""
-    return losses["answer"] + 0.5 * losses["class"] + 0.3 * losses["onset"] + 0.3 * losses["time"]
+    return losses["answer"] + losses["class"] + 0.3 * losses["onset"] + 0.3 * losses["time"]
 
 
-def build_model(folder: Path, vocabulary: int, seed: int) -> TinyModel:
-    """The model before training: Whisper's layers, the rest random."""
+def build_model(folder: Path, vocabulary: int, seed: int, start: Path | None = None) -> TinyModel:
+    """The model before training: that of the checkpoint `start`, or Whisper's layers and the rest random."""
     torch.manual_seed(seed)
     model = TinyModel(vocabulary)
+    if start is not None:
+        model.load_state_dict({name: value.float() for name, value in load_file(start / "model.safetensors").items()})
+        return model
     weights = whisper.encoder_weights(whisper.fetch(folder / "whisper"), ENCODER["num_hidden_layers"])
     missing, unexpected = model.audio_tower.load_state_dict(weights, strict=False)
     assert (set(missing), unexpected) == ({"layer_norm.weight", "layer_norm.bias"}, []), (missing, unexpected)
     return model
 
 
-def train(folder: Path, seed: int, console: Console, stages: list[Stage]) -> TinyModel:
-    """Train, or go on with training, until the last step; returns the model."""
+def train(folder: Path, seed: int, console: Console, stages: list[Stage], start: Path | None = None) -> TinyModel:
+    """Train, or go on with training, until the last step; returns the model. start: see `build_model`."""
     build_bank(folder / "bank", seed, lambda split, done, of: console.print(f"voices, {split}: {done} of {of} clips"))
     tokenizer = build_tokenizer()
-    model = build_model(folder, tokenizer.get_vocab_size(), seed)
+    model = build_model(folder, tokenizer.get_vocab_size(), seed, start)
     auxiliary = Auxiliary()
     groups = [
         {"params": list(model.audio_tower.parameters()), "peak": _ENCODER_RATE},
@@ -137,10 +142,10 @@ def train(folder: Path, seed: int, console: Console, stages: list[Stage]) -> Tin
     return model
 
 
-def main(folder: Path, seed: int = 0, threads: int = 2) -> None:
+def main(folder: Path, seed: int = 0, threads: int = 2, start: Path | None = None) -> None:
     """Train in FOLDER; see the module."""
     torch.set_num_threads(threads)
-    train(folder, seed, Console(), STAGES)
+    train(folder, seed, Console(), STAGES, start)
 
 
 if __name__ == "__main__":

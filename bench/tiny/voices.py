@@ -36,6 +36,7 @@ _VARIANTS = re.findall(
 _HELD_OUT_ACCENTS, _HELD_OUT_VARIANTS = ("en-gb-x-gbcwmd", "en-us"), ("f4", "m6", "Andrea", "Mike", "edward", "shelby")
 _FLITE, _FLITE_HELD_OUT = ("kal16", "awb", "slt"), ("rms",)
 _FESTIVAL, _FESTIVAL_HELD_OUT = ("kal_diphone", "cmu_us_slt_arctic_hts"), ("ked_diphone",)
+_SHARES = {"espeak": 2.0}  # by far the most voices
 _HUMAN = Path("/usr/share/asterisk/sounds/en")
 
 
@@ -64,7 +65,8 @@ class VoiceBank:
 
     def clip(self, word: str, rng: random.Random) -> np.ndarray:
         """A float32 clip of `word` at 16 kHz, without silence around it, with a peak of 1."""
-        engine = rng.choice([engine for engine, clips in self._clips.items() if word in clips])
+        engines = [engine for engine, clips in self._clips.items() if word in clips]
+        engine = rng.choices(engines, weights=[_SHARES.get(engine, 1.0) for engine in engines])[0]
         start, end = rng.choice(self._clips[engine][word])
         samples = self._samples[start:end].astype(np.float32)
         return np.asarray(samples / np.abs(samples).max())

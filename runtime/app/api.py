@@ -17,7 +17,7 @@ from ..io.audio import AudioSource
 from ..io.prompt import PromptTemplate
 from ..io.tokenizer import Tokenizer
 from ..model.audio_flamingo import AudioFlamingo
-from ..model.hub import resolve
+from ..model.hub import BUNDLED, resolve
 from .answer import Answer, Piece
 from .conversation import AnswerReader, Conversation, Message
 
@@ -53,7 +53,7 @@ class AnswerOptions(TypedDict, total=False):
 
 
 def load(
-    model: str | PathLike[str],
+    model: str | PathLike[str] = BUNDLED,
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -61,14 +61,18 @@ def load(
     page_size: int = 256,
     chunk_size: int = 1024,
     encode_batch: int = 4,
+    kv: str = "auto",
     progress: Progress | None = None,
 ) -> "Model":
     """Load a model from a checkpoint folder or the Hub.
 
-    model: a folder, or a name such as "nvidia/audio-flamingo-next-hf". device: "auto" (a GPU if there is one), or what
+    model: a folder, a name such as "nvidia/audio-flamingo-next-hf", or "afnext-tiny", the small model that comes with
+    the package and knows a closed vocabulary. device: "auto" (a GPU if there is one), or what
     torch takes. dtype: "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32".
-    page_size, chunk_size, encode_batch: see `EngineOptions`. Raises an AfnextError that says what to do.
+    page_size, chunk_size, encode_batch, kv: see `EngineOptions`. Raises ValueError for one of these out of range, and
+    otherwise an AfnextError that says what to do.
     """
+    options = EngineOptions(page_size=page_size, chunk_size=chunk_size, encode_batch=encode_batch, kv=kv)
     folder = resolve(model, revision=revision)
     tokenizer = Tokenizer.from_folder(folder)
     template = PromptTemplate.from_folder(folder)
@@ -94,7 +98,6 @@ def load(
         }
     )
     _log.info("loaded %s on %s in %s", model, where, network.dtype)
-    options = EngineOptions(page_size=page_size, chunk_size=chunk_size, encode_batch=encode_batch)
     return Model(network, tokenizer, template, options, _sampling_defaults(folder))
 
 

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from ...kernels.errors import AfnextError
 from ..io.audio import AudioSource
+from ..model.hub import BUNDLED
 from . import info as model_info
 from .answer import Answer, Piece
 from .api import AnswerOptions, Model, Stream, load
@@ -43,11 +44,25 @@ class DType(str, Enum):
     float32 = "float32"
 
 
+class KV(str, Enum):
+    """What keys and values are stored in."""
+
+    auto = "auto"
+    int8 = "int8"
+
+
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", envvar="AFNEXT_MODEL", help="Checkpoint folder, or a name on the Hub.")
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        envvar="AFNEXT_MODEL",
+        help="Checkpoint folder, a name on the Hub, or the small model that comes with afnext.",
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DTypeOption = Annotated[DType, typer.Option(help="auto takes the checkpoint's.")]
+KVOption = Annotated[KV, typer.Option(help="int8 halves the memory of the context; auto keeps it in the dtype.")]
 SystemOption = Annotated[str | None, typer.Option(help="Replaces the checkpoint's system message.")]
 NewTokensOption = Annotated[int | None, typer.Option(help="Upper bound of the answer's length.", min=1)]
 TemperatureOption = Annotated[float | None, typer.Option(help="0 is greedy.", min=0.0)]
@@ -67,11 +82,12 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log which 
 def ask(
     audio: Annotated[str, typer.Argument(help="An audio or video file; - reads standard input.")],
     question: Annotated[str, typer.Argument(help="What you want to know.")],
-    model: ModelOption,
+    model: ModelOption = BUNDLED,
     also: Annotated[list[str] | None, typer.Option(help="A further recording; repeat for more.")] = None,
     system: SystemOption = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
+    kv: KVOption = KV.auto,
     max_new_tokens: NewTokensOption = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
@@ -85,9 +101,10 @@ def ask(
 ) -> None:
     """Answer a question about a recording."""
     _logging(verbose)
+    _announce(model, quiet or as_json)
     options = _options(max_new_tokens, temperature, top_p, repetition_penalty, seed, truncate)
     with _progress(quiet or as_json) as report:
-        loaded = load(model, device=device, dtype=dtype.value, chunk_size=chunk_size, progress=report)
+        loaded = load(model, device=device, dtype=dtype.value, chunk_size=chunk_size, kv=kv.value, progress=report)
         sources: list[AudioSource] = [sys.stdin.buffer if name == "-" else name for name in [audio, *(also or [])]]
         options["progress"] = report
         stream = loaded.stream(sources, question, system=system, **options)
@@ -97,11 +114,12 @@ def ask(
 
 @app.command(epilog="Example: [bold]afnext chat meeting.mp3 -m nvidia/audio-flamingo-next-think-hf[/bold]")
 def chat(
-    model: ModelOption,
+    model: ModelOption = BUNDLED,
     audio: Annotated[list[str] | None, typer.Argument(help="Recordings to talk about; none for text only.")] = None,
     system: SystemOption = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
+    kv: KVOption = KV.auto,
     max_new_tokens: NewTokensOption = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
@@ -115,9 +133,10 @@ def chat(
 ) -> None:
     """Ask one question after another; an empty line or end of input leaves."""
     _logging(verbose)
+    _announce(model, quiet or as_json)
     options = _options(max_new_tokens, temperature, top_p, repetition_penalty, seed, truncate)
     with _progress(quiet or as_json) as report:
-        loaded = load(model, device=device, dtype=dtype.value, chunk_size=chunk_size, progress=report)
+        loaded = load(model, device=device, dtype=dtype.value, chunk_size=chunk_size, kv=kv.value, progress=report)
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     parts: list[dict[str, Any]] = [{"type": "audio", "audio": name} for name in audio or []]
     while question := _read_question():
@@ -149,7 +168,7 @@ def _show(stream: Stream, first: Piece | None, *, as_json: bool, quiet: bool) ->
 
 @app.command(epilog="Example: [bold]afnext info nvidia/audio-flamingo-next-hf --json[/bold]")
 def info(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the Hub.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the Hub.")] = BUNDLED,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a checkpoint holds: shape, parameters, bytes by part, tokens, context."""
@@ -170,6 +189,15 @@ def run(command: typer.Typer) -> None:
     except KeyboardInterrupt:
         _err.print("interrupted")
         sys.exit(130)
+
+
+def _announce(model: str, quiet: bool) -> None:
+    """Say that the small model answers, so that nobody takes it for the real one."""
+    if model == BUNDLED and not quiet:
+        _err.print(
+            f"[dim]{BUNDLED} answers: it knows some hundred words and nine sounds. For everything else, "
+            "--model nvidia/audio-flamingo-next-hf[/dim]"
+        )
 
 
 def _options(
