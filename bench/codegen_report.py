@@ -90,7 +90,7 @@ def _markdown_cell(text: str) -> str:
 
 def _tables(result: Audit) -> Iterator[tuple[str, str, tuple[tuple[str, ...], Rows]]]:
     numbered = [(f"{number}", row) for number, row in enumerate(result.rows, start=1)]
-    launches = [(number, row.name, _stages(row), ", ".join(row.arguments)) for number, row in numbered]
+    launches: Rows = [(number, row.name, _stages(row), ", ".join(row.arguments)) for number, row in numbered]
     yield (
         "Launches",
         "How often each stage of a request launches each kernel, and the tensors of the operation that does.",

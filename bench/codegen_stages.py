@@ -12,6 +12,7 @@ each that touches the KV cache with a cache in bfloat16 and in int8.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from ..runtime.engine.generate import EngineOptions
 from ..runtime.engine.kv_cache import KVCache, page_table
 from ..runtime.model.audio_flamingo import AudioFlamingo
 from ..runtime.model.config import ModelConfig
+from ..runtime.model.decoder import DecoderLayer
 from .random_checkpoint import byte_tokenizer, checkpoint_config
 
 CONTEXT = 45_000
@@ -102,7 +104,7 @@ def _products(
 ) -> None:
     """All products of the decoder's forward pass over `rows` tokens. Only the last one's scores are formed."""
     for layer in model.decoder.layers:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention, mlp = cast(DecoderLayer, layer).self_attn, cast(DecoderLayer, layer).mlp
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.down_proj):
             product(_inputs(linear, rows), linear)
         pair(_inputs(mlp.gate_proj, rows), mlp.gate_proj, mlp.up_proj)

@@ -143,7 +143,7 @@ class _Pointer:
         self.dtype, self.shape, self.device = tensor.dtype, tensor.shape, tensor.device
 
     def data_ptr(self) -> int:
-        return _BASE_ADDRESS + self.tensor.storage_offset() * self.tensor.element_size()
+        return _BASE_ADDRESS + int(self.tensor.storage_offset()) * self.tensor.element_size()
 
     def stride(self, *dimension: int) -> Any:
         return self.tensor.stride(*dimension)

@@ -190,7 +190,8 @@ def _triton(
     batch, new_tokens, heads, head_dim = q.shape
     page_size, kv_heads = k.shape[1:3]
     group = heads // kv_heads
-    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(group * new_tokens)))
+    most_rows = MAX_ROWS if q.element_size() == 2 else 16  # float32, without tensor cores, would fill the registers
+    rows = min(most_rows, max(16, triton.next_power_of_2(group * new_tokens)))
     block_d = max(16, triton.next_power_of_2(head_dim))
     config = (_CONFIGS if rows < MAX_ROWS else _CONFIGS_OF_MANY_ROWS).on(q.device)
     programs = kv_heads * triton.cdiv(group * new_tokens, rows)

@@ -91,7 +91,7 @@ _DRAW = Configs("sampling_draw", Config(num_warps=8))
 
 
 @triton.jit
-def _penalize_kernel(logits, seen, penalty, out, vocab, logits_stride, seen_stride, BLOCK: tl.constexpr):
+def _penalize_kernel(logits, seen, penalty, out, vocab, logits_stride, seen_stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < vocab
@@ -102,7 +102,7 @@ def _penalize_kernel(logits, seen, penalty, out, vocab, logits_stride, seen_stri
 
 
 @triton.jit
-def _chunk_best_kernel(logits, best, token_of_best, vocab, stride, CHUNK: tl.constexpr):
+def _chunk_best_kernel(logits, best, token_of_best, vocab, stride, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The largest logit of a chunk and the first token that has it."""
     row = tl.program_id(1).to(tl.int64)
     at = row * tl.num_programs(0) + tl.program_id(0)
@@ -114,7 +114,7 @@ def _chunk_best_kernel(logits, best, token_of_best, vocab, stride, CHUNK: tl.con
 
 
 @triton.jit
-def _best_kernel(best, token_of_best, out, chunks, CHUNKS: tl.constexpr):
+def _best_kernel(best, token_of_best, out, chunks, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, CHUNKS)
     value = tl.load(best + row * chunks + i, mask=i < chunks, other=-float("inf"))
@@ -123,14 +123,14 @@ def _best_kernel(best, token_of_best, out, chunks, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _bin(x, top, sharpness, BINS: tl.constexpr, RANGE: tl.constexpr):
+def _bin(x, top, sharpness, BINS: tl.constexpr, RANGE: tl.constexpr):  # type: ignore[no-untyped-def]
     """s and its bin; BINS where s is out of range. Never decreasing as x falls, so that bins follow the order."""
     s = (top - x) * sharpness
     return s, tl.where(s < RANGE, (tl.where(s < RANGE, s, 0.0) * (BINS / RANGE)).to(tl.int32), BINS)
 
 
 @triton.jit
-def _histogram_kernel(
+def _histogram_kernel(  # type: ignore[no-untyped-def]
     logits, best, temperature, min_p, counts, masses, likely, vocab, stride,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr, RANGE: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +160,7 @@ def _histogram_kernel(
 
 
 @triton.jit
-def _gathered(logits, scratch, start, n, top, sharpness, BLOCK: tl.constexpr):
+def _gathered(logits, scratch, start, n, top, sharpness, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of the tokens gathered from `start` on: whether there is one, its logit, its exp(-s), and the token."""
     i = start + tl.arange(0, BLOCK)
     token = tl.load(scratch + i, mask=i < n, other=0)
@@ -169,7 +169,7 @@ def _gathered(logits, scratch, start, n, top, sharpness, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _prefix(
+def _prefix(  # type: ignore[no-untyped-def]
     target, by_count, strict, last_bin,
     logits, top, sharpness, count, mass, counts, scratch, vocab, chunks,
     CHUNK: tl.constexpr, BINS: tl.constexpr, RANGE: tl.constexpr,
@@ -240,7 +240,7 @@ def _prefix(
 
 
 @triton.jit
-def _draw_kernel(
+def _draw_kernel(  # type: ignore[no-untyped-def]
     logits, best, temperature, top_k, top_p, uniform, counts, masses, likely, scratch, out, vocab, chunks, stride,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
@@ -293,7 +293,7 @@ def _draw_kernel(
         rank = before + tl.cumsum(tie.to(tl.int32), 0)
         result += tl.sum(tl.where(tie & (rank == kept), token, 0), 0)
         before += tl.sum(tie.to(tl.int32), 0)
-    tl.store(out + row, result.to(tl.int64))
+    tl.store(out + row, result.to(tl.int64))  # type: ignore[attr-defined]
 
 
 @_penalize.implementation("triton")

@@ -6,6 +6,8 @@ of 30 minutes; and an additive attention bias lets one silent token count as man
 flat checkpoint layout, so exporting is `state_dict()`.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -156,7 +158,7 @@ class TinyModel(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        decoder = self.language_model["model"]
+        decoder = self.decoder
         for name, parameter in (*decoder.named_parameters(), *self.language_model["lm_head"].named_parameters()):
             if parameter.ndim == 2:
                 scale = 0.3 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
@@ -173,6 +175,11 @@ class TinyModel(nn.Module):
             norm.weight[:width] = 0.0
             norm.bias[0:width:2] = 1.0
 
+    @property
+    def decoder(self) -> DecoderBody:
+        """The decoder without its head."""
+        return cast(DecoderBody, self.language_model["model"])
+
     def audio(self, mel: Tensor, starts: Tensor, windows: Tensor, margin: int) -> Tensor:
         """Audio tokens as the decoder sees them: [crops, tokens, hidden]. Arguments as for Encoder.forward."""
         x = self.audio_tower(mel, starts, windows, margin)
@@ -182,7 +189,7 @@ class TinyModel(nn.Module):
     def decode(self, x: Tensor, positions: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """x: [batch, time, hidden]; positions: [batch, time]; bias: [batch, 1, time, time], added to the scores.
         Returns the normed hidden states and those after the second layer."""
-        decoder = self.language_model["model"]
+        decoder = self.decoder
         angles = positions.float()[:, None, :, None] * rope_frequencies(64, ROPE_THETA)
         cos, sin = angles.cos(), angles.sin()
         middle = x

@@ -1,6 +1,7 @@
 """afnext-tiny through `transformers`: the same checkpoint, the reference's own processor, float32, greedy."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,8 @@ def reference_tokens(folder: Path, asked: list[tuple[np.ndarray, str]], max_new_
     out = []
     for samples, question in asked:
         parts = [{"type": "audio", "audio": ""}, {"type": "text", "text": question}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
-        )
+        conversation: Any = [{"role": "user", "content": parts}]
+        text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         inputs = processor(text=[text], audio=[samples])
         with torch.inference_mode():
             tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)[0]

