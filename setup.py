@@ -20,5 +20,5 @@ setup(
         "afnext.runtime.app",
         "afnext.bench.tiny",
     ],
-    package_data={"afnext": ["py.typed"], "afnext.bench": ["data/*"], "afnext.runtime.model": ["afnext_tiny/*"]},
+    package_data={"afnext": ["py.typed"], "afnext.bench": ["data/*"]},
 )

@@ -18,7 +18,6 @@ from ..kernels.errors import BackendError
 from ..kernels.triton_language import AVAILABLE as TRITON_AVAILABLE
 from ..runtime.app.api import load
 from ..runtime.engine.generate import KV_STORAGE
-from ..runtime.model.hub import BUNDLED
 from .quality_data import TASKS
 from .record import SCHEMES, Record
 
@@ -100,9 +99,7 @@ def kernels(
 @app.command(epilog="Example: [bold]afnext bench quality librispeech/ -m CHECKPOINT --out wer.csv[/bold]")
 def quality(
     data: Annotated[Path, typer.Argument(help="A manifest (JSON lines, MMAU-style JSON) or the folder of one.")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", envvar="AFNEXT_MODEL", help="Checkpoint folder or Hub name.")
-    ] = BUNDLED,
+    model: Annotated[str, typer.Option("--model", "-m", envvar="AFNEXT_MODEL", help="Checkpoint folder or Hub name.")],
     task: Annotated[str, typer.Option(help="asr, choice, perplexity, or auto by the manifest.")] = "auto",
     baseline: Annotated[str | None, typer.Option(help="For perplexity: the model to compare with.")] = None,
     baseline_scheme: Annotated[str | None, typer.Option(help="Its scheme; the checkpoint's by default.")] = None,

@@ -210,10 +210,10 @@ _CONFIGS = {
         candidates=_CANDIDATES,
     ),
 }
-# Where operands are in registers, a wide tile of 128 rows leaves none for its cosines and sines.
-_ROTATING = Configs(
-    "attention_128_rotating",
-    Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=3),
+# Where operands are in registers, a wide tile of 128 rows leaves none for its cosines and sines, or the scales of int8.
+_CROWDED = Configs(
+    "attention_128_crowded",
+    Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=3),
     _CONFIGS[128].by_family,
     candidates=_CANDIDATES,
 )
@@ -279,8 +279,8 @@ def _triton(
     configs = _CONFIGS.get(max(64, block_d), _SMALL)
     if q.element_size() > 2:
         configs = _SMALL
-    elif block_d == 128 and rotation is not None:
-        configs = _ROTATING
+    elif block_d == 128 and (rotation is not None or k_scales is not None):
+        configs = _CROWDED
     key = (str(q.dtype), str(k.dtype), head_dim, group, causal, page_size, rotation is not None)
     launch(configs.on(q.device, key, launch))
     return out

@@ -153,11 +153,20 @@ _W4A16 = {
     64: Configs("linear_int4_64", _config(64, 64, 128, 4, 3)),
     128: Configs("linear_int4_128", _config(128, 128, 64, 8, 3)),
 }
+# A pair has two sums for each output, which in registers leaves room for half as many outputs.
+_W4A16_PAIR = {
+    **_W4A16,
+    128: Configs(
+        "linear_int4_pair_128",
+        _config(128, 64, 64, 8, 3),
+        dict.fromkeys(("sm90", "sm100"), _config(128, 128, 64, 8, 3)),
+    ),
+}
 
 
-def config_of(rows: int, group: int, device: torch.device) -> Config:
-    """How a product of `rows` tokens with weights in groups of `group` is launched."""
-    config = config_for(_W4A16, rows, device)
+def config_of(rows: int, group: int, pair: bool, device: torch.device) -> Config:
+    """How a product of `rows` tokens with weights in groups of `group`, or with a pair of them, is launched."""
+    config = config_for(_W4A16_PAIR if pair else _W4A16, rows, device)
     block_k = min(group, config.blocks["BLOCK_K"])
     return Config({**config.blocks, "BLOCK_K": block_k}, config.num_warps, config.num_stages)
 
@@ -176,7 +185,7 @@ def _w4a16_triton(
     if out.numel() == 0:
         return out
     group = inner // weight[1].shape[1]
-    config = config_of(rows, group, x.device)
+    config = config_of(rows, group, up[0] is not None, x.device)
     splits, steps = split_inner(config, rows, columns, inner, x.device)
     shape = (splits, rows, columns) if up[0] is None else (2, splits, rows, columns)
     target = out if splits == 1 else torch.empty(shape, dtype=torch.float32, device=x.device)

@@ -237,6 +237,15 @@ _W8A16 = {
         {chip: _config(128, 128, 64, 8, 3) for chip in _SMALL_MEMORY},
     ),
 }
+# A pair has two sums for each output, which in registers leaves room for half as many outputs.
+_W8A16_PAIR = {
+    **_W8A16,
+    128: Configs(
+        "linear_int8_pair_128",
+        _config(128, 64, 64, 8, 3),
+        dict.fromkeys(("sm90", "sm100"), _config(128, 128, 64, 8, 4)),
+    ),
+}
 _W8A8 = {
     128: Configs(
         "linear_w8a8",
@@ -298,7 +307,7 @@ def _w8a16_triton(
     out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    config = config_for(_W8A16, rows, x.device)
+    config = config_for(_W8A16 if up is None else _W8A16_PAIR, rows, x.device)
     splits, steps = split_inner(config, rows, columns, inner, x.device)
     shape = (splits, rows, columns) if up is None else (2, splits, rows, columns)
     target = out if splits == 1 else torch.empty(shape, dtype=torch.float32, device=x.device)

@@ -87,7 +87,7 @@ _greedy = Operation("greedy", greedy_reference)
 
 BINS, RANGE = 64, 32.0  # of the histogram over s; RANGE must keep vocab * exp(-RANGE) below 2**-24
 _HISTOGRAM = Configs("sampling_histogram", Config({"PIECE": 128}, num_warps=8))
-_DRAW = Configs("sampling_draw", Config(num_warps=8))
+_DRAW = Configs("sampling_draw", Config(num_warps=8), {"sm120": Config(num_warps=16)})
 
 
 @triton.jit

@@ -1,1 +1,1 @@
-"""Trains `afnext-tiny`, the small checkpoint that ships with the package. Nothing in the runtime imports this."""
+"""Trains `afnext-tiny`, a small checkpoint that hears a closed vocabulary. Nothing in the runtime imports this."""

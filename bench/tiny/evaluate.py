@@ -1,9 +1,9 @@
 """How well afnext-tiny hears: words, events, counts and times, on voices and seeds that training never had.
 
-    python -m afnext.bench.tiny.evaluate BANK [--model FOLDER] [--out bench/results/tiny] [--parity]
+    python -m afnext.bench.tiny.evaluate FOLDER [--parity]
 
-BANK is the folder `bank` that `train` made. Writes OUT.json and OUT.md. With --parity every clip also goes through
-`transformers` in float32, and the tokens must be the same.
+FOLDER is that of `train` and `export`. Writes FOLDER/evaluation.json and .md. With --parity clips also
+go through `transformers` in float32, and the tokens must be the same.
 """
 
 import json
@@ -249,20 +249,19 @@ def _cell(name: str, value: float | None) -> str:
 
 
 def main(
-    bank: Path,
-    model: str = "afnext-tiny",
-    out: Path = Path("bench/results/tiny"),
+    folder: Path,
     count: int = 100,
     recordings: int = 3,
     with_parity: bool = typer.Option(False, "--parity"),
 ) -> None:
-    """Evaluate MODEL on the held-out voices of BANK; see the module."""
+    """Evaluate the checkpoint in FOLDER on the held-out voices there; see the module."""
     started = time.monotonic()
-    loaded = load(model, dtype="float32")
+    bank, checkpoint, out = folder / "bank", folder / "checkpoint", folder / "evaluation"
+    loaded = load(checkpoint, dtype="float32")
     rows = evaluate(loaded, bank, count, recordings)
     text = table(rows)
     if with_parity:
-        different = parity(loaded, bank, Path(model), count)
+        different = parity(loaded, bank, checkpoint, count)
         text += f"\nTokens other than those of transformers (float32): {different} of {count} clips.\n"
     print(text)
     out.with_suffix(".md").write_text(text, encoding="utf-8")

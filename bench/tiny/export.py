@@ -1,9 +1,9 @@
 """Writes the trained model as a checkpoint folder that afnext and `transformers` load.
 
-    python -m afnext.bench.tiny.export FOLDER [--out runtime/model/afnext_tiny]
+    python -m afnext.bench.tiny.export FOLDER
 
-FOLDER is that of `train`. Weights are stored in float16, which is exact enough to change no answer that was measured,
-and computed in float32.
+FOLDER is that of `train`; the checkpoint goes to FOLDER/checkpoint. Weights are stored in
+float16 and computed in float32.
 """
 
 import json
@@ -101,11 +101,11 @@ def _write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def main(folder: Path, out: Path = Path("runtime/model/afnext_tiny")) -> None:
+def main(folder: Path) -> None:
     """Write the state of training in FOLDER as a checkpoint; see the module."""
     model = TinyModel(build_tokenizer().get_vocab_size())
     model.load_state_dict(torch.load(folder / "training.pt", weights_only=True)["model"])
-    print(export(model, out))
+    print(export(model, folder / "checkpoint"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Writes held-out speech as a manifest for `afnext bench quality`, which then scores any scheme of afnext-tiny.
 
     python -m afnext.bench.tiny.manifest BANK OUT [--count 100] [--snr 10]
-    afnext bench quality OUT --scheme bf16 --kv int8
+    afnext bench quality OUT --model CHECKPOINT --scheme bf16 --kv int8
 
 BANK is the folder `bank` that `train` made; the clips are those of `evaluate`.
 """

@@ -1,6 +1,6 @@
 """Trains afnext-tiny from Whisper tiny.en's first encoder layers and synthetic recordings.
 
-    python -m afnext.bench.tiny.train FOLDER [--threads 2] [--start runtime/model/afnext_tiny]
+    python -m afnext.bench.tiny.train FOLDER [--threads 2] [--start CHECKPOINT]
 
 FOLDER keeps the voice bank and the state of training; the same command goes on where it stopped. With --start training
 begins at an exported checkpoint. Needs the `bench`

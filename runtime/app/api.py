@@ -17,7 +17,7 @@ from ..io.audio import AudioSource
 from ..io.prompt import PromptTemplate
 from ..io.tokenizer import Tokenizer
 from ..model.audio_flamingo import AudioFlamingo
-from ..model.hub import BUNDLED, resolve
+from ..model.hub import resolve
 from .answer import Answer, Piece
 from .conversation import AnswerReader, Conversation, Message
 
@@ -53,7 +53,7 @@ class AnswerOptions(TypedDict, total=False):
 
 
 def load(
-    model: str | PathLike[str] = BUNDLED,
+    model: str | PathLike[str],
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -66,8 +66,7 @@ def load(
 ) -> "Model":
     """Load a model from a checkpoint folder or the Hub.
 
-    model: a folder, a name such as "nvidia/audio-flamingo-next-hf", or "afnext-tiny", the small model that comes with
-    the package and knows a closed vocabulary. device: "auto" (a GPU if there is one), or what
+    model: a folder, or a name such as "nvidia/audio-flamingo-next-hf". device: "auto" (a GPU if there is one), or what
     torch takes. dtype: "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32".
     page_size, chunk_size, encode_batch, kv: see `EngineOptions`. Raises ValueError for one of these out of range, and
     otherwise an AfnextError that says what to do.

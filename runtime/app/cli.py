@@ -19,7 +19,6 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from ...kernels.errors import AfnextError
 from ..io.audio import AudioSource
-from ..model.hub import BUNDLED
 from . import info as model_info
 from .answer import Answer, Piece
 from .api import AnswerOptions, Model, Stream, load
@@ -52,13 +51,7 @@ class KV(str, Enum):
 
 
 ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        envvar="AFNEXT_MODEL",
-        help="Checkpoint folder, a name on the Hub, or the small model that comes with afnext.",
-    ),
+    str, typer.Option("--model", "-m", envvar="AFNEXT_MODEL", help="Checkpoint folder, or a name on the Hub.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DTypeOption = Annotated[DType, typer.Option(help="auto takes the checkpoint's.")]
@@ -82,7 +75,7 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log which 
 def ask(
     audio: Annotated[str, typer.Argument(help="An audio or video file; - reads standard input.")],
     question: Annotated[str, typer.Argument(help="What you want to know.")],
-    model: ModelOption = BUNDLED,
+    model: ModelOption,
     also: Annotated[list[str] | None, typer.Option(help="A further recording; repeat for more.")] = None,
     system: SystemOption = None,
     device: DeviceOption = "auto",
@@ -101,7 +94,6 @@ def ask(
 ) -> None:
     """Answer a question about a recording."""
     _logging(verbose)
-    _announce(model, quiet or as_json)
     options = _options(max_new_tokens, temperature, top_p, repetition_penalty, seed, truncate)
     with _progress(quiet or as_json) as report:
         loaded = load(model, device=device, dtype=dtype.value, chunk_size=chunk_size, kv=kv.value, progress=report)
@@ -114,7 +106,7 @@ def ask(
 
 @app.command(epilog="Example: [bold]afnext chat meeting.mp3 -m nvidia/audio-flamingo-next-think-hf[/bold]")
 def chat(
-    model: ModelOption = BUNDLED,
+    model: ModelOption,
     audio: Annotated[list[str] | None, typer.Argument(help="Recordings to talk about; none for text only.")] = None,
     system: SystemOption = None,
     device: DeviceOption = "auto",
@@ -133,7 +125,6 @@ def chat(
 ) -> None:
     """Ask one question after another; an empty line or end of input leaves."""
     _logging(verbose)
-    _announce(model, quiet or as_json)
     options = _options(max_new_tokens, temperature, top_p, repetition_penalty, seed, truncate)
     with _progress(quiet or as_json) as report:
         loaded = load(model, device=device, dtype=dtype.value, chunk_size=chunk_size, kv=kv.value, progress=report)
@@ -168,7 +159,7 @@ def _show(stream: Stream, first: Piece | None, *, as_json: bool, quiet: bool) ->
 
 @app.command(epilog="Example: [bold]afnext info nvidia/audio-flamingo-next-hf --json[/bold]")
 def info(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the Hub.")] = BUNDLED,
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the Hub.")],
     as_json: JsonOption = False,
 ) -> None:
     """Show what a checkpoint holds: shape, parameters, bytes by part, tokens, context."""
@@ -189,15 +180,6 @@ def run(command: typer.Typer) -> None:
     except KeyboardInterrupt:
         _err.print("interrupted")
         sys.exit(130)
-
-
-def _announce(model: str, quiet: bool) -> None:
-    """Say that the small model answers, so that nobody takes it for the real one."""
-    if model == BUNDLED and not quiet:
-        _err.print(
-            f"[dim]{BUNDLED} answers: it knows some hundred words and nine sounds. For everything else, "
-            "--model nvidia/audio-flamingo-next-hf[/dim]"
-        )
 
 
 def _options(

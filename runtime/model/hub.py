@@ -1,4 +1,4 @@
-"""Where a model lies: a local folder, the package itself, or the Hugging Face Hub, downloaded into its cache."""
+"""Where a model lies: a local folder, or a name on the Hugging Face Hub that is downloaded into its cache."""
 
 import os
 import re
@@ -11,15 +11,11 @@ from ..errors import CheckpointError
 # Weights and text only: neither pickle nor code ever reaches the disk.
 ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja"]
 
-BUNDLED = "afnext-tiny"
-"""The name of the small model that comes with the package: a closed vocabulary, see its README.md."""
-
-_BUNDLED_FOLDER = Path(__file__).parent / "afnext_tiny"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def resolve(model: str | PathLike[str], *, revision: str | None = None, offline: bool = False) -> Path:
-    """The local folder of `model`: the one it names, that of `BUNDLED`, or the snapshot of the Hub repository org/name.
+    """The local folder of `model`: the folder that it names, or the snapshot of the Hub repository `org/name`.
 
     A folder that exists comes first; a path object, or a string that looks like a path, is never taken for a Hub name.
     `revision` is a branch, tag or commit on the Hub. With `offline`, or HF_HUB_OFFLINE=1 in the environment, only the
@@ -35,8 +31,6 @@ def resolve(model: str | PathLike[str], *, revision: str | None = None, offline:
         return folder
     if name and folder.exists():
         raise CheckpointError(f"{folder} is a file; give the folder that holds config.json and the weights.")
-    if model == BUNDLED and revision is None:
-        return _BUNDLED_FOLDER
     if not isinstance(model, str) or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(
             f"there is no folder {name!r}, and a name on the Hub would read org/name; check the path."
