@@ -4,7 +4,6 @@ A layer's keys are one tensor [pages, page_size, kv_heads, head_dim], its values
 page table, [batch, max_pages] int32: the pages that hold its tokens, in order; entries past its end are not read.
 """
 
-import torch
 from torch import Tensor
 
 from .triton_language import tl, triton
@@ -28,11 +27,11 @@ def gather_pages(cache: Tensor, pages: Tensor, length: int) -> Tensor:
     count = -(-length // cache.shape[1])
     if count > len(pages):
         raise ValueError(f"{length} tokens in pages of {cache.shape[1]} need {count} pages, got {len(pages)} pages")
-    pages = pages[:count].long()
-    first = int(pages[0]) if count else 0
-    if torch.equal(pages, torch.arange(first, first + count, device=pages.device)):
+    numbers = pages[:count].tolist()
+    first = numbers[0] if count else 0
+    if numbers == list(range(first, first + count)):
         return cache[first : first + count].flatten(0, 1)[:length]
-    return cache[pages].flatten(0, 1)[:length]
+    return cache[pages[:count].long()].flatten(0, 1)[:length]
 
 
 @triton.jit

@@ -36,7 +36,10 @@ LISTENING = [
 ]
 """First everything learns, on short crops: above all the encoder, what words and sounds are."""
 ANSWERING = [
-    Stage(steps=1600, seconds=10.0, crops=1, batch=8, questions=4),
+    Stage(steps=4000, seconds=10.0, crops=1, batch=8, questions=4),
+    Stage(steps=800, seconds=5.0, crops=2, batch=8, questions=4),
+    Stage(steps=600, seconds=10.0, crops=2, batch=4, questions=5),
+    Stage(steps=200, seconds=30.0, crops=2, batch=2, questions=6),
 ]
 """Then the encoder stays as it is, which halves a step, and the rest learns to find its way in long recordings."""
 _ENCODER_RATE, _RATE = 6e-4, 1e-3

@@ -22,6 +22,7 @@ from afnext.bench.quality_data import LETTERS, ManifestError, choice_prompt, mat
 from afnext.bench.random_checkpoint import write_random_checkpoint
 from afnext.bench.record import ResultsError
 from afnext.runtime.app.conversation import Conversation
+from afnext.runtime.engine.generate import EngineOptions
 from afnext.runtime.errors import AudioError
 
 
@@ -32,6 +33,7 @@ class FakeModel:
         self.network = torch.nn.Linear(2, 2, bias=False)
         torch.nn.init.constant_(self.network.weight, weight)
         self.network.dtype = torch.float32
+        self.options = EngineOptions()
         self.template = type("Template", (), {"source": "{{ messages }}"})()
         self.answers, self.stop_after, self.asked = answers, stop_after, list[tuple[str, str]]()
 

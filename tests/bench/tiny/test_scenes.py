@@ -48,7 +48,7 @@ def test_sound_is_where_the_items_are(bank: VoiceBank, seed: int) -> None:
 @pytest.mark.parametrize("noise", ["white", "pink", "brown"])
 def test_noise_has_the_ratio_asked_for(bank: VoiceBank, seed: int, noise: str) -> None:
     rng = random.Random(seed)
-    samples, items = make_scene(bank, rng, 20.0, Conditions(10.0, noise), density=1.0)
+    samples, items = make_scene(bank, rng, 90.0, Conditions(10.0, noise), density=1.0)
     inside = np.zeros(len(samples), bool)
     for item in items:
         inside[round(item.onset * RATE) : round(item.end * RATE)] = True
