@@ -37,12 +37,15 @@ def test_sound_is_where_the_items_are(bank: VoiceBank, seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(10):
         samples, items = make_scene(bank, rng, 8.0, CLEAN)
+        if not items:
+            continue
+        peak = np.abs(samples).max()
         inside = np.zeros(len(samples), bool)
         for item in items:
             inside[round(item.onset * RATE) : round(item.end * RATE) + 1] = True
             start = round(item.onset * RATE)
-            assert np.abs(samples[start : start + RATE // 10]).max() > 0.003, item
-        assert np.abs(samples[~inside]).max(initial=0) < 0.02
+            assert np.abs(samples[start : start + RATE // 10]).max() > 0.02 * peak, item
+        assert np.abs(samples[~inside]).max(initial=0) < 0.1 * peak
 
 
 @pytest.mark.parametrize("noise", ["white", "pink", "brown"])
