@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Operation
+from .quantize_rows import reference as quantize
 from .rotary import Rotation, check_rotation, load_turned, load_turns, rotary, rotation_config, token_rows
 from .rotary import reference as rotary_reference
 from .triton_language import tl, triton
@@ -50,18 +51,6 @@ def reference(
                 else:
                     cache[page, offset], scales[page, offset] = quantize(x[b, t])
     return rotary_reference(q, rotation)
-
-
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 for each vector along the last dimension, computed in float32.
-
-    x: [..., head_dim]. Returns (int8 like x, scales [...] float32).
-    """
-    x = x.float()
-    scales = x.abs().amax(-1) / 127
-    # The divisor of a zero vector may be anything: 1 keeps its quotients from being 0 / 0.
-    divisors = torch.where(scales > 0, scales, 1.0)[..., None]
-    return (x / divisors).round().clamp(-127, 127).to(torch.int8), scales
 
 
 _operation = Operation("kv_write", reference)

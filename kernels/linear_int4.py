@@ -27,15 +27,13 @@ from .configs import Config, Configs
 from .dispatch import Operation
 from .linear_int8 import (
     add_epilogue,
-    as_rows,
     block_of,
-    blocks,
     check_epilogue,
     config_for,
+    launch_product,
     silu,
-    split_inner,
     store_block,
-    sum_partials,
+    tile_config,
 )
 from .triton_language import tl, triton
 
@@ -43,10 +41,15 @@ GROUP_SIZES = (32, 64, 128)
 SYMMETRIC_ZERO = 8
 
 
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The codes of packed weights, [out, in] uint8 of 0 .. 15."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
 def unpacked(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """The weights [out, in], in float32, or float64 if the scales are."""
     dtype = torch.promote_types(scales.dtype, torch.float32)
-    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1).to(dtype).unflatten(1, (scales.shape[1], -1))
+    codes = unpack_int4(packed).to(dtype).unflatten(1, (scales.shape[1], -1))
     zero = SYMMETRIC_ZERO if zeros is None else zeros.to(dtype)[..., None]
     return ((codes - zero) * scales.to(dtype)[..., None]).flatten(1)
 
@@ -142,24 +145,20 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
     store_block(acc, out, bias, residual, m, n, rows, columns, SPLITS)
 
 
-def _config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
-    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}, num_warps, num_stages)
-
-
 # By the most rows that a config is for; the last also serves more. BLOCK_K is cut to the group.
 _W4A16 = {
-    16: Configs("linear_int4_16", _config(16, 64, 128, 4, 4)),
-    32: Configs("linear_int4_32", _config(32, 64, 128, 4, 4)),
-    64: Configs("linear_int4_64", _config(64, 64, 128, 4, 3)),
-    128: Configs("linear_int4_128", _config(128, 128, 64, 8, 3)),
+    16: Configs("linear_int4_16", tile_config(16, 64, 128, 4, 4)),
+    32: Configs("linear_int4_32", tile_config(32, 64, 128, 4, 4)),
+    64: Configs("linear_int4_64", tile_config(64, 64, 128, 4, 3)),
+    128: Configs("linear_int4_128", tile_config(128, 128, 64, 8, 3)),
 }
 # A pair has two sums for each output, which in registers leaves room for half as many outputs.
 _W4A16_PAIR = {
     **_W4A16,
     128: Configs(
         "linear_int4_pair_128",
-        _config(128, 64, 64, 8, 3),
-        dict.fromkeys(("sm90", "sm100"), _config(128, 128, 64, 8, 3)),
+        tile_config(128, 64, 64, 8, 3),
+        dict.fromkeys(("sm90", "sm100"), tile_config(128, 128, 64, 8, 3)),
     ),
 }
 
@@ -179,34 +178,9 @@ def _w4a16_triton(
     residual: Tensor | None,
 ) -> Tensor:
     """weight, up: (packed, scales, zeros)."""
-    tokens, residual = as_rows(x), None if residual is None else as_rows(residual)
-    (rows, inner), columns = tokens.shape, len(weight[0])
-    out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    group = inner // weight[1].shape[1]
-    config = config_of(rows, group, up[0] is not None, x.device)
-    splits, steps = split_inner(config, rows, columns, inner, x.device)
-    shape = (splits, rows, columns) if up[0] is None else (2, splits, rows, columns)
-    target = out if splits == 1 else torch.empty(shape, dtype=torch.float32, device=x.device)
-    _w4a16_kernel[(blocks(config, rows, columns), splits)](
-        tokens,
-        *weight,
-        *up,
-        bias,
-        residual,
-        target,
-        rows,
-        columns,
-        inner,
-        steps,
-        GROUP=group,
-        SPLITS=splits,
-        **config.options(),
-    )
-    if splits > 1:
-        sum_partials(target, out, bias, residual)
-    return out
+    group = x.shape[-1] // weight[1].shape[1]
+    config = config_of(x.shape[:-1].numel(), group, up[0] is not None, x.device)
+    return launch_product(_w4a16_kernel, x, weight, up, bias, residual, config, GROUP=group)
 
 
 _linear = Operation("linear_int4", linear_int4_reference)

@@ -22,6 +22,7 @@ Source: Dettmers et al. 2022, arXiv:2208.07339 (per-token, per-channel int8); Os
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,20 +222,21 @@ def _sum_partials_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + at, y.to(out.dtype.element_ty), mask=at < size)
 
 
-def _config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
+def tile_config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
+    """The launch of a product in tiles of block_n outputs by block_m tokens, block_k inputs at a time."""
     return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}, num_warps, num_stages)
 
 
 _SMALL_MEMORY = ("sm86", "sm89", "sm120")
 # By the most rows that a config is for; the last also serves more.
 _W8A16 = {
-    16: Configs("linear_int8_16", _config(16, 64, 128, 4, 4)),
-    32: Configs("linear_int8_32", _config(32, 64, 128, 4, 4)),
-    64: Configs("linear_int8_64", _config(64, 64, 128, 4, 3)),
+    16: Configs("linear_int8_16", tile_config(16, 64, 128, 4, 4)),
+    32: Configs("linear_int8_32", tile_config(32, 64, 128, 4, 4)),
+    64: Configs("linear_int8_64", tile_config(64, 64, 128, 4, 3)),
     128: Configs(
         "linear_int8_128",
-        _config(128, 128, 64, 8, 4),
-        {chip: _config(128, 128, 64, 8, 3) for chip in _SMALL_MEMORY},
+        tile_config(128, 128, 64, 8, 4),
+        {chip: tile_config(128, 128, 64, 8, 3) for chip in _SMALL_MEMORY},
     ),
 }
 # A pair has two sums for each output, which in registers leaves room for half as many outputs.
@@ -242,15 +244,15 @@ _W8A16_PAIR = {
     **_W8A16,
     128: Configs(
         "linear_int8_pair_128",
-        _config(128, 64, 64, 8, 3),
-        dict.fromkeys(("sm90", "sm100"), _config(128, 128, 64, 8, 4)),
+        tile_config(128, 64, 64, 8, 3),
+        dict.fromkeys(("sm90", "sm100"), tile_config(128, 128, 64, 8, 4)),
     ),
 }
 _W8A8 = {
     128: Configs(
         "linear_w8a8",
-        _config(128, 128, 128, 8, 4),
-        {chip: _config(128, 128, 64, 8, 4) for chip in _SMALL_MEMORY},
+        tile_config(128, 128, 128, 8, 4),
+        {chip: tile_config(128, 128, 64, 8, 4) for chip in _SMALL_MEMORY},
     )
 }
 
@@ -293,30 +295,33 @@ def sum_partials(partials: Tensor, out: Tensor, bias: Tensor | None, residual: T
     )
 
 
-def _w8a16_triton(
+def launch_product(
+    kernel: Any,
     x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    up: Tensor | None,
-    up_scales: Tensor | None,
+    weight: tuple[Tensor | None, ...],
+    up: tuple[Tensor | None, ...],
     bias: Tensor | None,
     residual: Tensor | None,
+    config: Config,
+    **constants: Any,
 ) -> Tensor:
+    """Run a kernel that multiplies x with packed weights, and the one that sums its splits if there are several.
+
+    weight, up: the tensors of the weights, codes first, and of the SwiGLU pair's second ones, or as many None.
+    """
+    assert weight[0] is not None
     tokens, residual = as_rows(x), None if residual is None else as_rows(residual)
-    (rows, inner), columns = tokens.shape, len(weight)
+    (rows, inner), columns = tokens.shape, len(weight[0])
     out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    config = config_for(_W8A16 if up is None else _W8A16_PAIR, rows, x.device)
     splits, steps = split_inner(config, rows, columns, inner, x.device)
-    shape = (splits, rows, columns) if up is None else (2, splits, rows, columns)
+    shape = (splits, rows, columns) if up[0] is None else (2, splits, rows, columns)
     target = out if splits == 1 else torch.empty(shape, dtype=torch.float32, device=x.device)
-    _w8a16_kernel[(blocks(config, rows, columns), splits)](
+    kernel[(blocks(config, rows, columns), splits)](
         tokens,
-        weight,
-        scales,
-        up,
-        up_scales,
+        *weight,
+        *up,
         bias,
         residual,
         target,
@@ -324,13 +329,26 @@ def _w8a16_triton(
         columns,
         inner,
         steps,
-        EVEN=inner % config.blocks["BLOCK_K"] == 0,
         SPLITS=splits,
+        **constants,
         **config.options(),
     )
     if splits > 1:
         sum_partials(target, out, bias, residual)
     return out
+
+
+def _w8a16_triton(
+    x: Tensor,
+    weight: tuple[Tensor, Tensor],
+    up: tuple[Tensor | None, Tensor | None],
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """weight, up: (codes, scales)."""
+    config = config_for(_W8A16 if up[0] is None else _W8A16_PAIR, x.shape[:-1].numel(), x.device)
+    even = x.shape[-1] % config.blocks["BLOCK_K"] == 0
+    return launch_product(_w8a16_kernel, x, weight, up, bias, residual, config, EVEN=even)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -345,12 +363,12 @@ _w8a8 = Operation("linear_w8a8", linear_w8a8_reference)
 
 @_linear.implementation("triton")
 def _linear_triton(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return _w8a16_triton(x, weight, scales, None, None, bias, residual)
+    return _w8a16_triton(x, (weight, scales), (None, None), bias, residual)
 
 
 @_swiglu.implementation("triton")
 def _swiglu_triton(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    return _w8a16_triton(x, gate, gate_scales, up, up_scales, None, None)
+    return _w8a16_triton(x, (gate, gate_scales), (up, up_scales), None, None)
 
 
 @_w8a8.implementation("triton")

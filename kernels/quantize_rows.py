@@ -22,6 +22,7 @@ def reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """The specification, in float32."""
     wide = x.float()
     scales = wide.abs().amax(-1) / LARGEST
+    # The divisor of a row of zeros may be anything: 1 keeps its quotients from being 0 / 0.
     codes = torch.round(wide / torch.where(scales > 0, scales, 1.0)[..., None])
     return codes.clamp(-LARGEST, LARGEST).to(torch.int8), scales
 

@@ -13,8 +13,9 @@ a weight. zeros made here are whole numbers; those from elsewhere may be fractio
 import torch
 from torch import Tensor
 
-GROUP_SIZES = (32, 64, 128)
-SYMMETRIC_ZERO = 8
+from ..kernels.linear_int4 import GROUP_SIZES, SYMMETRIC_ZERO, unpack_int4, unpacked
+
+__all__ = ["dequantize_int4", "pack_int4", "quantize_int4", "unpack_int4"]
 
 
 def quantize_int4(
@@ -59,15 +60,8 @@ def pack_int4(codes: Tensor) -> Tensor:
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 
-def unpack_int4(packed: Tensor) -> Tensor:
-    """The codes [out, in] uint8 of `pack_int4`."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
-
-
 def dequantize_int4(
     packed: Tensor, scales: Tensor, zeros: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """scales * (codes - zeros), [out, in] in `dtype`, rounded once."""
-    codes = unpack_int4(packed).float().unflatten(1, (scales.shape[1], -1))
-    zero = SYMMETRIC_ZERO if zeros is None else zeros.float()[..., None]
-    return ((codes - zero) * scales.float()[..., None]).flatten(1).to(dtype)
+    return unpacked(packed, scales, zeros).to(dtype)

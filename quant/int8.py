@@ -9,7 +9,8 @@ most half its channel's scale. A channel of zeros has scale 0.
 import torch
 from torch import Tensor
 
-LARGEST = 127
+from ..kernels.linear_int8 import dequantized
+from ..kernels.quantize_rows import reference as quantize_rows
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,14 +20,12 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     if weight.ndim != 2 or weight.shape[1] == 0 or not weight.is_floating_point():
         raise ValueError(f"an int8 weight is made of a floating [out, in], got {weight.dtype} {tuple(weight.shape)}")
-    wide = weight.float()
-    scales = wide.abs().amax(1) / LARGEST
+    codes, scales = quantize_rows(weight)
     if not scales.isfinite().all():
         raise ValueError(f"{int((~weight.isfinite()).sum())} of {weight.numel()} weights are not finite")
-    codes = torch.round(wide / torch.where(scales > 0, scales, 1.0)[:, None])
-    return codes.clamp(-LARGEST, LARGEST).to(torch.int8), scales
+    return codes, scales
 
 
 def dequantize_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """scales * codes, [out, in] in `dtype`, rounded once."""
-    return (weight.float() * scales.float()[:, None]).to(dtype)
+    return dequantized(weight, scales, dtype)
