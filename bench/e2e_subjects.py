@@ -28,7 +28,6 @@ from ..runtime.engine.prefill import PromptEmbeddings, prefill
 from ..runtime.engine.timings import Timings
 from ..runtime.io.audio import windows
 from ..runtime.io.prompt import Prompt, build_prompt
-from ..runtime.model.decoder import CacheView
 from ..runtime.model.encoder import audio_token_count
 
 PROBE = 0  # what both sides decode next; each one's own choice could differ by rounding alone
@@ -142,7 +141,7 @@ class AfnextSubject:
         decoder = self._network.decoder
         positions = torch.full((self._batch, 1), position, device=self._network.device)
         table = page_table(self._pages, self._network.device)
-        view = CacheView.of(self._cache.keys, self._cache.values, table, positions)
+        view = self._cache.view(table, positions)
         return decoder.logits(decoder(decoder.embed(tokens), positions, view)[:, -1])
 
     def first_token(self) -> Tensor:

@@ -10,7 +10,7 @@ byte-level one with the special tokens of Audio Flamingo Next.
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,24 @@ def write_random_checkpoint(
     return folder
 
 
-def byte_tokenizer() -> Tokenizer:
-    """A byte-level BPE tokenizer without merges: 256 bytes, then `SPECIAL_TOKENS`."""
+def byte_tokenizer(texts: Iterable[str] = (), split: str = _WORD_SPLIT) -> Tokenizer:
+    """A byte-level BPE tokenizer without merges: 256 bytes, the pieces of `texts`, then `SPECIAL_TOKENS`.
+
+    split: the expression that cuts text into pieces; a piece of `texts` is one token, any other falls into its bytes.
+    """
+    pieces = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    known = {piece for text in texts for piece, _ in pieces.pre_tokenize_str(text)}
+    words = [*alphabet, *sorted(known - set(alphabet))]
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=bool(known)))
     tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(_WORD_SPLIT), behavior="isolated")
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+    tokenizer.pre_tokenizer = pieces
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     return tokenizer

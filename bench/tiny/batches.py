@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...kernels.log_mel import N_FFT, mel_filters
+from ...kernels.log_mel import log_mel
 from .model import MARGIN, MELS, ROTE
 from .scenes import Item, Question, make_scene, random_conditions, random_questions
 from .vocabulary import SOUNDS, WORDS
@@ -54,7 +54,7 @@ class Batches(Dataset[dict[str, Any]]):
         margin = 0 if from_start else MARGIN
         tensors = _questions_batch([r["questions"] for r in recordings], self._tokenizer)
         tensors |= {
-            "mel": _disturbed(_log_mel(np.stack([crop for r in recordings for crop in r["samples"]])), rng),
+            "mel": _disturbed(crop_log_mel(np.stack([crop for r in recordings for crop in r["samples"]])), rng),
             "starts": torch.tensor([start for r in recordings for start in r["starts"]]),
             "windows": torch.tensor([window for r in recordings for window in r["windows"]]),
             "classes": torch.stack([r["classes"] for r in recordings]),
@@ -121,13 +121,9 @@ def _marks(items: list[Item], tokens: int) -> tuple[Tensor, Tensor]:
     return classes, onsets
 
 
-def _log_mel(samples: np.ndarray) -> Tensor:
-    """[crops, samples] to [crops, mels, frames], normalized as a window of its own."""
-    window = torch.hann_window(N_FFT)
-    spectrum = torch.stft(torch.from_numpy(samples), N_FFT, 160, window=window, center=True, return_complex=True)
-    power = spectrum[..., :-1].abs().square()
-    mel = (mel_filters(MELS, power.device, torch.float32).T @ power).clamp_min(1e-10).log10()
-    return (torch.maximum(mel, mel.amax((1, 2), keepdim=True) - 8) + 4) / 4
+def crop_log_mel(samples: np.ndarray) -> Tensor:
+    """[crops, samples] float32 to [crops, mels, frames], each crop normalized as a window of its own."""
+    return log_mel(torch.from_numpy(samples), mel_bins=MELS, window_samples=samples.shape[1])
 
 
 def _disturbed(mel: Tensor, rng: random.Random) -> Tensor:

@@ -79,9 +79,8 @@ class Encoder(nn.Module):
         for layer in self.layers:
             x = layer(x)
         x = self.layer_norm(F.avg_pool1d(x.float().transpose(1, 2), 2).transpose(1, 2))
-        angles = ROTE.angles(windows, ROTE.frames)
-        index = (starts[:, None] + torch.arange(x.shape[1]))[..., None].expand(-1, -1, angles.shape[-1])
-        angles = angles.gather(1, index).double()
+        tokens = starts[:, None] + torch.arange(x.shape[1])
+        angles = ROTE.table(60, x.device)[windows[:, None], tokens].double()
         cos, sin = angles.cos().float(), angles.sin().float()
         width = 2 * angles.shape[-1]
         a, b = x[..., 0:width:2], x[..., 1:width:2]

@@ -4,9 +4,9 @@ A word known to the vocabulary is one token; any other text falls apart into its
 as in `[12:` `34` `.5]`.
 """
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
 
-from ..random_checkpoint import SPECIAL_TOKENS
+from ..random_checkpoint import byte_tokenizer
 from . import vocabulary
 
 _SPLIT = r"\[?\p{N}\p{N}:|\p{N}\p{N}|\.\p{N}\]?|\p{N}| ?\p{L}+|</?think>|\s|[^\s\p{L}\p{N}]"
@@ -14,17 +14,7 @@ _SPLIT = r"\[?\p{N}\p{N}:|\p{N}\p{N}|\.\p{N}\]?|\p{N}| ?\p{L}+|</?think>|\s|[^\s
 
 def build_tokenizer() -> Tokenizer:
     """Byte-level, with every piece of the closed vocabulary as one token, then the special tokens."""
-    split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
-    pieces = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    known = {piece for text in _texts() for piece, _ in pieces.pre_tokenize_str(text)}
-    words = [*symbols, *sorted(known - set(symbols))]
-    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], ignore_merges=True))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pieces
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    return tokenizer
+    return byte_tokenizer(_texts(), _SPLIT)
 
 
 def _texts() -> list[str]:

@@ -48,7 +48,6 @@ class Voice:
     name: str
     speed: float
     pitch: float
-    held_out: bool
 
 
 class VoiceBank:
@@ -79,7 +78,7 @@ def voices(seed: int, count: int, held_out: bool) -> list[Voice]:
     named = [("espeak", f"{rng.choice(accents)}+{rng.choice(variants)}") for _ in range(count)]
     named += [("flite", name) for name in (_FLITE_HELD_OUT if held_out else _FLITE) for _ in range(3)]
     named += [("festival", name) for name in (_FESTIVAL_HELD_OUT if held_out else _FESTIVAL) for _ in range(2)]
-    return [Voice(engine, name, rng.uniform(0.75, 1.3), rng.uniform(0.75, 1.35), held_out) for engine, name in named]
+    return [Voice(engine, name, rng.uniform(0.75, 1.3), rng.uniform(0.75, 1.35)) for engine, name in named]
 
 
 def build_bank(folder: Path, seed: int, progress: Callable[[str, int, int], None]) -> None:

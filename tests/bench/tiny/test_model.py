@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 import afnext
-from afnext.bench.tiny.batches import PREFIX, _log_mel
+from afnext.bench.tiny.batches import PREFIX, crop_log_mel
 from afnext.bench.tiny.export import export
 from afnext.bench.tiny.model import MARGIN, TinyModel
 from afnext.bench.tiny.tokenizer import build_tokenizer
@@ -33,7 +33,7 @@ def test_audio_tokens_and_scores_equal_the_runtimes(pair: tuple[TinyModel, afnex
     trained, loaded = pair
     samples = torch.randn(3 * 16_000) * 0.1
     padded = torch.nn.functional.pad(samples, (0, MARGIN * 320))
-    mel = _log_mel(padded[None].numpy())
+    mel = crop_log_mel(padded[None].numpy())
     start = torch.zeros(1, dtype=torch.long)
     audio = trained.audio(mel, start, start, 0)
     network = loaded.network
