@@ -7,13 +7,11 @@ import numpy as np
 import torch
 import transformers
 
-from .model import MELS
-
 
 def reference_tokens(folder: Path, asked: list[tuple[np.ndarray, str]], max_new_tokens: int = 400) -> list[list[int]]:
     """The tokens that `transformers` answers, the end token included, for each (16 kHz samples, question)."""
     model = transformers.MusicFlamingoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = _processor(folder)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
     eos = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     out = []
     for samples, question in asked:
@@ -26,15 +24,3 @@ def reference_tokens(folder: Path, asked: list[tuple[np.ndarray, str]], max_new_
         answer = tokens[inputs["input_ids"].shape[1] :].tolist()
         out.append(answer[: answer.index(eos) + 1] if eos in answer else answer)
     return out
-
-
-def _processor(folder: Path) -> transformers.MusicFlamingoProcessor:
-    extractor = transformers.WhisperFeatureExtractor(feature_size=MELS, return_attention_mask=True)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"),
-        pad_token="[PAD]",
-        eos_token="<|im_end|>",
-        clean_up_tokenization_spaces=False,
-    )
-    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    return transformers.MusicFlamingoProcessor(extractor, tokenizer, chat_template=template, max_audio_len=1800)
