@@ -5,7 +5,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support.accuracy import DTYPES, assert_accurate, backends, exactly, paged, poisoned
+from support.accuracy import (
+    DTYPES,
+    assert_accurate,
+    backends,
+    exactly,
+    far_apart,
+    paged,
+    poisoned,
+    without_races,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -312,21 +321,13 @@ def test_elements_beyond_two_to_the_31(
     backend: str, page_size: int | None, seed: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The third page, or the third sequence, begins 2^31 elements after the first; nothing between is touched."""
-    far, tokens = 2**30, 16
-    memory = torch.empty(2 * far + 4096, dtype=torch.float16, device=device)
-    k, v = (memory.as_strided((3, tokens, 1, 16), (far, 16, 16, 1), offset) for offset in (0, 2048))
-    keys, values = torch.randn(2, 3, tokens, 1, 16).to(device, torch.float16)
-    k.copy_(keys)
-    v.copy_(values)
+    k, v = far_apart(3, 16, device)
+    keys, values, tokens = k.contiguous(), v.contiguous(), k.shape[1]
     q = torch.randn(3, 3, 2, 16).to(device, torch.float16)
     table = None if page_size is None else torch.tensor([[1], [0], [2]], dtype=torch.int32, device=device)
     order = [0, 1, 2] if page_size is None else [1, 0, 2]
     lengths = torch.full((3,), tokens, device=device)
-    if backend == "triton" and device.type == "cpu":
-        # The record of who touched which address would not fit into memory; bounds are still checked.
-        for name in ("read", "write"):
-            unrecorded = staticmethod(lambda addresses, program, ordered: addresses != addresses)
-            monkeypatch.setattr(f"support.interpreter._Allocation.{name}", unrecorded)
+    without_races(backend, device, monkeypatch)
     with poisoned(backend):
         actual = attention(q, k, v, causal=True, key_lengths=lengths, page_table=table)
     expected = exactly(attention, q, keys[order], values[order], causal=True)

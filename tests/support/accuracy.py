@@ -111,3 +111,27 @@ def paged(
             for pool, dense in zip(pools, (k, v), strict=True):
                 pool[pages[token // page_size], token % page_size] = dense[b, token]
     return pools[0].to(k.device), pools[1].to(k.device), table.to(k.device)
+
+
+def far_apart(pages: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random keys and values [pages, tokens, 1, 16] float16, each page 2^30 elements after the one before it.
+
+    Nothing between the pages is touched, so that the memory is only reserved.
+    """
+    far = 2**30
+    memory = torch.empty((pages - 1) * far + 4096, dtype=torch.float16, device=device)
+    k, v = (memory.as_strided((pages, tokens, 1, 16), (far, 16, 16, 1), offset) for offset in (0, 2048))
+    for pool in (k, v):
+        pool.copy_(torch.randn(pool.shape))
+    return k, v
+
+
+def without_races(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter keep no record of who touched which address, which for `far_apart` would not fit into memory.
+
+    Bounds are still checked.
+    """
+    if backend == "triton" and device.type == "cpu":
+        for name in ("read", "write"):
+            unrecorded = staticmethod(lambda addresses, program, ordered: addresses != addresses)
+            monkeypatch.setattr(f"support.interpreter._Allocation.{name}", unrecorded)
