@@ -2,8 +2,8 @@
 
 The runtime's host code runs on meta tensors (`codegen_trace.py`, `codegen_stages.py`) once for each target, so that it
 takes that chip family's configs. What it launches is compiled ahead of time and read back (`codegen_audit.py`), and the
-time below which no GPU can do the work follows from counted bytes and operations (`codegen_work.py`, `gpus.py`). That
-time is projected, not measured: it knows nothing of latencies, caches and launches.
+time below which no GPU can do the work follows from counted bytes and operations (`codegen_work.py`, `devices.py`).
+That time is projected, not measured: it knows nothing of latencies, caches and launches.
 """
 
 from collections import Counter
@@ -135,7 +135,13 @@ def to_dict(result: Audit) -> dict[str, Any]:
         "offenders": result.offenders,
         "torch_operations": result.torch_operations,
         "gpus": [
-            {"name": gpu.name, "sm": gpu.sm, "bytes_per_s": gpu.bandwidth, "peaks": gpu.peaks, "source": gpu.source}
+            {
+                "name": gpu.name,
+                "sm": gpu.sm,
+                "bytes_per_s": gpu.device.bandwidth,
+                "peaks": gpu.peaks,
+                "source": gpu.device.source,
+            }
             for gpu in GPUS
         ],
         "rows": [_row_dict(row) for row in result.rows],

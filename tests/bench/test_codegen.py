@@ -299,7 +299,7 @@ def test_the_tables_of_chips_agree() -> None:
     }
     for gpu in GPUS:
         assert gpu.sm in ARCHITECTURES
-        assert gpu.source
+        assert gpu.device.source
         assert set(gpu.peaks) >= {"bfloat16", "float16", "int8", "tf32"}
 
 
