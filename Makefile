@@ -5,19 +5,34 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: ask test test-slow test-gpu lint clean
+NATIVE := $(wildcard kernels/native/*.cpp kernels/native/*.h) kernels/native/build.py
 
-ask: $(INSTALLED)
+.PHONY: ask native test test-slow test-gpu sanitize lint clean
+
+ask: native
 	$(BIN)/python -m afnext.bench.ask_demo
 
-test: $(INSTALLED)
+# Compiles the CPU's kernels beside their sources; without a compiler it says so and the CPU runs on torch.
+native: build/native/.built
+
+build/native/.built: $(INSTALLED) $(NATIVE)
+	$(BIN)/python setup.py -q build_ext --inplace
+	mkdir -p build/native && touch $@
+
+test: native
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(INSTALLED)
+test-slow: native
 	$(BIN)/python -m pytest -m slow
 
-test-gpu: $(INSTALLED)
+test-gpu: native
 	$(BIN)/python -m pytest -m gpu
+
+# The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer. Python itself leaks at exit.
+sanitize: $(INSTALLED)
+	$(BIN)/python kernels/native/build.py build/sanitize build/sanitize/objects --sanitize
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 AFNEXT_NATIVE=build/sanitize \
+		$(BIN)/python -m pytest -m "not slow" -k native -p no:cacheprovider tests/kernels
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -26,7 +41,7 @@ lint: $(INSTALLED)
 	cd build/lint && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p afnext
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info kernels/native/*.so
 
 # Asking for the exact torch first lets pip take a locally provided build of it before any dependency asks for another.
 $(INSTALLED): pyproject.toml setup.py constraints.txt

@@ -2,20 +2,23 @@
 
 Every operation registers its implementations under a backend's name. The backend follows the device of the tensors
 (CPU: native, then torch; CUDA or HIP: triton, then torch) unless one is forced for A/B runs, with the environment
-variable `AFNEXT_BACKEND` or, with precedence, `with kernels.backend("reference"):`. A forced backend is never replaced
-silently: an operation without it raises. Which implementation runs is logged once per operation and device, at INFO.
+variable `AFNEXT_BACKEND` or, with precedence, `with kernels.backend("reference"):`. An implementation may cover only
+some arguments; the others go to the next in order. A forced backend is never replaced: an operation without it, or
+arguments that it does not cover, raise. Which implementation runs, and why one is passed over, is logged once, at INFO.
 """
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
 from .errors import BackendError
+from .native import AVAILABLE as NATIVE_AVAILABLE
 from .triton_language import AVAILABLE as TRITON_AVAILABLE
 
 BACKENDS = ("triton", "native", "torch", "reference")
@@ -54,40 +57,85 @@ class Operation(Generic[F]):
     """The implementations of one operation, and the choice among them.
 
     `reference` is the specification and is always there; `implementation("torch")` registers another as a decorator.
-    Where Triton is not installed, its implementations are not registered.
+    Where Triton is not installed, or the native kernels are not built, theirs are not registered.
     """
 
     def __init__(self, name: str, reference: F):
         self.name = name
         self.implementations: dict[str, F] = {"reference": reference}
+        self._misfits: dict[str, Callable[..., str | None]] = {}
         self._logged: set[tuple[str, str]] = set()
+        _operations.add(self)
 
-    def implementation(self, name: str) -> Callable[[F], F]:
-        """Register the decorated function, with the signature of the reference, as this operation's `name`."""
+    def implementation(self, name: str, misfit: Callable[..., str | None] | None = None) -> Callable[[F], F]:
+        """Register the decorated function, with the signature of the reference, as this operation's `name`.
+
+        misfit: takes the same arguments and returns None where the implementation covers them, and otherwise what it
+        does not cover, such as "head_dim 80". It is asked at each call, so it should look at shapes and dtypes only.
+        """
         _checked(name)
 
         def register(function: F) -> F:
-            if name != "triton" or TRITON_AVAILABLE:
+            if _AVAILABLE.get(name, True):
                 self.implementations[name] = function
+                if misfit is not None:
+                    self._misfits[name] = misfit
             return function
 
         return register
 
-    def on(self, device: torch.device) -> F:
-        """The implementation for tensors on `device`. Raises BackendError when a forced backend lacks one."""
+    def candidates(self, device: torch.device) -> list[str]:
+        """The backends to try on `device`, best first. Raises BackendError when a forced one is not there."""
         name = forced_backend()
         if name is None:
             order = (*_BY_DEVICE.get(device.type, _OTHER_DEVICES), "reference")
-            name = next(candidate for candidate in order if candidate in self.implementations)
-        elif name not in self.implementations:
+            return [candidate for candidate in order if candidate in self.implementations]
+        if name not in self.implementations:
             raise BackendError(
                 f"the operation {self.name} has no {name} implementation; it has {', '.join(self.implementations)}. "
                 "Choose one of those, or unset AFNEXT_BACKEND to let the device decide."
             )
-        if (device.type, name) not in self._logged:
-            self._logged.add((device.type, name))
-            _log.info("%s on %s runs on %s", self.name, device.type, name)
+        if name == "native" and device.type != "cpu":
+            raise BackendError(f"the native kernels run on the CPU, and {self.name} was given tensors on {device}")
+        return [name]
+
+    def on(self, device: torch.device) -> F:
+        """The implementation for tensors on `device`. Raises BackendError when a forced backend lacks one.
+
+        The choice among implementations that cover only some arguments is made when the result is called.
+        """
+        candidates = self.candidates(device)
+        if candidates[0] in self._misfits:
+            return cast(F, lambda *args, **options: self._covering(candidates, device, args, options)(*args, **options))
+        return self._chosen(candidates[0], device)
+
+    def _covering(self, candidates: list[str], device: torch.device, args: Any, options: Any) -> F:
+        """The first of the candidates that covers these arguments. Raises BackendError if none does."""
+        for name in candidates:
+            misfit = self._misfits[name](*args, **options) if name in self._misfits else None
+            if misfit is None:
+                return self._chosen(name, device)
+            self._log_once(name, misfit, f"{self.name} on {device.type}: {name} does not cover {misfit}")
+        raise BackendError(f"the {candidates[-1]} implementation of {self.name} does not cover {misfit}")
+
+    def _chosen(self, name: str, device: torch.device) -> F:
+        self._log_once(device.type, name, f"{self.name} on {device.type} runs on {name}")
         return self.implementations[name]
+
+    def _log_once(self, *key_and_message: str) -> None:
+        *key, message = key_and_message
+        if tuple(key) not in self._logged:
+            self._logged.add((key[0], key[1]))
+            _log.info(message)
+
+
+_AVAILABLE = {"triton": TRITON_AVAILABLE, "native": NATIVE_AVAILABLE}
+_operations: weakref.WeakSet[Operation[Any]] = weakref.WeakSet()
+
+
+def operations() -> list[Operation[Any]]:
+    """Every operation of the modules imported so far, by name."""
+    return sorted(_operations, key=lambda operation: operation.name)
 
 
 def _checked(name: str) -> str:

@@ -9,6 +9,7 @@ fused it reads 2 and writes 2 elements per channel, apart it reads 3 and writes 
 
 The Triton kernel gives each row to one program, which holds it in registers: every element is read once and written
 once, and the mean is known before deviations are squared. Weight and bias, the same for all rows, stay in the caches.
+The native kernel keeps a row in the first-level cache between its passes over it.
 Operations: about 5 a channel for RMSNorm and 8 for LayerNorm, far below what the bytes cost.
 Source: Ba et al. 2016 (LayerNorm); Zhang & Sennrich 2019 (RMSNorm).
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import native
 from .dispatch import Operation
 from .triton_language import tl, triton
 
@@ -157,6 +159,56 @@ def _add_layer_norm_triton(
 @_add_rms_norm.implementation("triton")
 def _add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     normed, hidden = _launch(x, residual, weight, None, eps)
+    return normed, hidden
+
+
+def _native(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """As `_launch`."""
+    outputs = tuple(x.new_empty(x.shape) for _ in range(1 if residual is None else 2))
+    rows = _rows(x)
+    residual_rows = None if residual is None else _rows(residual)
+    native.call(
+        "norm",
+        rows,
+        residual_rows,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        outputs[0],
+        None if residual is None else outputs[1],
+        *rows.shape,
+        rows.stride(0),
+        0 if residual_rows is None else residual_rows.stride(0),
+        eps,
+        x.dtype,
+    )
+    return outputs
+
+
+def _misfit(*arguments: Tensor | float) -> str | None:
+    return native.misfit(*(argument for argument in arguments if isinstance(argument, Tensor)))
+
+
+@_layer_norm.implementation("native", _misfit)
+def _layer_norm_native(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return _native(x, None, weight, bias, eps)[0]
+
+
+@_rms_norm.implementation("native", _misfit)
+def _rms_norm_native(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _native(x, None, weight, None, eps)[0]
+
+
+@_add_layer_norm.implementation("native", _misfit)
+def _add_layer_norm_native(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    normed, hidden = _native(x, residual, weight, bias, eps)
+    return normed, hidden
+
+
+@_add_rms_norm.implementation("native", _misfit)
+def _add_rms_norm_native(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    normed, hidden = _native(x, residual, weight, None, eps)
     return normed, hidden
 
 

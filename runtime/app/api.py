@@ -75,7 +75,7 @@ def load(
     folder = resolve(model, revision=revision)
     tokenizer = Tokenizer.from_folder(folder)
     template = PromptTemplate.from_folder(folder)
-    where = _device(device)
+    where = usable_device(device)
     report = progress or (lambda stage, done, total: None)
     network = AudioFlamingo.from_folder(
         folder,
@@ -100,7 +100,8 @@ def load(
     return Model(network, tokenizer, template, options, _sampling_defaults(folder))
 
 
-def _device(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one. Raises AfnextError if it cannot be used."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

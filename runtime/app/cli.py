@@ -19,9 +19,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from ...kernels.errors import AfnextError
 from ..io.audio import AudioSource
+from . import backend_info
 from . import info as model_info
 from .answer import Answer, Piece
-from .api import AnswerOptions, Model, Stream, load
+from .api import AnswerOptions, Model, Stream, load, usable_device
 from .api import Progress as Report
 
 app = typer.Typer(
@@ -159,15 +160,22 @@ def _show(stream: Stream, first: Piece | None, *, as_json: bool, quiet: bool) ->
 
 @app.command(epilog="Example: [bold]afnext info nvidia/audio-flamingo-next-hf --json[/bold]")
 def info(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the Hub.")],
+    model: Annotated[str | None, typer.Argument(help="Checkpoint folder, or a name on the Hub.")] = None,
+    backend: Annotated[
+        bool, typer.Option("--backend", help="Show which implementation each operation runs on instead.")
+    ] = False,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Show what a checkpoint holds: shape, parameters, bytes by part, tokens, context."""
-    description = model_info.describe(model)
+    if backend == (model is not None):
+        raise typer.BadParameter("name a model, or ask for --backend", param_hint="MODEL")
+    description = backend_info.describe_backends(usable_device(device)) if model is None else model_info.describe(model)
     if as_json:
         print(json.dumps(description, ensure_ascii=False))
     else:
-        Console(highlight=False).print(model_info.table(description))
+        show = backend_info.table if model is None else model_info.table
+        Console(highlight=False).print(show(description))
 
 
 def run(command: typer.Typer) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from afnext import kernels
-from afnext.kernels.dispatch import Operation, forced_backend, synchronize
+from afnext.kernels.dispatch import Operation, forced_backend, operations, synchronize
 from afnext.kernels.errors import AfnextError, BackendError
 
 CPU, CUDA, OTHER = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
@@ -17,6 +17,7 @@ CPU, CUDA, OTHER = torch.device("cpu"), torch.device("cuda"), torch.device("meta
 @pytest.fixture(autouse=True)
 def _unforced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AFNEXT_BACKEND", raising=False)
+    monkeypatch.setattr("afnext.kernels.dispatch._AVAILABLE", {})  # the rule, whatever is installed here
 
 
 def operation(*names: str) -> Operation[Callable[[], str]]:
@@ -74,6 +75,44 @@ def test_a_forced_backend_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("AFNEXT_BACKEND", "native")
     with pytest.raises(BackendError, match=r"example has no native.*AFNEXT_BACKEND"):
         example.on(CPU)
+
+
+def picky(**misfits: str | None) -> Operation[Callable[[int], str]]:
+    """Implementations named by keyword: each returns its name and misses odd numbers for the reason given."""
+    made: Operation[Callable[[int], str]] = Operation("example", lambda number: "reference")
+    for name, reason in misfits.items():
+        misfit = None if reason is None else partial(lambda reason, number: reason if number % 2 else None, reason)
+        made.implementation(name, misfit)(partial(lambda name, number: name, name))
+    return made
+
+
+def test_arguments_that_are_not_covered_go_to_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    example = picky(native="odd numbers", torch=None)
+    with caplog.at_level(logging.INFO, logger="afnext.kernels"):
+        assert [example.on(CPU)(number) for number in (2, 3, 5, 4)] == ["native", "torch", "torch", "native"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "example on cpu runs on native",
+        "example on cpu: native does not cover odd numbers",
+        "example on cpu runs on torch",
+    ]
+    assert picky(native="odd numbers", torch="odd numbers").on(CPU)(3) == "reference"
+
+
+def test_a_forced_backend_that_does_not_cover_raises() -> None:
+    example = picky(native="odd numbers", torch=None)
+    with kernels.backend("native"):
+        assert example.on(CPU)(2) == "native"
+        with pytest.raises(BackendError, match="native implementation of example does not cover odd numbers"):
+            example.on(CPU)(3)
+        with pytest.raises(BackendError, match="run on the CPU"):
+            example.on(CUDA)
+
+
+def test_operations_are_listed_by_name() -> None:
+    kept = operation("torch"), Operation("another", lambda: None)
+    names = [made.name for made in operations()]
+    assert names == sorted(names)
+    assert {made.name for made in kept} <= set(names)
 
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:

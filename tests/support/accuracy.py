@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from afnext import kernels
+from afnext.kernels import native
 from afnext.kernels.dispatch import Operation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,29 +27,48 @@ T = TypeVar("T")
 def backends(*operations: Operation[Any]) -> list[Any]:
     """Parameters for `backend`: every backend that all of `operations` have, once for each device it can run on here.
 
-    Triton's kernels run on the CPU, interpreted, where there is no GPU. Parameters that need a GPU carry the `gpu`
-    marker, by which the `device` fixture picks the device.
+    Triton's kernels run on the CPU, interpreted, where there is no GPU. Native kernels run once for each
+    instruction-set level, as "native-<level>", which `poisoned` understands. Parameters that need a GPU carry the
+    `gpu` marker, by which the `device` fixture picks the device.
     """
     shared = set.intersection(*(set(operation.implementations) for operation in operations)) - {"reference"}
     parameters: list[Any] = []
     for name in sorted(shared):
+        if name == "native":
+            parameters.extend(native_backends(*operations))
+            continue
         if name != "triton" or INTERPRETED:
             parameters.append(name)
-        if name != "native":
-            parameters.append(pytest.param(name, id=f"{name}-gpu", marks=pytest.mark.gpu))
+        parameters.append(pytest.param(name, id=f"{name}-gpu", marks=pytest.mark.gpu))
     return parameters
+
+
+def native_backends(*operations: Operation[Any]) -> list[Any]:
+    """Those of `backends` that are compiled for the CPU: one for each instruction-set level."""
+    if not all("native" in operation.implementations for operation in operations):
+        return []
+    return [
+        pytest.param(
+            f"native-{level}",
+            marks=pytest.mark.skipif(
+                level not in native.supported_levels(), reason=f"this machine cannot run the level {level}"
+            ),
+        )
+        for level in native.build.levels()
+    ]
 
 
 @contextmanager
 def poisoned(backend: str) -> Iterator[None]:
     """Force `backend`; memory allocated inside the block holds NaN (integers: their maximum) until it is written.
 
-    Without a GPU, Triton's kernels run in the interpreter and are checked there.
+    backend: one of `backends(...)`. Without a GPU, Triton's kernels run in the interpreter and are checked there.
     """
+    backend, _, level = backend.partition("-")
     torch.use_deterministic_algorithms(True, warn_only=True)  # the switch that fill_uninitialized_memory hangs on
     try:
         assert torch.empty(1).isnan().all(), "uninitialized memory is not poisoned"
-        with kernels.backend(backend), _interpreted(backend):
+        with kernels.backend(backend), _interpreted(backend), _at_level(level):
             yield
     finally:
         torch.use_deterministic_algorithms(False)
@@ -60,6 +80,14 @@ def _interpreted(backend: str) -> AbstractContextManager[None]:
     from support.interpreter import interpreted  # here, because it needs Triton to be installed
 
     return interpreted()
+
+
+@contextmanager
+def _at_level(level: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if level:
+            patch.setenv("AFNEXT_ISA", level)
+        yield
 
 
 def exactly(function: Callable[..., T], *args: Any, **options: Any) -> T:

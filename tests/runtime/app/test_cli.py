@@ -84,6 +84,27 @@ def test_info_shows_the_shape_and_the_bytes(run: CommandLine, folder: Path) -> N
     assert described["context_tokens"] == 131_072
 
 
+def test_info_tells_what_each_operation_runs_on(
+    run: CommandLine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = run("info", "--backend", "--device", "cpu")
+    described = json.loads(run("info", "--backend", "--device", "cpu", "--json").stdout)
+    assert shown.returncode == 0, shown.stderr
+    assert {"rms_norm", "attention", "sample", "linear_int4"} <= described["operations"].keys()
+    assert all(name in shown.stdout for name in described["operations"])
+    if described["native"]:
+        assert described["operations"]["rms_norm"] == ["native", "torch"]
+        assert described["native"]["isa"] in described["native"]["levels"]
+        assert described["native"]["compiler"] in shown.stdout
+    monkeypatch.setenv("AFNEXT_BACKEND", "torch")
+    forced = json.loads(run("info", "--backend", "--device", "cpu", "--json").stdout)
+    assert forced["operations"]["rms_norm"] == ["torch"]
+    if described["native"]:
+        monkeypatch.setenv("AFNEXT_ISA", "mmx")
+        assert "AFNEXT_ISA=mmx" in run("info", "--backend").stderr.replace("\n", " ")
+    assert [run("info").returncode, run("info", folder, "--backend").returncode] == [2, 2]
+
+
 @pytest.mark.parametrize("command", [[], ["ask"], ["chat"], ["info"], ["bench"]])
 def test_every_command_explains_itself(run: CommandLine, command: list[str]) -> None:
     done = run(*command, "--help")

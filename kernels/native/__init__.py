@@ -1,0 +1,124 @@
+"""The compiled kernels of the CPU: finds their libraries, picks the instruction-set level, and calls them.
+
+`setup.py` compiles the C++ beside this file where there is a compiler (`python setup.py build_ext --inplace` does it by
+hand); without it `AVAILABLE` is false, nothing registers a `native` implementation, and torch computes. The libraries
+know nothing of torch or Python, so one build serves every version of them.
+
+The level is the highest that the CPU has, or the one that AFNEXT_ISA names. Loops are shared out by OpenMP over
+`torch.get_num_threads()` threads, which on Linux are torch's own: torch brings libgomp.so.1, these libraries ask for
+that name, and the loader gives them the one that is there.
+"""
+
+import ctypes
+import logging
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError
+from . import build
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_log = logging.getLogger("afnext.kernels")
+_folder = Path(os.environ.get("AFNEXT_NATIVE", Path(__file__).parent))
+
+
+def _load() -> dict[str, ctypes.CDLL]:
+    """The library of the lowest level, which tells what the others need; empty, and said so, if there is none."""
+    path = _folder / build.library_name("portable")
+    if not path.exists():
+        _log.info("the native kernels are not built (%s is not there); the CPU runs on torch", path)
+        return {}
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        _log.warning("the native kernels cannot be loaded, the CPU runs on torch: %s", error)
+        return {}
+    if build.sources() and _text(library, "afnext_fingerprint") != build.fingerprint():
+        _log.warning(
+            "the native kernels were built from other sources than those beside them, the CPU runs on torch; "
+            "`python setup.py build_ext --inplace` rebuilds them"
+        )
+        return {}
+    return {"portable": library}
+
+
+def _text(library: ctypes.CDLL, name: str) -> str:
+    function = library[name]
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+_libraries = _load()
+AVAILABLE = bool(_libraries)
+
+
+def compiler() -> str:
+    """The compiler that built the libraries, which must be AVAILABLE."""
+    return _text(_libraries["portable"], "afnext_compiler")
+
+
+@cache
+def supported_levels() -> tuple[str, ...]:
+    """The instruction-set levels that this machine can run, lowest first; empty if not AVAILABLE."""
+    if not AVAILABLE:
+        return ()
+    supports = _libraries["portable"].afnext_supports
+    return tuple(level for level in build.levels() if supports(level.encode()))
+
+
+def isa() -> str:
+    """The level in use: AFNEXT_ISA, or the highest supported. Raises BackendError if AFNEXT_ISA names another."""
+    forced = os.environ.get("AFNEXT_ISA")
+    if not forced:
+        return supported_levels()[-1]
+    if forced not in supported_levels():
+        raise BackendError(
+            f"AFNEXT_ISA={forced} is not an instruction-set level that this machine can run; it has "
+            f"{', '.join(supported_levels()) or 'none, because the native kernels are not built'}"
+        )
+    return forced
+
+
+@cache
+def _function(level: str, name: str) -> Any:
+    if level not in _libraries:
+        _libraries[level] = ctypes.CDLL(str(_folder / build.library_name(level)))
+    function = _libraries[level][f"afnext_{name}"]
+    function.restype = None
+    return function
+
+
+def call(name: str, *arguments: Tensor | torch.dtype | int | float | None) -> None:
+    """Run `afnext_<name>` of the level in use, on torch's number of threads.
+
+    Tensors, on the CPU, go as pointers to their first element, None as a null pointer, dtypes as numbers, int and bool
+    as int64_t, float as double. What they mean is between the caller and the C function: nothing is checked here.
+    """
+    _function(isa(), name)(*map(_converted, arguments), ctypes.c_int64(torch.get_num_threads()))
+
+
+def misfit(*tensors: Tensor | None) -> str | None:
+    """What keeps these tensors from a native kernel that takes one floating dtype, or None if nothing does.
+
+    The usual part of an implementation's `misfit` (see `dispatch.Operation`): float64, or dtypes that differ.
+    """
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    if len(dtypes) == 1 and dtypes <= DTYPES.keys():
+        return None
+    return " with ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def _converted(argument: Tensor | torch.dtype | int | float | None) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    if isinstance(argument, float):
+        return ctypes.c_double(argument)
+    return None if argument is None else ctypes.c_int64(DTYPES[argument])

@@ -1,0 +1,127 @@
+"""Compiles the native kernels: one shared library for each instruction-set level of this machine's architecture.
+
+Every .cpp beside this file is compiled once for each level, with that level's flags, into libafnext_<level>.so. Levels
+are separate libraries, of which a process loads the one it runs on: code shared through headers then never ends up
+compiled for a level that the CPU lacks. Only the standard library is imported, because setup.py runs this file by
+itself.
+"""
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512_PARTS = ("f", "bw", "vl", "dq", "vnni", "bf16")
+_AVX512 = [*_AVX2, "-mprefer-vector-width=512", *(f"-mavx512{part}" for part in _AVX512_PARTS)]
+_LEVELS = {"x86_64": {"portable": [], "avx2": _AVX2, "avx512": _AVX512}}
+_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
+# a * b + c may become one instruction; nothing else that changes results is allowed.
+_FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+_FLAGS += [
+    "-Wall",
+    "-Wno-uninitialized",
+    "-Wno-unknown-warning-option",
+    "-Wno-maybe-uninitialized",
+]  # of gcc 12's own intrinsics
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+
+
+class BuildError(Exception):
+    """The native kernels cannot be compiled here: no compiler, or one that refuses."""
+
+
+def levels() -> dict[str, list[str]]:
+    """The instruction-set levels of this architecture, lowest first, and the flags of each."""
+    return _LEVELS.get(platform.machine().replace("AMD64", "x86_64"), {"portable": []})
+
+
+def library_name(level: str) -> str:
+    """The file that holds the kernels of a level."""
+    return f"libafnext_{level}.so"
+
+
+def sources() -> list[Path]:
+    """The .cpp files, in order; empty in an installed package, which carries only the libraries."""
+    return sorted(HERE.glob("*.cpp"))
+
+
+def headers() -> list[Path]:
+    """The headers that they share."""
+    return sorted(HERE.glob("*.h"))
+
+
+def fingerprint() -> str:
+    """A hash of what is compiled. The libraries carry it, so that a stale one is noticed."""
+    files = [*headers(), *sources(), Path(__file__)]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def build(folder: Path, objects: Path, extra_flags: list[str] | None = None) -> list[Path]:
+    """Compile what has changed since last time into `objects` and link the libraries into `folder`; return them.
+
+    The compiler is $CXX, else $CC, else the first of c++, g++ and clang++ found. Raises BuildError if it fails.
+    """
+    compiler = _compiler()
+    flags = [*_FLAGS, *(extra_flags or [])]
+    commands: list[list[str]] = []
+    links: list[list[str]] = []
+    libraries = []
+    for level, level_flags in levels().items():
+        made = objects / level
+        made.mkdir(parents=True, exist_ok=True)
+        parts = []
+        for source in sources():
+            part = made / f"{source.stem}.o"
+            parts.append(str(part))
+            command = [*compiler, *flags, *level_flags, f'-DAFNEXT_LEVEL="{level}"', "-c", str(source), "-o", str(part)]
+            if source.stem == "library":
+                command.insert(-4, f'-DAFNEXT_FINGERPRINT="{fingerprint()}"')
+            if source.stem == "library" or _older(part, [source, *headers(), Path(__file__)]):
+                commands.append(command)
+        library = folder / library_name(level)
+        libraries.append(library)
+        # Linked beside its place and moved there: a process that has the old library mapped keeps it intact.
+        links.append([*compiler, *flags, "-shared", *parts, "-o", f"{library}.new"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        list(workers.map(_run, commands))
+        list(workers.map(_run, links))
+    for library in libraries:
+        os.replace(f"{library}.new", library)
+    return libraries
+
+
+def _older(part: Path, inputs: list[Path]) -> bool:
+    return not part.exists() or part.stat().st_mtime < max(file.stat().st_mtime for file in inputs)
+
+
+def _compiler() -> list[str]:
+    chosen = os.environ.get("CXX") or os.environ.get("CC")
+    if chosen:
+        return shlex.split(chosen)
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if found is None:
+        raise BuildError("no C++ compiler was found (c++, g++ or clang++, or $CXX)")
+    return [found]
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode:
+        raise BuildError(f"{shlex.join(command)} failed with status {done.returncode}\n{done.stderr}")
+    if done.stderr:
+        print(done.stderr, file=sys.stderr)
+
+
+if __name__ == "__main__":  # build.py FOLDER OBJECTS [FLAG ...]: the sanitizers' build of `make sanitize`
+    build(Path(sys.argv[1]), Path(sys.argv[2]), SANITIZE if "--sanitize" in sys.argv[3:] else None)

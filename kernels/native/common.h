@@ -1,0 +1,35 @@
+// What every native kernel shares: the C interface and the element types.
+//
+// A function `afnext_<name>` is called from Python by `native.call("<name>", ...)`, which passes
+//   a tensor as a pointer to its first element (None as a null pointer), an int or bool as int64_t, a float as double,
+//   a torch.dtype as an int64_t of DType, and last the number of threads as an int64_t.
+// It owns no memory: outputs and workspaces are tensors of the caller. Strides count elements.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#define AFNEXT_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace afnext {
+
+enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct bfloat16 {
+  uint16_t bits;
+};
+using float16 = _Float16;
+
+// Calls `function` with a value of the C++ type of `dtype`: with_dtype(dtype, [&](auto zero) { using T = ...; }).
+template <typename Function>
+inline void with_dtype(int64_t dtype, Function&& function) {
+  switch (dtype) {
+    case kFloat32: return function(float{});
+    case kBFloat16: return function(bfloat16{});
+    case kFloat16: return function(float16{});
+  }
+}
+
+}  // namespace afnext

@@ -1,0 +1,75 @@
+// LayerNorm and RMSNorm, alone or after adding to the residual stream. Rows are dealt out to threads; a row stays in
+// the first-level cache between the passes over it.
+
+#include <algorithm>
+#include <cmath>
+
+#include "vec.h"
+
+namespace afnext {
+namespace {
+
+// The sum of term(load(x + i)) over a row: float32 within blocks and double across them, so that the error, which all
+// channels of the row would share, does not grow with the width.
+template <typename T, typename Term>
+double sum_row(const T* x, int64_t width, Term term) {
+  constexpr int64_t kBlock = 32 * kLanes;
+  double total = 0;
+  for (int64_t first = 0; first < width; first += kBlock) {
+    const int64_t end = std::min(first + kBlock, width);
+    Vec partial[2] = {};
+    int64_t i = first;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      partial[0] += term(load(x + i));
+      partial[1] += term(load(x + i + kLanes));
+    }
+    total += sum(partial[0] + partial[1]);
+    for (; i < end; ++i) total += term(splat(to_float(x[i])))[0];
+  }
+  return total;
+}
+
+// One row of `width` channels. With `bias` a LayerNorm, without an RMSNorm; with `residual` hidden = residual + x in T.
+template <typename T>
+void norm_row(const T* x, const T* residual, const T* weight, const T* bias, T* normed, T* hidden, int64_t width,
+              float eps) {
+  const int64_t whole = width / kLanes * kLanes;
+  const int rest = (int)(width - whole);
+  if (residual) {
+    for (int64_t i = 0; i < whole; i += kLanes) store(hidden + i, load(x + i) + load(residual + i));
+    if (rest) store_first(hidden + whole, load_first(x + whole, rest) + load_first(residual + whole, rest), rest);
+    x = hidden;
+  }
+  const float mean = bias ? (float)(sum_row(x, width, [](Vec v) { return v; }) / width) : 0.0f;
+  const double squares = sum_row(x, width, [mean](Vec v) { return (v - mean) * (v - mean); });
+  const float factor = (float)(1 / std::sqrt(squares / width + eps));
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    Vec y = (load(x + i) - mean) * factor * load(weight + i);
+    if (bias) y += load(bias + i);
+    store(normed + i, y);
+  }
+  if (rest) {
+    Vec y = (load_first(x + whole, rest) - mean) * factor * load_first(weight + whole, rest);
+    if (bias) y += load_first(bias + whole, rest);
+    store_first(normed + whole, y, rest);
+  }
+}
+
+}  // namespace
+}  // namespace afnext
+
+// x, residual: [rows, width] with rows x_row and residual_row apart; weight, bias: [width]; normed, hidden: [rows, width]
+// contiguous. All have `dtype`. residual and hidden, or bias, may be null.
+AFNEXT_EXPORT void afnext_norm(const void* x, const void* residual, const void* weight, const void* bias, void* normed,
+                               void* hidden, int64_t rows, int64_t width, int64_t x_row, int64_t residual_row,
+                               double eps, int64_t dtype, int64_t threads) {
+  using namespace afnext;
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+#pragma omp parallel for num_threads(threads) if (rows * width > 32768)
+    for (int64_t row = 0; row < rows; ++row)
+      norm_row((const T*)x + row * x_row, residual ? (const T*)residual + row * residual_row : nullptr,
+               (const T*)weight, (const T*)bias, (T*)normed + row * width,
+               hidden ? (T*)hidden + row * width : nullptr, width, (float)eps);
+  });
+}

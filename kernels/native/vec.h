@@ -1,0 +1,105 @@
+// A vector of float32 as wide as the level's registers, by the compilers' vector extensions: +, *, comparisons and
+// indexing work on it as on a float. Loads and stores convert bfloat16 and float16, rounding to nearest even as torch does.
+
+#pragma once
+
+#include "common.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace afnext {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
+
+inline Vec splat(float x) { return Vec{} + x; }
+
+inline Vec load(const float* p) {
+  Vec x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+inline Vec load(const bfloat16* p) {
+  HalfVec bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (Vec)(__builtin_convertvector(bits, BitVec) << 16);
+}
+
+inline Vec load(const float16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) x[i] = (float)p[i];
+  return x;
+#endif
+}
+
+inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+
+inline void store(bfloat16* p, Vec x) {
+  const BitVec bits = (BitVec)x;
+  const BitVec rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const BitVec chosen = x == x ? rounded : BitVec{} + 0x7FC0;
+  const HalfVec half = __builtin_convertvector(chosen, HalfVec);
+  std::memcpy(p, &half, sizeof half);
+}
+
+inline void store(float16* p, Vec x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = (float16)x[i];
+#endif
+}
+
+// The first `count` (< kLanes) elements, zeros behind them; reads nothing past them.
+template <typename T>
+inline Vec load_first(const T* p, int count) {
+  T part[kLanes] = {};
+  std::memcpy(part, p, count * sizeof(T));
+  return load(part);
+}
+
+template <typename T>
+inline void store_first(T* p, Vec x, int count) {
+  T part[kLanes];
+  store(part, x);
+  std::memcpy(p, part, count * sizeof(T));
+}
+
+inline float sum(Vec x) {
+  float total[kLanes];
+  std::memcpy(total, &x, sizeof x);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) total[i] += total[i + half];
+  return total[0];
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(float16 x) { return (float)x; }
+inline float to_float(bfloat16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+}  // namespace afnext

@@ -1,0 +1,57 @@
+"""Which implementation each operation runs on here, and with what."""
+
+import importlib
+import pkgutil
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from ... import kernels
+from ...kernels import native
+from ...kernels.dispatch import operations
+from ...kernels.errors import BackendError
+
+
+def describe_backends(device: torch.device) -> dict[str, Any]:
+    """The backends tried for each operation on `device`, best first, and how the CPU's kernels were built, as values.
+
+    Raises BackendError where AFNEXT_BACKEND or AFNEXT_ISA asks for what is not there.
+    """
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        importlib.import_module(module.name)
+    return {
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "native": {"isa": native.isa(), "levels": native.supported_levels(), "compiler": native.compiler()}
+        if native.AVAILABLE
+        else None,
+        "operations": {operation.name: _tried(operation, device) for operation in operations()},
+    }
+
+
+def _tried(operation: Any, device: torch.device) -> list[str]:
+    try:
+        return [name for name in operation.candidates(device) if name != "reference"] or ["reference"]
+    except BackendError:
+        return []
+
+
+def table(description: dict[str, Any]) -> Table:
+    """`describe_backends`' result for people."""
+    rows = Table(show_header=False, box=None, pad_edge=False)
+    rows.add_column(style="bold")
+    rows.add_column()
+    rows.add_row("device", description["device"])
+    rows.add_row("CPU threads", str(description["threads"]))
+    built = description["native"]
+    rows.add_row(
+        "native kernels",
+        f"{built['isa']} of {', '.join(built['levels'])}; {built['compiler']}"
+        if built
+        else "not built: install with a C++ compiler to have them",
+    )
+    for name, tried in description["operations"].items():
+        first, *others = tried or ["nothing: the forced backend lacks it"]
+        rows.add_row(f"  {name}", first + (f" (else {', '.join(others)})" if others else ""))
+    return rows

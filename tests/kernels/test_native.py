@@ -1,0 +1,120 @@
+"""The compiled kernels: how they are built, found and chosen, and that they touch no memory but their own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.accuracy import DTYPES, native_backends, poisoned
+from support.guarded import guarded
+
+from afnext import kernels
+from afnext.kernels import native, norm
+from afnext.kernels.errors import BackendError
+from afnext.kernels.native import build
+from afnext.kernels.norm import add_layer_norm, rms_norm
+
+ROOT = Path(__file__).parents[2]
+needs_native = pytest.mark.skipif(not native.AVAILABLE, reason="the native kernels are not built")
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler on this machine")
+def test_they_are_built_where_there_is_a_compiler() -> None:
+    assert native.AVAILABLE, "run `make native`"
+    assert native.supported_levels()[0] == "portable"
+    assert native.isa() == os.environ.get("AFNEXT_ISA", native.supported_levels()[-1])
+
+
+@needs_native
+def test_the_level_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    for level in native.supported_levels():
+        monkeypatch.setenv("AFNEXT_ISA", level)
+        assert native.isa() == level
+    monkeypatch.setenv("AFNEXT_ISA", "sse9")
+    with pytest.raises(BackendError, match=r"AFNEXT_ISA=sse9.*portable"):
+        rms_norm(torch.ones(2, 8), torch.ones(8))
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' table of mapped files")
+def test_torch_and_the_kernels_share_one_openmp() -> None:
+    """Two would keep two pools of threads, which get in each other's way."""
+    with kernels.backend("native"):
+        rms_norm(torch.ones(2, 8), torch.ones(8))
+    mapped = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    assert len({path for path in mapped if path.name.startswith(("libgomp", "libomp", "libiomp"))}) == 1
+
+
+def test_a_build_without_a_compiler_is_said_and_not_fatal(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "setup.py"), "build_ext", "--build-lib", str(tmp_path / "lib")]
+    for name in ("setup.py", "pyproject.toml", "README.md", "kernels"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {**os.environ, "CC": "/bin/false", "CXX": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=99)
+    assert done.returncode == 0, done.stderr
+    assert "the native kernels are not built, the CPU will run on torch" in done.stderr
+    assert not list((tmp_path / "lib").rglob("*.so"))
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (lambda folder: None, "not built"),
+        (lambda folder: (folder / build.library_name("portable")).write_bytes(b"no library"), "cannot be loaded"),
+        (lambda folder: _build_with_another_fingerprint(folder), "other sources"),
+    ],
+    ids=["absent", "broken", "stale"],
+)
+def test_libraries_that_do_not_fit_leave_the_cpu_to_torch(
+    place: Callable[[Path], object], said: str, tmp_path: Path
+) -> None:
+    place(tmp_path)
+    script = (
+        "import logging; logging.basicConfig(level=logging.INFO)\n"
+        "import torch; from afnext.kernels.norm import rms_norm\n"
+        "print(rms_norm(torch.full((1, 8), 3.0), torch.ones(8), 0.0).tolist())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "AFNEXT_NATIVE": str(tmp_path), "AFNEXT_BACKEND": ""},
+        capture_output=True,
+        text=True,
+        timeout=99,
+    )
+    assert done.stdout.strip() == str([[1.0] * 8]), done.stderr
+    assert done.stderr.count(said) == 1
+    assert "rms_norm on cpu runs on torch" in done.stderr
+
+
+def _build_with_another_fingerprint(folder: Path) -> None:
+    source = folder / "library.cpp"
+    source.write_text('extern "C" const char* afnext_fingerprint() { return "another"; }')
+    library = folder / build.library_name("portable")
+    try:
+        subprocess.run(["c++", "-shared", "-fPIC", source, "-o", library], check=True)
+    except FileNotFoundError:
+        pytest.skip("no C++ compiler on this machine")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", native_backends(norm._rms_norm))
+def test_norms_stay_within_their_memory(backend: str, dtype: torch.dtype, threads: int, seed: int) -> None:
+    before = torch.get_num_threads()
+    x, residual = torch.randn(7, 5003).to(dtype), torch.randn(7, 5003).to(dtype)
+    weight, bias = torch.randn(5003).to(dtype), torch.randn(5003).to(dtype)
+    try:
+        torch.set_num_threads(1)
+        with poisoned(backend):
+            expected = rms_norm(x, weight), *add_layer_norm(x, residual, weight, bias)
+        torch.set_num_threads(threads)
+        x, residual, weight, bias = map(guarded, (x, residual, weight, bias))
+        with poisoned(backend):
+            actual = rms_norm(x, weight), *add_layer_norm(x, residual, weight, bias)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
