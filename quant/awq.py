@@ -1,0 +1,181 @@
+"""Activation-aware scaling: inputs that are large get finer weights, at the cost of those that are small.
+
+Multiplying input channel j of a weight by s[j] and dividing the input by it changes nothing before rounding; after it,
+the channel's error is that of a weight s[j] times larger, divided by s[j]:
+
+    y = W x ~ Q(W diag(s)) (x / s),    s[j] = mean|x[j]|^alpha,    alpha from 0, 1/20 .. 1 with the least error
+    error = sum over calibration rows x of ||Q(W diag(s)) (x / s) - W x||^2
+
+The division costs nothing where the operation before is linear in its output channel, which takes it into its own
+weights (`Fold`). Where that is so in this family:
+
+    decoder   input_layernorm -> q, k, v;  post_attention_layernorm -> gate, up;  final norm -> lm_head
+              v_proj -> o_proj, one scale for the query heads that share a value head
+              up_proj -> down_proj, as silu(gate) * up is linear in up
+    encoder   self_attn_layer_norm -> q, k, v;  final_layer_norm -> fc1, weight and bias of the norm
+              v_proj -> out_proj;  not fc1 -> fc2, nor linear_1 -> linear_2 in the adaptor: GELU lies between
+    adaptor   the encoder's last norm -> linear_1, one scale for the two channels that RoTE rotates into each other
+
+A weight is then clipped, group by group, where rounding fewer, finer steps gives the least error of the group's share
+of the output.
+
+Source: Lin et al. 2023, arXiv:2306.00978 (AWQ).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Rounded = Callable[[Tensor], Tensor]
+"""What is left of a weight [rows, in] once it is stored: dequantize(quantize(weight)), each row by itself."""
+
+STEPS = 20
+CLIP_RATIOS = tuple(1 - step / 20 for step in range(11))
+_ROWS = 4096  # of a weight at once; rows are rounded independently of each other
+_SMALLEST = 1e-4  # of the largest magnitude: channels below, even silent ones, are scaled as if they had that
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a search found: the scales [channels] float32, their exponent, and the error with and without them."""
+
+    scales: Tensor
+    alpha: float
+    error: float
+    plain_error: float
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Linear layers with one input, and the layer before them that can take the division by their scale.
+
+    source: the norm or linear layer before, whose output channel i is divided by the scale number rows[i] (None: i);
+    targets: the linear layers, whose input channel j is multiplied by the scale number columns[j] (None: j).
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+
+def scales_for(magnitudes: Tensor, alpha: float) -> Tensor:
+    """magnitudes^alpha, [channels] float32, with the product of the largest and the smallest scale being 1.
+
+    magnitudes: mean |x| of each channel. All scales are 1 if all magnitudes are 0.
+    """
+    largest = magnitudes.max()
+    if largest == 0:
+        return torch.ones_like(magnitudes, dtype=torch.float32)
+    scales = (magnitudes.double() / largest).clamp_min(_SMALLEST).pow(alpha)
+    return (scales / (scales.max() * scales.min()).sqrt()).float()
+
+
+def search_scales(
+    layers: Sequence[tuple[Tensor, Rounded]],
+    activations: Tensor,
+    *,
+    columns: Tensor | None = None,
+    steps: int = STEPS,
+) -> Scaling:
+    """The scales, of exponents 0, 1/steps .. 1, with the least error of the outputs of `layers` on `activations`.
+
+    layers: linear layers with one input, each its weight [out, in] and how that is stored; activations: calibration
+    rows [rows, in]; columns: see `Fold`.
+    Exponent 0 is plain rounding, so the error is never above that of it. Computed in float32, or float64 if the
+    activations are. Raises ValueError if shapes do not fit or activations are not finite.
+    """
+    for weight, _ in layers:
+        if activations.ndim != 2 or activations.shape[1] != weight.shape[1]:
+            raise ValueError(f"activations {tuple(activations.shape)} are no input of a weight {tuple(weight.shape)}")
+    if len(activations) == 0 or not activations.isfinite().all():
+        raise ValueError("activation-aware scaling needs one row of activations or more, all finite")
+    x = activations.to(torch.promote_types(activations.dtype, torch.float32))
+    magnitudes = _tied_mean(x.abs().mean(0), columns)
+    plain = best = None
+    for step in range(steps + 1):
+        scales = scales_for(magnitudes, step / steps)
+        spread = scales if columns is None else scales[columns]
+        error = sum(_scaled_error(weight, x, spread, rounded) for weight, rounded in layers)
+        found = Scaling(scales, step / steps, error, error if plain is None else plain.error)
+        plain = plain or found
+        if best is None or error < best.error:
+            best = found
+    assert best is not None
+    return best
+
+
+def _scaled_error(weight: Tensor, x: Tensor, scales: Tensor, rounded: Rounded) -> float:
+    """Sum of squares of (Q(W diag(s)) diag(1 / s) - W) x over rows and outputs."""
+    total = 0.0
+    for rows in weight.split(_ROWS):
+        dense = rows.to(x.dtype)
+        change = rounded(dense * scales).to(x.dtype) / scales - dense
+        total += float((x @ change.T).square().sum(dtype=torch.float64))
+    return total
+
+
+def _tied_mean(magnitudes: Tensor, columns: Tensor | None) -> Tensor:
+    """The mean of the magnitudes that share a scale: [scales]."""
+    if columns is None:
+        return magnitudes
+    count = int(columns.max()) + 1
+    sums = magnitudes.new_zeros(count).index_add_(0, columns, magnitudes)
+    return sums / torch.bincount(columns, minlength=count)
+
+
+def scaled_target(weight: Tensor, scales: Tensor, columns: Tensor | None = None) -> Tensor:
+    """The weight [out, in] of a layer whose input channels come divided by their scales, float32 or float64."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)) * (
+        scales if columns is None else scales[columns]
+    )
+
+
+def scaled_source(parameter: Tensor, scales: Tensor, rows: Tensor | None = None) -> Tensor:
+    """A weight [out, in] or a norm's weight or a bias [out] whose output channels are divided by their scales."""
+    divisor = scales if rows is None else scales[rows]
+    wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+    return wide / (divisor[:, None] if parameter.ndim == 2 else divisor)
+
+
+def clipped(
+    weight: Tensor,
+    activations: Tensor,
+    rounded: Rounded,
+    group_size: int,
+    ratios: Sequence[float] = CLIP_RATIOS,
+) -> Tensor:
+    """The weight [out, in], float32 or float64, with each group clamped to that of `ratios` times its largest magnitude
+    with which rounding changes the group's share of the output least.
+
+    The error counted is that of the rounded, clamped group against the group as it was, on `activations` [rows, in].
+    Raises ValueError if shapes do not fit.
+    """
+    inputs = weight.shape[1]
+    if activations.ndim != 2 or activations.shape[1] != inputs or inputs % group_size:
+        shapes = f"{tuple(activations.shape)} and groups of {group_size}"
+        raise ValueError(f"activations {shapes} do not fit a weight {tuple(weight.shape)}")
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    x = activations.to(dtype).unflatten(1, (-1, group_size)).transpose(0, 1)
+    grams = x.transpose(1, 2) @ x
+    parts = [_clipped_rows(rows.to(dtype), grams, rounded, ratios) for rows in weight.split(_ROWS)]
+    return torch.cat(parts)
+
+
+def _clipped_rows(weight: Tensor, grams: Tensor, rounded: Rounded, ratios: Sequence[float]) -> Tensor:
+    """grams: the Gram matrix of each group's activations, [groups, group, group]."""
+    groups = weight.unflatten(1, (len(grams), -1))
+    largest = groups.abs().amax(2, keepdim=True)
+    best, least = groups.clone(), torch.full_like(largest[..., 0], torch.inf)
+    for ratio in ratios:
+        candidate = torch.minimum(torch.maximum(groups, -ratio * largest), ratio * largest)
+        change = (rounded(candidate.flatten(1)).to(weight.dtype).unflatten(1, (len(grams), -1)) - groups).transpose(
+            0, 1
+        )
+        error = ((change @ grams) * change).sum(2).T
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better[..., None], candidate, best)
+    return best.flatten(1)
