@@ -1,14 +1,14 @@
 """The chips that kernels are compiled for, and the products for which times are projected.
 
 What every chip of a compute capability has in one multiprocessor is in `ARCHITECTURES`; what a product can do at most
-is in `devices.py`.
+is in `kernels/devices.py`.
 
 Source: CUDA C++ Programming Guide, "Compute Capabilities" (technical specifications per compute capability).
 """
 
 from dataclasses import dataclass
 
-from .devices import Device, device_named
+from ..kernels.devices import Device, device_named
 
 KIB = 1024
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from ..kernels.devices import find_device
 from ..kernels.errors import AfnextError
 from . import labels
-from .devices import find_device
 from .record import Record
 
 if TYPE_CHECKING:

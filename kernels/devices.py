@@ -1,4 +1,4 @@
-"""What known GPUs can do at most, by their datasheets: for "% of limit", and for projections, which are labelled so.
+"""What known GPUs can do at most, by their datasheets: for memory plans, "% of limit", and projections.
 
 Every rate is dense, without the factor of two for 2:4 sparsity that datasheets print. float16, bfloat16 and int8 are
 the tensor cores' rates; float16 and bfloat16 with float32 accumulation, the only kind that the runtime uses, which on
@@ -6,17 +6,14 @@ GeForce cards is half of the headline figure for float16 accumulation. float32 i
 here computes in TF32. A dtype that the tensor cores lack is absent. Memory is the nominal size with 10^9 bytes a GB,
 within a tenth of what torch reports.
 
-    seconds >= max(operations / rate[dtype], bytes / bandwidth)               the roofline
-
-Source: the NVIDIA datasheet or architecture whitepaper named with each device; Williams et al. 2009 (roofline).
+Source: the NVIDIA datasheet or architecture whitepaper named with each device.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
-from ..kernels.errors import AfnextError
-from .record import Record
+from .errors import AfnextError
 
 _MEMORY_TOLERANCE = 0.15  # nominal against reported bytes
 
@@ -159,34 +156,25 @@ def find_device(reported: str, memory: int | None = None) -> Device | None:
 
 
 def device_named(name: str) -> Device:
-    """The device people call `name`, whatever the case and spaces. Raises DeviceError naming those there are."""
-    wanted = "".join(name.lower().split())
-    for device in DEVICES:
-        if "".join(device.name.lower().split()) == wanted:
-            return device
-    raise DeviceError(f"unknown device {name!r}; choose one of {', '.join(device.name for device in DEVICES)}")
+    """The device people call `name`, whatever the case and spaces; its first words will do ("rtx3060", "h100").
 
-
-def roofline_seconds(device: Device, *, flops: float, bytes: float, dtype: str) -> float:
-    """The least time the device can take, in seconds: projected, never measured.
-
-    flops: operations in `dtype` ("float32", "float16", "bfloat16", "int8"); bytes: moved to and from its memory.
-    Raises DeviceError when the device has no rate for the dtype.
+    Where several devices with the same memory begin so, the first in the table. Raises DeviceError naming those there
+    are for an unknown name, and for one that leaves the memory open ("rtx").
     """
-    if dtype not in device.flops:
-        raise DeviceError(f"{device.name} has no tensor cores for {dtype}; choose one of {', '.join(device.flops)}")
-    return max(flops / device.flops[dtype], bytes / device.bandwidth)
+    wanted = _joined(name)
+    found = [device for device in DEVICES if _joined(device.name) == wanted] or [
+        device for device in DEVICES if wanted in _beginnings(device.name)
+    ]
+    if len({device.memory for device in found}) != 1:
+        choices = ", ".join(device.name for device in found or DEVICES)
+        raise DeviceError(f"{'ambiguous' if found else 'unknown'} device {name!r}; choose one of {choices}")
+    return found[0]
 
 
-def project(record: Record, device: Device) -> Record:
-    """What the roofline of `device` says about a measured kernel: a record of kind "projected", and labelled so.
+def _joined(name: str) -> str:
+    return "".join(name.lower().split())
 
-    record: a measurement whose values hold `flops` and `bytes` and whose case holds `dtype`, as `run_kernels` makes
-    them. Raises DeviceError when the device has no rate for the dtype.
-    """
-    flops, moved = record.values["flops"], record.values["bytes"]
-    seconds = roofline_seconds(device, flops=flops, bytes=moved, dtype=record.case["dtype"])
-    values = {"median_s": seconds, "flops": flops, "bytes": moved, "source": device.source}
-    subject = f"roofline of {device.name}"
-    case = {**record.case, "device": device.name}
-    return replace(record, subject=subject, case=case, values=values, kind="projected", machine={})
+
+def _beginnings(name: str) -> set[str]:
+    words = name.lower().split()
+    return {"".join(words[:count]) for count in range(1, len(words))}
