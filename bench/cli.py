@@ -17,7 +17,7 @@ from rich.table import Table
 from ..kernels.errors import BackendError
 from ..kernels.triton_language import AVAILABLE as TRITON_AVAILABLE
 from ..runtime.app.api import load
-from ..runtime.engine.generate import KV_STORAGE
+from ..runtime.engine.kv_cache import KV_STORAGE
 from .quality_data import TASKS
 from .record import SCHEMES, Record
 

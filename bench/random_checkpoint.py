@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from ..kernels.errors import AfnextError
 from ..runtime.model.config import ModelConfig
 from ..runtime.model.parameters import expected_shapes
+from ..runtime.model.published import AUDIO_FLAMINGO_NEXT
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -51,14 +52,6 @@ _TINY_DECODER = {
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-}
-_FULL_ENCODER = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
-_FULL_DECODER = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
 }
 
 
@@ -109,38 +102,23 @@ def byte_tokenizer(texts: Iterable[str] = (), split: str = _WORD_SPLIT) -> Token
 def checkpoint_config(shape: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """The config.json of a checkpoint of `shape` (see the module). Raises AfnextError for an unknown shape."""
     kind, _, layers = shape.partition(":")
+    encoder, decoder = dict(AUDIO_FLAMINGO_NEXT["audio_config"]), dict(AUDIO_FLAMINGO_NEXT["text_config"])
     if kind == "tiny" and not layers:
-        encoder, decoder, vocabulary = dict(_TINY_ENCODER), dict(_TINY_DECODER), tokenizer.get_vocab_size()
+        encoder |= _TINY_ENCODER
+        decoder |= {**_TINY_DECODER, "vocab_size": tokenizer.get_vocab_size()}
     elif kind in ("full", "full-width") and bool(layers) == (kind == "full-width"):
-        encoder, decoder, vocabulary = dict(_FULL_ENCODER), dict(_FULL_DECODER), 151_672
         if layers:
             encoder["num_hidden_layers"], decoder["num_hidden_layers"] = _layer_counts(shape, layers)
     else:
         raise AfnextError(f"unknown shape {shape!r}; choose tiny, full or full-width:ENC,DEC (as in full-width:2,4)")
     ids = tokenizer.get_vocab()
     return {
-        "architectures": ["MusicFlamingoForConditionalGeneration"],
-        "model_type": "musicflamingo",
-        "dtype": "bfloat16",
+        **AUDIO_FLAMINGO_NEXT,
         "audio_token_id": ids["<sound>"],
         "audio_bos_token_id": ids["<|sound_bos|>"],
         "audio_eos_token_id": ids["<|sound_eos|>"],
-        "rope_parameters": {"rope_theta": 1200.0, "rope_type": "default", "partial_rotary_factor": 0.2},
-        "audio_config": {
-            "model_type": "audioflamingo3_encoder",
-            "num_mel_bins": 128,
-            "max_source_positions": 1500,
-            **encoder,
-        },
-        "text_config": {
-            "model_type": "qwen2",
-            "vocab_size": vocabulary,
-            "max_position_embeddings": 131_072,
-            "rope_parameters": {"rope_theta": 15_300_000.0, "rope_type": "default"},
-            "tie_word_embeddings": False,
-            "eos_token_id": ids["<|im_end|>"],
-            **decoder,
-        },
+        "audio_config": encoder,
+        "text_config": {**decoder, "eos_token_id": ids["<|im_end|>"]},
     }
 
 

@@ -9,10 +9,12 @@ arguments that it does not cover, raise. Which implementation runs, and why one 
 
 import logging
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -51,6 +53,27 @@ def synchronize(device: torch.device) -> None:
     """Wait for the work queued on `device`, so that host clocks around it tell the truth. No-op on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be allocated on `device`; of a CPU's memory what the system and the container leave."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = re.search(r"^MemAvailable:\s*(\d+) kB$", _contents("/proc/meminfo"), re.MULTILINE)
+    if available:
+        free = 1024 * int(available[1])
+    limit = _contents("/sys/fs/cgroup/memory.max").strip()
+    return min(free, int(limit)) if limit.isdecimal() else free
+
+
+def _contents(path: str) -> str:
+    """The text of a file of the system, empty where there is none."""
+    try:
+        return Path(path).read_text(encoding="ascii")
+    except OSError:
+        return ""
 
 
 class Operation(Generic[F]):

@@ -33,3 +33,7 @@ class OutOfPagesError(AfnextError):
 
 class SamplingError(AfnextError):
     """A sampling parameter is out of its range."""
+
+
+class MemoryPlanError(AfnextError):
+    """A memory plan asks for what no device or model has, or the model does not fit the memory that is there."""

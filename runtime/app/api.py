@@ -2,14 +2,17 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
+from ...kernels.dispatch import free_memory
 from ...kernels.errors import AfnextError
 from ..engine.generate import EngineOptions, Generation
+from ..engine.memory import MemoryPlan, parse_bytes, shown_bytes
 from ..engine.sampler import SamplingParams
 from ..errors import ConfigError
 from ..files import read_settings
@@ -17,6 +20,8 @@ from ..io.audio import AudioSource
 from ..io.prompt import PromptTemplate
 from ..io.tokenizer import Tokenizer
 from ..model.audio_flamingo import AudioFlamingo
+from ..model.checkpoint import Checkpoint, with_stored_head
+from ..model.config import ModelConfig
 from ..model.hub import resolve
 from .answer import Answer, Piece
 from .conversation import AnswerReader, Conversation, Message
@@ -62,25 +67,35 @@ def load(
     chunk_size: int = 1024,
     encode_batch: int = 4,
     kv: str = "auto",
+    release_encoder: bool = False,
+    memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> "Model":
     """Load a model from a checkpoint folder or the Hub.
 
     model: a folder, or a name such as "nvidia/audio-flamingo-next-hf". device: "auto" (a GPU if there is one), or what
     torch takes. dtype: "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32".
-    page_size, chunk_size, encode_batch, kv: see `EngineOptions`. Raises ValueError for one of these out of range, and
-    otherwise an AfnextError that says what to do.
+    page_size, chunk_size, encode_batch, kv, release_encoder: see `EngineOptions`. memory: what the model and its work
+    may take, in bytes or as "8GB"; None for what the device has free.
+
+    Nothing is loaded that could not work: the memory plan (`afnext plan`) is made first, for the longest recording that
+    there is room for, and the KV cache never outgrows it. Raises MemoryPlanError with advice when not even a short
+    question has room, ValueError for an option out of range, and otherwise an AfnextError that says what to do.
     """
-    options = EngineOptions(page_size=page_size, chunk_size=chunk_size, encode_batch=encode_batch, kv=kv)
+    options = EngineOptions(
+        page_size=page_size, chunk_size=chunk_size, encode_batch=encode_batch, kv=kv, release_encoder=release_encoder
+    )
     folder = resolve(model, revision=revision)
     tokenizer = Tokenizer.from_folder(folder)
     template = PromptTemplate.from_folder(folder)
     where = usable_device(device)
     report = progress or (lambda stage, done, total: None)
+    options = _within(_free(memory, where), folder, where, dtype, options)
     network = AudioFlamingo.from_folder(
         folder,
         device=where,
         dtype=lambda stored: _dtype(dtype, stored, where),
+        release_encoder=release_encoder,
         progress=lambda done, total: report("loading weights", done, total),
     )
     config = network.config
@@ -120,6 +135,40 @@ def _dtype(dtype: str | torch.dtype, stored: str, device: torch.device) -> torch
     if name not in ("bfloat16", "float16", "float32"):
         raise AfnextError(f'the dtype {name!r} is not supported; choose "auto", "bfloat16", "float16" or "float32"')
     return getattr(torch, name)
+
+
+def _free(memory: int | str | None, device: torch.device) -> int:
+    if memory is None:
+        return free_memory(device)
+    return parse_bytes(memory) if isinstance(memory, str) else memory
+
+
+def _within(
+    memory: int, folder: Path, device: torch.device, dtype: str | torch.dtype, options: EngineOptions
+) -> EngineOptions:
+    """The options with the room for keys and values that `memory` bytes leave. Raises MemoryPlanError for none."""
+    config = with_stored_head(ModelConfig.from_folder(folder), Checkpoint.open(folder))
+    computed = _dtype(dtype, config.dtype, device)
+    plan = MemoryPlan(
+        config,
+        memory,
+        gpu=device.type != "cpu",
+        dtype=computed,
+        audio_seconds=0,
+        text_tokens=0,
+        new_tokens=min(_DEFAULT_NEW_TOKENS, config.decoder.max_positions - 2),
+        kv=options.kv,
+        page_size=options.page_size,
+        chunk_size=options.chunk_size,
+        encode_batch=options.encode_batch,
+        release_encoder=options.release_encoder,
+        mapped=device.type == "cpu" and str(computed) == f"torch.{config.dtype}",
+    )
+    room = plan.largest()
+    _log.info(
+        "%s of %s on %s: room for %d tokens", shown_bytes(room.weights), shown_bytes(memory), device, room.kv_room
+    )
+    return replace(options, max_kv_tokens=room.kv_room)
 
 
 def _sampling_defaults(folder: Path) -> dict[str, Any]:
@@ -249,8 +298,11 @@ class Model:
         values = self._sampling_defaults | {
             k: v for k, v in options.items() if k in SamplingParams.__dataclass_fields__
         }
-        # A default may be more than the context has room for; a number that the caller gave is checked as it is.
-        room = self.network.config.decoder.max_positions - len(conversation.prompt.token_ids)
+        # A default may be more than context and memory have room for; a number from the caller is checked as it is.
+        room = self.network.config.decoder.max_positions
+        if self.options.max_kv_tokens is not None:
+            room = min(room, self.options.max_kv_tokens)
+        room -= len(conversation.prompt.token_ids)
         if "max_new_tokens" not in options:
             values["max_new_tokens"] = max(1, min(values.get("max_new_tokens", _DEFAULT_NEW_TOKENS), room))
         if not options.get("ignore_eos"):

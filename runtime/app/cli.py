@@ -1,4 +1,4 @@
-"""The command line: ask, chat and info. Answers go to stdout, everything else to stderr.
+"""The command line: ask, chat, info and plan. Answers go to stdout, everything else to stderr.
 
 Exit codes: 0 for success, 1 for an error that the message explains, 2 for wrong usage, 130 when interrupted.
 """
@@ -12,18 +12,21 @@ from enum import Enum
 from itertools import chain
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from ...kernels.errors import AfnextError
+from ..engine.memory import DENSE, SCHEMES, MemoryPlan
 from ..io.audio import AudioSource
 from . import backend_info
 from . import info as model_info
 from .answer import Answer, Piece
 from .api import AnswerOptions, Model, Stream, load, usable_device
 from .api import Progress as Report
+from .plan import Target, model_config, view
 
 app = typer.Typer(
     name="afnext",
@@ -65,6 +68,9 @@ PenaltyOption = Annotated[float | None, typer.Option(help="Above 1 discourages r
 SeedOption = Annotated[int | None, typer.Option(help="Repeats a sampled answer.")]
 TruncateOption = Annotated[bool, typer.Option("--truncate", help="Cut audio that is too long instead of refusing it.")]
 ChunkOption = Annotated[int, typer.Option(help="Prompt tokens a prefill step: less memory when smaller.", min=1)]
+ReleaseOption = Annotated[
+    bool, typer.Option("--release-encoder", help="Keep the encoder's layers off the GPU, lent to it one by one.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no timings.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log which implementation runs.")]
@@ -82,6 +88,7 @@ def ask(
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
     kv: KVOption = KV.auto,
+    release_encoder: ReleaseOption = False,
     max_new_tokens: NewTokensOption = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
@@ -97,7 +104,15 @@ def ask(
     _logging(verbose)
     options = _options(max_new_tokens, temperature, top_p, repetition_penalty, seed, truncate)
     with _progress(quiet or as_json) as report:
-        loaded = load(model, device=device, dtype=dtype.value, chunk_size=chunk_size, kv=kv.value, progress=report)
+        loaded = load(
+            model,
+            device=device,
+            dtype=dtype.value,
+            chunk_size=chunk_size,
+            kv=kv.value,
+            release_encoder=release_encoder,
+            progress=report,
+        )
         sources: list[AudioSource] = [sys.stdin.buffer if name == "-" else name for name in [audio, *(also or [])]]
         options["progress"] = report
         stream = loaded.stream(sources, question, system=system, **options)
@@ -113,6 +128,7 @@ def chat(
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
     kv: KVOption = KV.auto,
+    release_encoder: ReleaseOption = False,
     max_new_tokens: NewTokensOption = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
@@ -128,7 +144,15 @@ def chat(
     _logging(verbose)
     options = _options(max_new_tokens, temperature, top_p, repetition_penalty, seed, truncate)
     with _progress(quiet or as_json) as report:
-        loaded = load(model, device=device, dtype=dtype.value, chunk_size=chunk_size, kv=kv.value, progress=report)
+        loaded = load(
+            model,
+            device=device,
+            dtype=dtype.value,
+            chunk_size=chunk_size,
+            kv=kv.value,
+            release_encoder=release_encoder,
+            progress=report,
+        )
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     parts: list[dict[str, Any]] = [{"type": "audio", "audio": name} for name in audio or []]
     while question := _read_question():
@@ -176,6 +200,50 @@ def info(
     else:
         show = backend_info.table if model is None else model_info.table
         Console(highlight=False).print(show(description))
+
+
+@app.command(epilog="Example: [bold]afnext plan --gpu 8GB --audio 1800 --scheme int4 --kv int8[/bold]")
+def plan(
+    gpu: Annotated[
+        str, typer.Option(help='An amount ("8GB"), a known GPU ("rtx3060"), "cuda", or "cpu" for this machine.')
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Folder, config.json or Hub name; the published AF-Next if left out."),
+    ] = None,
+    audio: Annotated[float, typer.Option(help="Seconds of audio.", min=0.0)] = 1800.0,
+    new_tokens: Annotated[int, typer.Option(help="Room for the answer, in tokens.", min=1)] = 2048,
+    scheme: Annotated[str, typer.Option(help=f"What weights are stored in: {', '.join(SCHEMES)}.")] = DENSE,
+    kv: KVOption = KV.auto,
+    dtype: DTypeOption = DType.auto,
+    page_size: Annotated[int, typer.Option(help="Tokens a KV page.", min=1)] = 256,
+    chunk_size: ChunkOption = 1024,
+    encode_batch: Annotated[int, typer.Option(help="Audio windows encoded at once.", min=1)] = 4,
+    release_encoder: ReleaseOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a model takes on a device, what fits, and what to change when it does not. Nothing is loaded."""
+    target = Target.parse(gpu)
+    config = model_config(model)
+    planned = MemoryPlan(
+        config,
+        target.memory,
+        gpu=target.gpu,
+        dtype=getattr(torch, config.dtype if dtype is DType.auto else dtype.value),
+        audio_seconds=audio,
+        scheme=scheme,
+        kv=kv.value,
+        page_size=page_size,
+        chunk_size=chunk_size,
+        encode_batch=encode_batch,
+        release_encoder=release_encoder,
+        new_tokens=new_tokens,
+        mapped=not target.gpu and scheme == DENSE and dtype.value in ("auto", config.dtype),
+    )
+    if as_json:
+        print(json.dumps({"device": target.name, "gpu": target.gpu, **planned.to_dict()}, ensure_ascii=False))
+    else:
+        Console(highlight=False).print(view(planned, target))
 
 
 def run(command: typer.Typer) -> None:

@@ -5,14 +5,15 @@ from collections import Counter
 from os import PathLike
 from typing import Any
 
+import torch
 from rich.table import Table
 
+from ..engine.kv_cache import page_bytes
+from ..engine.memory import shown_bytes
 from ..model.checkpoint import Checkpoint
 from ..model.config import ModelConfig
 from ..model.hub import resolve
-
-_PARTS = ("encoder", "adaptor", "embeddings", "decoder layers", "lm_head")
-_KV_BYTES = 2  # a bfloat16 element
+from ..model.parameters import PARTS, part_of
 
 
 def describe(model: str | PathLike[str]) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def describe(model: str | PathLike[str]) -> dict[str, Any]:
     checkpoint = Checkpoint.open(folder)
     parts: Counter[str] = Counter()
     for name in checkpoint.names:
-        parts[_part(name)] += math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize
+        parts[part_of(name)] += math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize
     decoder = config.decoder
     return {
         "model": str(model),
@@ -35,7 +36,7 @@ def describe(model: str | PathLike[str]) -> dict[str, Any]:
         "dtype": config.dtype,
         "parameters": checkpoint.parameter_count,
         "bytes": checkpoint.nbytes,
-        "bytes_by_part": {part: parts[part] for part in _PARTS if parts[part]},
+        "bytes_by_part": {part: parts[part] for part in PARTS if parts[part]},
         "encoder": {
             "layers": config.encoder.layers,
             "hidden_size": config.encoder.hidden_size,
@@ -54,7 +55,7 @@ def describe(model: str | PathLike[str]) -> dict[str, Any]:
         "audio_token_id": config.audio_token_id,
         "max_audio_seconds": config.max_audio_seconds,
         "context_tokens": decoder.max_positions,
-        "kv_bytes_per_token": 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * _KV_BYTES,
+        "kv_bytes_per_token": page_bytes(decoder, 1, torch.bfloat16),
     }
 
 
@@ -67,9 +68,9 @@ def table(description: dict[str, Any]) -> Table:
     total = description["bytes"]
     rows.add_row("model", f"{description['model']} ({description['model_type']}, {description['dtype']})")
     rows.add_row("parameters", f"{description['parameters']:,}")
-    rows.add_row("weights", f"{_size(total)} in {len(description['files'])} file(s)")
+    rows.add_row("weights", f"{shown_bytes(total)} in {len(description['files'])} file(s)")
     for part, nbytes in description["bytes_by_part"].items():
-        rows.add_row(f"  {part}", f"{_size(nbytes)} ({100 * nbytes / total:.1f} %)")
+        rows.add_row(f"  {part}", f"{shown_bytes(nbytes)} ({100 * nbytes / total:.1f} %)")
     rows.add_row(
         "encoder",
         f"{encoder['layers']} layers, width {encoder['hidden_size']}, {encoder['heads']} heads, "
@@ -85,13 +86,3 @@ def table(description: dict[str, Any]) -> Table:
     rows.add_row("context", f"{description['context_tokens']:,} tokens")
     rows.add_row("KV cache", f"{description['kv_bytes_per_token']:,} bytes a token in bfloat16")
     return rows
-
-
-def _part(name: str) -> str:
-    if name.startswith("decoder."):
-        return {"embed_tokens": "embeddings", "lm_head": "lm_head"}.get(name.split(".")[1], "decoder layers")
-    return name.split(".")[0]
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

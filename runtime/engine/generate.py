@@ -6,16 +6,15 @@ from typing import Literal
 
 import torch
 
-from ..errors import ContextLengthError
+from ..errors import ContextLengthError, OutOfPagesError
 from ..model.audio_flamingo import AudioFlamingo
 from .decode_graph import DecodeStep
-from .kv_cache import KVCache, pages_for
+from .kv_cache import KV_STORAGE, KVCache, pages_for
 from .prefill import AudioInput, PromptEmbeddings, prefill
 from .sampler import Sampler, SamplingParams
 from .timings import Timings
 
 FinishReason = Literal["stop", "length", "cancelled"]
-KV_STORAGE = ("auto", "int8")
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,8 @@ class EngineOptions:
 
     page_size: tokens a KV page; chunk_size: prompt tokens a prefill step; encode_batch: audio windows encoded at once;
     cuda_graphs: on a GPU, launch each decode step as one CUDA graph. None of these changes an answer.
+    max_kv_tokens: tokens that the cache may hold at most, None for any number. release_encoder: on a GPU, keep the
+    encoder's layers in the host's memory and copy each to the GPU when it is used.
     kv: what keys and values are stored in, "auto" (the model's dtype) or "int8": half the memory, and rounded.
     Raises ValueError for values out of range.
     """
@@ -33,11 +34,14 @@ class EngineOptions:
     encode_batch: int = 4
     cuda_graphs: bool = True
     kv: str = "auto"
+    max_kv_tokens: int | None = None
+    release_encoder: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "chunk_size", "encode_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("page_size", "chunk_size", "encode_batch", "max_kv_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.kv not in KV_STORAGE:
             raise ValueError(f"kv must be one of {', '.join(KV_STORAGE)}, got {self.kv!r}")
 
@@ -81,6 +85,17 @@ def check_context(model: AudioFlamingo, prompt_tokens: int, max_new_tokens: int)
         )
 
 
+def check_room(tokens: int, options: EngineOptions) -> None:
+    """Raise OutOfPagesError where the cache would hold more tokens than the options allow."""
+    room = options.max_kv_tokens
+    if room is not None and tokens > room:
+        raise OutOfPagesError(
+            f"prompts and answers take {tokens:,} tokens of the KV cache, and the memory that was there at loading has "
+            f"room for {room:,}. Give less audio, lower max_new_tokens, ask fewer questions at once, or load with "
+            'kv="int8" or a smaller scheme; `afnext plan` shows what fits.'
+        )
+
+
 class Generation:
     """A batch of requests on their way to answers. Iterate to get (request index, token id) as tokens come.
 
@@ -98,7 +113,8 @@ class Generation:
         cancelled: Callable[[], bool] = lambda: False,
     ):
         """`progress`: called with (prompt tokens prefilled, prompt tokens of all requests). `cancelled`: polled between
-        steps; once true, every unfinished request ends. Raises ContextLengthError when a request cannot fit."""
+        steps; once true, every unfinished request ends. Raises ContextLengthError when a request cannot fit the
+        context, and OutOfPagesError when all of them do not fit the memory."""
         for request in requests:
             check_context(model, len(request.token_ids), request.sampling.max_new_tokens)
         self.sequences = [Sequence(request) for request in requests]
@@ -107,9 +123,11 @@ class Generation:
         self._progress = progress
         self._cancelled = cancelled
         budget = [len(request.token_ids) + request.sampling.max_new_tokens for request in requests]
+        pages = sum(pages_for(tokens, options.page_size) for tokens in budget)
+        check_room(pages * options.page_size, options)
         self._cache = KVCache(
             model.config.decoder,
-            pages=sum(pages_for(tokens, options.page_size) for tokens in budget),
+            pages=pages,
             page_size=options.page_size,
             device=model.device,
             dtype=options.cache_dtype(model.dtype),

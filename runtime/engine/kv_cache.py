@@ -14,6 +14,8 @@ from ..errors import OutOfPagesError
 from ..model.config import DecoderConfig
 from ..model.decoder import CacheView
 
+KV_STORAGE = ("auto", "int8")
+
 
 class PagePool:
     """Hands out page numbers 0 .. pages - 1, lowest first, and takes them back."""
@@ -84,6 +86,12 @@ class KVCache:
     def allocate(self, tokens: int) -> list[int]:
         """Pages for a sequence of `tokens` tokens. Raises OutOfPagesError when they are not free."""
         return self.pool.allocate(pages_for(tokens, self.page_size))
+
+
+def page_bytes(config: DecoderConfig, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one page in the pools of all layers, scales included."""
+    head = config.head_dim * dtype.itemsize + (torch.float32.itemsize if dtype == torch.int8 else 0)
+    return 2 * config.layers * page_size * config.kv_heads * head
 
 
 def pages_for(tokens: int, page_size: int) -> int:

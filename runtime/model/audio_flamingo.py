@@ -12,6 +12,7 @@ from .checkpoint import Checkpoint, load_weights, with_stored_head
 from .config import ModelConfig
 from .decoder import Decoder
 from .encoder import Encoder
+from .parameters import ENCODER_LAYERS
 from .weights import fill
 
 
@@ -32,19 +33,26 @@ class AudioFlamingo(nn.Module):
         *,
         device: torch.device,
         dtype: Callable[[str], torch.dtype],
+        release_encoder: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> "AudioFlamingo":
         """Load a checkpoint folder, tensor by tensor.
 
-        dtype: given the name of the dtype that the config names, the one to compute in. `progress` is called with
-        (bytes done, bytes in all).
+        dtype: given the name of the dtype that the config names, the one to compute in. release_encoder: leave the
+        encoder's layers in the host's memory, see `Encoder.forward`. `progress` is called with (bytes done, bytes in
+        all).
 
         Raises ConfigError or CheckpointError naming the file and tensor at fault.
         """
         checkpoint = Checkpoint.open(folder)
         config = with_stored_head(ModelConfig.from_folder(folder), checkpoint)
         model = cls(config)
-        fill(model, load_weights(checkpoint, config, device=device, dtype=dtype(config.dtype), progress=progress))
+        host = torch.device("cpu")
+
+        def place(name: str) -> torch.device:
+            return host if release_encoder and name.startswith(ENCODER_LAYERS) else device
+
+        fill(model, load_weights(checkpoint, config, device=place, dtype=dtype(config.dtype), progress=progress))
         return model
 
     @property

@@ -215,27 +215,29 @@ def load_weights(
     checkpoint: Checkpoint,
     config: ModelConfig,
     *,
-    device: torch.device | str,
+    device: torch.device | str | Callable[[str], torch.device],
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Canonical name and weight, on `device` in `dtype`, of every parameter in `expected_shapes(config)`, one by one.
 
-    Memory peaks at the weights that the caller keeps plus one tensor. On the CPU a weight stored in `dtype` is not
-    copied but a read-only view of the file. `progress(done, total)` is called with stored bytes after each weight.
+    device: one for all, or what tells it from the canonical name. Memory peaks at the weights that the caller keeps
+    plus one tensor. On the CPU a weight stored in `dtype` is not copied but a read-only view of the file.
+    `progress(done, total)` is called with stored bytes after each weight.
     Raises CheckpointError at once when the checkpoint does not fit the config, and during loading when a weight does
     not fit `dtype` (finite values that float16 cannot hold).
     """
     check_fit(checkpoint, config)
     wanted = expected_shapes(config)
     names = [name for name in checkpoint.names if name in wanted]
-    return _weights(checkpoint, names, torch.device(device), dtype, progress)
+    where = device if callable(device) else lambda name: torch.device(device)
+    return _weights(checkpoint, names, where, dtype, progress)
 
 
 def _weights(
     checkpoint: Checkpoint,
     names: list[str],
-    device: torch.device,
+    device: Callable[[str], torch.device],
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -243,7 +245,7 @@ def _weights(
     done = 0
     for name in names:
         # No local name for the weight: the caller alone decides how long it lives.
-        yield name, _place(checkpoint, name, device, dtype)
+        yield name, _place(checkpoint, name, device(name), dtype)
         done += _stored_bytes(checkpoint, name)
         if progress is not None:
             progress(done, total)

@@ -18,7 +18,7 @@ from ...kernels.norm import add_layer_norm, layer_norm
 from ...kernels.rote import TimeEmbedding, pool_norm_rotate, pooled_length
 from ...quant.linear import Linear
 from .config import EncoderConfig, RoteConfig
-from .weights import Conv, Embedding, Norm
+from .weights import Conv, Embedding, Norm, on_device
 
 _FLOAT16_LIMIT = torch.finfo(torch.float16).max - 1000
 
@@ -92,7 +92,8 @@ class Encoder(nn.Module):
         """Encode a batch of windows.
 
         mel: [batch, mel_bins, frames] from `log_mel`, in the model's dtype; samples: number of samples of each window,
-        enough for one token; windows: index of each window in its own audio.
+        enough for one token; windows: index of each window in its own audio. Layers whose weights lie on another
+        device are lent to that of `mel`, one at a time.
         Returns one [token_count(samples), hidden] tensor a window.
         """
         lengths = [conv_length(valid_frames(n)) for n in samples]
@@ -100,7 +101,7 @@ class Encoder(nn.Module):
         x = conv_stem(mel, *stem)[:, : max(lengths)].contiguous()
         key_lengths = torch.tensor(lengths, device=x.device)
         for layer in self.layers:
-            x = layer(x, key_lengths)
+            x = on_device(layer, x.device)(x, key_lengths)
         angles = indices = None
         if self.time_embedding is not None:
             angles = self.time_embedding.table(max(windows) + 1, x.device)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import NoReturn
@@ -9,17 +10,24 @@ from typing import NoReturn
 from ..errors import CheckpointError
 
 # Weights and text only: neither pickle nor code ever reaches the disk.
-ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja"]
+ALLOWED_FILES = ("*.safetensors", "*.json", "*.jinja")
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def resolve(model: str | PathLike[str], *, revision: str | None = None, offline: bool = False) -> Path:
+def resolve(
+    model: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    files: Sequence[str] = ALLOWED_FILES,
+) -> Path:
     """The local folder of `model`: the folder that it names, or the snapshot of the Hub repository `org/name`.
 
     A folder that exists comes first; a path object, or a string that looks like a path, is never taken for a Hub name.
-    `revision` is a branch, tag or commit on the Hub. With `offline`, or HF_HUB_OFFLINE=1 in the environment, only the
-    cache is looked at. Raises CheckpointError saying what to do when the folder or repository cannot be had.
+    `revision` is a branch, tag or commit on the Hub; `files` are patterns of what is downloaded from there. With
+    `offline`, or HF_HUB_OFFLINE=1 in the environment, only the cache is looked at. Raises CheckpointError saying what
+    to do when the folder or repository cannot be had.
     """
     name = os.fspath(model)
     folder = Path(name).expanduser()
@@ -35,21 +43,21 @@ def resolve(model: str | PathLike[str], *, revision: str | None = None, offline:
         raise CheckpointError(
             f"there is no folder {name!r}, and a name on the Hub would read org/name; check the path."
         )
-    return _snapshot(name, revision, offline or _is_offline())
+    return _snapshot(name, revision, offline or _is_offline(), files)
 
 
 def _is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
-def _snapshot(name: str, revision: str | None, offline: bool) -> Path:
+def _snapshot(name: str, revision: str | None, offline: bool, files: Sequence[str]) -> Path:
     # Imported here: most runs read a local folder and need none of it.
     import huggingface_hub
 
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=ALLOWED_FILES, local_files_only=offline
+                name, revision=revision, allow_patterns=list(files), local_files_only=offline
             )
         )
     except Exception as problem:  # the transport below the Hub's client, and its errors, change between versions

@@ -10,6 +10,8 @@ import re
 from .config import DecoderConfig, EncoderConfig, ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
+PARTS = ("encoder", "adaptor", "embeddings", "decoder layers", "lm_head")
+ENCODER_LAYERS = "encoder.layers."
 
 _LAYOUTS = (
     (re.compile(r"(model\.)?audio_tower\.|sound_tower\."), "encoder."),
@@ -35,6 +37,13 @@ def canonical_name(stored: str) -> str | None:
         if match:
             return canonical + stored[match.end() :]
     return stored
+
+
+def part_of(name: str) -> str:
+    """Which of PARTS the parameter with this canonical name belongs to."""
+    if name.startswith("decoder."):
+        return {"embed_tokens": "embeddings", "lm_head": "lm_head"}.get(name.split(".")[1], "decoder layers")
+    return name.split(".")[0]
 
 
 def expected_shapes(config: ModelConfig) -> Shapes:

@@ -1,11 +1,15 @@
 """Modules without training code: their tensors are buffers, empty until the checkpoint fills them."""
 
+import copy
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def empty(*shape: int) -> Tensor:
@@ -68,3 +72,17 @@ def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
     missing = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     if missing:
         raise CheckpointError(f"{len(missing)} tensors are missing from the checkpoint, the first is {missing[0]}")
+
+
+def on_device(module: ModuleT, device: torch.device) -> ModuleT:
+    """`module` itself where all its tensors are on `device`, otherwise a copy of it there.
+
+    The module is left as it is, so that several threads may borrow from it.
+    """
+    if all(buffer.device == device for buffer in module.buffers()):
+        return module
+    lent = copy.copy(module)
+    buffers, children = module.named_buffers(recurse=False), module.named_children()
+    lent._buffers = module._buffers | {name: buffer.to(device, non_blocking=True) for name, buffer in buffers}
+    lent._modules = module._modules | {name: on_device(child, device) for name, child in children}
+    return lent

@@ -1,0 +1,378 @@
+"""The memory plan: what a model and its work take, part by part, before any of it is allocated.
+
+    device = weights + RoTE's table + KV pages + workspace + reserve
+
+Weights, table and pages are counted exactly, from the shapes that the config gives. The workspace is an upper bound of
+what encoding a batch of windows, prefilling a chunk or choosing a token holds for a moment; of the three only the
+largest counts, since they follow each other. The reserve is what the driver, the libraries and the allocator's rounding
+take. Nothing here is measured: a plan for a device that is not there is a projection.
+"""
+
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+
+from ...kernels.conv_stem import conv_length
+from ...kernels.log_mel import N_FFT, SAMPLE_RATE, WINDOW_SAMPLES, valid_frames
+from ..errors import MemoryPlanError
+from ..files import shown
+from ..model.config import ModelConfig
+from ..model.encoder import audio_token_count, token_count
+from ..model.parameters import ENCODER_LAYERS, PARTS, expected_shapes, part_of
+from .kv_cache import KV_STORAGE, page_bytes, pages_for
+
+Place = Literal["device", "host", "file"]
+RESERVE = 500_000_000
+DENSE = "dense"
+SCHEMES = (DENSE, "int8", "int4")
+_INT4_GROUP = 128
+_log = logging.getLogger("afnext.engine")
+# What frees memory, the mildest first: the first two cost time, the others precision.
+CHANGES: Mapping[str, dict[str, Any]] = {
+    "chunk_size=256, encode_batch=1": {"chunk_size": 256, "encode_batch": 1},
+    "release_encoder": {"release_encoder": True},
+    "kv=int8": {"kv": "int8"},
+    "scheme=int8": {"scheme": "int8"},
+    "scheme=int4": {"scheme": "int4"},
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of a plan: what it is, its bytes, and where they are. exact: counted, and not bounded from above."""
+
+    name: str
+    nbytes: int
+    place: Place
+    detail: str
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What `config` takes on a device with `memory` bytes, for one recording of `audio_seconds` and its answer.
+
+    gpu: whether the device is one; on a CPU the slower torch implementations hold more for a moment. dtype: what is
+    computed in. scheme: one of SCHEMES, what the matrices of encoder, adaptor, decoder and head are stored in.
+    kv, page_size, chunk_size, encode_batch, release_encoder: see `EngineOptions`. text_tokens, new_tokens: room for the
+    template with its system message and a question, and for the answer. mapped: the weights are read from the mapped
+    file and not copied. reserve: bytes that are left alone.
+    Raises MemoryPlanError for values out of range.
+    """
+
+    config: ModelConfig
+    memory: int
+    gpu: bool
+    dtype: torch.dtype
+    audio_seconds: float
+    scheme: str = DENSE
+    kv: str = "auto"
+    page_size: int = 256
+    chunk_size: int = 1024
+    encode_batch: int = 4
+    release_encoder: bool = False
+    text_tokens: int = 256
+    new_tokens: int = 2048
+    mapped: bool = False
+    reserve: int = RESERVE
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "chunk_size", "encode_batch", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise MemoryPlanError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        limit = self.config.max_audio_seconds
+        if not 0 <= self.audio_seconds <= limit:
+            raise MemoryPlanError(f"the plan is for {self.audio_seconds:g} s of audio; the model hears 0 to {limit} s")
+        if self.kv not in KV_STORAGE:
+            raise MemoryPlanError(f"keys and values are stored as one of {', '.join(KV_STORAGE)}, not {self.kv!r}")
+        if self.scheme not in SCHEMES:
+            raise MemoryPlanError(f"the scheme {self.scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+        if self.tokens > self.config.decoder.max_positions:
+            raise MemoryPlanError(
+                f"{self.audio_seconds:g} s of audio and {self.new_tokens} new tokens are {self.tokens} tokens, but the "
+                f"model's context ends at {self.config.decoder.max_positions}. Plan for less audio or a shorter answer."
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the recording, the text around it, and the answer."""
+        return audio_token_count(round(self.audio_seconds * SAMPLE_RATE)) + 2 + self.text_tokens + self.new_tokens
+
+    @property
+    def pages(self) -> int:
+        """KV pages that hold them."""
+        return pages_for(self.tokens, self.page_size)
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """What keys and values are stored in."""
+        return torch.int8 if self.kv == "int8" else self.dtype
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one KV page of all layers."""
+        return page_bytes(self.config.decoder, self.page_size, self.kv_dtype)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Every part of the plan; all but those in the host's memory add up to `total`."""
+        return (*self._weights(), *self._state(), self._workspace(), self._reserve())
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device, mapped files included."""
+        return sum(part.nbytes for part in self.parts if part.place != "host")
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights among them."""
+        return sum(part.nbytes for part in self._weights() if part.place != "host")
+
+    @property
+    def kv_room(self) -> int:
+        """Tokens that the cache may hold while the rest of the plan keeps its place."""
+        return (self.pages + self.spare // self.page_bytes) * self.page_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values, ready for JSON."""
+        names = ("scheme", "kv", "page_size", "chunk_size", "encode_batch", "release_encoder", "audio_seconds")
+        return {
+            "projected": True,
+            "memory": self.memory,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **{name: getattr(self, name) for name in names},
+            "tokens": self.tokens,
+            "pages": self.pages,
+            "page_bytes": self.page_bytes,
+            "parts": [asdict(part) for part in self.parts],
+            "workspace_by_stage": self.stages,
+            "total": self.total,
+            "spare": self.spare,
+            "fits": self.fits,
+            "longest_audio": self.longest_audio(),
+            "savings": self.savings(),
+            "remedy": list(self.remedy()),
+        }
+
+    @property
+    def spare(self) -> int:
+        """Bytes of the device that stay free, below zero when the plan does not fit."""
+        return self.memory - self.total
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has the room."""
+        return self.spare >= 0
+
+    def _weights(self) -> Iterator[Part]:
+        dense = str(self.dtype).removeprefix("torch.")
+        for (part, layers), nbytes in weight_bytes(self.config, self.scheme, self.dtype).items():
+            packed = self.scheme != DENSE and part != "embeddings"
+            detail = f"{self.scheme}, the rest {dense}" if packed else dense
+            if layers and self._lends:
+                yield Part(f"{part} layers", nbytes, "host", f"{detail}, lent to the device one by one")
+            elif self.mapped:
+                yield Part(f"{part} layers" if layers else part, nbytes, "file", f"{detail}, mapped")
+            else:
+                yield Part(f"{part} layers" if layers else part, nbytes, "device", detail)
+
+    @property
+    def _lends(self) -> bool:
+        """Whether the encoder's layers lie in the host's memory."""
+        return self.release_encoder and self.gpu
+
+    def _state(self) -> Iterator[Part]:
+        table = rote_table_bytes(self.config, self.audio_seconds)
+        if table:
+            yield Part("RoTE table", table, "device", "angles of every window, float32")
+        kv = "int8 with float32 scales" if self.kv == "int8" else str(self.dtype).removeprefix("torch.")
+        detail = f"{self.pages} pages of {self.page_size} tokens, {kv}, {self.tokens:,} tokens"
+        yield Part("KV pages", self.pages * self.page_bytes, "device", detail)
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """Upper bounds of what each stage holds for a moment; the workspace is the largest."""
+        return {
+            f"encoding {self.encode_batch} windows": self._encoding() if self.audio_seconds else 0,
+            f"prefilling {self.chunk_size} tokens": self._prefilling(),
+            "choosing a token": 80 * self.config.decoder.vocab_size,
+        }
+
+    def _workspace(self) -> Part:
+        stages = self.stages
+        largest = max(stages, key=lambda stage: stages[stage])
+        return Part("workspace", stages[largest], "device", f"at most, {largest}", exact=False)
+
+    def _reserve(self) -> Part:
+        return Part("reserve", self.reserve, "device", "driver, libraries, rounding", exact=False)
+
+    def _encoding(self) -> int:
+        """An upper bound of what encoding a batch holds: the largest of log-mel, stem, and one layer."""
+        encoder, itemsize = self.config.encoder, self.dtype.itemsize
+        frames = valid_frames(WINDOW_SAMPLES)
+        positions, width = conv_length(frames), encoder.hidden_size
+        spectrum = (frames + 1) * (4 * N_FFT + 8 * (N_FFT // 2 + 1) * 2)
+        log_mel = 2 * 4 * WINDOW_SAMPLES + spectrum + 4 * 4 * encoder.mel_bins * frames
+        stem = itemsize * (encoder.mel_bins + 3 * width) * frames
+        layer = itemsize * positions * max(6 * width + 2 * encoder.intermediate_size, 10 * width)
+        pooled = positions * width * (itemsize + 4 * 4)
+        window = max(log_mel, stem, layer, pooled)
+        # The batch before may still wait for its chunk, and the chunk's own embeddings are there.
+        waiting = 2 * self.encode_batch * token_count(WINDOW_SAMPLES) + self.chunk_size
+        held = itemsize * self.config.decoder.hidden_size * waiting
+        layers = weight_bytes(self.config, self.scheme, self.dtype)["encoder", True]
+        lent = layers // encoder.layers if self._lends else 0
+        return self.encode_batch * window + held + rote_table_bytes(self.config, self.audio_seconds) * 2 + lent
+
+    def _prefilling(self) -> int:
+        """An upper bound of what one chunk holds at the end of the prompt: the stream, and one block at a time."""
+        decoder, itemsize = self.config.decoder, self.dtype.itemsize
+        chunk = min(self.chunk_size, self.tokens)
+        query, key = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+        stream = 6 * decoder.hidden_size
+        mlp = chunk * itemsize * (stream + 4 * decoder.intermediate_size)
+        norm = chunk * (itemsize * stream + 3 * 4 * decoder.hidden_size)
+        attention = chunk * (itemsize * (stream + 4 * query + 2 * key) + 6 * query + 3 * 4 * key)
+        if not self.gpu:
+            attention += self._gathered_attention(chunk)
+        encoded = self.encode_batch * token_count(WINDOW_SAMPLES) if self.audio_seconds else 0
+        return max(mlp, norm, attention) + itemsize * decoder.hidden_size * (encoded + chunk)
+
+    def _gathered_attention(self, chunk: int) -> int:
+        """What torch's attention adds: keys and values gathered and packed for every head, and a mask for the chunk."""
+        decoder, itemsize = self.config.decoder, self.dtype.itemsize
+        gathered = self.tokens * decoder.kv_heads * decoder.head_dim * (3 * itemsize + 2 * 4)
+        packed = self.tokens * decoder.heads * decoder.head_dim * 2 * itemsize
+        return gathered + packed + chunk * self.tokens * (1 + max(itemsize, 4))
+
+    def longest_audio(self) -> int | None:
+        """The most whole seconds of audio with which this plan fits, or None when it does not even without any."""
+
+        def fits(seconds: int) -> bool:
+            return replace(self, audio_seconds=seconds).fits
+
+        if not fits(0):
+            return None
+        low, high = 0, self._most_seconds()
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
+
+    def _most_seconds(self) -> int:
+        """What the model can hear, and the context holds beside text and answer."""
+        room = self.config.decoder.max_positions - replace(self, audio_seconds=0).tokens
+        seconds_a_window = WINDOW_SAMPLES // SAMPLE_RATE
+        return min(self.config.max_audio_seconds, room * seconds_a_window // token_count(WINDOW_SAMPLES))
+
+    def largest(self) -> "MemoryPlan":
+        """This plan for the longest audio that there is room for. Raises MemoryPlanError where there is none.
+
+        Mapped weights that do not fit beside all else are let pass with a warning: such a model works, slowly, as the
+        system reads parts of the file again and again.
+        """
+        longest = self.longest_audio()
+        if longest is not None:
+            return replace(self, audio_seconds=longest)
+        bare = replace(self, audio_seconds=0)
+        if bare.mapped and bare.total - bare.weights <= bare.memory:
+            _log.warning(
+                "the weights take %s and the memory is %s: parts of them will be read from the file for every token",
+                shown_bytes(bare.weights),
+                shown_bytes(bare.memory),
+            )
+            return replace(bare, memory=bare.memory + bare.weights).largest()
+        raise MemoryPlanError(
+            f"the model and a short question take {shown_bytes(bare.total)}, and {shown_bytes(self.memory)} are there. "
+            f"{bare.advice()}"
+        )
+
+    def savings(self) -> dict[str, int]:
+        """What each change of `CHANGES` would free on its own, in bytes, where it frees any."""
+        freed = {change: self.total - self.changed([change]).total for change in CHANGES}
+        return {change: nbytes for change, nbytes in freed.items() if nbytes > 0}
+
+    def remedy(self) -> tuple[str, ...]:
+        """The mildest changes of `CHANGES` with which the plan fits, or none where even all of them do not help.
+
+        Those that only take time come before those that round, so any number of the former before one of the latter.
+        """
+        useful = [] if self.fits else list(self.savings())
+        for chosen in range(1, 1 << len(useful)):
+            changes = [change for index, change in enumerate(useful) if chosen >> index & 1]
+            if self.changed(changes).fits:
+                return tuple(changes)
+        return ()
+
+    def changed(self, changes: Iterable[str]) -> "MemoryPlan":
+        """The plan after some of `CHANGES`, those that would ask for more than it does left out."""
+        plan = self
+        for change in changes:
+            candidate = replace(plan, **CHANGES[change])
+            plan = candidate if candidate.total < plan.total else plan
+        return plan
+
+    def advice(self) -> str:
+        """What to do about a plan that does not fit, in a sentence or two."""
+        remedy = self.remedy()
+        if remedy:
+            spare = self.changed(remedy).spare
+            return f"It fits with {' and '.join(remedy)} ({shown_bytes(spare)} to spare)."
+        everything = self.changed(CHANGES)
+        longest = everything.longest_audio()
+        if longest is None:
+            least = shown_bytes(replace(everything, audio_seconds=0).total)
+            return f"No settings make it fit: the least it takes, and that without audio, is {least}."
+        return (
+            f"With {' and '.join(self.savings()) or 'these settings'} it holds {longest} s of audio; cut the recording."
+        )
+
+
+@lru_cache(maxsize=16)
+def weight_bytes(config: ModelConfig, scheme: str, dtype: torch.dtype) -> Mapping[tuple[str, bool], int]:
+    """Bytes of the weights by part, with the encoder's layers (True) apart from the rest of it (False)."""
+    sizes: Counter[tuple[str, bool]] = Counter()
+    for name, shape in expected_shapes(config).items():
+        sizes[part_of(name), name.startswith(ENCODER_LAYERS)] += parameter_bytes(name, shape, scheme, dtype)
+    return MappingProxyType({key: sizes[key] for key in sorted(sizes, key=lambda key: (PARTS.index(key[0]), key[1]))})
+
+
+def parameter_bytes(name: str, shape: tuple[int, ...], scheme: str, dtype: torch.dtype) -> int:
+    """Bytes of a parameter stored in `scheme`: its matrices packed (see `quant`), all else in `dtype`."""
+    elements = math.prod(shape)
+    if scheme == DENSE or len(shape) != 2 or "embed" in name:
+        return elements * dtype.itemsize
+    rows, columns = shape
+    if scheme == "int8":
+        return rows * (columns + 4)
+    return rows * (-(-columns // 2) + 2 * -(-columns // _INT4_GROUP))
+
+
+def rote_table_bytes(config: ModelConfig, audio_seconds: float) -> int:
+    """Bytes of the table of RoTE's angles for audio of that length; see `TimeEmbedding.table`."""
+    windows = -(-round(audio_seconds * SAMPLE_RATE) // WINDOW_SAMPLES)
+    if config.rote is None or not windows:
+        return 0
+    return (1 << (windows - 1).bit_length()) * token_count(WINDOW_SAMPLES) * config.rote.dim * 4
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes as people write them: "8GB" (10^9), "8GiB" (2^30), "512 MB". Raises MemoryPlanError for anything else."""
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)\s*([kmgt])(i?)b?", text.strip().lower())
+    if match is None:
+        raise MemoryPlanError(f'{shown(text)} is no amount of memory; write it as "8GB" or "7.5GiB"')
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (1 + "kmgt".index(unit)))
+
+
+def shown_bytes(nbytes: int) -> str:
+    """Bytes for people, in powers of ten."""
+    return f"{nbytes / 1e9:.2f} GB" if abs(nbytes) >= 1e9 else f"{nbytes / 1e6:.1f} MB"
