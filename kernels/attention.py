@@ -15,9 +15,10 @@ on a GPU. Bytes: q and out once, k and v at least once.
 The Triton kernel makes one pass (flash attention). A program has a tile of rows, each one query of one head; the heads
 of a KV head are neighbouring rows, so that they share its keys and values. It walks over the visible keys a tile at a
 time with a running maximum and sum, in float32 and in base 2, and forms no tile that no row sees; only tiles that some
-rows see are masked. So it moves k and v once for each 128 rows (18 queries of a group of 7), mostly from the L2 cache:
-128 operations for each byte. At full size a window's head is 12 tiles in the encoder, and 1024 tokens of prefill are 56
-tiles for each KV head.
+rows see are masked. sm_90 and sm_100 fetch the tiles by themselves (tensor descriptors, TMA), others through pointers.
+So it moves k and v once for each 128 rows (18 queries of a group of 7), mostly from the L2 cache: 128 operations for
+each byte. At full size a window's head is 12 tiles in the encoder, and 1024 tokens of prefill are 56 tiles for each KV
+head.
 Source: Vaswani et al. 2017; Milakov and Gimelshein 2018 (online softmax); Dao 2023 (FlashAttention-2); Ainslie et al.
 2023 (GQA); Goel et al. 2024, arXiv:2410.12109 (RoTE in attention).
 """
@@ -26,12 +27,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .configs import Config, Configs
+from .configs import Config, Configs, family
 from .dispatch import Operation
 from .pages import gather_pages, locate_tokens
 from .rotary import Rotation, check_rotation, load_turned, load_turns, rotary
 from .rotary import reference as rotary_reference
-from .triton_language import tl, triton
+from .triton_language import TensorDescriptor, tl, triton
 
 
 def reference(
@@ -98,6 +99,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     page_table,
     k_scales,
     v_scales,
+    k_tiles,
+    v_tiles,
     scale,
     queries,
     keys,
@@ -159,16 +162,24 @@ def _kernel(  # type: ignore[no-untyped-def]
                 page, slot = batch, token
             else:
                 page, slot = locate_tokens(page_table + batch * table_row, start, length, PAGE_SIZE, BLOCK_N)
-            slot = slot.to(tl.int64)
-            k_at = k + (page * k_page + slot * k_slot)[:, None] + channels
-            v_at = v + (page * v_page + slot * v_slot)[:, None] + channels
-            if masked or BLOCK_D != HEAD_DIM:
-                loaded = exists[:, None] & (channels < HEAD_DIM)
-                k_tile, v_tile = tl.load(k_at, mask=loaded, other=0), tl.load(v_at, mask=loaded, other=0)
+            if k_tiles is not None:
+                first = start if page_table is None else start % PAGE_SIZE
+                corner = [page.to(tl.int32), first, (kv_head * HEAD_DIM).to(tl.int32)]
+                k_tile = k_tiles.load(corner).reshape(BLOCK_N, BLOCK_D)
+                v_tile = v_tiles.load(corner).reshape(BLOCK_N, BLOCK_D)
+                if masked and v_scales is None:
+                    # What lies behind the last token may be NaN, which a weight of 0 would not take away.
+                    v_tile = tl.where(exists[:, None], v_tile, 0.0)
             else:
-                k_tile, v_tile = tl.load(k_at), tl.load(v_at)
+                k_at = k + (page * k_page + slot.to(tl.int64) * k_slot)[:, None] + channels
+                v_at = v + (page * v_page + slot.to(tl.int64) * v_slot)[:, None] + channels
+                if masked or BLOCK_D != HEAD_DIM:
+                    loaded = exists[:, None] & (channels < HEAD_DIM)
+                    k_tile, v_tile = tl.load(k_at, mask=loaded, other=0), tl.load(v_at, mask=loaded, other=0)
+                else:
+                    k_tile, v_tile = tl.load(k_at), tl.load(v_at)
             scores = tl.dot(rows, tl.trans(k_tile.to(rows.dtype)), input_precision="ieee") * scale
-            scale_at = (page * PAGE_SIZE + slot) * kv_heads + kv_head
+            scale_at = (page * PAGE_SIZE + slot.to(tl.int64)) * kv_heads + kv_head
             if k_scales is not None:
                 scores *= tl.load(k_scales + scale_at, mask=exists, other=0.0)[None, :]
             if masked:
@@ -217,8 +228,31 @@ _CROWDED = Configs(
     _CONFIGS[128].by_family,
     candidates=_CANDIDATES,
 )
+# The chips that fetch tiles without a thread's registers (TMA), which makes room for 128 keys of a wide head. sm_120
+# does so too, but has its operands in registers, where the tiles on their way to a product spill.
+_FETCHING = ("sm90", "sm100")
+_FETCHED = Configs(
+    "attention_128_fetched",
+    Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=2),
+    candidates=_CANDIDATES,
+)
 # Float32 is for comparisons: exact products without tensor cores. Heads wider than 128 are in no model of ours.
 _SMALL = Configs("attention_small", Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=2))
+
+
+def _fetchable(x: Tensor) -> bool:
+    """Whether the chip can fetch tiles of these keys or values by itself: heads side by side, steps of 16 bytes."""
+    *outer, head_step, _ = x.stride()
+    steps = (*outer, x.storage_offset())
+    aligned = all(step * x.element_size() % 16 == 0 for step in steps) and x.data_ptr() % 16 == 0
+    return family(x.device) in _FETCHING and aligned and head_step == x.shape[3] and x.shape[3] in (64, 128)
+
+
+def _tiles(x: Tensor, block: int) -> TensorDescriptor:
+    """Keys or values as tiles of one page or sequence, `block` tokens and one head."""
+    pages, tokens, kv_heads, head_dim = x.shape
+    rows = x.as_strided((pages, tokens, kv_heads * head_dim), (x.stride(0), x.stride(1), 1))
+    return TensorDescriptor.from_tensor(rows, [1, block, head_dim])
 
 
 @_operation.implementation("triton")
@@ -247,7 +281,11 @@ def _triton(
     block_d = max(16, triton.next_power_of_2(head_dim))
     page_size = 0 if page_table is None else k.shape[1]
 
+    fetched = q.element_size() == 2 and _fetchable(k) and _fetchable(v)
+
     def launch(config: Config) -> None:
+        block_n = config.blocks["BLOCK_N"]
+        tiled = fetched and page_size % block_n == 0
         _kernel[(triton.cdiv(queries * group, config.blocks["BLOCK_M"]), kv_heads, batch)](
             q,
             k,
@@ -259,6 +297,8 @@ def _triton(
             page_table,
             k_scales,
             v_scales,
+            _tiles(k, block_n) if tiled else None,
+            _tiles(v, block_n) if tiled else None,
             scale,
             queries,
             k.shape[1],
@@ -281,7 +321,9 @@ def _triton(
         configs = _SMALL
     elif block_d == 128 and (rotation is not None or k_scales is not None):
         configs = _CROWDED
-    key = (str(q.dtype), str(k.dtype), head_dim, group, causal, page_size, rotation is not None)
+    elif block_d == 128 and fetched and page_size % 128 == 0:
+        configs = _FETCHED
+    key = (str(q.dtype), str(k.dtype), head_dim, group, causal, page_size, rotation is not None, fetched)
     launch(configs.on(q.device, key, launch))
     return out
 

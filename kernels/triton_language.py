@@ -1,6 +1,6 @@
 """The one place that imports Triton, so that the kernels' files also import where there is none (macOS, Windows).
 
-Kernels say `from .triton_language import tl, triton`. Without Triton both names are stand-ins under which decorated
+Kernels say `from .triton_language import tl, triton`. Without Triton all names are stand-ins under which decorated
 kernels can be defined but not launched, and `AVAILABLE` is false: nothing registers a `triton` implementation then.
 """
 
@@ -9,6 +9,7 @@ from typing import Any
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     AVAILABLE = True
 except ImportError:
@@ -22,7 +23,7 @@ except ImportError:
         def __call__(self, *args: Any, **options: Any) -> Any:
             return args[0] if args and callable(args[0]) else self
 
-    triton = tl = _Missing()
+    triton = tl = TensorDescriptor = _Missing()
     AVAILABLE = False
 
-__all__ = ["AVAILABLE", "tl", "triton"]
+__all__ = ["AVAILABLE", "TensorDescriptor", "tl", "triton"]

@@ -17,10 +17,12 @@ from support.accuracy import (
 )
 from torch import Tensor
 from torch.nn import functional as F
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from afnext.kernels import attention as module
 from afnext.kernels import rotary as rotary_module
 from afnext.kernels.attention import attention
+from afnext.kernels.configs import targeting
 from afnext.kernels.rotary import Pairing, Rotation, rope_frequencies, rotary
 
 BACKENDS = backends(module._operation)
@@ -152,6 +154,31 @@ def test_int8_cache(backend: str, case: Case, dtype: torch.dtype, seed: int, dev
     k, v = k.double() * k_scales, v.double() * v_scales
     exact = exactly(attention, q, k, v, causal=case.causal, key_lengths=torch.tensor(lengths, device=device))
     assert_accurate(actual, exact, plain(q, k.to(dtype), v.to(dtype), lengths, case.causal))
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[10]], ids=str)
+@pytest.mark.parametrize("chip", ["sm80", "sm90"])
+def test_tiles_are_the_same_through_pointers_and_descriptors(chip: str, case: Case, seed: int) -> None:
+    """sm_90 fetches them by itself. What lies in a page behind the last token is NaN."""
+    q, k, v = case.tensors(torch.bfloat16, torch.device("cpu"))
+    lengths = torch.tensor(case.lengths)
+    keys, values, table = k, v, None
+    if case.page_size is not None:
+        keys, values, table = paged(k, v, list(case.lengths), case.page_size)
+        assert keys.isnan().any()
+    fetched = []
+
+    def tiles(x: Tensor, block: int) -> TensorDescriptor:
+        fetched.append(x)
+        return made(x, block)
+
+    made = module._tiles
+    with targeting(chip), poisoned("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_tiles", tiles)
+        actual = attention(q, keys, values, causal=case.causal, key_lengths=lengths, page_table=table)
+    assert bool(fetched) == (chip == "sm90")
+    exact = exactly(attention, q, k, v, causal=case.causal, key_lengths=lengths)
+    assert_accurate(actual, exact, plain(q, k, v, list(case.lengths), case.causal))
 
 
 @pytest.mark.parametrize("page_size", [16, 256])

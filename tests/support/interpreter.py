@@ -259,13 +259,13 @@ class _CheckedBuilder(interpreter.InterpreterBuilder):  # type: ignore[misc]
     def create_dot(self, a: Any, b: Any, *rest: Any) -> Any:
         return super().create_dot(_widened(a), _widened(b), *rest)
 
-    def create_masked_load(self, ptrs: Any, mask: Any, *rest: Any) -> Any:
+    def create_masked_load(self, ptrs: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         self._touch("load", ptrs, mask)
-        return super().create_masked_load(ptrs, mask, *rest)
+        return super().create_masked_load(ptrs, mask, *rest, **options)
 
-    def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         self._touch("store", ptrs, mask)
-        result = super().create_masked_store(ptrs, value, mask, *rest)
+        result = super().create_masked_store(ptrs, value, mask, *rest, **options)
         bits = np.ascontiguousarray(value.data).view(f"u{value.data.itemsize}")
         if (interpreter._interpreter.load(ptrs.data, mask.data, bits, bits.dtype) != bits).any():
             raise RaceError(f"{self.launch.kernel}: lanes of one store write different values to one address")
@@ -283,8 +283,9 @@ class _CheckedBuilder(interpreter.InterpreterBuilder):  # type: ignore[misc]
 
     def _touch(self, what: str, ptrs: Any, mask: Any = None) -> None:
         addresses = ptrs.data
-        if mask is not None and not mask.data.all():
-            addresses = addresses[np.broadcast_to(mask.data, addresses.shape)]
+        active = None if mask is None else np.asarray(mask.data)  # that of a descriptor is a bare array
+        if active is not None and not active.all():
+            addresses = addresses[np.broadcast_to(active, addresses.shape)]
         itemsize = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
         self.launch.touch(what, addresses.reshape(-1), itemsize, self.grid_idx)
 
