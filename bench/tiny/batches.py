@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ...kernels.log_mel import log_mel
@@ -73,7 +74,7 @@ class Batches(Dataset[dict[str, Any]]):
         margin = (0 if from_start else MARGIN) * RATE // 50
         for window, start in places:
             empty = rng.random() < (0.04 if stage.crops == 1 else 0.15)
-            crop, inside = make_scene(self._bank, rng, stage.seconds, conditions, density=density)
+            crop, inside = make_scene(self._bank, rng, stage.seconds, conditions, density=density, respeak=True)
             if empty:
                 crop, inside = _silence(len(crop), rng), []
             samples.append(np.pad(crop, (margin, MARGIN * RATE // 50)))
@@ -128,7 +129,8 @@ def crop_log_mel(samples: np.ndarray) -> Tensor:
 
 def _disturbed(mel: Tensor, rng: random.Random) -> Tensor:
     """Each crop as a longer or shorter throat would have it (Jaitly and Hinton 2013, the frequency axis stretched),
-    with a band of frequencies and a moment missing (Park et al. 2019, SpecAugment); a fifth stay as they are."""
+    through a microphone that favours some frequencies, with a band of frequencies and a moment missing (Park et al.
+    2019, SpecAugment); a fifth stay as they are."""
     mel = mel.clone()
     floor = mel.amin((1, 2))
     for row in range(len(mel)):
@@ -137,6 +139,8 @@ def _disturbed(mel: Tensor, rng: random.Random) -> Tensor:
         source = (torch.arange(MELS) * rng.uniform(0.88, 1.14)).clamp_max(MELS - 1)
         low, share = source.long(), (source % 1)[:, None]
         mel[row] = mel[row][low] * (1 - share) + mel[row][(low + 1).clamp_max(MELS - 1)] * share
+        favours = torch.tensor([[[rng.gauss(0.0, 0.12) for _ in range(6)]]])  # 1 is 40 dB
+        mel[row] += F.interpolate(favours, MELS, mode="linear", align_corners=True)[0, 0, :, None]
         band, first = rng.randrange(12), rng.randrange(MELS)
         mel[row, first : first + band] = floor[row]
         if rng.random() < 0.5:

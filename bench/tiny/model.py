@@ -39,7 +39,9 @@ class EncoderAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in projections)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        # For crops this short the plain formula is faster backwards than the fused one.
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        return self.out_proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
 
 class EncoderLayer(nn.Module):

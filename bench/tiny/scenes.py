@@ -40,9 +40,16 @@ def random_conditions(rng: random.Random) -> Conditions:
 
 
 def make_scene(
-    bank: VoiceBank, rng: random.Random, seconds: float, conditions: Conditions, *, density: float | None = None
+    bank: VoiceBank,
+    rng: random.Random,
+    seconds: float,
+    conditions: Conditions,
+    *,
+    density: float | None = None,
+    respeak: bool = False,
 ) -> tuple[np.ndarray, list[Item]]:
-    """A recording of `seconds` with its items in order; density: the share of them that are words, or random."""
+    """A recording of `seconds` with its items in order. density: the share of them that are words, or random; respeak:
+    each word a little faster and higher or slower and lower than its voice says it, for training."""
     samples = np.zeros(round(seconds * RATE), np.float32)
     items: list[Item] = []
     if density is None:
@@ -54,7 +61,9 @@ def make_scene(
     while rng.random() > 0.04:
         is_word = rng.random() < density
         label = rng.choice(bank.words) if is_word else rng.choice(kinds)
-        clip, pitch = (_respeak(bank.clip(label, rng), rng), None) if is_word else make_sound(label, rng)
+        clip, pitch = (bank.clip(label, rng), None) if is_word else make_sound(label, rng)
+        if is_word and respeak:
+            clip = _respeak(clip, rng)
         start = round(position * RATE)
         if start + len(clip) + RATE // 20 > len(samples):
             break

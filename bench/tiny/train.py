@@ -13,6 +13,7 @@ decoder layer). Their heads are not part of the checkpoint.
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,49 @@ from .model import DECODER, ENCODER, TinyModel
 from .tokenizer import build_tokenizer
 from .voices import VoiceBank, build_bank
 
-LISTENING = [
-    Stage(steps=2650, seconds=4.0, crops=1, batch=16, questions=2),
-    Stage(steps=150, seconds=5.0, crops=2, batch=8, questions=4),
+
+@dataclass(frozen=True)
+class Phase:
+    """Stages under one learning rate schedule: up for a while, then down along a cosine.
+
+    encoder_rate: peak for the encoder, 0 leaves it as it is, which halves a step. rate: peak for everything else.
+    restored: how far the encoder moves back towards Whisper's weights before the phase begins, which keeps what it
+    has learned and hears new voices better (Wortsman et al. 2022, robust fine-tuning by averaging weights).
+    """
+
+    stages: list[Stage]
+    encoder_rate: float
+    rate: float = 1e-3
+    restored: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+PHASES = [
+    # Everything learns, on short crops: what words and sounds are, and how answers look.
+    Phase(
+        [
+            Stage(steps=2650, seconds=4.0, crops=1, batch=16, questions=2),
+            Stage(steps=150, seconds=5.0, crops=2, batch=8, questions=4),
+        ],
+        encoder_rate=6e-4,
+    ),
+    Phase([Stage(steps=1600, seconds=10.0, crops=1, batch=8, questions=4)], encoder_rate=0.0),
+    # Above all the encoder, again: words by voices that it has not met.
+    Phase([Stage(steps=1000, seconds=3.0, crops=1, batch=24, questions=1)], encoder_rate=2e-4, restored=0.4),
+    # Then the decoder learns to find its way in long recordings.
+    Phase(
+        [
+            Stage(steps=2600, seconds=10.0, crops=1, batch=8, questions=4),
+            Stage(steps=300, seconds=5.0, crops=2, batch=8, questions=4),
+            Stage(steps=300, seconds=10.0, crops=2, batch=4, questions=5),
+            Stage(steps=100, seconds=30.0, crops=2, batch=2, questions=6),
+        ],
+        encoder_rate=0.0,
+    ),
 ]
-"""First everything learns, on short crops: above all the encoder, what words and sounds are."""
-ANSWERING = [
-    Stage(steps=4000, seconds=10.0, crops=1, batch=8, questions=4),
-    Stage(steps=800, seconds=5.0, crops=2, batch=8, questions=4),
-    Stage(steps=600, seconds=10.0, crops=2, batch=4, questions=5),
-    Stage(steps=200, seconds=30.0, crops=2, batch=2, questions=6),
-]
-"""Then the encoder stays as it is, which halves a step, and the rest learns to find its way in long recordings."""
-_ENCODER_RATE, _RATE = 6e-4, 1e-3
 _WARMUP = 100
 _SAVE_EVERY = 200
 
@@ -113,13 +144,13 @@ def train(folder: Path, seed: int, console: Console, start: Path | None = None) 
     model = build_model(folder, tokenizer.get_vocab_size(), seed, start)
     auxiliary = Auxiliary()
     groups = [
-        {"params": list(model.audio_tower.parameters()), "peak": _ENCODER_RATE},
-        {"params": [p for n, p in model.named_parameters() if not n.startswith("audio_tower")], "peak": _RATE},
-        {"params": list(auxiliary.parameters()), "peak": _RATE},
+        {"params": list(model.audio_tower.parameters())},
+        {"params": [p for n, p in model.named_parameters() if not n.startswith("audio_tower")]},
+        {"params": list(auxiliary.parameters())},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=_RATE, betas=(0.9, 0.98), weight_decay=0.02)
-    batches = Batches(VoiceBank(folder / "bank", "train"), tokenizer, LISTENING + ANSWERING, seed)
-    listening = sum(stage.steps for stage in LISTENING)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.02)
+    stages = [stage for phase in PHASES for stage in phase.stages]
+    batches = Batches(VoiceBank(folder / "bank", "train"), tokenizer, stages, seed)
     state, done = folder / "training.pt", 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
@@ -130,9 +161,7 @@ def train(folder: Path, seed: int, console: Console, start: Path | None = None) 
     loader = DataLoader(Subset(batches, range(done, len(batches))), batch_size=None, num_workers=1, prefetch_factor=4)
     started, averages = time.monotonic(), dict[str, float]()
     for step, batch in enumerate(loader, start=done):
-        model.audio_tower.requires_grad_(step < listening)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * _share(step, listening, len(batches))
+        _enter(step, model, optimizer, folder)
         with torch.autocast("cpu", torch.bfloat16):
             losses = step_losses(model, auxiliary, batch)
         optimizer.zero_grad(set_to_none=True)
@@ -140,7 +169,7 @@ def train(folder: Path, seed: int, console: Console, start: Path | None = None) 
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         for name, loss in losses.items():
-            averages[name] = 0.97 * averages.get(name, float(loss)) + 0.03 * float(loss)
+            averages[name] = 0.97 * averages.get(name, loss.item()) + 0.03 * loss.item()
         if step % 50 == 0 or step + 1 == len(batches):
             text = "  ".join(f"{name} {value:.3f}" for name, value in averages.items())
             console.print(f"step {step} of {len(batches)}  {text}  {time.monotonic() - started:.0f} s", highlight=False)
@@ -150,10 +179,23 @@ def train(folder: Path, seed: int, console: Console, start: Path | None = None) 
     return model
 
 
-def _share(step: int, listening: int, steps: int) -> float:
-    """The learning rate as a share of its peak: in each of the two phases up for a while, then down along a cosine."""
-    step, length = (step, listening) if step < listening else (step - listening, steps - listening)
-    return max(0.01, min(1.0, (step + 1) / _WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / length)))
+def _enter(step: int, model: TinyModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Set what learns in this step, and how fast."""
+    done, phase = 0, PHASES[0]
+    for phase in PHASES:
+        if step < done + phase.steps:
+            break
+        done += phase.steps
+    if step == done and phase.restored:
+        original = whisper.encoder_weights(whisper.fetch(folder / "whisper"), ENCODER["num_hidden_layers"])
+        with torch.no_grad():
+            for name, parameter in model.audio_tower.named_parameters():
+                if name in original:
+                    parameter.lerp_(original[name], phase.restored)
+    model.audio_tower.requires_grad_(phase.encoder_rate > 0)
+    share = min(1.0, (step - done + 1) / _WARMUP) * (0.5 + 0.5 * math.cos(math.pi * (step - done) / phase.steps))
+    for group, peak in zip(optimizer.param_groups, (phase.encoder_rate, phase.rate, phase.rate), strict=True):
+        group["lr"] = peak * max(0.01, share)
 
 
 def main(folder: Path, seed: int = 0, threads: int = 2, start: Path | None = None) -> None:

@@ -36,7 +36,7 @@ _VARIANTS = re.findall(
 _HELD_OUT_ACCENTS, _HELD_OUT_VARIANTS = ("en-gb-x-gbcwmd", "en-us"), ("f4", "m6", "Andrea", "Mike", "edward", "shelby")
 _FLITE, _FLITE_HELD_OUT = ("kal16", "awb", "slt"), ("rms",)
 _FESTIVAL, _FESTIVAL_HELD_OUT = ("kal_diphone", "cmu_us_slt_arctic_hts"), ("ked_diphone",)
-_SHARES = {"espeak": 2.0}  # by far the most voices
+_TRAINING_SHARES = {"espeak": 2.0}  # by far the most voices
 _HUMAN = Path("/usr/share/asterisk/sounds/en")
 
 
@@ -56,6 +56,7 @@ class VoiceBank:
     def __init__(self, folder: Path, split: str):
         """Open the bank that `build_bank` left in `folder`; split: "train", "held_out" or "human"."""
         index = json.loads((folder / f"{split}.json").read_text())
+        self._training = split == "train"
         self._samples = np.load(folder / f"{split}.npy", mmap_mode="r")
         self._clips: dict[str, dict[str, list[tuple[int, int]]]] = {}
         for engine, word, start, end in index:
@@ -63,9 +64,11 @@ class VoiceBank:
         self.words = sorted({word for clips in self._clips.values() for word in clips})
 
     def clip(self, word: str, rng: random.Random) -> np.ndarray:
-        """A float32 clip of `word` at 16 kHz, without silence around it, with a peak of 1."""
+        """A float32 clip of `word` at 16 kHz, without silence around it, with a peak of 1. Every voice is as likely as
+        any other, but in training synthesizers have their shares."""
         engines = [engine for engine, clips in self._clips.items() if word in clips]
-        engine = rng.choices(engines, weights=[_SHARES.get(engine, 1.0) for engine in engines])[0]
+        shares = [_TRAINING_SHARES.get(e, 1.0) if self._training else len(self._clips[e][word]) for e in engines]
+        engine = rng.choices(engines, weights=shares)[0]
         start, end = rng.choice(self._clips[engine][word])
         samples = self._samples[start:end].astype(np.float32)
         return np.asarray(samples / np.abs(samples).max())
