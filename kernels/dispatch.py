@@ -76,6 +76,11 @@ def _contents(path: str) -> str:
         return ""
 
 
+def on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether the torch backend may use what torch has for CPUs alone."""
+    return tensor.device.type == "cpu"
+
+
 class Operation(Generic[F]):
     """The implementations of one operation, and the choice among them.
 

@@ -15,22 +15,29 @@ the differences, exact in 16 bits up to their zero, go to the tensor cores and t
 rows: there are more sums than weights, so the scale multiplies the weights before they are rounded.
 Weights are the product's left operand, tokens its columns; split inner dimensions as in `linear_int8`.
 
+torch on a CPU: few rows go to torch's own kernel, which wants the codes of 16 to 64 channels interleaved. That copy, as
+large as the codes, is made once for each weight (`prepare_int4`, or the first product) and lives as long as the weight.
+Many rows go to a dense product with weights unpacked a tile at a time; the even inputs of a tile stand before the odd
+ones, which saves spreading them out and is undone by the same order of x.
+
 Source: Frantar et al. 2022, arXiv:2210.17323 (groups); Kim et al. 2022, arXiv:2211.10017 (codes in the mantissa).
 """
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import activation
 from .configs import Config, Configs
-from .dispatch import Operation
+from .dispatch import Operation, on_cpu
 from .linear_int8 import (
     add_epilogue,
+    as_rows,
     block_of,
     check_epilogue,
     config_for,
     launch_product,
+    product_by_tiles,
     silu,
     store_block,
     tile_config,
@@ -39,6 +46,9 @@ from .triton_language import tl, triton
 
 GROUP_SIZES = (32, 64, 128)
 SYMMETRIC_ZERO = 8
+# torch on a CPU: up to here its int4 kernel is faster than unpacking for a dense product (docs/quantization.md).
+MOST_ROWS_INTERLEAVED = 64
+_PACKED_AT_ONCE = 1024  # channels, a multiple of those that are interleaved; packing takes eight times their memory
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
@@ -211,9 +221,51 @@ def _swiglu_triton(
 def _linear_torch(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    weight = unpacked(packed, scales, zeros).to(x.dtype)
-    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return y if residual is None else y + residual
+    rows, columns = as_rows(x), len(packed)
+    if len(rows) <= MOST_ROWS_INTERLEAVED and _takes_interleaved(packed):
+        blocks, pairs = _interleaved(packed, scales, zeros, x.dtype)
+        group = x.shape[-1] // scales.shape[1]
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, blocks, group, pairs)
+    else:
+        halves = rows.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
+        y = product_by_tiles(halves, columns, lambda tile: _unpacked_halves(packed, scales, zeros, tile, x.dtype))
+    return add_epilogue(y.view(*x.shape[:-1], columns), bias, residual)
+
+
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _takes_interleaved(packed: Tensor) -> bool:
+    return on_cpu(packed) and len(packed) % 16 == 0
+
+
+def _interleaved(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The codes as torch's CPU kernel wants them, and [in / group, out, 2] scales and what code 8 stands for."""
+    made = _copies.get(packed)
+    if made is None or made[1].dtype != dtype:
+        blocks = torch.empty_like(packed)
+        for codes, part in zip(packed.split(_PACKED_AT_ONCE), blocks.split(_PACKED_AT_ONCE), strict=True):
+            part.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_int4(codes).int(), 1))
+        wide = scales.float()
+        middle = torch.zeros_like(wide) if zeros is None else (SYMMETRIC_ZERO - zeros.float()) * wide
+        made = blocks, torch.stack((wide, middle), -1).transpose(0, 1).contiguous().to(dtype)
+        _copies[packed] = made
+    return made
+
+
+def _unpacked_halves(packed: Tensor, scales: Tensor, zeros: Tensor | None, tile: slice, dtype: torch.dtype) -> Tensor:
+    """The weights of the channels in `tile`, in `dtype`: [channels, in], all even inputs before all odd ones."""
+    codes, scales = packed[tile], scales[tile].to(dtype)
+    if codes.storage_offset() % 8:
+        codes = codes.clone()
+    words = codes.view(torch.int64)  # eight bytes at once: torch has no vectorized shift of bytes
+    weight = torch.empty(len(codes), 2, codes.shape[1], dtype=dtype, device=codes.device)
+    for half, shift in enumerate((0, 4)):
+        weight[:, half] = (words >> shift).bitwise_and_(0x0F0F0F0F0F0F0F0F).view(torch.uint8)
+    grouped = weight.view(len(codes), 2, scales.shape[1], -1)
+    grouped -= SYMMETRIC_ZERO if zeros is None else zeros[tile].to(dtype)[:, None, :, None]
+    grouped *= scales[:, None, :, None]
+    return weight.flatten(1)
 
 
 @_swiglu.implementation("torch")
@@ -228,6 +280,15 @@ def _swiglu_torch(
 ) -> Tensor:
     gated = _linear_torch(x, gate, gate_scales, gate_zeros, None, None)
     return activation.swiglu(gated, _linear_torch(x, up, up_scales, up_zeros, None, None))
+
+
+def prepare_int4(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> None:
+    """Make ahead of the first product, with x in `dtype`, what the implementation that will run keeps beside a weight.
+
+    That is a copy as large as `packed` where torch multiplies on a CPU, and nothing elsewhere.
+    """
+    if _linear.on(packed.device) is _linear_torch and _takes_interleaved(packed):
+        _interleaved(packed, scales, zeros, dtype)
 
 
 def linear_int4(

@@ -21,7 +21,7 @@ Source: Dettmers et al. 2022, arXiv:2208.07339 (per-token, per-channel int8); Os
 (split-K).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -396,14 +396,32 @@ def _w8a8_triton(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None,
     return out
 
 
+# torch on a CPU: up to here its int8 kernel is faster than widening the weights for a dense product
+# (docs/quantization.md).
+MOST_ROWS_INT8 = 32
+_TILE_BYTES = 128 << 20  # of widened weights at once
+
+
 @_linear.implementation("torch")
 def _linear_torch(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    if x.dtype == torch.bfloat16 and x.shape[:-1].numel() <= 32:  # beyond, torch's int8 kernel is the slower way
-        sums = torch._weight_int8pack_mm(as_rows(x), weight, torch.ones_like(scales, dtype=x.dtype))
-        y = (sums.float() * scales.float()).view(*x.shape[:-1], len(weight))
-        return add_epilogue(y, bias, residual).to(x.dtype)
-    y = F.linear(x, dequantized(weight, scales, x.dtype), None if bias is None else bias.to(x.dtype))
-    return y if residual is None else y + residual
+    rows, columns = as_rows(x), len(weight)
+    if x.dtype == torch.float16:  # it holds no sum of 127 * x
+        y = product_by_tiles(rows, columns, lambda tile: dequantized(weight[tile], scales[tile], x.dtype))
+    elif x.dtype == torch.bfloat16 and len(rows) <= MOST_ROWS_INT8:
+        y = torch._weight_int8pack_mm(rows, weight, torch.ones_like(scales, dtype=x.dtype)).float() * scales.float()
+    else:
+        y = product_by_tiles(rows, columns, lambda tile: weight[tile].to(x.dtype)).float() * scales.float()
+    return add_epilogue(y.view(*x.shape[:-1], columns), bias, residual).to(x.dtype)
+
+
+def product_by_tiles(rows: Tensor, columns: int, weight: Callable[[slice], Tensor]) -> Tensor:
+    """rows [n, in] times the transpose of a weight [columns, in] that is made dense a tile of channels at a time."""
+    height = max(1, _TILE_BYTES // (rows.shape[1] * rows.element_size()))
+    out = torch.empty(len(rows), columns, dtype=rows.dtype, device=rows.device)
+    for start in range(0, columns, height):
+        tile = slice(start, min(start + height, columns))
+        torch.mm(rows, weight(tile).T, out=out[:, tile])
+    return out
 
 
 @_swiglu.implementation("torch")
@@ -422,9 +440,12 @@ def _w8a8_torch(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, 
 
 def _int_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T, exactly. torch's int8 product on GPUs takes more than 16 rows and multiples of 8."""
-    if len(a) > 16 and len(b) % 8 == 0 and a.shape[1] % 8 == 0:
-        return torch._int_mm(a, b.T)
-    return a.double() @ b.double().T
+    if len(b) % 8 or a.shape[1] % 8:
+        return a.double() @ b.double().T
+    rows = len(a)
+    if rows < 17:
+        a = F.pad(a, (0, 0, 0, 17 - rows))
+    return torch._int_mm(a, b.T)[:rows]
 
 
 def dequantized(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

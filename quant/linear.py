@@ -1,24 +1,83 @@
-"""The linear layer of every floor above: holds its weight and calls the product that fits it."""
+"""The layers that hold a matrix, dense or packed, and call the operation that fits it: `Linear` and `Embedding`."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.activation import swiglu
+from .scheme import PARTS, Packed, Scheme
 
-class Linear(nn.Module):
-    """y = x W^T + b for x: [..., in_features], with a dense weight [out_features, in_features].
+
+class _Matrix(nn.Module):
+    """A weight [rows, columns]: dense in the buffer `weight`, or packed in those that its scheme stores.
 
     Created empty on the meta device; the checkpoint's tensors take the place of the buffers.
     """
 
     weight: Tensor
+
+    def __init__(self, rows: int, columns: int):
+        super().__init__()
+        self.scheme: Scheme | None = None
+        self.register_buffer("weight", torch.empty(rows, columns, device="meta"))
+
+    def use(self, scheme: Scheme) -> None:
+        """Hold the weight as `scheme` stores it, empty again. Raises SchemeError where its shape does not fit."""
+        parts = scheme.stored(tuple(self.weight.shape))
+        del self.weight
+        self.scheme = scheme
+        for name, stored in parts.items():
+            self.register_buffer(name, torch.empty(stored.shape, dtype=stored.dtypes[0], device="meta"))
+
+    @property
+    def packed(self) -> Packed:
+        """The weight as its scheme stores it. Raises AttributeError for a dense one."""
+        return Packed(*(getattr(self, part) for part in PARTS if part in self._buffers))
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Let the product make ahead what it keeps beside the weight for x in `dtype`; see `kernels`."""
+        if self.scheme is not None:
+            self.scheme.prepare(self.packed, dtype)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.scheme is None:
+            return F.linear(x, self.weight, bias)
+        return self.scheme.linear(x, self.packed, bias)
+
+
+class Linear(_Matrix):
+    """y = x W^T + b for x: [..., in_features], with a weight [out_features, in_features]."""
+
     bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool):
-        super().__init__()
-        self.register_buffer("weight", torch.empty(out_features, in_features, device="meta"))
+        super().__init__(out_features, in_features)
         self.register_buffer("bias", torch.empty(out_features, device="meta") if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in_features] in the weight's dtype. Returns [..., out_features]."""
-        return F.linear(x, self.weight, self.bias)
+        """x: [..., in_features] in the model's dtype. Returns [..., out_features]."""
+        return self._product(x, self.bias)
+
+
+class Embedding(_Matrix):
+    """A table of vectors [rows, channels], also the weight of the product with its transpose."""
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The vectors of ids: [...] int64 to [..., channels] in `dtype`; only the rows asked for are unpacked."""
+        if self.scheme is None:
+            return F.embedding(ids, self.weight)
+        rows = Packed(*(part[ids.flatten()] for part in self.packed if part is not None))
+        return self.scheme.dequantize(rows, dtype).unflatten(0, ids.shape)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """x W^T for x: [..., channels], the head of models that tie it to their embeddings."""
+        return self._product(x, None)
+
+
+def gated(gate: Linear, up: Linear, x: Tensor) -> Tensor:
+    """silu(gate(x)) * up(x) of two layers without biases, in one kernel where both have a scheme that has one."""
+    if gate.scheme is not None and gate.scheme == up.scheme:
+        fused = gate.scheme.swiglu(x, gate.packed, up.packed)
+        if fused is not None:
+            return fused
+    return swiglu(gate(x), up(x))

@@ -11,6 +11,7 @@ import torch
 
 from ...kernels.dispatch import free_memory
 from ...kernels.errors import AfnextError
+from ...quant.recipe import Recipe, recipe
 from ..engine.generate import EngineOptions, Generation
 from ..engine.memory import MemoryPlan, parse_bytes, shown_bytes
 from ..engine.sampler import SamplingParams
@@ -23,6 +24,7 @@ from ..model.audio_flamingo import AudioFlamingo
 from ..model.checkpoint import Checkpoint, with_stored_head
 from ..model.config import ModelConfig
 from ..model.hub import resolve
+from ..model.quantized import to_quantize
 from .answer import Answer, Piece
 from .conversation import AnswerReader, Conversation, Message
 
@@ -69,6 +71,7 @@ def load(
     kv: str = "auto",
     release_encoder: bool = False,
     memory: int | str | None = None,
+    quant: str | Recipe | None = None,
     progress: Progress | None = None,
 ) -> "Model":
     """Load a model from a checkpoint folder or the Hub.
@@ -76,7 +79,8 @@ def load(
     model: a folder, or a name such as "nvidia/audio-flamingo-next-hf". device: "auto" (a GPU if there is one), or what
     torch takes. dtype: "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32".
     page_size, chunk_size, encode_batch, kv, release_encoder: see `EngineOptions`. memory: what the model and its work
-    may take, in bytes or as "8GB"; None for what the device has free.
+    may take, in bytes or as "8GB"; None for what the device has free. quant: pack dense weights while they are read, by
+    "int8", "int8-w8a8", "int4" or "nf4", a spelling such as "int4-g32-zeros", or a recipe.
 
     Nothing is loaded that could not work: the memory plan (`afnext plan`) is made first, for the longest recording that
     there is room for, and the KV cache never outgrows it. Raises MemoryPlanError with advice when not even a short
@@ -85,17 +89,19 @@ def load(
     options = EngineOptions(
         page_size=page_size, chunk_size=chunk_size, encode_batch=encode_batch, kv=kv, release_encoder=release_encoder
     )
+    quantize = recipe(quant) if isinstance(quant, str) else quant
     folder = resolve(model, revision=revision)
     tokenizer = Tokenizer.from_folder(folder)
     template = PromptTemplate.from_folder(folder)
     where = usable_device(device)
     report = progress or (lambda stage, done, total: None)
-    options = _within(_free(memory, where), folder, where, dtype, options)
+    options = _within(_free(memory, where), folder, where, dtype, quantize, options)
     network = AudioFlamingo.from_folder(
         folder,
         device=where,
         dtype=lambda stored: _dtype(dtype, stored, where),
         release_encoder=release_encoder,
+        quant=quantize,
         progress=lambda done, total: report("loading weights", done, total),
     )
     config = network.config
@@ -111,7 +117,8 @@ def load(
             "audio_eos_token_id": config.audio_eos_token_id,
         }
     )
-    _log.info("loaded %s on %s in %s", model, where, network.dtype)
+    stored = network.config.quantization
+    _log.info("loaded %s on %s in %s, weights %s", model, where, network.dtype, stored.name if stored else "dense")
     return Model(network, tokenizer, template, options, _sampling_defaults(folder))
 
 
@@ -144,11 +151,18 @@ def _free(memory: int | str | None, device: torch.device) -> int:
 
 
 def _within(
-    memory: int, folder: Path, device: torch.device, dtype: str | torch.dtype, options: EngineOptions
+    memory: int,
+    folder: Path,
+    device: torch.device,
+    dtype: str | torch.dtype,
+    quant: Recipe | None,
+    options: EngineOptions,
 ) -> EngineOptions:
     """The options with the room for keys and values that `memory` bytes leave. Raises MemoryPlanError for none."""
-    config = with_stored_head(ModelConfig.from_folder(folder), Checkpoint.open(folder))
+    stored = with_stored_head(ModelConfig.from_folder(folder), Checkpoint.open(folder))
+    config = to_quantize(stored, quant)
     computed = _dtype(dtype, config.dtype, device)
+    as_stored = config == stored and (config.quantization is not None or str(computed) == f"torch.{config.dtype}")
     plan = MemoryPlan(
         config,
         memory,
@@ -162,7 +176,7 @@ def _within(
         chunk_size=options.chunk_size,
         encode_batch=options.encode_batch,
         release_encoder=options.release_encoder,
-        mapped=device.type == "cpu" and str(computed) == f"torch.{config.dtype}",
+        mapped=device.type == "cpu" and as_stored,
     )
     room = plan.largest()
     _log.info(

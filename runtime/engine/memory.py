@@ -22,18 +22,21 @@ import torch
 
 from ...kernels.conv_stem import conv_length
 from ...kernels.log_mel import N_FFT, SAMPLE_RATE, WINDOW_SAMPLES, valid_frames
+from ...quant.recipe import recipe
+from ...quant.scheme import PARTS as PACKED_PARTS
+from ...quant.scheme import Int4
 from ..errors import MemoryPlanError
 from ..files import shown
 from ..model.config import ModelConfig
 from ..model.encoder import audio_token_count, token_count
-from ..model.parameters import ENCODER_LAYERS, PARTS, expected_shapes, part_of
+from ..model.parameters import ENCODER_LAYERS, PARTS, part_of
+from ..model.quantized import expected_tensors, scheme_of
 from .kv_cache import KV_STORAGE, page_bytes, pages_for
 
 Place = Literal["device", "host", "file"]
 RESERVE = 500_000_000
 DENSE = "dense"
 SCHEMES = (DENSE, "int8", "int4")
-_INT4_GROUP = 128
 _log = logging.getLogger("afnext.engine")
 # What frees memory, the mildest first: the first two cost time, the others precision.
 CHANGES: Mapping[str, dict[str, Any]] = {
@@ -61,7 +64,8 @@ class MemoryPlan:
     """What `config` takes on a device with `memory` bytes, for one recording of `audio_seconds` and its answer.
 
     gpu: whether the device is one; on a CPU the slower torch implementations hold more for a moment. dtype: what is
-    computed in. scheme: one of SCHEMES, what the matrices of encoder, adaptor, decoder and head are stored in.
+    computed in. scheme: one of SCHEMES, the recipe that dense weights are packed by; where `config` has a quantization,
+    that one counts.
     kv, page_size, chunk_size, encode_batch, release_encoder: see `EngineOptions`. text_tokens, new_tokens: room for the
     template with its system message and a question, and for the answer. mapped: the weights are read from the mapped
     file and not copied. reserve: bytes that are left alone.
@@ -175,8 +179,9 @@ class MemoryPlan:
     def _weights(self) -> Iterator[Part]:
         dense = str(self.dtype).removeprefix("torch.")
         for (part, layers), nbytes in weight_bytes(self.config, self.scheme, self.dtype).items():
-            packed = self.scheme != DENSE and part != "embeddings"
-            detail = f"{self.scheme}, the rest {dense}" if packed else dense
+            stored = self.config.quantization
+            scheme = self.scheme if stored is None else stored.name
+            detail = dense if scheme == DENSE else f"{scheme}, the rest {dense}"
             if layers and self._lends:
                 yield Part(f"{part} layers", nbytes, "host", f"{detail}, lent to the device one by one")
             elif self.mapped:
@@ -340,20 +345,28 @@ class MemoryPlan:
 def weight_bytes(config: ModelConfig, scheme: str, dtype: torch.dtype) -> Mapping[tuple[str, bool], int]:
     """Bytes of the weights by part, with the encoder's layers (True) apart from the rest of it (False)."""
     sizes: Counter[tuple[str, bool]] = Counter()
-    for name, shape in expected_shapes(config).items():
-        sizes[part_of(name), name.startswith(ENCODER_LAYERS)] += parameter_bytes(name, shape, scheme, dtype)
+    for name, stored in expected_tensors(config).items():
+        if config.quantization is None:
+            nbytes = parameter_bytes(name, stored.shape, scheme, dtype)
+        else:  # the checkpoint has its own
+            packed = name.endswith(PACKED_PARTS)
+            nbytes = math.prod(stored.shape) * (stored.dtypes[0] if packed else dtype).itemsize
+        sizes[part_of(name), name.startswith(ENCODER_LAYERS)] += nbytes
     return MappingProxyType({key: sizes[key] for key in sorted(sizes, key=lambda key: (PARTS.index(key[0]), key[1]))})
 
 
 def parameter_bytes(name: str, shape: tuple[int, ...], scheme: str, dtype: torch.dtype) -> int:
-    """Bytes of a parameter stored in `scheme`: its matrices packed (see `quant`), all else in `dtype`."""
-    elements = math.prod(shape)
-    if scheme == DENSE or len(shape) != 2 or "embed" in name:
-        return elements * dtype.itemsize
+    """Bytes of a parameter under the recipe called `scheme`: as its layer's scheme stores it, or dense in `dtype`.
+
+    Inputs that groups do not divide, which are refused when the time comes, count as if they were filled up.
+    """
+    packed = None if scheme == DENSE else scheme_of(recipe(scheme), name, shape)
+    if packed is None:
+        return math.prod(shape) * dtype.itemsize
     rows, columns = shape
-    if scheme == "int8":
-        return rows * (columns + 4)
-    return rows * (-(-columns // 2) + 2 * -(-columns // _INT4_GROUP))
+    if isinstance(packed, Int4):
+        return rows * (-(-columns // 2) + 2 * -(-columns // packed.group_size))
+    return rows * (columns + 4)
 
 
 def rote_table_bytes(config: ModelConfig, audio_seconds: float) -> int:

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.log_mel import log_mel
+from ...quant.linear import Embedding, Linear
+from ...quant.recipe import Recipe
 from .adaptor import Adaptor
 from .checkpoint import Checkpoint, load_weights, with_stored_head
 from .config import ModelConfig
 from .decoder import Decoder
 from .encoder import Encoder
 from .parameters import ENCODER_LAYERS
+from .quantized import layer_schemes, to_quantize
 from .weights import fill
 
 
@@ -25,6 +28,13 @@ class AudioFlamingo(nn.Module):
         self.encoder = Encoder(config.encoder, config.rote)
         self.adaptor = Adaptor(config.encoder.hidden_size, config.decoder.hidden_size, bias=config.projector_bias)
         self.decoder = Decoder(config.decoder)
+        for layer, scheme in layer_schemes(config).items():
+            self._matrix(layer).use(scheme)
+
+    def _matrix(self, layer: str) -> Linear | Embedding:
+        module = self.get_submodule(layer)
+        assert isinstance(module, Linear | Embedding)
+        return module
 
     @classmethod
     def from_folder(
@@ -34,25 +44,28 @@ class AudioFlamingo(nn.Module):
         device: torch.device,
         dtype: Callable[[str], torch.dtype],
         release_encoder: bool = False,
+        quant: Recipe | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> "AudioFlamingo":
         """Load a checkpoint folder, tensor by tensor.
 
         dtype: given the name of the dtype that the config names, the one to compute in. release_encoder: leave the
-        encoder's layers in the host's memory, see `Encoder.forward`. `progress` is called with (bytes done, bytes in
-        all).
+        encoder's layers in the host's memory, see `Encoder.forward`. quant: quantize dense weights on the way.
+        `progress` is called with (bytes done, bytes in all).
 
-        Raises ConfigError or CheckpointError naming the file and tensor at fault.
+        Raises ConfigError, CheckpointError or SchemeError naming the file, tensor or layer at fault.
         """
         checkpoint = Checkpoint.open(folder)
         config = with_stored_head(ModelConfig.from_folder(folder), checkpoint)
-        model = cls(config)
-        host = torch.device("cpu")
+        model = cls(to_quantize(config, quant))
+        compute, host = dtype(config.dtype), torch.device("cpu")
 
         def place(name: str) -> torch.device:
             return host if release_encoder and name.startswith(ENCODER_LAYERS) else device
 
-        fill(model, load_weights(checkpoint, config, device=place, dtype=dtype(config.dtype), progress=progress))
+        fill(model, load_weights(checkpoint, config, device=place, dtype=compute, quant=quant, progress=progress))
+        for layer in layer_schemes(model.config):
+            model._matrix(layer).prepare(compute)
         return model
 
     @property

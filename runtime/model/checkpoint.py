@@ -18,12 +18,15 @@ from pathlib import Path
 
 import torch
 
+from ...quant.recipe import Recipe
+from ...quant.scheme import PARTS, Scheme
 from ..errors import CheckpointError
 from ..files import shown
 from .checkpoint_files import first_five, part_files, weight_parts
 from .config import ModelConfig
 from .parameters import canonical_name, expected_shapes
-from .safetensors_header import StoredTensor, parse_header, shown_shape
+from .quantized import check_finite, check_written_for, expected_tensors, layer_schemes, to_quantize
+from .safetensors_header import StoredTensor, parse_header_and_metadata, shown_shape
 
 __all__ = ["Checkpoint", "check_fit", "expected_shapes", "load_weights"]
 
@@ -45,9 +48,9 @@ TORCH_DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
 
-LM_HEAD = "decoder.lm_head.weight"
+# A tied model stores neither of these.
+LM_HEAD = ("decoder.lm_head.weight", "decoder.lm_head.weight_codes")
 
 
 class MappedFile:
@@ -85,9 +88,13 @@ class _Entry:
 class Checkpoint:
     """The tensors of a checkpoint by canonical name. Made by `Checkpoint.open`."""
 
-    def __init__(self, folder: Path, entries: dict[str, _Entry], files: tuple[Path, ...]) -> None:
+    def __init__(
+        self, folder: Path, entries: dict[str, _Entry], files: tuple[Path, ...], metadata: dict[str, dict[str, str]]
+    ) -> None:
+        """metadata: of each file, by its label, what its header holds beside the tensors."""
         self.folder = folder
         self.files = files
+        self.metadata = metadata
         self._entries = entries
 
     @classmethod
@@ -101,16 +108,17 @@ class Checkpoint:
             raise CheckpointError(f"{folder} is no folder; give the folder that holds config.json and the weights.")
         entries: dict[str, _Entry] = {}
         files: list[Path] = []
+        metadata: dict[str, dict[str, str]] = {}
         for part in weight_parts(folder):
             prefix = f"{part}." if part else ""
             for path, names in part_files(folder, part).items():
                 file = MappedFile(path, path.relative_to(folder).as_posix())
-                tensors = parse_header(file.map, file.label)
+                tensors, metadata[file.label] = parse_header_and_metadata(file.map, file.label)
                 if names is not None:
                     _check_index(file.label, names, set(tensors))
                 _add(entries, prefix, file, tensors)
                 files.append(path)
-        return cls(folder, entries, tuple(files))
+        return cls(folder, entries, tuple(files), metadata)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -179,35 +187,36 @@ class Checkpoint:
 
 def with_stored_head(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """The config, untied where the checkpoint holds a head of its own: the reference uses it whatever the flag says."""
-    if not config.decoder.tie_word_embeddings or LM_HEAD not in checkpoint:
+    if not config.decoder.tie_word_embeddings or not any(name in checkpoint for name in LM_HEAD):
         return config
     return replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
 
 
 def check_fit(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Raise one CheckpointError listing what is missing, unexpected, misshapen, or stored in no usable dtype."""
-    expected = expected_shapes(config)
+    check_written_for(config, checkpoint.metadata, checkpoint.folder)
+    expected = expected_tensors(config)
     stored = set(checkpoint.names)
     common = [name for name in checkpoint.names if name in expected]
     problems = {
         "missing": [name for name in expected if name not in stored],
         "unexpected": [checkpoint.origin(name) for name in checkpoint.names if name not in expected],
         "misshapen": [
-            f"{checkpoint.origin(name)} {shown_shape(checkpoint.shape(name))} instead of {shown_shape(expected[name])}"
+            f"{checkpoint.origin(name)} {shown_shape(checkpoint.shape(name))} instead of "
+            f"{shown_shape(expected[name].shape)}"
             for name in common
-            if checkpoint.shape(name) != expected[name]
-        ],
-        f"in a dtype other than {', '.join(WEIGHT_DTYPES)}": [
-            f"{checkpoint.origin(name)} {checkpoint.stored_dtype(name)}"
-            for name in common
-            if checkpoint.stored_dtype(name) not in WEIGHT_DTYPES
+            if checkpoint.shape(name) != expected[name].shape
         ],
     }
+    for name in common:
+        if TORCH_DTYPES.get(checkpoint.stored_dtype(name)) not in expected[name].dtypes:
+            kind = f"in a dtype other than {', '.join(map(spelled, expected[name].dtypes))}"
+            problems.setdefault(kind, []).append(f"{checkpoint.origin(name)} {checkpoint.stored_dtype(name)}")
     found = [f"{len(items)} {kind} ({first_five(items)})" for kind, items in problems.items() if items]
     if found:
         raise CheckpointError(
             f"the tensors in {checkpoint.folder} do not fit its config.json: {'; '.join(found)}. "
-            "Use dense weights and the config that belongs to them."
+            "Use dense weights, or those that afnext quantized, and the config that belongs to them."
         )
 
 
@@ -217,26 +226,31 @@ def load_weights(
     *,
     device: torch.device | str | Callable[[str], torch.device],
     dtype: torch.dtype,
+    quant: Recipe | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Canonical name and weight, on `device` in `dtype`, of every parameter in `expected_shapes(config)`, one by one.
+    """Canonical name and tensor, on `device`, of everything in `expected_tensors(config)`, one by one.
 
-    device: one for all, or what tells it from the canonical name. Memory peaks at the weights that the caller keeps
-    plus one tensor. On the CPU a weight stored in `dtype` is not copied but a read-only view of the file.
-    `progress(done, total)` is called with stored bytes after each weight.
-    Raises CheckpointError at once when the checkpoint does not fit the config, and during loading when a weight does
-    not fit `dtype` (finite values that float16 cannot hold).
+    Dense weights come in `dtype`, packed ones as stored. device: one for all, or what tells it from the canonical name.
+    quant: of a dense checkpoint, pack the layers that it packs, and yield what it stores for them.
+    Memory peaks at the weights that the caller keeps plus one tensor. On the CPU a tensor that needs no conversion is
+    not copied but a read-only view of the file. `progress(done, total)` is called with stored bytes after each weight.
+    Raises CheckpointError at once when the checkpoint does not fit the config or is packed otherwise than `quant` says,
+    and during loading when a weight does not fit `dtype` (finite values that float16 cannot hold) or its scales are not
+    finite; SchemeError when a layer does not fit its scheme.
     """
     check_fit(checkpoint, config)
-    wanted = expected_shapes(config)
+    wanted = expected_tensors(config)
     names = [name for name in checkpoint.names if name in wanted]
+    schemes = {} if config.quantization else layer_schemes(to_quantize(config, quant))
     where = device if callable(device) else lambda name: torch.device(device)
-    return _weights(checkpoint, names, where, dtype, progress)
+    return _weights(checkpoint, names, schemes, where, dtype, progress)
 
 
 def _weights(
     checkpoint: Checkpoint,
     names: list[str],
+    schemes: dict[str, Scheme],
     device: Callable[[str], torch.device],
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None,
@@ -245,14 +259,33 @@ def _weights(
     done = 0
     for name in names:
         # No local name for the weight: the caller alone decides how long it lives.
-        yield name, _place(checkpoint, name, device(name), dtype)
+        scheme = schemes.get(name.removesuffix(".weight"))
+        if scheme is None:
+            yield name, _place(checkpoint, name, device(name), dtype)
+        else:
+            yield from _pack(checkpoint, name, scheme, device(name))
         done += _stored_bytes(checkpoint, name)
         if progress is not None:
             progress(done, total)
 
 
+def _pack(
+    checkpoint: Checkpoint, name: str, scheme: Scheme, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        packed = scheme.quantize(checkpoint.tensor(name), device=device)
+    except ValueError as problem:
+        raise CheckpointError(f"{checkpoint.origin(name)} cannot be quantized: {problem}.") from None
+    checkpoint.release(name)
+    for part, tensor in packed.named().items():
+        yield name.removesuffix("weight") + part, tensor
+
+
 def _place(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     mapped = checkpoint.tensor(name)
+    if name.endswith(PARTS):
+        check_finite(mapped, checkpoint.origin(name))
+        dtype = mapped.dtype
     if device.type == "cpu" and mapped.dtype == dtype:
         return mapped
     weight = mapped.to(device).to(dtype)
@@ -265,6 +298,11 @@ def _place(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch
         raise CheckpointError(f"{checkpoint.origin(name)} has values beyond float16's 65504; load it in bfloat16.")
     checkpoint.release(name)
     return weight
+
+
+def spelled(dtype: torch.dtype) -> str:
+    """The dtype as safetensors spells it, such as BF16."""
+    return next(name for name, known in TORCH_DTYPES.items() if known == dtype)
 
 
 def _stored_bytes(checkpoint: Checkpoint, name: str) -> int:

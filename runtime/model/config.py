@@ -14,6 +14,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ...quant.recipe import Recipe
+from ...quant.scheme import SchemeError
 from ..errors import ConfigError
 from ..files import read_json_object, shown
 from .component_config import component_sections
@@ -79,7 +81,10 @@ class RoteConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything about a model except its weights. `rote` and the ids around the audio are None for AF3."""
+    """Everything about a model except its weights. `rote` and the ids around the audio are None for AF3.
+
+    `quantization` is what its weights are stored by, None for dense ones.
+    """
 
     encoder: EncoderConfig
     decoder: DecoderConfig
@@ -92,6 +97,7 @@ class ModelConfig:
     max_audio_seconds: int
     eos_token_ids: tuple[int, ...]
     model_type: str
+    quantization: Recipe | None = None
 
     @classmethod
     def from_folder(cls, folder: str | PathLike[str]) -> "ModelConfig":
@@ -142,11 +148,8 @@ def _optional(folder: Path, name: str) -> Section:
 def _model_config(top: Section, audio: Section, text: Section, processor: Section, generation: Section) -> ModelConfig:
     model_type = top.choice("model_type", among=MODEL_TYPES)
     top.choice("projector_hidden_act", among=("gelu",), default="gelu")
-    for section in (top, text):
-        if section.values.get("quantization_config"):
-            section.error(
-                "quantization_config", "is set: the weights are quantized by another library; use the dense ones."
-            )
+    if text.values.get("quantization_config"):
+        text.error("quantization_config", "is set: the weights are quantized by another library; use the dense ones.")
     encoder = _encoder(audio)
     decoder = _decoder(text, top)
     has_rote = model_type != "audioflamingo3"
@@ -169,7 +172,18 @@ def _model_config(top: Section, audio: Section, text: Section, processor: Sectio
         ),
         eos_token_ids=_eos_token_ids((generation, text, top), last_id),
         model_type=model_type,
+        quantization=_quantization(top),
     )
+
+
+def _quantization(top: Section) -> Recipe | None:
+    stated = top.values.get("quantization_config")
+    if not stated:
+        return None
+    try:
+        return Recipe.from_dict(stated)
+    except SchemeError as problem:
+        top.error("quantization_config", f"is set: {problem}.")
 
 
 def _encoder(audio: Section) -> EncoderConfig:

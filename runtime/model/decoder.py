@@ -11,18 +11,16 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ...kernels.activation import swiglu
 from ...kernels.attention import attention
 from ...kernels.decode_attention import MAX_NEW_TOKENS, decode_attention
 from ...kernels.kv_write import kv_write
 from ...kernels.norm import add_rms_norm, rms_norm
 from ...kernels.pages import page_slots
 from ...kernels.rotary import Rotation, rope_frequencies
-from ...quant.linear import Linear
+from ...quant.linear import Embedding, Linear, gated
 from .config import DecoderConfig
-from .weights import Embedding, Norm
+from .weights import Norm
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class DecoderMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden]. Returns like x."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(gated(self.gate_proj, self.up_proj, x))
 
 
 class DecoderLayer(nn.Module):
@@ -166,7 +164,7 @@ class Decoder(nn.Module):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Embeddings of token ids: [...] int64 to [..., hidden]."""
-        return F.embedding(token_ids, self.embed_tokens.weight)
+        return self.embed_tokens(token_ids, self.norm.weight.dtype)
 
     def forward(self, x: Tensor, positions: Tensor, cache: CacheView) -> Tensor:
         """Run new tokens through all layers, writing their keys and values INTO the cache.
@@ -183,5 +181,5 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token. hidden: [..., hidden], normed. Returns [..., vocab] float32."""
         if self.lm_head is None:
-            return F.linear(hidden, self.embed_tokens.weight).float()
+            return self.embed_tokens.scores(hidden).float()
         return self.lm_head(hidden).float()

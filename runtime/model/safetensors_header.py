@@ -47,6 +47,11 @@ def parse_header(data: bytes | mmap.mmap, file: str) -> dict[str, StoredTensor]:
 
     Raises CheckpointError naming `file`, and the tensor, for a truncated file or a header that is not exactly true.
     """
+    return parse_header_and_metadata(data, file)[0]
+
+
+def parse_header_and_metadata(data: bytes | mmap.mmap, file: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """As `parse_header`, and the strings that the header holds beside the tensors."""
     size = len(data)
     length = int.from_bytes(data[:8], "little")
     if size < 8 or length > size - 8:
@@ -60,7 +65,7 @@ def parse_header(data: bytes | mmap.mmap, file: str) -> dict[str, StoredTensor]:
     tensors = {name: _tensor(entry, f"{file}: tensor {shown(name)}", 8 + length) for name, entry in header.items()}
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
     _check_coverage(ordered, 8 + length, size, file)
-    return ordered
+    return ordered, metadata
 
 
 def _tensor(entry: Any, where: str, data_start: int) -> StoredTensor:

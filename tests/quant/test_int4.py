@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afnext.quant.int4 import dequantize_int4, pack_int4, quantize_int4, unpack_int4
+from afnext.quant.int4 import dequantize_int4, fit_int4, pack_int4, quantize_int4, unpack_int4
 
 
 def test_the_even_input_has_the_low_bits() -> None:
@@ -109,3 +109,93 @@ def test_refusals(weight: torch.Tensor, group: int, message: str) -> None:
 def test_an_odd_number_of_codes_is_refused() -> None:
     with pytest.raises(ValueError, match="odd"):
         pack_int4(torch.zeros(2, 3, dtype=torch.uint8))
+
+
+def squared_error(weight: torch.Tensor, packed: tuple[torch.Tensor, ...], importance: torch.Tensor | None) -> float:
+    error = (dequantize_int4(*packed, dtype=torch.float64) - weight.double()).square()
+    return float((error if importance is None else error * importance.double()).sum())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    out=st.integers(1, 5),
+    groups=st.integers(1, 3),
+    group=st.sampled_from([32, 64, 128]),
+    symmetric=st.booleans(),
+    weighted=st.booleans(),
+    exponent=st.sampled_from([-30, -3, 0, 30]),
+    heavy=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_fitted_scales_beat_those_of_the_largest_weight(
+    out: int,
+    groups: int,
+    group: int,
+    symmetric: bool,
+    weighted: bool,
+    exponent: int,
+    heavy: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, groups * group, generator=generator)
+    if heavy:
+        weight = weight**3
+    weight = (weight * 10.0**exponent).to(dtype)
+    importance = torch.rand(groups * group, generator=generator) ** 4 if weighted else None
+    fitted = fit_int4(weight, group, symmetric, torch.float32, importance)
+    plain = quantize_int4(weight, group, symmetric, torch.float32)
+    assert [None if part is None else part.shape for part in fitted] == [
+        None if part is None else part.shape for part in plain
+    ]
+    # A candidate that is the plain one is among those of asymmetric groups; symmetric ones use one code more.
+    assert squared_error(weight, fitted, importance) <= 1.05 * squared_error(weight, plain, importance)
+
+
+def test_fitting_pays(seed: int) -> None:
+    weight = torch.randn(64, 512)
+    for symmetric, bar in ((True, 0.75), (False, 0.97)):
+        plain = squared_error(weight, quantize_int4(weight, 64, symmetric), None)
+        assert squared_error(weight, fit_int4(weight, 64, symmetric), None) < bar * plain
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_importance_moves_the_error_to_unimportant_inputs(symmetric: bool, seed: int) -> None:
+    weight = torch.randn(128, 256)
+    importance = torch.ones(256)
+    importance[::4] = 1000.0
+    alike, weighted = fit_int4(weight, 64, symmetric), fit_int4(weight, 64, symmetric, importance=importance)
+    assert squared_error(weight, weighted, importance) < 0.9 * squared_error(weight, alike, importance)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_largest_weight_keeps_its_sign_and_size(symmetric: bool, seed: int) -> None:
+    weight = torch.randn(6, 64) / 100
+    weight[:3, 10], weight[3:, 10] = 4.0, -4.0
+    restored = dequantize_int4(*fit_int4(weight, 64, symmetric))
+    assert (restored[:, 10] / weight[:, 10] - 1).abs().max() < 0.04
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_fitting_extreme_values(symmetric: bool) -> None:
+    weight = torch.zeros(4, 32)
+    weight[0, 4] = -1e38
+    weight[1, 5], weight[1, 6] = 3e38, -3e38
+    weight[2, 7] = 1e-44
+    restored = dequantize_int4(*fit_int4(weight, 32, symmetric))
+    assert restored.isfinite().all()
+    assert (restored[3] == 0).all()
+    assert (restored[0, :4] == 0).all()
+    assert abs(restored[0, 4] / -1e38 - 1) < 0.01
+    with pytest.raises(ValueError, match="float16"):
+        fit_int4(weight, 32, symmetric, torch.float16)
+
+
+def test_an_importance_that_does_not_fit_is_refused() -> None:
+    for importance in (torch.ones(63), -torch.ones(64), torch.full((64,), float("nan"))):
+        with pytest.raises(ValueError, match="importance"):
+            fit_int4(torch.zeros(2, 64), 64, importance=importance)
+    with pytest.raises(ValueError, match="not divisible"):
+        fit_int4(torch.zeros(2, 48), 32)

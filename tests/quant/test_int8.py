@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afnext.kernels.linear_int8 import linear_w8a8
 from afnext.quant.int8 import dequantize_int8, quantize_int8
 
 
@@ -61,3 +62,31 @@ def test_extreme_channels() -> None:
 def test_refusals(weight: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quantize_int8(weight)
+
+
+def test_codes_are_those_of_bitsandbytes(seed: int) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(50, 320).half()
+    weight[4] = 0
+    codes, scales = quantize_int8(weight)
+    theirs, largest, _ = functional.int8_vectorwise_quant(weight)
+    assert torch.equal(scales, largest / 127)
+    # Both round w * 127 / largest, but not in the same steps: next to a tie the two may part.
+    shares = weight.double() / largest.double().clamp(min=1e-9)[:, None] * 127
+    at_tie = (shares - shares.floor() - 0.5).abs() < 1e-4
+    assert torch.equal(codes[~at_tie], theirs[~at_tie])
+    assert int((codes.int() - theirs.int()).abs().max()) <= 1
+
+
+def test_the_product_with_int8_inputs_is_that_of_bitsandbytes(seed: int) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    x, weight = torch.randn(24, 256).half(), torch.randn(40, 256).half()
+    codes, scales = quantize_int8(weight)
+    row_codes, largest, _ = functional.int8_vectorwise_quant(x)
+    sums = functional.int8_linear_matmul(row_codes, codes)
+    theirs = functional.int8_mm_dequant(sums, largest, 127 * scales).float()
+    ours = linear_w8a8(x.float(), codes, scales)
+    # float16 holds their result; an input next to a tie may have the neighbouring code.
+    allowed = 1e-3 * theirs.abs().max() + 128 * scales * largest.max() / 127
+    assert ((ours - theirs).abs() <= allowed).all()
+    assert (ours - theirs).square().mean().sqrt() <= 1e-3 * theirs.square().mean().sqrt()

@@ -80,7 +80,7 @@ def test_packed_bytes_are_those_of_the_packers(rows: int, columns: int) -> None:
     codes, scales = quantize_int8(weight)
     name = "decoder.layers.0.mlp.up_proj.weight"
     assert parameter_bytes(name, (rows, columns), "int8", torch.bfloat16) == codes.nbytes + scales.nbytes
-    packed, scales, _ = quantize_int4(weight)
+    packed, scales, _ = quantize_int4(weight, 64)
     assert parameter_bytes(name, (rows, columns), "int4", torch.bfloat16) == packed.nbytes + scales.nbytes
 
 

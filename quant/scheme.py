@@ -1,0 +1,254 @@
+"""The named schemes: what is stored in place of a weight [out, in], and which product reads it.
+
+    scheme        codes                    scales                      zeros               bits a weight
+    int8          [out, in] int8           [out] float32               none                8
+    int8-w8a8     the same; inputs of the product are rounded to int8 too, a scale a token
+    int4          [out, in / 2] uint8      [out, in / group] 16 bits   none                4 + 16 / group
+    int4, zeros   the same                 the same                    like scales         4 + 32 / group
+    nf4           [out, in / 2] uint8      [out, in / 64] float32      none                4.5
+
+The byte layouts are in `int8`, `int4` and `nf4`. In a file the tensors of the layer X are X.weight_codes,
+X.weight_scales and X.weight_zeros; X.bias stays as it is. A scheme is spelled as its name, for int4 followed by the
+group and, where there are zero points, by "zeros": int4-g64, int4-g128-zeros.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.errors import AfnextError
+from ..kernels.linear_int4 import GROUP_SIZES, linear_int4, linear_int4_swiglu, prepare_int4
+from ..kernels.linear_int8 import linear_int8, linear_int8_swiglu, linear_w8a8
+from ..kernels.linear_nf4 import linear_nf4
+from .int4 import dequantize_int4, fit_int4
+from .int8 import dequantize_int8, quantize_int8
+from .nf4 import BLOCK_SIZE, dequantize_nf4, quantize_nf4
+
+PARTS = ("weight_codes", "weight_scales", "weight_zeros")
+_CHUNK = 1 << 24  # weights quantized at once: what is computed of them needs some hundred megabytes
+_INT8_INPUTS = 16  # the int8 products take inputs in multiples of this
+
+
+class SchemeError(AfnextError):
+    """A scheme is unknown, does not fit a layer, or the tensors stored for it are damaged."""
+
+
+class Packed(NamedTuple):
+    """A quantized weight. See the module for the shapes and dtypes of each scheme."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by the names of `PARTS`, without those that are None."""
+        return {part: tensor for part, tensor in zip(PARTS, self, strict=True) if tensor is not None}
+
+
+class Stored(NamedTuple):
+    """What a tensor in a file has to be: its shape, and one of some dtypes."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+class Scheme(ABC):
+    """How the weights [out, in] of a layer are stored and multiplied with."""
+
+    @abstractmethod
+    def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
+        """The tensors stored for a weight of this shape, by the names of `PARTS`.
+
+        Raises SchemeError where the scheme cannot store such a weight.
+        """
+
+    @abstractmethod
+    def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] that the packed one stands for, rounded to `dtype` once."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        """x W^T + bias for x: [..., in]. Returns [..., out] in the dtype of x."""
+
+    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor | None:
+        """silu(x G^T) * (x U^T), or None where no kernel computes it at once."""
+        return None
+
+    def prepare(self, packed: Packed, dtype: torch.dtype) -> None:  # noqa: B027 - most have nothing to prepare
+        """Let the product make, before its first call with x in `dtype`, what it keeps beside the weight."""
+
+    @abstractmethod
+    def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
+        """Quantize some channels."""
+
+    def quantize(
+        self, weight: Tensor, importance: Tensor | None = None, device: torch.device | str | None = None
+    ) -> Packed:
+        """Round a weight [out, in] of any floating dtype, on `device` (by default where it is).
+
+        importance: [in], weighs the squared error of each input channel where the scheme searches for scales. Channels
+        are handled in chunks, so that no more memory is needed than for the result and one chunk. Raises SchemeError
+        where the shape does not fit, and ValueError for weights that are not finite.
+        """
+        expected = self.stored(tuple(weight.shape))
+        device = weight.device if device is None else torch.device(device)
+        importance = None if importance is None else importance.to(device)
+        whole: dict[str, Tensor] = {}
+        done = 0
+        for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
+            for name, part in self._quantize(rows.to(device), importance).named().items():
+                if name not in whole:
+                    whole[name] = torch.empty(expected[name].shape, dtype=part.dtype, device=device)
+                whole[name][done : done + len(part)] = part
+            done += len(rows)
+        return Packed(*(whole[part] for part in PARTS if part in whole))
+
+
+@dataclass(frozen=True)
+class Int8(Scheme):
+    """One scale a channel. int8_inputs: round the product's inputs to int8 as well (W8A8)."""
+
+    int8_inputs: bool = False
+
+    def __str__(self) -> str:
+        return "int8-w8a8" if self.int8_inputs else "int8"
+
+    def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
+        """See `Scheme`."""
+        out, inner = _matrix(shape, self)
+        if inner % _INT8_INPUTS:
+            raise SchemeError(f"{self} takes inputs in multiples of {_INT8_INPUTS}, not {inner}; keep the layer dense")
+        return {
+            "weight_codes": Stored((out, inner), (torch.int8,)),
+            "weight_scales": Stored((out,), (torch.float32,)),
+        }
+
+    def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """See `Scheme`."""
+        return dequantize_int8(packed.codes, packed.scales, dtype)
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        """See `Scheme`."""
+        product = linear_w8a8 if self.int8_inputs else linear_int8
+        return product(x, packed.codes, packed.scales, bias)
+
+    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor | None:
+        """See `Scheme`."""
+        if self.int8_inputs:
+            return None
+        return linear_int8_swiglu(x, gate.codes, gate.scales, up.codes, up.scales)
+
+    def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
+        return Packed(*quantize_int8(rows))
+
+
+@dataclass(frozen=True)
+class Int4(Scheme):
+    """One scale, and if not symmetric one zero point, for each `group_size` inputs of a channel."""
+
+    group_size: int = 64
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.group_size not in GROUP_SIZES:
+            raise SchemeError(f"int4 has groups of {', '.join(map(str, GROUP_SIZES))} inputs, not {self.group_size}")
+
+    def __str__(self) -> str:
+        return f"int4-g{self.group_size}" + ("" if self.symmetric else "-zeros")
+
+    def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
+        """See `Scheme`."""
+        out, inner = _matrix(shape, self)
+        if inner % self.group_size:
+            raise SchemeError(
+                f"{inner} inputs are not divisible by groups of {self.group_size}; choose a smaller group or int8, or "
+                "keep the layer dense"
+            )
+        grid = Stored((out, inner // self.group_size), (torch.bfloat16, torch.float16, torch.float32))
+        parts = {"weight_codes": Stored((out, inner // 2), (torch.uint8,)), "weight_scales": grid}
+        return parts if self.symmetric else {**parts, "weight_zeros": grid}
+
+    def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """See `Scheme`."""
+        return dequantize_int4(*packed, dtype=dtype)
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        """See `Scheme`."""
+        return linear_int4(x, *packed, bias)
+
+    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor | None:
+        """See `Scheme`."""
+        return linear_int4_swiglu(x, gate.codes, gate.scales, up.codes, up.scales, gate.zeros, up.zeros)
+
+    def prepare(self, packed: Packed, dtype: torch.dtype) -> None:
+        """See `Scheme`."""
+        prepare_int4(*packed, dtype)
+
+    def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
+        return Packed(*fit_int4(rows, self.group_size, self.symmetric, importance=importance))
+
+
+@dataclass(frozen=True)
+class NF4(Scheme):
+    """The 16 levels of bitsandbytes' nf4, one scale for each 64 inputs of a channel."""
+
+    def __str__(self) -> str:
+        return "nf4"
+
+    def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
+        """See `Scheme`."""
+        out, inner = _matrix(shape, self)
+        if inner % BLOCK_SIZE:
+            raise SchemeError(
+                f"{inner} inputs are not divisible by nf4's blocks of {BLOCK_SIZE}; choose int8, or keep the layer "
+                "dense"
+            )
+        return {
+            "weight_codes": Stored((out, inner // 2), (torch.uint8,)),
+            "weight_scales": Stored((out, inner // BLOCK_SIZE), (torch.float32,)),
+        }
+
+    def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """See `Scheme`."""
+        return dequantize_nf4(packed.codes, packed.scales, dtype)
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        """See `Scheme`."""
+        return linear_nf4(x, packed.codes, packed.scales, bias)
+
+    def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
+        return Packed(*quantize_nf4(rows))
+
+
+def parse_scheme(text: str) -> Scheme | None:
+    """The scheme that `text` spells, None for "dense": str(scheme) backwards, and "int4" for its default.
+
+    Raises SchemeError for anything else.
+    """
+    plain: Mapping[str, Scheme | None] = {
+        "dense": None,
+        "int8": Int8(),
+        "int8-w8a8": Int8(int8_inputs=True),
+        "int4": Int4(),
+        "nf4": NF4(),
+    }
+    if text in plain:
+        return plain[text]
+    match = re.fullmatch(r"int4-g(\d{1,4})(-zeros)?", text, re.ASCII)
+    if match is None:
+        raise SchemeError(
+            f"unknown scheme {text[:80]!r}; choose from {', '.join(plain)}, or int4 with a group, as in int4-g32 or "
+            "int4-g128-zeros"
+        )
+    return Int4(int(match[1]), symmetric=match[2] is None)
+
+
+def _matrix(shape: tuple[int, ...], scheme: Scheme) -> tuple[int, int]:
+    if len(shape) != 2 or 0 in shape:
+        raise SchemeError(f"{scheme} stores weights [out, in], not one of the shape {list(shape)}")
+    return shape[0], shape[1]

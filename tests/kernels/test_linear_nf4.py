@@ -1,0 +1,56 @@
+"""nf4 linear layers: every backend against the float64 reference, and the error against a plain dense product."""
+
+import pytest
+import torch
+from support.accuracy import DTYPES, assert_accurate, backends, exactly, poisoned
+from torch import Tensor
+from torch.nn import functional as F
+
+from afnext.kernels import linear_nf4 as module
+from afnext.kernels.linear_nf4 import LEVELS, linear_nf4
+
+
+def dense(codes: Tensor, scales: Tensor) -> Tensor:
+    weight = torch.empty(len(codes), 2 * codes.shape[1], dtype=torch.float64, device=codes.device)
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device=codes.device).double()
+    for k in range(weight.shape[1]):
+        code = codes[:, k // 2] & 15 if k % 2 else codes[:, k // 2] >> 4
+        weight[:, k] = levels[code.long()] * scales[:, k // 64].double()
+    return weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 128, 33), (5, 192, 16), (40, 64, 1)])
+@pytest.mark.parametrize("backend", backends(module._linear))
+def test_accuracy(
+    backend: str, shape: tuple[int, int, int], dtype: torch.dtype, seed: int, device: torch.device
+) -> None:
+    rows, inner, columns = shape
+    x = torch.randn(rows, inner).to(device, dtype)
+    codes = torch.randint(0, 256, (columns, inner // 2), dtype=torch.uint8).to(device)
+    scales = (torch.rand(columns, inner // 64) / inner**0.5).to(device)
+    bias, residual = torch.randn(columns).to(device, dtype), torch.randn(rows, columns).to(device, dtype)
+    with poisoned(backend):
+        actual = linear_nf4(x, codes, scales, bias, residual)
+    exact = exactly(linear_nf4, x, codes, scales, bias, residual)
+    assert_accurate(actual, exact, F.linear(x, dense(codes, scales).to(dtype), bias) + residual)
+
+
+def test_reference_is_the_dense_product(seed: int) -> None:
+    x, scales = torch.randn(3, 128, dtype=torch.float64), torch.rand(5, 2)
+    codes = torch.randint(0, 256, (5, 64), dtype=torch.uint8)
+    torch.testing.assert_close(exactly(linear_nf4, x, codes, scales), x @ dense(codes, scales).T)
+
+
+def test_refusals() -> None:
+    x, codes, scales = torch.zeros(2, 128), torch.zeros(5, 64, dtype=torch.uint8), torch.zeros(5, 2)
+    cases = [
+        (lambda: linear_nf4(x[:, :64], codes, scales), r"\(2, 64\)"),
+        (lambda: linear_nf4(x[:, :96], codes[:, :48].contiguous(), scales), "multiple of 64"),
+        (lambda: linear_nf4(x, codes.char(), scales), "uint8"),
+        (lambda: linear_nf4(x, codes, scales[:4]), "scales"),
+        (lambda: linear_nf4(x, codes, scales, torch.zeros(4)), "bias"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()

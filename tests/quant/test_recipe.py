@@ -1,0 +1,82 @@
+"""Recipes: which rule decides, what is written down of them, and what is refused."""
+
+from typing import Any
+
+import pytest
+
+from afnext.quant.recipe import RECIPES, Recipe, recipe
+from afnext.quant.scheme import NF4, Int4, Int8, SchemeError
+
+MLP = "decoder.layers.11.mlp.up_proj"
+
+
+def test_the_default_recipes() -> None:
+    assert recipe("int8").scheme(MLP) == Int8()
+    assert recipe("int8-w8a8").scheme(MLP) == Int8(int8_inputs=True)
+    assert recipe("int4").scheme(MLP) == Int4(64)
+    assert recipe("int4", group_size=32, symmetric=False).scheme(MLP) == Int4(32, symmetric=False)
+    assert recipe("int4-g128-zeros").scheme(MLP) == Int4(128, symmetric=False)
+    assert recipe("nf4").scheme(MLP) == NF4()
+    for name in RECIPES:
+        for layer in ("decoder.lm_head", "decoder.embed_tokens", "adaptor.linear_2"):
+            assert recipe(name).scheme(layer) == Int8()
+        for layer in ("encoder.conv1", "encoder.embed_positions", "decoder.norm"):
+            assert recipe(name).scheme(layer) is None
+    assert recipe("int4").scheme("encoder.layers.3.fc1") == Int8()
+    assert recipe("int8-w8a8").scheme("encoder.layers.3.fc1") == Int8(int8_inputs=True)
+
+
+def test_rules_given_come_first() -> None:
+    mixed = recipe("int4", rules=[("*.mlp.down_proj", "int8"), ("decoder.layers.0.*", "dense")])
+    assert mixed.scheme("decoder.layers.0.mlp.down_proj") == Int8()
+    assert mixed.scheme("decoder.layers.0.mlp.up_proj") is None
+    assert mixed.scheme("decoder.layers.1.mlp.up_proj") == Int4(64)
+
+
+def test_what_is_written_down_is_read_back() -> None:
+    for name in RECIPES:
+        one = recipe(name, rules=[("decoder.layers.0.*", "dense"), ("decoder.lm_head", "int4-g32-zeros")])
+        again = Recipe.from_dict(one.to_dict())
+        assert again == one
+        assert (again.name, again.source) == (one.name, one.source)
+
+
+def test_equal_rules_are_equal_recipes() -> None:
+    assert recipe("int4", group_size=32) == recipe("int4-g32") != recipe("int4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "int3"}, "int3.*int8-w8a8"),
+        ({"name": "int4-g7"}, "not 7"),
+        ({"name": "int4", "group_size": 48}, "not 48"),
+        ({"name": "int8", "group_size": 64}, "only int4"),
+        ({"name": "int4-g32", "symmetric": False}, "only int4"),
+        ({"name": "int4", "rules": [("decoder.*", "int9")]}, "int9"),
+    ],
+)
+def test_what_does_not_exist_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(SchemeError, match=message):
+        recipe(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_method": "gptq"}, "another library"),
+        ({"version": 2}, "version 2"),
+        ({"version": "1"}, "version"),
+        ({"recipe": None}, "damaged"),
+        ({"rules": "decoder.*"}, "damaged"),
+        ({"rules": [["decoder.*"]]}, "damaged"),
+        ({"rules": [["decoder.*", 4]]}, "damaged"),
+        ({"rules": [["decoder.*", "int4-g5"]]}, "not 5"),
+        ({"source": 7}, "damaged"),
+    ],
+)
+def test_damaged_quantizations_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SchemeError, match=message):
+        Recipe.from_dict(recipe("int4").to_dict() | change)
+    with pytest.raises(SchemeError, match="another library"):
+        Recipe.from_dict([])
