@@ -9,8 +9,22 @@
 from afnext.kernels import backend
 from afnext.kernels.errors import AfnextError
 from afnext.runtime.app.answer import Answer, Piece, Usage
-from afnext.runtime.app.api import Model, Stream, load
+from afnext.runtime.app.api import Model, load
+from afnext.runtime.app.context import Context
+from afnext.runtime.app.responder import Stream
 from afnext.runtime.io.audio import Audio, load_audio
 
 __version__ = "0.1.0"
-__all__ = ["AfnextError", "Answer", "Audio", "Model", "Piece", "Stream", "Usage", "backend", "load", "load_audio"]
+__all__ = [
+    "AfnextError",
+    "Answer",
+    "Audio",
+    "Context",
+    "Model",
+    "Piece",
+    "Stream",
+    "Usage",
+    "backend",
+    "load",
+    "load_audio",
+]

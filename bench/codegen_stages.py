@@ -23,8 +23,8 @@ from ..kernels.log_mel import WINDOW_SAMPLES
 from ..kernels.sampling import SamplingRows, greedy, penalize, sample
 from ..quant.linear import Linear
 from ..runtime.engine.decode_graph import DecodeStep
-from ..runtime.engine.generate import EngineOptions
 from ..runtime.engine.kv_cache import KVCache, page_table
+from ..runtime.engine.options import EngineOptions
 from ..runtime.model.audio_flamingo import AudioFlamingo
 from ..runtime.model.config import ModelConfig
 from ..runtime.model.decoder import DecoderLayer
@@ -85,7 +85,8 @@ def _prefill(model: AudioFlamingo, start: int, end: int, dtype: torch.dtype) -> 
 def _decode(model: AudioFlamingo, rows: int, dtype: torch.dtype) -> None:
     cache = _cache(model, rows, dtype)
     pages = [cache.allocate(CONTEXT + NEW_TOKENS) for _ in range(rows)]
-    DecodeStep(model, cache, pages, [CONTEXT] * rows, cuda_graph=False)([0] * rows)
+    step = DecodeStep(model, cache, rows=rows, width=len(pages[0]), cuda_graph=False)
+    step([0] * rows, [CONTEXT] * rows, pages)
 
 
 def _choose(rows: int, vocabulary: int) -> None:

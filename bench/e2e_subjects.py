@@ -122,10 +122,7 @@ class AfnextSubject:
             self._length,
             chunk_size=self._model.options.chunk_size,
             timings=Timings(),
-            progress=lambda done, total: None,
-            cancelled=lambda: False,
         )
-        assert logits is not None
         for pages in self._pages[1:]:
             for pool in (*self._cache.keys, *self._cache.values):
                 pool[pages] = pool[self._pages[0]]

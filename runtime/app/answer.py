@@ -3,20 +3,22 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..engine.generate import FinishReason
+from ..engine.request import FinishReason
 from ..engine.timings import Timings
 
 
 @dataclass(frozen=True)
 class Usage:
     """What a request consumed. audio_seconds: audio heard; truncated: some audio was cut to what the model can hear;
-    windows: 30 s encoder windows; *_tokens: audio and text of the prompt, and the answer's own."""
+    windows: 30 s encoder windows; *_tokens: audio and text of the prompt, how many of these two had been computed
+    before, and the answer's own."""
 
     audio_seconds: float
     truncated: bool
     windows: int
     audio_tokens: int
     text_tokens: int
+    cached_tokens: int
     new_tokens: int
 
 
@@ -25,8 +27,8 @@ class Answer:
     """The answer to one question.
 
     text: what the model says; thinking: what it wrote between <think> and </think>, or None; finish_reason: "stop" (by
-    itself or at a stop string), "length" (max_new_tokens reached) or "cancelled"; token_ids: as generated, special
-    tokens included; warnings: what was wrong with the audio, if anything.
+    itself or at a stop string), "length" (max_new_tokens reached), "cancelled" or "deadline" (passed); token_ids: as
+    generated, special tokens included; warnings: what was wrong with the audio, if anything.
     """
 
     text: str

@@ -1,20 +1,20 @@
-"""The Python API: load a model, ask it about audio, stream its answer, chat in batches."""
+"""The Python API: load a model, ask it about audio, stream its answer, chat in batches, listen once and ask often."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...kernels.dispatch import free_memory
 from ...kernels.errors import AfnextError
 from ...quant.recipe import Recipe, recipe
-from ..engine.generate import EngineOptions, Generation
 from ..engine.memory import MemoryPlan, parse_bytes, shown_bytes
-from ..engine.sampler import SamplingParams
+from ..engine.options import EngineOptions
+from ..engine.scheduler import Engine
 from ..errors import ConfigError
 from ..files import read_settings
 from ..io.audio import AudioSource
@@ -25,38 +25,15 @@ from ..model.checkpoint import Checkpoint, with_stored_head
 from ..model.config import ModelConfig
 from ..model.hub import resolve
 from ..model.quantized import to_quantize
-from .answer import Answer, Piece
-from .conversation import AnswerReader, Conversation, Message
+from .answer import Answer
+from .context import Context
+from .conversation import Conversation, Message
+from .responder import DEFAULT_NEW_TOKENS, AnswerOptions, Progress, Responder, Stream, check_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Progress = Callable[[str, float, float], None]
-_DEFAULT_NEW_TOKENS = 2048
 _log = logging.getLogger("afnext")
-
-
-class AnswerOptions(TypedDict, total=False):
-    """Options of `ask`, `stream` and `chat`. Those of sampling default to the checkpoint's generation_config.json.
-
-    max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed: see `SamplingParams`.
-    ignore_eos: go on to max_new_tokens, for measurements. stop: strings that end the answer and are left out of it.
-    truncate: cut audio to what the model can hear instead of refusing it. progress: called with (stage, done, total).
-    cancelled: polled between steps; once it returns true the answer ends with what it has.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    seed: int | None
-    ignore_eos: bool
-    stop: Sequence[str]
-    truncate: bool
-    progress: Progress
-    cancelled: Callable[[], bool]
 
 
 def load(
@@ -68,6 +45,7 @@ def load(
     page_size: int = 256,
     chunk_size: int = 1024,
     encode_batch: int = 4,
+    max_batch: int = 32,
     kv: str = "auto",
     release_encoder: bool = False,
     memory: int | str | None = None,
@@ -78,16 +56,21 @@ def load(
 
     model: a folder, or a name such as "nvidia/audio-flamingo-next-hf". device: "auto" (a GPU if there is one), or what
     torch takes. dtype: "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32".
-    page_size, chunk_size, encode_batch, kv, release_encoder: see `EngineOptions`. memory: what the model and its work
-    may take, in bytes or as "8GB"; None for what the device has free. quant: pack dense weights while they are read, by
-    "int8", "int8-w8a8", "int4" or "nf4", a spelling such as "int4-g32-zeros", or a recipe.
+    page_size, chunk_size, encode_batch, max_batch, kv, release_encoder: see `EngineOptions`. memory: what the model and
+    its work may take, in bytes or as "8GB"; None for what the device has free. quant: pack dense weights while they are
+    read, by "int8", "int8-w8a8", "int4" or "nf4", a spelling such as "int4-g32-zeros", or a recipe.
 
     Nothing is loaded that could not work: the memory plan (`afnext plan`) is made first, for the longest recording that
     there is room for, and the KV cache never outgrows it. Raises MemoryPlanError with advice when not even a short
     question has room, ValueError for an option out of range, and otherwise an AfnextError that says what to do.
     """
     options = EngineOptions(
-        page_size=page_size, chunk_size=chunk_size, encode_batch=encode_batch, kv=kv, release_encoder=release_encoder
+        page_size=page_size,
+        chunk_size=chunk_size,
+        encode_batch=encode_batch,
+        max_batch=max_batch,
+        kv=kv,
+        release_encoder=release_encoder,
     )
     quantize = recipe(quant) if isinstance(quant, str) else quant
     folder = resolve(model, revision=revision)
@@ -170,7 +153,7 @@ def _within(
         dtype=computed,
         audio_seconds=0,
         text_tokens=0,
-        new_tokens=min(_DEFAULT_NEW_TOKENS, config.decoder.max_positions - 2),
+        new_tokens=min(DEFAULT_NEW_TOKENS, config.decoder.max_positions - 2),
         kv=options.kv,
         page_size=options.page_size,
         chunk_size=options.chunk_size,
@@ -194,31 +177,8 @@ def _sampling_defaults(folder: Path) -> dict[str, Any]:
     return {name: config[name] for name in names if config.get(name) is not None}
 
 
-class Stream(Iterator[Piece]):
-    """The pieces of an answer as they come. `answer` is the whole of it once the last piece has been given out.
-
-    Close it (or drop it) to stop early.
-    """
-
-    def __init__(self, pieces: Iterator[tuple[int, Piece]], answers: list[Answer | None]):
-        self._pieces = pieces
-        self._answers = answers
-
-    @property
-    def answer(self) -> Answer | None:
-        """The whole answer, or None while pieces are still to come."""
-        return self._answers[0]
-
-    def __next__(self) -> Piece:
-        return next(self._pieces)[1]
-
-    def close(self) -> None:
-        """Stop generating and free the memory."""
-        self._pieces.close()  # type: ignore[attr-defined]
-
-
 class Model:
-    """A loaded model. Calls share its weights and nothing else, so each has the KV cache of its own requests."""
+    """A loaded model. Its calls may come from several threads at once: their requests share the steps of `engine`."""
 
     def __init__(
         self,
@@ -232,7 +192,8 @@ class Model:
         self.tokenizer = tokenizer
         self.template = template
         self.options = options
-        self._sampling_defaults = sampling_defaults
+        self.engine = Engine(network, options)
+        self._responder = Responder(self.engine, network, tokenizer, template, sampling_defaults)
 
     def ask(
         self,
@@ -269,74 +230,31 @@ class Model:
         conversations: lists of {"role": "system" | "user" | "assistant", "content": text or parts}; a part is {"type":
         "text", "text": ...} or {"type": "audio", "audio": source}. Each answer equals the one it would get alone.
         """
-        answers: list[Answer | None] = [None] * len(conversations)
-        for _ in self._start(conversations, answers, options):
-            pass
-        return [answer for answer in answers if answer is not None]
+        return self._responder.chat(self._load(conversations, options), options)
 
     def stream_chat(self, messages: Sequence[Message], **options: "Unpack[AnswerOptions]") -> Stream:
         """Continue one conversation, giving the answer piece by piece."""
-        answers: list[Answer | None] = [None]
-        return Stream(self._start([messages], answers, options), answers)
+        return self._responder.stream(self._load([messages], options)[0], options)
 
-    def _start(
-        self, conversations: Sequence[Sequence[Message]], answers: list[Answer | None], options: AnswerOptions
-    ) -> Iterator[tuple[int, Piece]]:
-        """Check everything and load the audio now; what is returned generates as it is read."""
-        unknown = options.keys() - AnswerOptions.__annotations__.keys()
-        if unknown:
-            known = ", ".join(AnswerOptions.__annotations__)
-            raise TypeError(f"unknown option {', '.join(sorted(unknown))}; the options are {known}")
-        report = options.get("progress") or (lambda stage, done, total: None)
-        loaded = [
-            Conversation.load(
-                messages,
-                self.tokenizer,
-                self.template,
-                max_audio_seconds=self.network.config.max_audio_seconds,
-                truncate=options.get("truncate", False),
-            )
-            for messages in conversations
-        ]
-        generation = Generation(
-            self.network,
-            [conversation.request(self._sampling(conversation, options)) for conversation in loaded],
-            self.options,
-            progress=lambda done, total: report("listening", done, total),
-            cancelled=options.get("cancelled") or (lambda: False),
-        )
-        readers = [AnswerReader(conversation, self.tokenizer, options.get("stop", ())) for conversation in loaded]
-        return _read(generation, readers, answers)
+    def listen(
+        self,
+        audio: AudioSource | list[AudioSource],
+        *,
+        system: str | None = None,
+        truncate: bool = False,
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Context:
+        """Hear a recording, or several, once, to be asked about any number of times.
 
-    def _sampling(self, conversation: Conversation, options: AnswerOptions) -> SamplingParams:
-        values = self._sampling_defaults | {
-            k: v for k, v in options.items() if k in SamplingParams.__dataclass_fields__
-        }
-        # A default may be more than context and memory have room for; a number from the caller is checked as it is.
-        room = self.network.config.decoder.max_positions
-        if self.options.max_kv_tokens is not None:
-            room = min(room, self.options.max_kv_tokens)
-        room -= len(conversation.prompt.token_ids)
-        if "max_new_tokens" not in options:
-            values["max_new_tokens"] = max(1, min(values.get("max_new_tokens", _DEFAULT_NEW_TOKENS), room))
-        if not options.get("ignore_eos"):
-            values["stop_token_ids"] = self.tokenizer.eos_ids
-        return SamplingParams(**values)
+        What the arguments are, `ask` and `AnswerOptions` say. Raises AudioError, PromptError or ContextLengthError.
+        """
+        messages = _question(audio, "", system)
+        return Context.listen(self._responder, messages, truncate=truncate, progress=progress, cancelled=cancelled)
 
-
-def _read(
-    generation: Generation, readers: list[AnswerReader], answers: list[Answer | None]
-) -> Iterator[tuple[int, Piece]]:
-    """Yield (conversation, piece) as text comes; fill `answers` at the end."""
-    for index, token in generation:
-        if readers[index].stopped:
-            continue
-        yield from ((index, piece) for piece in readers[index].push(token))
-        if readers[index].stopped:
-            generation.finish(index, "stop")
-    for index, (reader, sequence) in enumerate(zip(readers, generation.sequences, strict=True)):
-        pieces, answers[index] = reader.finish(sequence.tokens, sequence.finish_reason or "cancelled")
-        yield from ((index, piece) for piece in pieces)
+    def _load(self, conversations: Sequence[Sequence[Message]], options: AnswerOptions) -> list[Conversation]:
+        check_options(options, AnswerOptions)
+        return [self._responder.load(messages, truncate=options.get("truncate", False)) for messages in conversations]
 
 
 def _question(audio: AudioSource | list[AudioSource] | None, question: str, system: str | None) -> list[dict[str, Any]]:

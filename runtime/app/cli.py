@@ -24,9 +24,10 @@ from ..io.audio import AudioSource
 from . import backend_info
 from . import info as model_info
 from .answer import Answer, Piece
-from .api import AnswerOptions, Model, Stream, load, usable_device
-from .api import Progress as Report
+from .api import Model, load, usable_device
 from .plan import Target, model_config, view
+from .responder import AnswerOptions, Stream
+from .responder import Progress as Report
 
 app = typer.Typer(
     name="afnext",

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
-from ...kernels.log_mel import SAMPLE_RATE
-from ..engine.generate import FinishReason, Request
+from ...kernels.log_mel import SAMPLE_RATE, WINDOW_SAMPLES
 from ..engine.prefill import AudioInput
+from ..engine.prefix import Prefix
+from ..engine.request import Request
+from ..engine.request import Sequence as EngineSequence
 from ..engine.sampler import SamplingParams
 from ..engine.timings import Timings
 from ..errors import AudioError, PromptError
@@ -24,12 +26,47 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """A conversation on its way through the model: its audio, its prompt, and the clock that started with it."""
+class Recording:
+    """What an answer says of one audio: its short name, its length in samples at 16 kHz, what was wrong with it."""
 
-    audio: tuple[Audio, ...]
+    source: str
+    samples: int
+    truncated: bool = False
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, audio: Audio) -> "Recording":
+        """The recording that `audio` holds."""
+        return cls(audio.source, len(audio.samples), audio.truncated, audio.warnings)
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return self.samples / SAMPLE_RATE
+
+    @property
+    def tokens(self) -> int:
+        """Audio tokens that it takes."""
+        return audio_token_count(self.samples)
+
+    @property
+    def windows(self) -> int:
+        """Windows of 30 s, the last one counted if it is shorter."""
+        return -(-self.samples // WINDOW_SAMPLES)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation on its way through the model: its recordings, its prompt, and the clock that started with it.
+
+    audio: the waveforms of what `prefix`, the part of the prompt that is computed already, leaves to be heard.
+    """
+
+    recordings: tuple[Recording, ...]
     prompt: Prompt
+    audio: tuple[AudioInput, ...]
     timings: Timings
+    prefix: Prefix | None = None
 
     @classmethod
     def load(
@@ -48,31 +85,38 @@ class Conversation:
         """
         timings = Timings()
         with timings.measure("load_audio", torch.device("cpu")):
-            audio = tuple(
-                _audible(load_audio(source, max_seconds=max_audio_seconds, truncate=truncate))
+            audio = [
+                audible(load_audio(source, max_seconds=max_audio_seconds, truncate=truncate))
                 for source in _audio_sources(messages)
-            )
-        counts = [audio_token_count(len(recording.samples)) for recording in audio]
-        return cls(audio, build_prompt(messages, counts, tokenizer, template), timings)
+            ]
+        recordings = tuple(Recording.of(recording) for recording in audio)
+        prompt = build_prompt(messages, [recording.tokens for recording in recordings], tokenizer, template)
+        return cls(recordings, prompt, audio_inputs(prompt, audio), timings)
 
-    def request(self, sampling: SamplingParams) -> Request:
-        """The engine's view of the conversation."""
-        inputs = tuple(
-            AudioInput(span.position, tuple(torch.from_numpy(window) for window in windows(recording.samples)))
-            for span, recording in zip(self.prompt.audio, self.audio, strict=True)
-        )
-        return Request(self.prompt.token_ids, inputs, sampling, self.timings)
+    def request(self, sampling: SamplingParams, **how: Any) -> Request:
+        """The engine's view of the conversation. how: the fields of `Request` that say when and how far to run it."""
+        ids = self.prompt.token_ids
+        return Request(ids, self.audio, sampling, prefix=self.prefix, timings=self.timings, **how)
 
-    def usage(self, new_tokens: int) -> Usage:
+    def usage(self, new_tokens: int, cached_tokens: int) -> Usage:
         """What the conversation and an answer of `new_tokens` tokens consumed."""
         return Usage(
-            audio_seconds=sum(recording.duration for recording in self.audio),
-            truncated=any(recording.truncated for recording in self.audio),
-            windows=sum(len(windows(recording.samples)) for recording in self.audio),
+            audio_seconds=sum(recording.seconds for recording in self.recordings),
+            truncated=any(recording.truncated for recording in self.recordings),
+            windows=sum(recording.windows for recording in self.recordings),
             audio_tokens=self.prompt.audio_tokens,
             text_tokens=self.prompt.text_tokens,
+            cached_tokens=cached_tokens,
             new_tokens=new_tokens,
         )
+
+
+def audio_inputs(prompt: Prompt, audio: Sequence[Audio]) -> tuple[AudioInput, ...]:
+    """The waveforms of a prompt's recordings, as the engine takes them."""
+    return tuple(
+        AudioInput(span.position, tuple(torch.from_numpy(window) for window in windows(recording.samples)))
+        for span, recording in zip(prompt.audio, audio, strict=True)
+    )
 
 
 def _audio_sources(messages: Sequence[Message]) -> Iterator[AudioSource]:
@@ -86,7 +130,8 @@ def _audio_sources(messages: Sequence[Message]) -> Iterator[AudioSource]:
                 yield source
 
 
-def _audible(audio: Audio) -> Audio:
+def audible(audio: Audio) -> Audio:
+    """`audio`, if it is long enough to give a token. Raises AudioError otherwise."""
     if audio_token_count(len(audio.samples)) == 0:
         milliseconds = 1000 * len(audio.samples) / SAMPLE_RATE
         raise AudioError(
@@ -105,6 +150,7 @@ class AnswerReader:
         self._stop = StopStrings(stop)
         self._splitter = ThinkingSplitter(opened=conversation.prompt.opens_thinking)
         self._text = {"thinking": "", "answer": ""}
+        self._tokens: list[int] = []
 
     @property
     def stopped(self) -> bool:
@@ -113,21 +159,22 @@ class AnswerReader:
 
     def push(self, token: int) -> list[Piece]:
         """The text that the next token completes."""
+        self._tokens.append(token)
         return self._split(self._stop.push(self._decoder.push(token)))
 
-    def finish(self, tokens: list[int], finish_reason: FinishReason) -> tuple[list[Piece], Answer]:
+    def finish(self, sequence: EngineSequence) -> tuple[list[Piece], Answer]:
         """The rest of the text, and the whole answer."""
         pieces = self._split(self._stop.push(self._decoder.finish()) + self._stop.finish())
         pieces += self._pieces(self._splitter.finish())
-        audio = self._conversation.audio
+        recordings = self._conversation.recordings
         answer = Answer(
             text=self._text["answer"],
             thinking=self._text["thinking"] if self._splitter.thought else None,
-            usage=self._conversation.usage(len(tokens)),
+            usage=self._conversation.usage(len(self._tokens), sequence.cached),
             timings=self._conversation.timings,
-            finish_reason=finish_reason,
-            token_ids=tokens,
-            warnings=tuple(f"{recording.source}: {text}" for recording in audio for text in recording.warnings),
+            finish_reason=sequence.finish_reason or "cancelled",
+            token_ids=self._tokens,
+            warnings=tuple(f"{recording.source}: {text}" for recording in recordings for text in recording.warnings),
         )
         return pieces, answer
 

@@ -2,9 +2,10 @@
 
 At one token a sequence, a step is some three hundred small kernels, and launching them one by one from Python takes
 longer than they run. A graph launches them all at once. It repeats exactly the memory accesses that it recorded, so the
-step takes its inputs from tensors that stay: the host writes the newest tokens into one of them, the positions move on
-by themselves, and slots and key lengths are computed from the positions on the device. Nothing in a step waits for the
-device; the one wait is the caller's, who reads back the tokens chosen from the scores.
+step takes its inputs from tensors that stay: the host writes tokens, positions and pages into them, and slots and key
+lengths are computed from those on the device. So one recording serves whatever sequences come and go, as long as their
+number and the width of their page table stay. Nothing in a step waits for the device; the one wait is the caller's, who
+reads back the tokens chosen from the scores.
 """
 
 import logging
@@ -21,33 +22,31 @@ _log = logging.getLogger("afnext.engine")
 
 
 class DecodeStep:
-    """Decodes one token of each sequence of a batch at a time.
+    """Decodes one token of each of `rows` sequences at a time."""
 
-    The batch stays as it is: when a sequence ends, make a new step for those that remain.
-    """
-
-    def __init__(
-        self, model: AudioFlamingo, cache: KVCache, pages: list[list[int]], positions: list[int], *, cuda_graph: bool
-    ):
-        """pages, positions: of each sequence, its pages in `cache` and the index of its next token.
-
-        cuda_graph: record the step and repeat it, where the device and the kernels allow it.
-        """
+    def __init__(self, model: AudioFlamingo, cache: KVCache, *, rows: int, width: int, cuda_graph: bool):
+        """width: pages that the longest sequence may have. cuda_graph: record the step and repeat it, where the device
+        and the kernels allow it."""
         self._model = model
         self._cache = cache
-        self._table = page_table(pages, model.device)
-        self._positions = torch.tensor(positions, device=model.device)[:, None]
-        self._tokens = torch.zeros_like(self._positions)
+        self._table = torch.zeros(rows, width, dtype=torch.int32, device=model.device)
+        self._inputs = torch.zeros(2, rows, 1, dtype=torch.int64, device=model.device)
+        self._pages: list[list[int]] = []
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capturable = cuda_graph and capturable(model.device)
 
-    def __call__(self, tokens: list[int]) -> Tensor:
+    def __call__(self, tokens: list[int], positions: list[int], pages: list[list[int]]) -> Tensor:
         """Decode the newest token of each sequence, writing its keys and values INTO the cache.
 
-        Returns the scores of the tokens that follow, [batch, vocab] float32, valid until the next call.
+        positions: the index of that token in its sequence; pages: of each sequence. Returns the scores of the tokens
+        that follow, [rows, vocab] float32, valid until the next call.
         """
-        self._tokens.copy_(torch.tensor(tokens)[:, None], non_blocking=True)
+        self._inputs.copy_(torch.tensor([tokens, positions])[:, :, None], non_blocking=True)
+        if pages != self._pages:
+            table = page_table(pages, torch.device("cpu"))
+            self._table[:, : table.shape[1]].copy_(table, non_blocking=True)
+            self._pages = [list(row) for row in pages]
         if self._capturable and self._logits is not None and self._graph is None:
             self._capture()
         if self._graph is None:
@@ -59,9 +58,8 @@ class DecodeStep:
 
     def _step(self) -> Tensor:
         decoder = self._model.decoder
-        view = self._cache.view(self._table, self._positions)
-        hidden = decoder(decoder.embed(self._tokens), self._positions, view)
-        self._positions += 1
+        tokens, positions = self._inputs
+        hidden = decoder(decoder.embed(tokens), positions, self._cache.view(self._table, positions))
         return decoder.logits(hidden[:, -1])
 
     def _capture(self) -> None:
@@ -70,7 +68,7 @@ class DecodeStep:
         # Other threads may go on using the GPU meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._logits = self._step()
-        _log.info("decoding %d sequences a step in a CUDA graph", len(self._tokens))
+        _log.info("decoding %d sequences a step in a CUDA graph", len(self._table))
 
 
 def capturable(device: torch.device) -> bool:

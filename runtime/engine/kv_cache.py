@@ -18,33 +18,61 @@ KV_STORAGE = ("auto", "int8")
 
 
 class PagePool:
-    """Hands out page numbers 0 .. pages - 1, lowest first, and takes them back."""
+    """Hands out page numbers, lowest first, and counts who holds each: a page is free once nobody does."""
 
     def __init__(self, pages: int):
         self.pages = pages
         self._free = list(range(pages))
-        self._used: set[int] = set()
+        self._holders: dict[int, int] = {}
 
     @property
     def free(self) -> int:
         """Number of pages not in use."""
         return len(self._free)
 
+    @property
+    def end(self) -> int:
+        """One more than the highest page in use."""
+        return max(self._holders, default=-1) + 1
+
+    def holders(self, page: int) -> int:
+        """How many hold the page, 0 for a free one."""
+        return self._holders.get(page, 0)
+
     def allocate(self, count: int) -> list[int]:
         """Take `count` pages, in ascending order. Raises OutOfPagesError, taking none, when fewer are free."""
         if count > self.free:
             raise OutOfPagesError(f"{count} KV pages are needed and {self.free} of {self.pages} are free")
         pages = [heapq.heappop(self._free) for _ in range(count)]
-        self._used.update(pages)
+        self._holders.update(dict.fromkeys(pages, 1))
         return pages
 
-    def release(self, pages: list[int]) -> None:
-        """Give pages back. Raises ValueError for a page that is not in use."""
+    def share(self, pages: list[int]) -> None:
+        """Hold pages that are in use once more. Raises ValueError, sharing none, for a page that is free."""
         for page in pages:
-            if page not in self._used:
-                raise ValueError(f"page {page} is released but not in use")
-            self._used.remove(page)
-            heapq.heappush(self._free, page)
+            self._check_in_use(page, "shared")
+        for page in pages:
+            self._holders[page] += 1
+
+    def release(self, pages: list[int]) -> None:
+        """Let go of pages, once each. Raises ValueError for a page that is not in use."""
+        for page in pages:
+            self._check_in_use(page, "released")
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                del self._holders[page]
+                heapq.heappush(self._free, page)
+
+    def resize(self, pages: int) -> None:
+        """Have `pages` pages from now on. Raises ValueError when one beyond them is in use."""
+        if beyond := [page for page in self._holders if page >= pages]:
+            raise ValueError(f"page {max(beyond)} is in use; the pool cannot end at {pages} pages")
+        self._free = [page for page in range(pages) if page not in self._holders]  # ascending, hence a heap
+        self.pages = pages
+
+    def _check_in_use(self, page: int, what: str) -> None:
+        if page not in self._holders:
+            raise ValueError(f"page {page} is {what} but not in use")
 
 
 class KVCache:
@@ -76,6 +104,25 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all pools."""
         return sum(pool.nbytes for pool in self.pools)
+
+    @torch.inference_mode()
+    def resize(self, pages: int) -> None:
+        """Have room for `pages` pages, their contents kept. The tensors are replaced, one at a time, so that at no time
+        more than one of them is there twice. Raises ValueError when a page beyond `pages` is in use."""
+        if pages < self.pool.pages:
+            self.pool.resize(pages)
+        kept = self.pool.end
+        for tensors in (self.keys, self.values, self.k_scales or [], self.v_scales or []):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_empty(pages, *old.shape[1:])
+                tensors[layer][:kept] = old[:kept]
+        self.pool.resize(pages)
+
+    @torch.inference_mode()
+    def copy_page(self, source: int, target: int) -> None:
+        """Make the page `target` equal to the page `source` in every layer."""
+        for pool in self.pools:
+            pool[target] = pool[source]
 
     def view(self, page_table: Tensor, positions: Tensor) -> CacheView:
         """The cache as the decoder takes it, for new tokens at the indices `positions`; see `CacheView.of`."""

@@ -5,7 +5,6 @@ so 30 minutes of audio (60 windows, 45 000 tokens) need no more working memory t
 """
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,12 +46,14 @@ class PromptEmbeddings:
         *,
         encode_batch: int,
         timings: Timings,
+        start: int = 0,
     ):
+        """start: the first token that will be asked for; audio that ends before it is not encoded."""
         self._model = model
         self._token_ids = torch.tensor(token_ids, device=model.device)
         self._encode_batch = encode_batch
         self._timings = timings
-        self._waiting = deque(_place(audio))
+        self._waiting = deque(window for window in _place(audio) if window.start + window.tokens > start)
         self._encoded: deque[tuple[int, Tensor]] = deque()
 
     def piece(self, start: int, stop: int) -> Tensor:
@@ -91,6 +92,23 @@ def _place(audio: tuple[AudioInput, ...]) -> list[_Window]:
     return placed
 
 
+def prefill_chunk(
+    model: AudioFlamingo,
+    cache: KVCache,
+    pages: list[int],
+    embeddings: PromptEmbeddings,
+    start: int,
+    stop: int,
+    timings: Timings,
+) -> Tensor:
+    """Run the tokens start .. stop - 1 of a prompt through the decoder, their keys and values going INTO `pages` of the
+    cache, where those before are. Returns their normed hidden states, [1, stop - start, hidden]."""
+    x = embeddings.piece(start, stop)
+    with timings.measure("prefill", model.device):
+        positions = torch.arange(start, stop, device=model.device)[None]
+        return model.decoder(x, positions, cache.view(page_table([pages], model.device), positions))
+
+
 def prefill(
     model: AudioFlamingo,
     cache: KVCache,
@@ -100,24 +118,10 @@ def prefill(
     *,
     chunk_size: int,
     timings: Timings,
-    progress: Callable[[int, int], None],
-    cancelled: Callable[[], bool],
-) -> Tensor | None:
-    """Run a prompt of `length` tokens through the decoder, its keys and values going INTO `pages` of the cache.
-
-    `progress` is called with (tokens done, tokens in all) after each chunk. Returns the scores of the token that
-    follows, [1, vocab] float32, or None when `cancelled()` turned true between chunks.
-    """
-    table = page_table([pages], model.device)
-    hidden = None
+) -> Tensor:
+    """Run a whole prompt of `length` tokens, as `prefill_chunk` does a piece of it. Returns the scores of the token
+    that follows, [1, vocab] float32."""
     for start in range(0, length, chunk_size):
-        if cancelled():
-            return None
         stop = min(start + chunk_size, length)
-        x = embeddings.piece(start, stop)
-        with timings.measure("prefill", model.device):
-            positions = torch.arange(start, stop, device=model.device)[None]
-            hidden = model.decoder(x, positions, cache.view(table, positions))
-        progress(stop, length)
-    assert hidden is not None
+        hidden = prefill_chunk(model, cache, pages, embeddings, start, stop, timings)
     return model.decoder.logits(hidden[:, -1])

@@ -42,44 +42,59 @@ def _require(holds: bool, name: str, value: float, allowed: str) -> None:
 
 
 class Sampler:
-    """Chooses tokens for a batch of sequences and remembers what each has seen.
+    """Chooses the tokens of one sequence and remembers what it has seen.
 
-    A sampled sequence draws from its own generator, so its tokens depend on its seed alone and not on its neighbours.
+    The i-th token of a sampled answer is drawn with the i-th number of the sequence's own generator, so tokens depend
+    on the seed alone: not on neighbours, and not on how often or in what company a token's scores were computed.
     """
 
-    def __init__(self, params: list[SamplingParams], prompts: list[list[int]], vocab_size: int, device: torch.device):
-        self._params = params
-        self._device = device
-        self._generators = [torch.Generator() for _ in params]
-        for generator, p in zip(self._generators, params, strict=True):
-            generator.manual_seed(p.seed % 2**63) if p.seed is not None else generator.seed()
-        self._seen: Tensor | None = None
-        if any(p.repetition_penalty != 1.0 for p in params):
-            self._seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in zip(self._seen, prompts, strict=True):
-                row[torch.tensor(prompt, device=device)] = True
+    def __init__(self, params: SamplingParams, prompt: list[int], vocab_size: int, device: torch.device):
+        self.params = params
+        self.seen: Tensor | None = None
+        if params.repetition_penalty != 1.0:
+            self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.seen[torch.tensor(prompt, device=device)] = True
+        self._uniform: list[float] = []
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed % 2**63)
 
-    def choose(self, logits: Tensor, rows: list[int]) -> list[int]:
-        """The next token of each of the sequences `rows`. logits: [len(rows), vocab] float32."""
-        params = [self._params[row] for row in rows]
-        if self._seen is not None:
-            penalty = torch.tensor([p.repetition_penalty for p in params], device=self._device)
-            logits = penalize(logits, self._seen[rows], penalty)
-        tokens = greedy(logits)
-        sampled = [i for i, p in enumerate(params) if p.temperature > 0]
-        if sampled:
-            tokens[sampled] = self._draw(logits[sampled], [rows[i] for i in sampled])
-        if self._seen is not None:
-            self._seen[rows, tokens] = True
-        return tokens.tolist()
+    def uniform(self, index: int) -> float:
+        """The number in [0, 1) that the answer's token `index` is drawn with."""
+        while len(self._uniform) <= index:
+            self._uniform.append(torch.rand(1, generator=self._generator).item())
+        return self._uniform[index]
 
-    def _draw(self, logits: Tensor, rows: list[int]) -> Tensor:
-        params = [self._params[row] for row in rows]
-        uniform = torch.cat([torch.rand(1, generator=self._generators[row]) for row in rows])
-        filters = SamplingRows(
-            temperature=torch.tensor([p.temperature for p in params], device=self._device),
-            top_k=torch.tensor([p.top_k for p in params], device=self._device),
-            top_p=torch.tensor([p.top_p for p in params], device=self._device),
-            min_p=torch.tensor([p.min_p for p in params], device=self._device),
-        )
-        return sample(logits, filters, uniform.to(self._device))
+    def accept(self, token: int) -> None:
+        """Note that `token` is now part of the sequence."""
+        if self.seen is not None:
+            self.seen[token] = True
+
+
+def choose(logits: Tensor, samplers: list[Sampler], indices: list[int]) -> list[int]:
+    """The next token of each of several sequences.
+
+    logits: [len(samplers), vocab] float32; indices: how many tokens each sequence's answer has already.
+    """
+    if any(sampler.seen is not None for sampler in samplers):
+        nothing = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+        seen = torch.stack([nothing if sampler.seen is None else sampler.seen for sampler in samplers])
+        penalty = torch.tensor([sampler.params.repetition_penalty for sampler in samplers], device=logits.device)
+        logits = penalize(logits, seen, penalty)
+    tokens = greedy(logits)
+    sampled = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
+    if sampled:
+        uniform = torch.tensor([samplers[row].uniform(indices[row]) for row in sampled], device=logits.device)
+        tokens[sampled] = sample(logits[sampled], _filters([samplers[row].params for row in sampled], logits), uniform)
+    return tokens.tolist()
+
+
+def _filters(params: list[SamplingParams], logits: Tensor) -> SamplingRows:
+    return SamplingRows(
+        temperature=torch.tensor([p.temperature for p in params], device=logits.device),
+        top_k=torch.tensor([p.top_k for p in params], device=logits.device),
+        top_p=torch.tensor([p.top_p for p in params], device=logits.device),
+        min_p=torch.tensor([p.min_p for p in params], device=logits.device),
+    )

@@ -37,13 +37,18 @@ class Timings:
         synchronize(device)
         setattr(self, stage, getattr(self, stage) + time.perf_counter() - start)
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the request was made."""
+        return time.perf_counter() - self._start
+
     def to_dict(self) -> dict[str, float]:
         """The stages and their seconds, and tokens_per_second."""
         return {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
 
     def token(self, count: int) -> None:
         """Note that the `count`-th token has come."""
-        self.total = time.perf_counter() - self._start
+        self.total = self.elapsed
         if count == 1:
             self.first_token = self.total
         self.generate = self.total - self.first_token

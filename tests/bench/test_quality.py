@@ -22,7 +22,7 @@ from afnext.bench.quality_data import LETTERS, ManifestError, choice_prompt, mat
 from afnext.bench.random_checkpoint import write_random_checkpoint
 from afnext.bench.record import ResultsError
 from afnext.runtime.app.conversation import Conversation
-from afnext.runtime.engine.generate import EngineOptions
+from afnext.runtime.engine.options import EngineOptions
 from afnext.runtime.errors import AudioError
 
 
@@ -405,10 +405,7 @@ def next_token_logits(model: afnext.Model, ids: list[int], audio: Any = ()) -> t
         len(ids),
         chunk_size=10_000,
         timings=Timings(),
-        progress=lambda done, total: None,
-        cancelled=lambda: False,
     )
-    assert logits is not None
     return logits[0].double()
 
 

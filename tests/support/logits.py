@@ -29,7 +29,7 @@ def last_logits(model: afnext.Model, messages: list[dict[str, Any]], chunk_size:
         network.config.decoder, pages=length // 16 + 1, page_size=16, device=network.device, dtype=network.dtype
     )
     embeddings = PromptEmbeddings(network, request.token_ids, request.audio, encode_batch=2, timings=Timings())
-    logits = prefill(
+    return prefill(
         network,
         cache,
         cache.allocate(length),
@@ -37,11 +37,7 @@ def last_logits(model: afnext.Model, messages: list[dict[str, Any]], chunk_size:
         length,
         chunk_size=chunk_size,
         timings=Timings(),
-        progress=lambda done, total: None,
-        cancelled=lambda: False,
     )
-    assert logits is not None
-    return logits
 
 
 @torch.inference_mode()

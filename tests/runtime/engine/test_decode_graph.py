@@ -15,6 +15,7 @@ from afnext.runtime.model.audio_flamingo import AudioFlamingo
 PAGE_SIZE = 16
 LENGTHS = [15, 1, 37]  # tokens in the cache before the first step: the first sequence enters its next page at once
 STEPS = 5
+WIDTH = 4  # pages of the longest sequence that a step is made for
 
 
 @pytest.fixture
@@ -61,25 +62,30 @@ def test_step_equals_plain_calls(backend: str, kv: str, model: AudioFlamingo, se
         expected, written = eager(model, cache, pages, tokens), copies(cache)
         for pool, earlier in zip(cache.pools, before, strict=True):
             pool.copy_(earlier)
-        step = DecodeStep(model, cache, pages, LENGTHS, cuda_graph=True)
-        actual = torch.stack([step(newest.tolist()).clone() for newest in tokens])
+        step = DecodeStep(model, cache, rows=len(LENGTHS), width=WIDTH, cuda_graph=True)
+        actual = torch.stack(
+            [step(newest.tolist(), [n + i for n in LENGTHS], pages).clone() for i, newest in enumerate(tokens)]
+        )
         assert (step._graph is not None) == (backend == "triton")
     assert torch.equal(actual, expected)
     assert all(torch.equal(*pair) for pair in zip(copies(cache), written, strict=True))
 
 
 @torch.inference_mode()
-def test_buffers_keep_their_addresses(model: AudioFlamingo, seed: int) -> None:
-    """What a recorded step reads is where it was when it was recorded."""
+def test_one_step_serves_whatever_sequences_come(model: AudioFlamingo, seed: int) -> None:
+    """What a recorded step reads is where it was when it was recorded, whose tokens and pages it may be."""
     cache, pages = filled_cache(model, model.dtype)
-    step = DecodeStep(model, cache, pages, LENGTHS, cuda_graph=False)
-    buffers = [step._tokens, step._positions, step._table, model.decoder.frequencies, *cache.pools]
+    before = copies(cache)
+    step = DecodeStep(model, cache, rows=len(LENGTHS), width=WIDTH, cuda_graph=False)
+    buffers = [step._inputs, step._table, model.decoder.frequencies, *cache.pools]
     addresses = [buffer.data_ptr() for buffer in buffers]
-    for _ in range(3):
-        step([1, 2, 3])
-    after = [step._tokens, step._positions, step._table, model.decoder.frequencies, *cache.pools]
+    forwards = step([1, 2, 3], LENGTHS, pages).clone()
+    for pool, earlier in zip(cache.pools, before, strict=True):
+        pool.copy_(earlier)
+    backwards = step([3, 2, 1], LENGTHS[::-1], pages[::-1])
+    torch.testing.assert_close(backwards.flip(0), forwards, rtol=1e-4, atol=1e-4)
+    after = [step._inputs, step._table, model.decoder.frequencies, *cache.pools]
     assert [buffer.data_ptr() for buffer in after] == addresses
-    assert step._positions.flatten().tolist() == [length + 3 for length in LENGTHS]
 
 
 @pytest.mark.gpu
@@ -90,9 +96,9 @@ def test_graphs_can_be_switched_off_and_say_when_they_are_on(
     cache, pages = filled_cache(model, model.dtype)
     for cuda_graph in (False, True):
         with caplog.at_level(logging.INFO, "afnext.engine"):
-            step = DecodeStep(model, cache, pages, LENGTHS, cuda_graph=cuda_graph)
+            step = DecodeStep(model, cache, rows=3, width=WIDTH, cuda_graph=cuda_graph)
             for _ in range(3):
-                step([1, 2, 3])
+                step([1, 2, 3], LENGTHS, pages)
         assert [record.message for record in caplog.records] == [
             "decoding 3 sequences a step in a CUDA graph"
         ] * cuda_graph
@@ -102,11 +108,11 @@ def test_graphs_can_be_switched_off_and_say_when_they_are_on(
 @torch.inference_mode()
 def test_a_step_waits_for_nothing(model: AudioFlamingo) -> None:
     cache, pages = filled_cache(model, model.dtype)
-    step = DecodeStep(model, cache, pages, LENGTHS, cuda_graph=False)
-    step([1, 2, 3])  # compiles
+    step = DecodeStep(model, cache, rows=3, width=WIDTH, cuda_graph=False)
+    step([1, 2, 3], LENGTHS, pages)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step([1, 2, 3])
+        step([3, 2, 1], LENGTHS[::-1], pages[::-1])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

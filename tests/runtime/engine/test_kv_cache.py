@@ -13,42 +13,68 @@ PAGES = 20
 
 
 class PagePoolMachine(RuleBasedStateMachine):
-    """Allocations and releases against a plain list of what each owner holds."""
+    """Allocations, shares, releases and resizes against a plain list of what each holder holds."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.pages = PAGES
         self.pool = PagePool(PAGES)
-        self.owned: list[list[int]] = []
+        self.held: list[list[int]] = []
+
+    @property
+    def in_use(self) -> set[int]:
+        return {page for pages in self.held for page in pages}
 
     @rule(count=st.integers(0, PAGES + 2))
     def allocate(self, count: int) -> None:
-        free = PAGES - sum(map(len, self.owned))
+        free = self.pages - len(self.in_use)
         if count > free:
-            with pytest.raises(OutOfPagesError, match=rf"{count} KV pages are needed and {free} of {PAGES}"):
+            with pytest.raises(OutOfPagesError, match=rf"{count} KV pages are needed and {free} of {self.pages}"):
                 self.pool.allocate(count)
         else:
             pages = self.pool.allocate(count)
             assert len(pages) == count
             assert pages == sorted(pages)
-            self.owned.append(pages)
+            assert not self.in_use & set(pages)
+            self.held.append(pages)
+
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        pages = data.draw(st.lists(st.integers(0, self.pages), unique=True))
+        if set(pages) <= self.in_use:
+            self.pool.share(pages)
+            self.held.append(pages)
+        else:
+            with pytest.raises(ValueError, match="shared but not in use"):
+                self.pool.share(pages)
 
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        if self.owned:
-            self.pool.release(self.owned.pop(data.draw(st.integers(0, len(self.owned) - 1))))
+        if self.held:
+            self.pool.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
 
     @rule(data=st.data())
     def releasing_twice_is_refused(self, data: st.DataObject) -> None:
-        unused = sorted(set(range(PAGES + 1)) - {page for pages in self.owned for page in pages})
-        with pytest.raises(ValueError, match="not in use"):
+        unused = sorted(set(range(self.pages + 1)) - self.in_use)
+        with pytest.raises(ValueError, match="released but not in use"):
             self.pool.release([data.draw(st.sampled_from(unused))])
 
+    @rule(pages=st.integers(0, PAGES + 5))
+    def resize(self, pages: int) -> None:
+        if max(self.in_use, default=-1) >= pages:
+            with pytest.raises(ValueError, match=f"page {max(self.in_use)} is in use"):
+                self.pool.resize(pages)
+        else:
+            self.pool.resize(pages)
+            self.pages = pages
+
     @invariant()
-    def every_page_is_owned_once_or_free(self) -> None:
-        owned = [page for pages in self.owned for page in pages]
-        assert len(set(owned)) == len(owned)
-        assert set(owned) <= set(range(PAGES))
-        assert self.pool.free == PAGES - len(owned)
+    def every_page_has_the_holders_that_hold_it(self) -> None:
+        for page in range(self.pages):
+            assert self.pool.holders(page) == sum(page in pages for pages in self.held)
+        assert self.in_use <= set(range(self.pages))
+        assert self.pool.free == self.pages - len(self.in_use)
+        assert self.pool.end == max(self.in_use, default=-1) + 1
 
 
 TestPagePool = PagePoolMachine.TestCase
@@ -106,3 +132,29 @@ def test_view_has_the_scales_of_int8_and_of_nothing_else(dtype: torch.dtype) -> 
     assert k_scales is cache.k_scales[7]
     assert v_scales is cache.v_scales[7]
     assert (k_scales.shape, k_scales.dtype) == ((3, 4, 4), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_resizing_keeps_what_is_in_use(dtype: torch.dtype, seed: int) -> None:
+    cache = full_size(4, 3, dtype)
+    kept = cache.pool.allocate(2)
+    for pool in cache.pools:
+        pool.copy_(torch.randint(-9, 9, pool.shape))
+    before = [pool[kept].clone() for pool in cache.pools]
+    for pages in (7, 2):
+        cache.resize(pages)
+        assert {len(pool) for pool in cache.pools} == {pages} == {cache.pool.pages}
+        assert all(torch.equal(pool[kept], old) for pool, old in zip(cache.pools, before, strict=True))
+    with pytest.raises(ValueError, match="page 1 is in use"):
+        cache.resize(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_a_page_is_copied_in_every_layer(dtype: torch.dtype, seed: int) -> None:
+    cache = full_size(4, 3, dtype)
+    for pool in cache.pools:
+        pool.copy_(torch.randint(-9, 9, pool.shape))
+    before = [pool.clone() for pool in cache.pools]
+    cache.copy_page(2, 0)
+    for pool, old in zip(cache.pools, before, strict=True):
+        assert torch.equal(pool, old[[2, 1, 2]])

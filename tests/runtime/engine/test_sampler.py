@@ -3,16 +3,26 @@
 import pytest
 import torch
 
-from afnext.runtime.engine.sampler import Sampler, SamplingParams
+from afnext.runtime.engine.sampler import Sampler, SamplingParams, choose
 from afnext.runtime.errors import SamplingError
 
 VOCAB = 50
 
 
+def sampler(params: SamplingParams, prompt: tuple[int, ...] = (1, 2)) -> Sampler:
+    return Sampler(params, list(prompt), VOCAB, torch.device("cpu"))
+
+
 def draws(params: list[SamplingParams], row: int, logits: torch.Tensor) -> list[int]:
     """The tokens of one row over many steps, the whole batch sampled each time."""
-    sampler = Sampler(params, [[1, 2]] * len(params), VOCAB, torch.device("cpu"))
-    return [sampler.choose(step.expand(len(params), -1), list(range(len(params))))[row] for step in logits]
+    samplers = [sampler(p) for p in params]
+    rows, tokens = len(params), []
+    for index, step in enumerate(logits):
+        chosen = choose(step.expand(rows, -1), samplers, [index] * rows)
+        for one, token in zip(samplers, chosen, strict=True):
+            one.accept(token)
+        tokens.append(chosen[row])
+    return tokens
 
 
 def test_a_seed_repeats_whatever_the_neighbours_do(seed: int) -> None:
@@ -32,17 +42,35 @@ def test_without_a_seed_answers_differ(seed: int) -> None:
 
 
 def test_the_penalty_counts_prompt_and_answer(seed: int) -> None:
-    sampler = Sampler([SamplingParams(9, repetition_penalty=1e6)], [[7, 3]], VOCAB, torch.device("cpu"))
+    penalized = sampler(SamplingParams(VOCAB, repetition_penalty=1e6), (7, 3))
     logits = torch.rand(1, VOCAB) + 1
-    tokens = [sampler.choose(logits, [0])[0] for _ in range(VOCAB - 2)]
+    tokens = []
+    for index in range(VOCAB - 2):
+        tokens += choose(logits, [penalized], [index])
+        penalized.accept(tokens[-1])
     assert sorted(tokens) == [token for token in range(VOCAB) if token not in (3, 7)]
 
 
-def test_rows_are_chosen_by_number(seed: int) -> None:
+def test_a_token_is_drawn_the_same_however_often_and_in_whatever_order(seed: int) -> None:
+    """What is computed again, or ahead, does not move the draws of the others."""
+    params = SamplingParams(30, temperature=1.0, seed=seed)
+    logits = torch.randn(30, VOCAB)
+    expected = draws([params], 0, logits)
+    again = sampler(params)
+    for index in (5, 0, 29, 5, 12):
+        assert choose(logits[index : index + 1], [again], [index]) == [expected[index]]
+
+
+def test_rows_keep_their_own_parameters(seed: int) -> None:
     logits = torch.randn(3, VOCAB)
-    params = [SamplingParams(9), SamplingParams(9, temperature=0.5, seed=1), SamplingParams(9)]
-    sampler = Sampler(params, [[0]] * 3, VOCAB, torch.device("cpu"))
-    assert sampler.choose(logits[[0, 2]], [0, 2]) == logits[[0, 2]].argmax(-1).tolist()
+    first, last = (
+        sampler(SamplingParams(9)),
+        sampler(SamplingParams(9, repetition_penalty=1e6), (int(logits[2].argmax()),)),
+    )
+    middle = sampler(SamplingParams(9, temperature=0.5, seed=1))
+    tokens = choose(logits, [first, middle, last], [0, 0, 0])
+    assert tokens[0] == int(logits[0].argmax())
+    assert tokens[2] == int(logits[2].topk(2).indices[1])
 
 
 @pytest.mark.parametrize(

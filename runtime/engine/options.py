@@ -1,0 +1,42 @@
+"""How the engine trades memory, speed and precision."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .kv_cache import KV_STORAGE
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What trades memory, speed and precision.
+
+    page_size: tokens a KV page; chunk_size: tokens a step, prompts and answers together; encode_batch: audio windows
+    encoded at once; max_batch: requests in progress at once, further ones wait; cuda_graphs: on a GPU, launch each
+    decode step as one CUDA graph. None of these changes an answer.
+    max_kv_tokens: tokens that the cache may grow to hold, None for as many as are asked for. release_encoder: on a GPU,
+    keep the encoder's layers in the host's memory and copy each to the GPU when it is used.
+    kv: what keys and values are stored in, "auto" (the model's dtype) or "int8": half the memory, and rounded.
+    Raises ValueError for values out of range.
+    """
+
+    page_size: int = 256
+    chunk_size: int = 1024
+    encode_batch: int = 4
+    max_batch: int = 32
+    cuda_graphs: bool = True
+    kv: str = "auto"
+    max_kv_tokens: int | None = None
+    release_encoder: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "chunk_size", "encode_batch", "max_batch", "max_kv_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.kv not in KV_STORAGE:
+            raise ValueError(f"kv must be one of {', '.join(KV_STORAGE)}, got {self.kv!r}")
+
+    def cache_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the KV cache of a model that computes in `model_dtype`."""
+        return torch.int8 if self.kv == "int8" else model_dtype

@@ -1,0 +1,386 @@
+"""Continuous batching: requests come and go at any time, and every step serves all that are in progress.
+
+A step decodes one token of each answer in progress and prefills chunks of the prompts in progress, `chunk_size` tokens
+of both together, the prompts taking turns. So a long prompt delays the answers of others by a chunk, never by itself,
+and a short prompt waits for a chunk of each other one at most.
+
+A request is admitted once there is room for its prompt and its longest answer, so that it never stops for want of pages
+on the way. Who finds no room waits, in the order of arrival except for priorities, and may interrupt those that come
+after it in that order: their pages go, their tokens stay, and what was computed is computed again.
+
+The engine is synchronous: `step` does one step, under a lock, and whoever waits for a token does steps until it has
+come. So several threads that wait share their steps, and none is needed beside them; `start` adds one for callers that
+do not wait.
+"""
+
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from ...kernels.errors import AfnextError
+from ..errors import ContextLengthError, OutOfPagesError
+from ..model.audio_flamingo import AudioFlamingo
+from .decode_graph import DecodeStep
+from .kv_cache import KVCache, pages_for
+from .options import EngineOptions
+from .prefill import PromptEmbeddings, prefill_chunk
+from .prefix import Prefix
+from .request import FinishReason, Request, Sequence
+from .sampler import Sampler, choose
+
+OVERTAKEN = 32  # requests that one unit of priority lets a request go before
+_MOST_STEPS = 16  # recorded for different numbers of sequences and widths of their page table
+_log = logging.getLogger("afnext.engine")
+
+
+class Engine:
+    """Runs requests over one model and one KV cache. Every method may be called from any thread."""
+
+    def __init__(self, model: AudioFlamingo, options: EngineOptions):
+        self.options = options
+        self._model = model
+        most = model.config.decoder.max_positions * options.max_batch
+        self._limit = max(1, min(options.max_kv_tokens or most, most) // options.page_size)
+        self.cache = KVCache(
+            model.config.decoder,
+            pages=0,
+            page_size=options.page_size,
+            device=model.device,
+            dtype=options.cache_dtype(model.dtype),
+        )
+        self._lock = threading.RLock()
+        self._stepping = False
+        self._arrivals = itertools.count()
+        self._thread: threading.Thread | None = None
+        self._news = threading.Event()
+        self._inbox: deque[Sequence] = deque()
+        self._released: deque[list[int]] = deque()
+        self._waiting: list[Sequence] = []
+        self._prefilling: deque[Sequence] = deque()
+        self._decoding: list[Sequence] = []
+        self._decode_steps: dict[tuple[int, int], DecodeStep] = {}
+
+    @property
+    def room(self) -> int:
+        """Tokens that the KV cache can hold once it has grown."""
+        return self._limit * self.options.page_size
+
+    def submit(self, request: Request) -> Sequence:
+        """Queue a request; steps will fill the sequence that is returned. Raises what `check` does, and
+        AfnextError for a prefix that has been closed."""
+        self.check(request)
+        arrival = next(self._arrivals)
+        sequence = Sequence(request, order=(arrival - OVERTAKEN * request.priority, arrival))
+        if request.prefix is not None:
+            with self._lock:  # whoever closes the prefix from now on, its pages stay until the sequence ends
+                sequence.held = list(request.prefix.pages)
+                self.cache.pool.share(sequence.held)
+        self._inbox.append(sequence)
+        self._news.set()
+        return sequence
+
+    def check(self, request: Request) -> None:
+        """Raise ContextLengthError when prompt and answer cannot fit the model's context, OutOfPagesError when they
+        cannot fit the KV cache, and ValueError when the request does not go on where its prefix ends."""
+        limit, prompt = self._model.config.decoder.max_positions, len(request.token_ids)
+        if request.budget > limit:
+            raise ContextLengthError(
+                f"the prompt has {prompt} tokens and up to {request.budget - prompt} are asked for, "
+                f"but the model's context ends at {limit}. Shorten the prompt or lower max_new_tokens."
+            )
+        if pages_for(request.budget, self.options.page_size) > self._limit:
+            raise OutOfPagesError(
+                f"prompt and answer take {request.budget:,} tokens of the KV cache, and the memory that was there at "
+                f"loading has room for {self.room:,}. Give less audio, lower max_new_tokens, or load with "
+                'kv="int8" or a smaller scheme; `afnext plan` shows what fits.'
+            )
+        if request.prefix is not None:
+            length = len(request.prefix.token_ids)
+            if length >= prompt or request.token_ids[:length] != request.prefix.token_ids:
+                raise ValueError("the prompt must begin with its prefix and go on after it")
+
+    def listen(self, request: Request) -> Prefix:
+        """Compute the keys and values of a prompt alone (`sampling` None). Raises AfnextError when cancelled."""
+        sequence = self.submit(request)
+        for _ in self.follow([sequence]):
+            pass
+        if sequence.prefix is None:
+            raise AfnextError("listening was cancelled before the end; listen again")
+        return sequence.prefix
+
+    def follow(self, sequences: list[Sequence]) -> Iterator[tuple[int, int]]:
+        """Yield (index of a sequence, token) as tokens come, running the engine meanwhile; end when all have ended.
+
+        Leaving early cancels the sequences that go on. Raises the error of one that failed.
+        """
+        given = [0] * len(sequences)
+
+        def news() -> bool:
+            ended = all(sequence.finish_reason for sequence in sequences)
+            return ended or any(len(s.tokens) > n or s.error for s, n in zip(sequences, given, strict=True))
+
+        try:
+            going = True
+            while going:
+                with self._lock:
+                    if not news():
+                        self.step()
+                going = any(sequence.finish_reason is None for sequence in sequences)
+                for index, sequence in enumerate(sequences):
+                    for token in sequence.tokens[given[index] :]:
+                        given[index] += 1
+                        yield index, token
+                    if sequence.error is not None:
+                        raise sequence.error
+        finally:
+            self.cancel(*sequences)
+
+    def cancel(self, *sequences: Sequence, reason: FinishReason = "cancelled") -> None:
+        """End sequences that have not ended; their tokens so far stay, and their pages are free on return."""
+        for sequence in sequences:
+            sequence.to_end = reason
+        with self._lock:
+            self._settle_between_steps()
+
+    def step(self) -> bool:
+        """Do one step. Returns whether there is more to do."""
+        with self._lock:
+            self._stepping = True
+            try:
+                with torch.inference_mode():
+                    self._settle()
+                    self._admit()
+                    self._prefill_some()
+                    if self._decoding:
+                        self._guarded(list(self._decoding), self._decode)
+            finally:
+                self._stepping = False
+            self._settle()
+            return bool(self._inbox or self._waiting or self._prefilling or self._decoding)
+
+    def start(self) -> None:
+        """Do steps in a thread of its own whenever there is something to do, until `stop`."""
+
+        def work() -> None:
+            while self._thread is not None:
+                self._news.clear()
+                if not self.step():
+                    self._news.wait()
+
+        if self._thread is None:
+            self._thread = threading.Thread(target=work, name="afnext-engine", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread of `start`, after the step it is in. Requests that go on are served by who waits for them."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._news.set()
+            thread.join()
+
+    def _settle_between_steps(self) -> None:
+        """`_settle`, unless a step is under way in this very thread, which a finalizer may interrupt anywhere."""
+        if not self._stepping:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Take in what came from other threads: requests, cancellations, pages given back. End what is overdue."""
+        while self._inbox:
+            self._waiting.append(self._inbox.popleft())
+        self._waiting.sort(key=lambda sequence: sequence.order)
+        for sequence in [*self._waiting, *self._prefilling, *self._decoding]:
+            self._guarded([sequence], self._end_if_due)
+        while self._released:
+            self.cache.pool.release(self._released.popleft())
+        idle = not (self._waiting or self._prefilling or self._decoding)
+        if idle and self.cache.pool.pages and not self.cache.pool.end:
+            self._resize(0)
+
+    def _end_if_due(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            if (reason := sequence.ending) is not None:
+                self._end(sequence, reason)
+
+    def _guarded(self, sequences: list[Sequence], work: Callable[[list[Sequence]], None]) -> None:
+        """Do some work for sequences; an error ends these and nobody else."""
+        try:
+            work(sequences)
+        except Exception as error:
+            for sequence in sequences:
+                sequence.error = sequence.error or error
+                self._end(sequence, "error")
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.finish_reason is None:
+            self._withdraw(sequence)
+            self.cache.pool.release(sequence.held)
+            sequence.held = []
+            sequence.finish_reason = reason
+
+    def _withdraw(self, sequence: Sequence) -> None:
+        """Take a sequence out of the engine and release the pages that it does not share."""
+        for place in (self._waiting, self._prefilling, self._decoding):
+            if sequence in place:
+                place.remove(sequence)
+        self.cache.pool.release(sequence.own)
+        sequence.own, sequence.computed, sequence.embeddings = [], 0, None
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._prefilling) + len(self._decoding) < self.options.max_batch:
+            sequence = self._waiting[0]
+            if not self._make_room(sequence):
+                if self._prefilling or self._decoding:
+                    break
+                sequence.error = OutOfPagesError(
+                    f"{self._pages_needed(sequence)} KV pages are needed, and contexts leave "
+                    f"{self._limit - self.cache.pool.pages + self.cache.pool.free} of {self._limit}. Close some."
+                )
+                self._end(sequence, "error")
+            else:
+                self._guarded([sequence], self._begin)
+
+    def _pages_needed(self, sequence: Sequence) -> int:
+        """Pages that a sequence needs of its own."""
+        return pages_for(sequence.request.budget, self.options.page_size) - self._shared(sequence)
+
+    def _shared(self, sequence: Sequence) -> int:
+        """Full pages of its prefix, which a sequence uses as they are."""
+        prefix = sequence.request.prefix
+        return 0 if prefix is None else len(prefix.token_ids) // self.options.page_size
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """See that the pages for a sequence are free: let the cache grow or, at its limit, interrupt who comes later in
+        the order. Returns whether they are."""
+        pool, needed = self.cache.pool, self._pages_needed(sequence)
+        if needed > pool.free:
+            waiting = self._waiting[: self.options.max_batch]
+            self._grow(sum(self._pages_needed(other) for other in waiting) - pool.free)
+        later = [other for other in (*self._prefilling, *self._decoding) if other.order > sequence.order]
+        if pool.free + sum(len(other.own) for other in later) < needed:
+            return False
+        for other in sorted(later, key=lambda other: other.order, reverse=True):
+            if pool.free < needed:
+                self._withdraw(other)
+                self._waiting.append(other)
+        self._waiting.sort(key=lambda sequence: sequence.order)
+        return True
+
+    def _grow(self, pages: int) -> None:
+        """Add pages up to the limit, and at least an eighth of what is there, so that growing is rare. Without memory
+        what is there becomes the limit."""
+        pool = self.cache.pool
+        wanted = min(self._limit, pool.pages + max(pages, pool.pages // 8))
+        if wanted == pool.pages:
+            return
+        try:
+            self._resize(wanted)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            self._limit = pool.pages
+            _log.warning("no memory for more than %d KV pages (%s); requests wait for free ones", pool.pages, error)
+
+    def _resize(self, pages: int) -> None:
+        self._decode_steps.clear()  # they hold the addresses of what is replaced
+        self.cache.resize(pages)
+
+    def _begin(self, sequences: list[Sequence]) -> None:
+        """Give an admitted sequence its pages: those of its prefix, the partly filled last one copied, and its own."""
+        for sequence in sequences:
+            request, shared = sequence.request, self._shared(sequence)
+            sequence.own = self.cache.pool.allocate(self._pages_needed(sequence))
+            if request.prefix is not None:
+                sequence.computed = sequence.cached = len(request.prefix.token_ids)
+            if shared < len(sequence.held):
+                self.cache.copy_page(sequence.held[shared], sequence.own[0])
+            sequence.pages = sequence.held[:shared] + sequence.own
+            if sequence.sampler is None and request.sampling is not None:
+                vocabulary = self._model.config.decoder.vocab_size
+                sequence.sampler = Sampler(request.sampling, request.token_ids, vocabulary, self._model.device)
+            sequence.embeddings = PromptEmbeddings(
+                self._model,
+                request.token_ids + sequence.tokens[:-1],
+                request.audio,
+                encode_batch=self.options.encode_batch,
+                timings=request.timings,
+                start=sequence.computed,
+            )
+            self._waiting.remove(sequence)
+            self._prefilling.append(sequence)
+
+    def _prefill_some(self) -> None:
+        """Prefill what this step has left after one token for each answer, prompt after prompt in turn."""
+        budget = max(1, self.options.chunk_size - len(self._decoding))
+        for sequence in list(self._prefilling):
+            if budget > 0:
+                before = sequence.computed
+                count = min(budget, sequence.to_prefill - before)
+                self._guarded([sequence], partial(self._prefill, count))
+                budget -= count
+
+    def _prefill(self, count: int, sequences: list[Sequence]) -> None:
+        (sequence,) = sequences
+        request, stop = sequence.request, sequence.computed + count
+        assert sequence.embeddings is not None
+        hidden = prefill_chunk(
+            self._model, self.cache, sequence.pages, sequence.embeddings, sequence.computed, stop, request.timings
+        )
+        sequence.computed = stop
+        self._prefilling.remove(sequence)
+        if stop < sequence.to_prefill:
+            self._prefilling.append(sequence)
+        elif sequence.sampler is None:
+            sequence.prefix = Prefix(request.token_ids, sequence.pages, self._release)
+            self.cache.pool.share(sequence.pages)
+            self._end(sequence, "stop")
+        else:
+            sequence.embeddings = None
+            self._decoding.append(sequence)
+            if not sequence.tokens:
+                logits = self._model.decoder.logits(hidden[:, -1])
+                self._accept([sequence], choose(logits, [sequence.sampler], [0]))
+        request.progress(min(stop, len(request.token_ids)), len(request.token_ids))
+
+    def _decode(self, sequences: list[Sequence]) -> None:
+        pages = [sequence.pages for sequence in sequences]
+        width = 1 << (max(map(len, pages)) - 1).bit_length()
+        step = self._decode_step(len(sequences), width)
+        logits = step([s.tokens[-1] for s in sequences], [s.computed for s in sequences], pages)
+        for sequence in sequences:
+            sequence.computed += 1
+        samplers = [sequence.sampler for sequence in sequences if sequence.sampler is not None]
+        self._accept(sequences, choose(logits, samplers, [len(sequence.tokens) for sequence in sequences]))
+
+    def _decode_step(self, rows: int, width: int) -> DecodeStep:
+        step = self._decode_steps.pop((rows, width), None)
+        if step is None:
+            if len(self._decode_steps) == _MOST_STEPS:
+                del self._decode_steps[next(iter(self._decode_steps))]
+            step = DecodeStep(self._model, self.cache, rows=rows, width=width, cuda_graph=self.options.cuda_graphs)
+        self._decode_steps[rows, width] = step
+        return step
+
+    def _accept(self, sequences: list[Sequence], tokens: list[int]) -> None:
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sampling, sampler = sequence.request.sampling, sequence.sampler
+            assert sampling is not None
+            assert sampler is not None
+            sampler.accept(token)
+            sequence.tokens.append(token)
+            sequence.request.timings.token(len(sequence.tokens))
+            if token in sampling.stop_token_ids:
+                self._end(sequence, "stop")
+            elif len(sequence.tokens) == sampling.max_new_tokens:
+                self._end(sequence, "length")
+
+    def _release(self, pages: list[int]) -> None:
+        """Take back the pages of a prefix, at once or with the step that another thread is in."""
+        self._released.append(pages)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._settle_between_steps()
+            finally:
+                self._lock.release()

@@ -1,0 +1,136 @@
+"""Every KV page has exactly the holders that there are, whatever is asked for, broken off or dropped, in any order."""
+
+import dataclasses
+import weakref
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.simple_path import request
+
+from afnext.bench.random_checkpoint import write_random_checkpoint
+from afnext.kernels.errors import AfnextError
+from afnext.runtime.engine.options import EngineOptions
+from afnext.runtime.engine.prefix import Prefix
+from afnext.runtime.engine.request import Sequence
+from afnext.runtime.engine.scheduler import Engine
+from afnext.runtime.model.audio_flamingo import AudioFlamingo
+
+with TemporaryDirectory() as scratch:
+    NETWORK = AudioFlamingo.from_folder(
+        write_random_checkpoint(Path(scratch)), device=torch.device("cpu"), dtype=lambda stored: torch.float32
+    )
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests of all kinds and ends, against a count of who should hold what."""
+
+    @initialize(room=st.sampled_from([None, 40, 90]), page_size=st.integers(1, 9), max_batch=st.integers(1, 4))
+    def begin(self, room: int | None, page_size: int, max_batch: int) -> None:
+        options = EngineOptions(page_size=page_size, chunk_size=13, max_batch=max_batch, max_kv_tokens=room)
+        self.engine = Engine(NETWORK, options)
+        self.sequences: list[Sequence] = []
+        self.prefixes: list[Prefix] = []
+        self.alive: weakref.WeakSet[Prefix] = weakref.WeakSet()  # dropped ones too, which requests may still name
+
+    @rule(
+        new_tokens=st.integers(1, 9),
+        audio=st.booleans(),
+        content=st.integers(0, 3),
+        priority=st.integers(-1, 1),
+        deadline=st.sampled_from([None, None, None, 0.0, 0.01]),
+        fails=st.sampled_from([False, False, False, True]),
+    )
+    def submit(
+        self, new_tokens: int, audio: bool, content: int, priority: int, deadline: float | None, fails: bool
+    ) -> None:
+        def progress(done: int, total: int) -> None:
+            if fails:
+                raise RuntimeError("a callback that fails")
+
+        asked = request(NETWORK, new_tokens, 0.4 if audio else 0.0, content)
+        how = {"priority": priority, "deadline": deadline, "progress": progress}
+        self.sequences.append(self.engine.submit(dataclasses.replace(asked, **how)))
+
+    @rule(content=st.integers(0, 3))
+    def listen(self, content: int) -> None:
+        self.sequences.append(
+            self.engine.submit(dataclasses.replace(request(NETWORK, 1, 0.4, content), sampling=None, priority=1))
+        )
+
+    @precondition(lambda self: self.prefixes)
+    @rule(data=st.data(), new_tokens=st.integers(1, 9))
+    def ask_about_a_prefix(self, data: st.DataObject, new_tokens: int) -> None:
+        prefix = data.draw(st.sampled_from(self.prefixes))
+        asked = request(NETWORK, new_tokens)
+        asked = dataclasses.replace(asked, token_ids=[*prefix.token_ids, *asked.token_ids], prefix=prefix)
+        if prefix.closed:
+            with pytest.raises(AfnextError, match="closed"):
+                self.engine.submit(asked)
+        else:
+            self.sequences.append(self.engine.submit(asked))
+
+    @precondition(lambda self: self.prefixes)
+    @rule(data=st.data(), drop=st.booleans())
+    def close(self, data: st.DataObject, drop: bool) -> None:
+        index = data.draw(st.integers(0, len(self.prefixes) - 1))
+        if drop:
+            del self.prefixes[index]
+        else:
+            self.prefixes[index].close()
+
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.engine.step()
+        for sequence in self.sequences:
+            if sequence.prefix is not None:
+                self.prefixes.append(sequence.prefix)
+                self.alive.add(sequence.prefix)
+                sequence.prefix = None
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.engine.cancel(data.draw(st.sampled_from(self.sequences)))
+
+    @invariant()
+    def every_page_has_its_holders(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        holders: Counter[int] = Counter()
+        for sequence in self.sequences:
+            holders.update(sequence.own)
+            holders.update(sequence.held)
+            assert sequence.finish_reason is None or not (sequence.own or sequence.held)
+            if sequence.prefix is not None:
+                holders.update(sequence.prefix.pages)
+        for prefix in self.alive:
+            holders.update([] if prefix.closed else prefix.pages)
+        assert holders == self.engine.cache.pool._holders
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for prefix in self.alive:
+            prefix.close()
+        for _ in range(2000):
+            if not self.engine.step():
+                break
+        assert all(sequence.finish_reason is not None for sequence in self.sequences), "a request never ended"
+        for sequence in self.sequences:
+            if sequence.prefix is not None:
+                sequence.prefix.close()
+        assert self.engine.cache.pool.free == self.engine.cache.pool.pages
+        assert not self.engine.cache.pool._holders
+
+
+TestEngine = EngineMachine.TestCase
+TestEngine.settings = settings(
+    deadline=None, max_examples=25, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow]
+)

@@ -1,0 +1,16 @@
+"""Options out of range are refused by name."""
+
+import pytest
+
+from afnext.runtime.engine.options import EngineOptions
+
+
+@pytest.mark.parametrize("name", ["page_size", "chunk_size", "encode_batch", "max_batch", "max_kv_tokens"])
+def test_sizes_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+        EngineOptions(**{name: 0})
+
+
+def test_an_unknown_kv_storage_is_refused() -> None:
+    with pytest.raises(ValueError, match="kv must be one of auto, int8, got 'int3'"):
+        EngineOptions(kv="int3")
