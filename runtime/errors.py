@@ -27,6 +27,10 @@ class ContextLengthError(AfnextError):
     """Prompt and answer together do not fit the model's context."""
 
 
+class ContextFileError(AfnextError):
+    """A saved context cannot be read or written, is damaged, or belongs to another model."""
+
+
 class OutOfPagesError(AfnextError):
     """The KV cache has too few free pages."""
 

@@ -249,8 +249,16 @@ class Model:
 
         What the arguments are, `ask` and `AnswerOptions` say. Raises AudioError, PromptError or ContextLengthError.
         """
-        messages = _question(audio, "", system)
-        return Context.listen(self._responder, messages, truncate=truncate, progress=progress, cancelled=cancelled)
+        return Context.listen(
+            self._responder, _sources(audio), system, truncate=truncate, progress=progress, cancelled=cancelled
+        )
+
+    def resume(self, path: str | PathLike[str], audio: AudioSource | list[AudioSource] | None = None) -> Context:
+        """Take up what `Context.save` wrote to `path`. audio: if given, it must be what was heard.
+
+        Raises ContextFileError for a file that is damaged or was saved by another model, dtype or kind of KV cache.
+        """
+        return Context.resume(self._responder, Path(path), None if audio is None else _sources(audio))
 
     def _load(self, conversations: Sequence[Sequence[Message]], options: AnswerOptions) -> list[Conversation]:
         check_options(options, AnswerOptions)
@@ -258,7 +266,10 @@ class Model:
 
 
 def _question(audio: AudioSource | list[AudioSource] | None, question: str, system: str | None) -> list[dict[str, Any]]:
-    sources = audio if isinstance(audio, list) else [] if audio is None else [audio]
-    parts = [{"type": "audio", "audio": source} for source in sources]
+    parts = [{"type": "audio", "audio": source} for source in ([] if audio is None else _sources(audio))]
     user = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
     return [user] if system is None else [{"role": "system", "content": system}, user]
+
+
+def _sources(audio: AudioSource | list[AudioSource]) -> list[AudioSource]:
+    return audio if isinstance(audio, list) else [audio]

@@ -17,8 +17,9 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -30,6 +31,7 @@ from .kv_cache import KVCache, pages_for
 from .options import EngineOptions
 from .prefill import PromptEmbeddings, prefill_chunk
 from .prefix import Prefix
+from .prefix_file import SavedPrefix, save_prefix
 from .request import FinishReason, Request, Sequence
 from .sampler import Sampler, choose
 
@@ -112,6 +114,26 @@ class Engine:
         if sequence.prefix is None:
             raise AfnextError("listening was cancelled before the end; listen again")
         return sequence.prefix
+
+    def save(self, prefix: Prefix, path: Path, extra: Mapping[str, str]) -> None:
+        """Write a prefix, and `extra` beside it, to a file; see `prefix_file`. Raises ContextFileError."""
+        with self._lock:  # the cache may not be replaced meanwhile
+            save_prefix(path, prefix, self._model, self.cache, extra)
+
+    def saved(self, path: Path) -> SavedPrefix:
+        """What `save` wrote to a file, for `load`. Raises ContextFileError for one that does not fit or is damaged."""
+        return SavedPrefix(path, self._model, self.cache)
+
+    def load(self, saved: SavedPrefix) -> Prefix:
+        """Bring a saved prefix into the cache. Raises OutOfPagesError when it has no room."""
+        with self._lock:
+            needed = pages_for(len(saved.token_ids), self.options.page_size)
+            if needed > self.cache.pool.free:
+                self._grow(needed - self.cache.pool.free)
+            pages = self.cache.pool.allocate(needed)
+            prefix = Prefix(saved.token_ids, pages, self._release)
+            saved.load(pages)
+            return prefix
 
     def follow(self, sequences: list[Sequence]) -> Iterator[tuple[int, int]]:
         """Yield (index of a sequence, token) as tokens come, running the engine meanwhile; end when all have ended.
