@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import native
 from .dispatch import Operation
 from .triton_language import tl, triton
 
@@ -84,6 +85,13 @@ def _rows(x: Tensor) -> Tensor:
     one product's output."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+@_swiglu.implementation("native", native.misfit)
+def _swiglu_native(gate: Tensor, up: Tensor) -> Tensor:
+    out, gate, up = gate.new_empty(gate.shape), _rows(gate), _rows(up)
+    native.call("swiglu", gate, up, out, *gate.shape, gate.stride(0), up.stride(0), out.dtype)
+    return out
 
 
 @_gelu.implementation("torch")

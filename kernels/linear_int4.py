@@ -20,6 +20,10 @@ large as the codes, is made once for each weight (`prepare_int4`, or the first p
 Many rows go to a dense product with weights unpacked a tile at a time; the even inputs of a tile stand before the odd
 ones, which saves spreading them out and is undone by the same order of x.
 
+Native, on a CPU: up to 16 rows read the weights once from memory. With bfloat16 activations (from AVX2 on) it is
+integer arithmetic: the activations of a group become integers of 15 bits with one scale. More rows: as in
+`linear_int8`.
+
 Source: Frantar et al. 2022, arXiv:2210.17323 (groups); Kim et al. 2022, arXiv:2211.10017 (codes in the mantissa).
 """
 
@@ -27,10 +31,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import activation
+from . import activation, native
 from .configs import Config, Configs
 from .dispatch import Operation, on_cpu
 from .linear_int8 import (
+    FEW_CPU_ROWS,
     add_epilogue,
     as_rows,
     block_of,
@@ -42,6 +47,7 @@ from .linear_int8 import (
     store_block,
     tile_config,
 )
+from .native import products
 from .triton_language import tl, triton
 
 GROUP_SIZES = (32, 64, 128)
@@ -215,6 +221,54 @@ def _swiglu_triton(
     up_zeros: Tensor | None,
 ) -> Tensor:
     return _w4a16_triton(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
+
+
+def _misfit(x: Tensor, _packed: Tensor, scales: Tensor, zeros: Tensor | None, *_others: Tensor | None) -> str | None:
+    return native.misfit(x) or native.misfit(scales, zeros)
+
+
+@_linear.implementation("native", _misfit)
+def _linear_native(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    rows, columns = as_rows(x), len(packed)
+    if len(rows) <= FEW_CPU_ROWS:
+        return products.int4_product(rows, (packed, scales, zeros), None, bias, residual).view(*x.shape[:-1], columns)
+
+    def dense(tile: slice) -> Tensor:
+        return products.unpack_int4(packed[tile], scales[tile], None if zeros is None else zeros[tile], x.dtype)
+
+    return add_epilogue(product_by_tiles(rows, columns, dense).view(*x.shape[:-1], columns), bias, residual)
+
+
+def _swiglu_misfit(
+    x: Tensor,
+    _gate: Tensor,
+    gate_scales: Tensor,
+    _up: Tensor,
+    up_scales: Tensor,
+    gate_zeros: Tensor | None,
+    up_zeros: Tensor | None,
+) -> str | None:
+    return native.misfit(x) or native.misfit(gate_scales, gate_zeros, up_scales, up_zeros)
+
+
+@_swiglu.implementation("native", _swiglu_misfit)
+def _swiglu_native(
+    x: Tensor,
+    gate: Tensor,
+    gate_scales: Tensor,
+    up: Tensor,
+    up_scales: Tensor,
+    gate_zeros: Tensor | None,
+    up_zeros: Tensor | None,
+) -> Tensor:
+    rows = as_rows(x)
+    if len(rows) <= FEW_CPU_ROWS:
+        y = products.int4_product(rows, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
+        return y.view(*x.shape[:-1], len(gate))
+    raised = _linear_native(x, up, up_scales, up_zeros, None, None)
+    return activation.swiglu(_linear_native(x, gate, gate_scales, gate_zeros, None, None), raised)
 
 
 @_linear.implementation("torch")

@@ -17,6 +17,9 @@ Few rows leave few blocks, so the inner dimension is split too: each split write
 adds them in a fixed order (results do not depend on timing); that moves splits * rows * out * 8 bytes through L2.
 W8A8 does 2 * rows * out * in int8 operations, at twice the 16-bit rate, and moves rows * in more bytes for codes.
 
+Native, on a CPU: up to 16 rows read the weights once from memory. W8A16 turns codes into float32 in registers, W8A8
+multiplies integers. More rows of W8A16 meet weights made dense a tile at a time, in torch's product.
+
 Source: Dettmers et al. 2022, arXiv:2208.07339 (per-token, per-channel int8); Osama et al. 2023, arXiv:2301.03598
 (split-K).
 """
@@ -28,9 +31,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import activation
+from . import activation, native
 from .configs import Config, Configs, multiprocessors
 from .dispatch import Operation
+from .native import products
 from .quantize_rows import quantize_rows
 from .quantize_rows import reference as quantize_rows_reference
 from .triton_language import tl, triton
@@ -394,6 +398,39 @@ def _w8a8_triton(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None,
         **config.options(),
     )
     return out
+
+
+FEW_CPU_ROWS = 16  # up to here the native products read the weights once; more rows are worth making them dense
+
+
+def _misfit(x: Tensor, *_others: Tensor | None) -> str | None:
+    return native.misfit(x)
+
+
+@_linear.implementation("native", _misfit)
+def _linear_native(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    rows, columns = as_rows(x), len(weight)
+    if len(rows) <= FEW_CPU_ROWS:
+        return products.int8_product(rows, (weight, scales), None, bias, residual).view(*x.shape[:-1], columns)
+    y = product_by_tiles(rows, columns, lambda tile: products.unpack_int8(weight[tile], scales[tile], x.dtype))
+    return add_epilogue(y.view(*x.shape[:-1], columns), bias, residual)
+
+
+@_swiglu.implementation("native", _misfit)
+def _swiglu_native(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
+    rows = as_rows(x)
+    if len(rows) <= FEW_CPU_ROWS:
+        y = products.int8_product(rows, (gate, gate_scales), (up, up_scales), None, None)
+        return y.view(*x.shape[:-1], len(gate))
+    raised = _linear_native(x, up, up_scales, None, None)
+    return activation.swiglu(_linear_native(x, gate, gate_scales, None, None), raised)
+
+
+@_w8a8.implementation("native", _misfit)
+def _w8a8_native(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    codes, row_scales = quantize_rows(as_rows(x))
+    y = products.w8a8_product(codes, row_scales, (weight, scales), bias, residual, x.dtype)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 # torch on a CPU: up to here its int8 kernel is faster than widening the weights for a dense product

@@ -12,6 +12,7 @@ Source: Dettmers et al. 2022, arXiv:2208.07339.
 import torch
 from torch import Tensor
 
+from . import native
 from .dispatch import Operation
 from .triton_language import tl, triton
 
@@ -56,6 +57,13 @@ def _triton(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel():
         block = min(triton.next_power_of_2(x.shape[-1]), 4096)
         _kernel[(scales.numel(),)](x, codes, scales, x.shape[-1], BLOCK=block, num_warps=max(1, block // 512))
+    return codes, scales
+
+
+@_operation.implementation("native", native.misfit)
+def _native(x: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[:-1])
+    native.call("quantize_rows", x.contiguous(), codes, scales, scales.numel(), x.shape[-1], x.dtype)
     return codes, scales
 
 

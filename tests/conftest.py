@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder of shared recordings is not beside this checkout")
     return folder
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    """Torch's number of threads after the test is that before it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

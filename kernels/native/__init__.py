@@ -98,9 +98,25 @@ def call(name: str, *arguments: Tensor | torch.dtype | int | float | None) -> No
     """Run `afnext_<name>` of the level in use, on torch's number of threads.
 
     Tensors, on the CPU, go as pointers to their first element, None as a null pointer, dtypes as numbers, int and bool
-    as int64_t, float as double. What they mean is between the caller and the C function: nothing is checked here.
+    as int64_t, float as double. What they mean is between the caller and the C function: nothing is checked here, but
+    that the types are those of the first call.
     """
-    _function(isa(), name)(*map(_converted, arguments), ctypes.c_int64(torch.get_num_threads()))
+    function = _function(isa(), name)
+    if function.argtypes is None:
+        function.argtypes = [*map(_type, arguments), ctypes.c_int64]
+    function(*map(_value, arguments), torch.get_num_threads())
+
+
+def _type(argument: Tensor | torch.dtype | int | float | None) -> Any:
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_double if isinstance(argument, float) else ctypes.c_int64
+
+
+def _value(argument: Tensor | torch.dtype | int | float | None) -> int | float | None:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return DTYPES[argument] if isinstance(argument, torch.dtype) else argument
 
 
 def misfit(*tensors: Tensor | None) -> str | None:
@@ -112,13 +128,3 @@ def misfit(*tensors: Tensor | None) -> str | None:
     if len(dtypes) == 1 and dtypes <= DTYPES.keys():
         return None
     return " with ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-
-
-def _converted(argument: Tensor | torch.dtype | int | float | None) -> Any:
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, int):
-        return ctypes.c_int64(argument)
-    if isinstance(argument, float):
-        return ctypes.c_double(argument)
-    return None if argument is None else ctypes.c_int64(DTYPES[argument])

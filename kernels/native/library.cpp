@@ -5,6 +5,29 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+#if defined(__x86_64__)
+// Whether the CPU has tiles, of bfloat16 and int8, and the system lets this process use them. Linux wants to be asked.
+bool may_use_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (bf16 | tile | int8)) != (bf16 | tile | int8)) return false;
+#if defined(__linux__)
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace
 
 AFNEXT_EXPORT const char* afnext_fingerprint() { return AFNEXT_FINGERPRINT; }
 
@@ -23,10 +46,12 @@ AFNEXT_EXPORT int afnext_supports(const char* level) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (std::strcmp(level, "avx2") == 0) return avx2;
-  if (std::strcmp(level, "avx512") == 0)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx512 =
+      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  if (std::strcmp(level, "avx512") == 0) return avx512;
+  if (std::strcmp(level, "amx") == 0) return avx512 && may_use_amx();
 #endif
   return 0;
 }

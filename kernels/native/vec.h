@@ -24,7 +24,7 @@ typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
 
-inline Vec splat(float x) { return Vec{} + x; }
+inline Vec splat(float x) { return x - Vec{}; }  // 0 + x would be an addition, for -0
 
 inline Vec load(const float* p) {
   Vec x;
@@ -70,6 +70,26 @@ inline void store(float16* p, Vec x) {
 #endif
 }
 
+typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
+
+inline Vec load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  ByteVec bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, Vec);
+#endif
+}
+
+inline IntVec to_int(Vec x) { return __builtin_convertvector(x, IntVec); }  // towards zero
+inline Vec to_float(IntVec x) { return __builtin_convertvector(x, Vec); }
+
+// To the nearest integer, ties to even, for |x| < 2^22.
+inline Vec round_even(Vec x) { return (x + 12582912.0f) - 12582912.0f; }
+
 // The first `count` (< kLanes) elements, zeros behind them; reads nothing past them.
 template <typename T>
 inline Vec load_first(const T* p, int count) {
@@ -77,6 +97,18 @@ inline Vec load_first(const T* p, int count) {
   std::memcpy(part, p, count * sizeof(T));
   return load(part);
 }
+
+#if defined(__AVX512F__)
+inline Vec load_first(const float* p, int count) { return (Vec)_mm512_maskz_loadu_ps((1u << count) - 1, p); }
+
+inline Vec load_first(const bfloat16* p, int count) {
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((1u << count) - 1, p)), 16);
+}
+
+inline Vec load_first(const float16* p, int count) {
+  return (Vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << count) - 1, p));
+}
+#endif
 
 template <typename T>
 inline void store_first(T* p, Vec x, int count) {
@@ -86,11 +118,31 @@ inline void store_first(T* p, Vec x, int count) {
 }
 
 inline float sum(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float total[kLanes];
   std::memcpy(total, &x, sizeof x);
   for (int half = kLanes / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) total[i] += total[i + half];
   return total[0];
+#endif
+}
+
+inline int32_t sum(IntVec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)x);
+#else
+  int32_t total = 0;
+  for (int i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+#endif
+}
+
+inline float largest(Vec x) {  // NaN if there is one
+  float most = x[0];
+  for (int i = 1; i < kLanes; ++i) most = x[i] > most || x[i] != x[i] ? x[i] : most;
+  return most;
 }
 
 inline float to_float(float x) { return x; }
@@ -101,5 +153,9 @@ inline float to_float(bfloat16 x) {
   std::memcpy(&wide, &bits, sizeof wide);
   return wide;
 }
+
+inline void from_float(float* p, float x) { *p = x; }
+inline void from_float(float16* p, float x) { *p = (float16)x; }
+inline void from_float(bfloat16* p, float x) { store_first(p, splat(x), 1); }
 
 }  // namespace afnext

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.accuracy import DTYPES, assert_accurate, backends, exactly, poisoned
+from support.accuracy import DTYPES, assert_accurate, backends, exactly, native_backends, poisoned
+from support.guarded import guarded
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -124,6 +125,46 @@ def test_strided_and_empty_inputs(backend: str, seed: int, device: torch.device)
         assert torch.equal(linear_int4(x, packed, scales, residual=residual), expected)
         assert linear_int4(empty, packed, scales).shape == (0, 20)
         assert linear_int4_swiglu(empty, packed, scales, packed, scales).shape == (0, 20)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 7, 19, 50])
+@pytest.mark.parametrize("backend", native_backends(module._linear, module._swiglu))
+def test_native_stays_within_its_memory(
+    backend: str, rows: int, group: int, threads: int, seed: int, restored_threads: None
+) -> None:
+    """Tensors that end where readable memory ends, aligned to nothing; and any number of threads gives the same.
+
+    Many rows may be added up by torch, whose order depends on the threads.
+    """
+    tolerance = {"rtol": 0, "atol": 0 if rows <= module.FEW_CPU_ROWS else 0.05}
+    inner = 7 * group
+    packed, scales, zeros = weights(53, inner, group, True, torch.device("cpu"))
+    x, bias, residual = torch.randn(rows, inner).bfloat16(), torch.randn(53), torch.randn(rows, 53).bfloat16()
+    torch.set_num_threads(1)
+    with poisoned(backend):
+        expected = linear_int4(x, packed, scales, zeros, bias, residual)
+        pair = linear_int4_swiglu(x, packed, scales, packed, scales, zeros, zeros)
+    torch.set_num_threads(threads)
+    x, packed, scales, zeros, bias, residual = map(guarded, (x, packed, scales, zeros, bias, residual))
+    with poisoned(backend):
+        torch.testing.assert_close(linear_int4(x, packed, scales, zeros, bias, residual), expected, **tolerance)
+        torch.testing.assert_close(
+            linear_int4_swiglu(x, packed, scales, packed, scales, zeros, zeros), pair, **tolerance
+        )
+
+
+@pytest.mark.parametrize("backend", native_backends(module._linear))
+def test_a_few_large_activations_do_not_cost_the_others(backend: str, seed: int) -> None:
+    """One input in a hundred a thousand times as large, as in language models: other groups keep their precision."""
+    x = torch.randn(2, 1024)
+    x[:, 5::100] *= 1000
+    x = x.bfloat16()
+    weight = weights(64, 1024, 64, False, x.device)
+    with poisoned(backend):
+        actual = linear_int4(x, *weight)
+    assert_accurate(actual, exactly(linear_int4, x, *weight), product(x, dense(*weight, x.dtype)))
 
 
 def test_refusals() -> None:

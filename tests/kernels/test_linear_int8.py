@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.accuracy import DTYPES, assert_accurate, backends, exactly, poisoned
+from support.accuracy import DTYPES, assert_accurate, backends, exactly, native_backends, poisoned
+from support.guarded import guarded
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -141,6 +142,48 @@ def test_strided_and_empty_inputs(backend: str, seed: int, device: torch.device)
             assert torch.equal(function(x, codes, scales, None, residual), expected)
             assert function(empty, codes, scales).shape == (0, 20)
         assert linear_int8_swiglu(empty, codes, scales, codes, scales).shape == (0, 20)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 7, 19, 50])
+@pytest.mark.parametrize("backend", native_backends(module._linear, module._swiglu, module._w8a8))
+def test_native_stays_within_its_memory(
+    backend: str, rows: int, threads: int, seed: int, restored_threads: None
+) -> None:
+    """Tensors that end where readable memory ends, aligned to nothing; and any number of threads gives the same.
+
+    Many rows may be added up by torch, whose order depends on the threads.
+    """
+    tolerance = {"rtol": 0, "atol": 0 if rows <= module.FEW_CPU_ROWS else 0.05}
+    x, (codes, scales), bias = torch.randn(rows, 1040), weights(53, 1040, torch.device("cpu")), torch.randn(53)
+    x, residual = x.bfloat16(), torch.randn(rows, 53).bfloat16()
+    torch.set_num_threads(1)
+    with poisoned(backend):
+        expected = [
+            linear_int8(x, codes, scales, bias, residual),
+            linear_w8a8(x, codes, scales, bias, residual),
+            linear_int8_swiglu(x, codes, scales, codes, scales),
+        ]
+    torch.set_num_threads(threads)
+    x, codes, scales, bias, residual = map(guarded, (x, codes, scales, bias, residual))
+    with poisoned(backend):
+        torch.testing.assert_close(linear_int8(x, codes, scales, bias, residual), expected[0], **tolerance)
+        torch.testing.assert_close(linear_w8a8(x, codes, scales, bias, residual), expected[1], **tolerance)
+        torch.testing.assert_close(linear_int8_swiglu(x, codes, scales, codes, scales), expected[2], **tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 40])
+@pytest.mark.parametrize("backend", backends(module._w8a8))
+def test_w8a8_of_the_largest_codes(backend: str, rows: int, seed: int, device: torch.device) -> None:
+    """Sums of products of -128 and +-127, which overflow 16 bits when two are added, are exact."""
+    codes = torch.full((5, 256), -128, dtype=torch.int8)
+    codes[1:, ::2] = 127
+    x = torch.full((rows, 256), 127.0)
+    x[:, 1::3] = -127
+    ones = torch.ones(5)
+    with poisoned(backend):
+        actual = linear_w8a8(x.to(device), codes.to(device), ones.to(device))
+    assert torch.equal(actual.double().cpu(), x.double() @ codes.double().T)
 
 
 @pytest.mark.parametrize("backend", backends(module._linear))

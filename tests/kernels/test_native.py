@@ -103,18 +103,16 @@ def _build_with_another_fingerprint(folder: Path) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", native_backends(norm._rms_norm))
-def test_norms_stay_within_their_memory(backend: str, dtype: torch.dtype, threads: int, seed: int) -> None:
-    before = torch.get_num_threads()
+def test_norms_stay_within_their_memory(
+    backend: str, dtype: torch.dtype, threads: int, seed: int, restored_threads: None
+) -> None:
     x, residual = torch.randn(7, 5003).to(dtype), torch.randn(7, 5003).to(dtype)
     weight, bias = torch.randn(5003).to(dtype), torch.randn(5003).to(dtype)
-    try:
-        torch.set_num_threads(1)
-        with poisoned(backend):
-            expected = rms_norm(x, weight), *add_layer_norm(x, residual, weight, bias)
-        torch.set_num_threads(threads)
-        x, residual, weight, bias = map(guarded, (x, residual, weight, bias))
-        with poisoned(backend):
-            actual = rms_norm(x, weight), *add_layer_norm(x, residual, weight, bias)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(1)
+    with poisoned(backend):
+        expected = rms_norm(x, weight), *add_layer_norm(x, residual, weight, bias)
+    torch.set_num_threads(threads)
+    x, residual, weight, bias = map(guarded, (x, residual, weight, bias))
+    with poisoned(backend):
+        actual = rms_norm(x, weight), *add_layer_norm(x, residual, weight, bias)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)

@@ -1,0 +1,44 @@
+// 2 to the power of each lane.
+
+#pragma once
+
+#include "vec.h"
+
+namespace afnext {
+
+// To float32's precision, for x <= 0: polynomial on [-1/2, 1/2] with 1 as its exact value at 0 (fitted by weighted least
+// squares towards the smallest largest relative error, 2e-9), times a power of two. Below 2^-126, zero.
+inline Vec exp2(Vec x) {
+  const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves no room for a fraction
+  const Vec least = splat(-126.0f);
+  const Vec bounded = x > least ? x : least;
+  const Vec whole = (bounded + shift) - shift;
+  const Vec r = bounded - whole;
+  Vec p = splat(1.5353361959569156e-4f);
+  p = p * r + 1.3398873852565885e-3f;
+  p = p * r + 9.61843691766262e-3f;
+  p = p * r + 5.5503323674201965e-2f;
+  p = p * r + 2.4022647738456726e-1f;
+  p = p * r + 6.931471824645996e-1f;
+  p = p * r + 1.0f;
+  const IntVec exponent = __builtin_convertvector(whole, IntVec) << 23;
+  const Vec scaled = (Vec)((IntVec)p + exponent);
+  return x >= least ? scaled : Vec{};
+}
+
+// To 1e-4, which is enough for weights that are rounded to bfloat16 (4e-3).
+inline Vec exp2_coarse(Vec x) {
+#if defined(__AVX512F__)
+  // scalef multiplies by 2 to the power of the floor of x.
+  const __m512 r = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(7.802452147006989e-2f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.2606715559959412e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.958335638046265e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.999251961708069e-1f));
+  return (Vec)_mm512_scalef_ps(p, (__m512)x);
+#else
+  return exp2(x);
+#endif
+}
+
+}  // namespace afnext

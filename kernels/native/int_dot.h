@@ -1,0 +1,55 @@
+// Dot products of bytes, four neighbours a lane, exact in int32.
+
+#pragma once
+
+#include "vec.h"
+
+#if defined(__AVX2__)
+
+namespace afnext {
+
+constexpr int kBytes = 4 * kLanes;  // in a vector of bytes
+typedef int8_t Bytes __attribute__((vector_size(kBytes)));
+typedef uint8_t UBytes __attribute__((vector_size(kBytes)));
+
+template <typename T>
+inline UBytes load_bytes(const T* p) {
+  static_assert(sizeof(T) == 1, "bytes");
+  UBytes x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+// total + codes * x in each lane's four bytes; codes: 0 .. 255, on AVX2 so small that two products fit into int16.
+inline IntVec add_dot(IntVec total, UBytes codes, Bytes x) {
+#if defined(__AVX512VNNI__)
+  return (IntVec)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)x);
+#else
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
+  return total + (IntVec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
+}
+
+// Weights of -128 .. 127, to be multiplied with codes of -127 .. 127: |w| * (x with the sign of w).
+class SignedBytes {
+ public:
+  explicit SignedBytes(Bytes w) : weights_(w) {}
+
+  IntVec add_dot(IntVec total, Bytes x) const {
+#if defined(__AVX512VNNI__)
+    const __mmask64 negative = _mm512_movepi8_mask((__m512i)weights_);
+    const __m512i signed_x = _mm512_mask_sub_epi8((__m512i)x, negative, _mm512_setzero_si512(), (__m512i)x);
+    return afnext::add_dot(total, (UBytes)_mm512_abs_epi8((__m512i)weights_), (Bytes)signed_x);
+#else
+    const __m256i signed_x = _mm256_sign_epi8((__m256i)x, (__m256i)weights_);
+    return afnext::add_dot(total, (UBytes)_mm256_abs_epi8((__m256i)weights_), (Bytes)signed_x);
+#endif
+  }
+
+ private:
+  Bytes weights_;
+};
+
+}  // namespace afnext
+
+#endif

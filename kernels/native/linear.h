@@ -1,0 +1,112 @@
+// What the products with packed weights share: scratch memory, the conversion of activations, and the epilogue
+//     out[row, n] = y + bias[n] + residual[row, n],    for a SwiGLU pair y = silu(gate) * up.
+
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <type_traits>
+
+#include "exponential.h"
+
+namespace afnext {
+
+constexpr int kPrefetch = 4096;  // bytes ahead of the weights being read, which are one stream from memory
+
+// Aligned memory for one call.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_((T*)std::aligned_alloc(64, ((size_t)count * sizeof(T) + 127) / 64 * 64)) {}
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+template <typename T>
+inline void to_floats(const T* x, float* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load(x + i));
+  for (; i < count; ++i) out[i] = to_float(x[i]);
+}
+
+// x / (1 + exp(-x)), with no exponential of a positive number.
+inline Vec silu(Vec x) {
+  const Vec size = x < 0 ? -x : x;
+  const Vec e = exp2(size * -1.44269504f);
+  return x * (x < 0 ? e : splat(1)) / (1 + e);
+}
+
+// y, and for a SwiGLU pair up, are [outputs, rows].
+template <typename T>
+class Epilogue {
+ public:
+  const float* bias;  // or null
+  const T* residual;  // or null
+  T* out;
+  int64_t columns;
+
+  void operator()(int64_t n, int64_t outputs, int64_t rows, const float* y, const float* up) const {
+    for (int64_t i = 0; i < outputs; ++i)
+      for (int64_t row = 0; row < rows; ++row) {
+        const float value = y[i * rows + row];
+        put(row, n + i, up ? silu(splat(value))[0] * up[i * rows + row] : value);
+      }
+  }
+
+ private:
+  void put(int64_t row, int64_t n, float y) const {
+    const int64_t at = row * columns + n;
+    if (bias) y += bias[n];
+    if (residual) y += to_float(residual[at]);
+    from_float(out + at, y);
+  }
+};
+
+constexpr int kOutputBlock = 4;
+
+// Calls body(n, count, scratch) for blocks of up to kOutputBlock outputs from n on, each thread on a range of neighbours,
+// so that its weights are one stream, with its own scratch of `scratch` floats. work: multiplications in all.
+template <typename Body>
+inline void for_outputs(int64_t columns, int64_t work, int64_t scratch, int64_t threads, Body body) {
+  constexpr int64_t kWorthAThread = 1 << 15;
+  const int64_t blocks = (columns + kOutputBlock - 1) / kOutputBlock;
+  const int count = (int)std::max<int64_t>(1, std::min({threads, blocks, work / kWorthAThread}));
+#pragma omp parallel num_threads(count)
+  {
+    Scratch<float> own(scratch);
+#pragma omp for schedule(static) nowait
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t n = block * kOutputBlock;
+      body(n, std::min<int64_t>(kOutputBlock, columns - n), (float*)own);
+    }
+  }
+}
+
+// Cuts a block of `outputs` and all rows into what sums in registers: calls tile(C, R, n, row) with constants C outputs
+// from n and R rows. A single row takes its outputs one after another, one stream; several rows share what is loaded.
+template <typename Tile>
+inline void for_tiles(int64_t outputs, int64_t rows, Tile tile) {
+  const auto across = [&](auto height, int64_t row) {
+    constexpr int R = decltype(height)::value;
+    int64_t n = 0;
+    if constexpr (R > 1)
+      for (; n + 2 <= outputs; n += 2) tile(std::integral_constant<int, 2>{}, height, n, row);
+    for (; n < outputs; ++n) tile(std::integral_constant<int, 1>{}, height, n, row);
+  };
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) across(std::integral_constant<int, 4>{}, row);
+  switch (rows - row) {
+    case 1: return across(std::integral_constant<int, 1>{}, row);
+    case 2: return across(std::integral_constant<int, 2>{}, row);
+    case 3: return across(std::integral_constant<int, 3>{}, row);
+  }
+}
+
+}  // namespace afnext

@@ -1,0 +1,170 @@
+// Products of a few rows with int8 weights, weight[n, k] * scales[n], read once from memory; rounding of rows to int8.
+
+#include "int_dot.h"
+#include "linear.h"
+
+namespace afnext {
+namespace {
+
+// y[c, r] = sum_k x[r, k] * weight[c, k] for C outputs and R rows, y `pitch` apart; inner is a multiple of 16.
+template <int C, int R>
+void dot(const int8_t* weight, const float* x, int64_t inner, float* y, int64_t pitch) {
+  constexpr int kSums = C * R == 1 ? 4 : 1;  // so many additions need not wait for each other
+  Vec total[C][R][kSums] = {};
+  int64_t k = 0;
+  for (; k + 4 * kLanes <= inner; k += 4 * kLanes) {
+    for (int c = 0; c < C; ++c) __builtin_prefetch(weight + c * inner + k + kPrefetch);
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) {
+      Vec w[C];
+      for (int c = 0; c < C; ++c) w[c] = load(weight + c * inner + k + s * kLanes);
+      for (int r = 0; r < R; ++r) {
+        const Vec v = load(x + r * inner + k + s * kLanes);
+        for (int c = 0; c < C; ++c) total[c][r][s % kSums] += w[c] * v;
+      }
+    }
+  }
+  for (; k < inner; k += kLanes)
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) total[c][r][0] += load(weight + c * inner + k) * load(x + r * inner + k);
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) {
+      for (int s = 1; s < kSums; ++s) total[c][r][0] += total[c][r][s];
+      y[c * pitch + r] = sum(total[c][r][0]);
+    }
+}
+
+// The same for x of -127 .. 127, exactly; sums of up to 2^17 products fit in int32.
+template <int C, int R>
+void dot(const int8_t* weight, const int8_t* x, int64_t inner, float* y, int64_t pitch) {
+  int64_t k = 0;
+#if defined(__AVX2__)
+  IntVec total[C][R] = {};
+  for (; k + kBytes <= inner; k += kBytes) {
+    for (int c = 0; c < C; ++c) {
+      __builtin_prefetch(weight + c * inner + k + kPrefetch);
+      const SignedBytes w((Bytes)load_bytes(weight + c * inner + k));
+      for (int r = 0; r < R; ++r) total[c][r] = w.add_dot(total[c][r], (Bytes)load_bytes(x + r * inner + k));
+    }
+  }
+#endif
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) {
+      int32_t whole = 0;
+      for (int64_t rest = k; rest < inner; ++rest) whole += (int32_t)weight[c * inner + rest] * x[r * inner + rest];
+#if defined(__AVX2__)
+      whole += sum(total[c][r]);
+#endif
+      y[c * pitch + r] = (float)whole;
+    }
+}
+
+struct Weight {
+  const int8_t* codes;  // or null
+  const float* scales;
+};
+
+// x: [rows, inner] of float or int8; row_scales: of int8 rows, or null; up: of a SwiGLU pair, or of nulls.
+template <typename X, typename T>
+void product(const X* x, const float* row_scales, const Weight& weight, const Weight& up, const Epilogue<T>& write,
+             int64_t rows, int64_t inner, int64_t threads) {
+  const int64_t block = kOutputBlock * rows;
+  for_outputs(write.columns, rows * write.columns * inner, 2 * block, threads, [&](int64_t n, int64_t outputs, float* y) {
+    const auto multiply = [&](const Weight& by, float* to) {
+      for_tiles(outputs, rows, [&](auto width, auto height, int64_t i, int64_t row) {
+        dot<decltype(width)::value, decltype(height)::value>(by.codes + (n + i) * inner, x + row * inner, inner,
+                                                             to + i * rows + row, rows);
+      });
+      for (int64_t i = 0; i < outputs; ++i)
+        for (int64_t row = 0; row < rows; ++row)
+          to[i * rows + row] *= by.scales[n + i] * (row_scales ? row_scales[row] : 1);
+    };
+    multiply(weight, y);
+    if (up.codes) multiply(up, y + block);
+    write(n, outputs, rows, y, up.codes ? y + block : nullptr);
+  });
+}
+
+template <typename T>
+void quantize_row(const T* x, int8_t* codes, float* scale, int64_t width) {
+  const int64_t whole = width / kLanes * kLanes;
+  const int rest = (int)(width - whole);
+  Vec most{};
+  const auto widen = [&](Vec v) {
+    const Vec size = v < 0 ? -v : v;
+    most = (size > most) | (size != size) ? size : most;
+  };
+  for (int64_t i = 0; i < whole; i += kLanes) widen(load(x + i));
+  if (rest) widen(load_first(x + whole, rest));
+  *scale = largest(most) / 127;
+  const float divisor = *scale > 0 ? *scale : 1;
+  const auto round = [&](Vec v) {
+    v = round_even(v / divisor);
+    v = v > 127 ? splat(127) : v < -127 ? splat(-127) : v;
+    return __builtin_convertvector(to_int(v), ByteVec);
+  };
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const ByteVec bytes = round(load(x + i));
+    std::memcpy(codes + i, &bytes, sizeof bytes);
+  }
+  if (rest) {
+    const ByteVec bytes = round(load_first(x + whole, rest));
+    std::memcpy(codes + whole, &bytes, rest);
+  }
+}
+
+}  // namespace
+}  // namespace afnext
+
+// x: [rows, inner] of dtype, inner a multiple of 16; weight: [columns, inner] int8; scales: [columns] float32; up,
+// up_scales: the same of a SwiGLU pair, or null; bias: [columns] float32 or null; residual, null or, and out: [rows,
+// columns] of dtype.
+AFNEXT_EXPORT void afnext_linear_int8(const void* x, const int8_t* weight, const float* scales, const int8_t* up,
+                                      const float* up_scales, const float* bias, const void* residual, void* out,
+                                      int64_t rows, int64_t columns, int64_t inner, int64_t dtype, int64_t threads) {
+  using namespace afnext;
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    Scratch<float> wide(rows * inner);
+    to_floats((const T*)x, wide, rows * inner);
+    product((const float*)wide, nullptr, Weight{weight, scales}, Weight{up, up_scales},
+            Epilogue<T>{bias, (const T*)residual, (T*)out, columns}, rows, inner, threads);
+  });
+}
+
+// As afnext_linear_int8 for rows of int8 of -127 .. 127 and their scales; dtype is that of residual and out.
+AFNEXT_EXPORT void afnext_linear_w8a8(const int8_t* codes, const float* row_scales, const int8_t* weight,
+                                      const float* scales, const float* bias, const void* residual, void* out,
+                                      int64_t rows, int64_t columns, int64_t inner, int64_t dtype, int64_t threads) {
+  using namespace afnext;
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    product(codes, row_scales, Weight{weight, scales}, Weight{},
+            Epilogue<T>{bias, (const T*)residual, (T*)out, columns}, rows, inner, threads);
+  });
+}
+
+// x: [rows, width] of dtype; codes: [rows, width] int8; scales: [rows] float32.
+AFNEXT_EXPORT void afnext_quantize_rows(const void* x, int8_t* codes, float* scales, int64_t rows, int64_t width,
+                                        int64_t dtype, int64_t threads) {
+  using namespace afnext;
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+#pragma omp parallel for num_threads(threads) if (rows * width > 32768)
+    for (int64_t row = 0; row < rows; ++row)
+      quantize_row((const T*)x + row * width, codes + row * width, scales + row, width);
+  });
+}
+
+// The weights as numbers, [columns, inner] of dtype: scales * weight, rounded once.
+AFNEXT_EXPORT void afnext_unpack_int8(const int8_t* weight, const float* scales, void* out, int64_t columns,
+                                      int64_t inner, int64_t dtype, int64_t threads) {
+  using namespace afnext;
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for_outputs(columns, columns * inner, 0, threads, [&](int64_t first, int64_t outputs, float*) {
+      for (int64_t n = first; n < first + outputs; ++n)
+        for (int64_t k = n * inner; k < (n + 1) * inner; k += kLanes) store((T*)out + k, load(weight + k) * scales[n]);
+    });
+  });
+}

@@ -1,0 +1,94 @@
+"""Calls of the native products with packed weights: tensors in, tensors out.
+
+Arguments are those of `linear_int8.linear_int8` and `linear_int4.linear_int4`, checked already, with x as contiguous
+rows [rows, in]; results are [rows, out] in the dtype of x.
+"""
+
+import torch
+from torch import Tensor
+
+from . import call
+
+Int8 = tuple[Tensor, Tensor]
+"""codes, scales"""
+Int4 = tuple[Tensor, Tensor, Tensor | None]
+"""packed, scales, zeros"""
+
+
+def int8_product(x: Tensor, weight: Int8, up: Int8 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """x W^T + bias + residual, or silu(x W^T) * (x U^T) with `up`. Reads the weights once for up to 16 rows."""
+    out = x.new_empty(len(x), len(weight[0]))
+    call(
+        "linear_int8",
+        x,
+        weight[0],
+        weight[1].float(),
+        up and up[0],
+        up and up[1].float(),
+        *_epilogue(bias, residual),
+        out,
+        len(x),
+        *weight[0].shape,
+        x.dtype,
+    )
+    return out
+
+
+def w8a8_product(
+    codes: Tensor, row_scales: Tensor, weight: Int8, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """As `int8_product` for rows of int8, -127 .. 127, with one scale each; returns `dtype`, that of the residual."""
+    out = torch.empty(len(codes), len(weight[0]), dtype=dtype)
+    call(
+        "linear_w8a8",
+        codes,
+        row_scales,
+        weight[0],
+        weight[1].float(),
+        *_epilogue(bias, residual),
+        out,
+        len(codes),
+        *weight[0].shape,
+        dtype,
+    )
+    return out
+
+
+def int4_product(x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """As `int8_product`."""
+    columns, inner, groups = len(weight[0]), x.shape[1], weight[1].shape[1]
+    out = x.new_empty(len(x), columns)
+    call(
+        "linear_int4",
+        x,
+        *weight,
+        *(up or (None, None, None)),
+        *_epilogue(bias, residual),
+        out,
+        len(x),
+        columns,
+        inner,
+        inner // groups,
+        weight[1].dtype,
+        x.dtype,
+    )
+    return out
+
+
+def unpack_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """scales * weight, [out, in] in `dtype`, rounded once."""
+    out = torch.empty(weight.shape, dtype=dtype)
+    call("unpack_int8", weight, scales.float(), out, *weight.shape, dtype)
+    return out
+
+
+def unpack_int4(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scales * (codes - zeros), [out, in] in `dtype`, rounded once."""
+    columns, inner = len(packed), 2 * packed.shape[1]
+    out = torch.empty(columns, inner, dtype=dtype)
+    call("unpack_int4", packed, scales, zeros, out, columns, inner, inner // scales.shape[1], scales.dtype, dtype)
+    return out
+
+
+def _epilogue(bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return None if bias is None else bias.float(), None if residual is None else residual.contiguous()
