@@ -12,7 +12,9 @@ from afnext.runtime.app.answer import Answer, Piece, Usage
 from afnext.runtime.app.api import Model, load
 from afnext.runtime.app.context import Context
 from afnext.runtime.app.responder import Stream
+from afnext.runtime.app.transcribe import Transcript
 from afnext.runtime.io.audio import Audio, load_audio
+from afnext.runtime.io.segments import Segment
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,7 +24,9 @@ __all__ = [
     "Context",
     "Model",
     "Piece",
+    "Segment",
     "Stream",
+    "Transcript",
     "Usage",
     "backend",
     "load",

@@ -15,9 +15,9 @@ from ...quant.recipe import Recipe, recipe
 from ..engine.memory import MemoryPlan, parse_bytes, shown_bytes
 from ..engine.options import EngineOptions
 from ..engine.scheduler import Engine
-from ..errors import ConfigError
+from ..errors import AudioError, ConfigError
 from ..files import read_settings
-from ..io.audio import AudioSource
+from ..io.audio import Audio, AudioSource, load_audio
 from ..io.prompt import PromptTemplate
 from ..io.tokenizer import Tokenizer
 from ..model.audio_flamingo import AudioFlamingo
@@ -27,8 +27,17 @@ from ..model.hub import resolve
 from ..model.quantized import to_quantize
 from .answer import Answer
 from .context import Context
-from .conversation import Conversation, Message
+from .conversation import Conversation, Message, audible
 from .responder import DEFAULT_NEW_TOKENS, AnswerOptions, Progress, Responder, Stream, check_options
+from .transcribe import (
+    DEFAULT_OVERLAP,
+    DEFAULT_WINDOW,
+    MAX_SECONDS,
+    Transcript,
+    prompt_for,
+    spans,
+    transcribe,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -231,6 +240,42 @@ class Model:
         "text", "text": ...} or {"type": "audio", "audio": source}. Each answer equals the one it would get alone.
         """
         return self._responder.chat(self._load(conversations, options), options)
+
+    def transcribe(
+        self,
+        audio: AudioSource,
+        *,
+        window: float | None = None,
+        overlap: float = DEFAULT_OVERLAP,
+        timestamps: bool = True,
+        speakers: bool = True,
+        prompt: str | None = None,
+        system: str | None = None,
+        **options: "Unpack[AnswerOptions]",
+    ) -> Transcript:
+        """Write down what is said in a recording, with times and speakers.
+
+        The recording, of up to six hours, is heard in windows of `window` seconds (by default 300, or what the model
+        can hear), of which each shares `overlap` seconds with the one before; see `merge`. timestamps, speakers:
+        whether to ask for them; prompt: what to ask instead. max_new_tokens is that of a window. Whatever the model
+        writes comes back: what is no sound transcript is told in `warnings`.
+        Raises AudioError for audio or windows that cannot be, and what `ask` raises.
+        """
+        longest = self.network.config.max_audio_seconds
+        length = min(DEFAULT_WINDOW, longest) if window is None else window
+        if length > longest:
+            raise AudioError(f"a window of {length:g} s is longer than the {longest} s that the model hears at once.")
+        recording = audible(load_audio(audio, max_seconds=MAX_SECONDS, truncate=options.pop("truncate", False)))
+        cuts = spans(recording.duration, length, overlap)
+        question = prompt or prompt_for(timestamps=timestamps, speakers=speakers)
+        report = options.get("progress") or (lambda stage, done, total: None)
+
+        def ask(piece: Audio, tokens: int) -> Answer:
+            if "max_new_tokens" in options:
+                return self.ask(piece, question, system=system, **options)
+            return self.ask(piece, question, system=system, max_new_tokens=tokens, **options)
+
+        return transcribe(recording, cuts, ask, lambda done: report("transcribing", done, recording.duration))
 
     def stream_chat(self, messages: Sequence[Message], **options: "Unpack[AnswerOptions]") -> Stream:
         """Continue one conversation, giving the answer piece by piece."""

@@ -1,4 +1,4 @@
-"""The command line: ask, chat, info and plan. Answers go to stdout, everything else to stderr.
+"""The command line: ask, chat, transcribe, info and plan. Answers go to stdout, everything else to stderr.
 
 Exit codes: 0 for success, 1 for an error that the message explains, 2 for wrong usage, 130 when interrupted.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -28,6 +29,7 @@ from .api import Model, load, usable_device
 from .plan import Target, model_config, view
 from .responder import AnswerOptions, Stream
 from .responder import Progress as Report
+from .transcribe import DEFAULT_OVERLAP, Transcript, output_paths, write_transcript
 
 app = typer.Typer(
     name="afnext",
@@ -53,6 +55,15 @@ class KV(str, Enum):
 
     auto = "auto"
     int8 = "int8"
+
+
+class Format(str, Enum):
+    """What a transcript is written as."""
+
+    text = "text"
+    json = "json"
+    srt = "srt"
+    vtt = "vtt"
 
 
 ModelOption = Annotated[
@@ -181,6 +192,78 @@ def _show(stream: Stream, first: Piece | None, *, as_json: bool, quiet: bool) ->
     else:
         _print_footer(answer, quiet)
     return answer
+
+
+@app.command(
+    epilog="Example: [bold]afnext transcribe talk.mp3 -f srt -o talk.srt -m nvidia/audio-flamingo-next-hf[/bold]",
+)
+def transcribe(
+    audio: Annotated[list[str], typer.Argument(help="Audio or video files; - reads standard input.")],
+    model: ModelOption,
+    format: Annotated[Format, typer.Option("--format", "-f", help="What to write.")] = Format.text,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A file, or with several recordings a folder; else stdout.")
+    ] = None,
+    window: Annotated[float | None, typer.Option(help="Seconds heard at once; 300 if left out.", min=1.0)] = None,
+    overlap: Annotated[float, typer.Option(help="Seconds that neighbouring windows share.", min=0.0)] = DEFAULT_OVERLAP,
+    timestamps: Annotated[bool, typer.Option(help="Ask for times.")] = True,
+    speakers: Annotated[bool, typer.Option(help="Ask who speaks.")] = True,
+    prompt: Annotated[str | None, typer.Option(help="What to ask instead.")] = None,
+    system: SystemOption = None,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = DType.auto,
+    kv: KVOption = KV.auto,
+    release_encoder: ReleaseOption = False,
+    max_new_tokens: NewTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    repetition_penalty: PenaltyOption = None,
+    seed: SeedOption = None,
+    truncate: TruncateOption = False,
+    chunk_size: ChunkOption = 1024,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write down what is said, with times and speakers, as text, JSON, SRT or WebVTT."""
+    _logging(verbose)
+    options = _options(max_new_tokens, temperature, top_p, repetition_penalty, seed, truncate)
+    targets = output_paths(audio, output, format.value)
+    with _progress(quiet) as report:
+        loaded = load(
+            model,
+            device=device,
+            dtype=dtype.value,
+            chunk_size=chunk_size,
+            kv=kv.value,
+            release_encoder=release_encoder,
+            progress=report,
+        )
+    for name, target in zip(audio, targets, strict=True):
+        with _progress(quiet) as report:
+            options["progress"] = report
+            transcript = loaded.transcribe(
+                sys.stdin.buffer if name == "-" else name,
+                window=window,
+                overlap=overlap,
+                timestamps=timestamps,
+                speakers=speakers,
+                prompt=prompt,
+                system=system,
+                **options,
+            )
+        write_transcript(transcript, format.value, target)
+        _print_transcribed(transcript, target, quiet)
+
+
+def _print_transcribed(transcript: Transcript, target: Path | None, quiet: bool) -> None:
+    for warning in transcript.warnings:
+        _err.print(f"[yellow]warning:[/yellow] {escape(transcript.source)}: {escape(warning)}")
+    if not quiet:
+        written = "" if target is None else f", written to {escape(str(target))}"
+        _err.print(
+            f"[dim]{escape(transcript.source)}: {transcript.duration:.2f} s in {len(transcript.windows)} windows, "
+            f"{len(transcript.segments)} segments{written}[/dim]"
+        )
 
 
 @app.command(epilog="Example: [bold]afnext info nvidia/audio-flamingo-next-hf --json[/bold]")
