@@ -271,9 +271,8 @@ class Model:
         report = options.get("progress") or (lambda stage, done, total: None)
 
         def ask(piece: Audio, tokens: int) -> Answer:
-            if "max_new_tokens" in options:
-                return self.ask(piece, question, system=system, **options)
-            return self.ask(piece, question, system=system, max_new_tokens=tokens, **options)
+            limited: AnswerOptions = {"max_new_tokens": tokens, **options}
+            return self.ask(piece, question, system=system, **limited)
 
         return transcribe(recording, cuts, ask, lambda done: report("transcribing", done, recording.duration))
 

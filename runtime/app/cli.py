@@ -297,7 +297,10 @@ def plan(
     ] = None,
     audio: Annotated[float, typer.Option(help="Seconds of audio.", min=0.0)] = 1800.0,
     new_tokens: Annotated[int, typer.Option(help="Room for the answer, in tokens.", min=1)] = 2048,
-    scheme: Annotated[str, typer.Option(help=f"What weights are stored in: {', '.join(SCHEMES)}.")] = DENSE,
+    scheme: Annotated[
+        str,
+        typer.Option("--scheme", "--quant", help=f"What weights are stored in: {', '.join(SCHEMES)}, int4-g32, ..."),
+    ] = DENSE,
     kv: KVOption = KV.auto,
     dtype: DTypeOption = DType.auto,
     page_size: Annotated[int, typer.Option(help="Tokens a KV page.", min=1)] = 256,

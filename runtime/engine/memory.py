@@ -22,29 +22,29 @@ import torch
 
 from ...kernels.conv_stem import conv_length
 from ...kernels.log_mel import N_FFT, SAMPLE_RATE, WINDOW_SAMPLES, valid_frames
-from ...quant.recipe import recipe
+from ...quant.recipe import RECIPES, recipe
 from ...quant.scheme import PARTS as PACKED_PARTS
-from ...quant.scheme import Int4
+from ...quant.scheme import Int4, SchemeError
 from ..errors import MemoryPlanError
 from ..files import shown
 from ..model.config import ModelConfig
 from ..model.encoder import audio_token_count, token_count
 from ..model.parameters import ENCODER_LAYERS, PARTS, part_of
-from ..model.quantized import expected_tensors, scheme_of
+from ..model.quantized import expected_tensors, layer_schemes
 from .kv_cache import KV_STORAGE, page_bytes, pages_for
 
 Place = Literal["device", "host", "file"]
 RESERVE = 500_000_000
 DENSE = "dense"
-SCHEMES = (DENSE, "int8", "int4")
+SCHEMES = (DENSE, *RECIPES)
 _log = logging.getLogger("afnext.engine")
 # What frees memory, the mildest first: the first two cost time, the others precision.
 CHANGES: Mapping[str, dict[str, Any]] = {
     "chunk_size=256, encode_batch=1": {"chunk_size": 256, "encode_batch": 1},
     "release_encoder": {"release_encoder": True},
     "kv=int8": {"kv": "int8"},
-    "scheme=int8": {"scheme": "int8"},
-    "scheme=int4": {"scheme": "int4"},
+    "quant=int8": {"scheme": "int8"},
+    "quant=int4": {"scheme": "int4"},
 }
 
 
@@ -64,12 +64,12 @@ class MemoryPlan:
     """What `config` takes on a device with `memory` bytes, for one recording of `audio_seconds` and its answer.
 
     gpu: whether the device is one; on a CPU the slower torch implementations hold more for a moment. dtype: what is
-    computed in. scheme: one of SCHEMES, the recipe that dense weights are packed by; where `config` has a quantization,
-    that one counts.
+    computed in. scheme: "dense", or the recipe that dense weights are packed by, as `load(quant=...)` takes it; where
+    `config` has a quantization, that one counts.
     kv, page_size, chunk_size, encode_batch, release_encoder: see `EngineOptions`. text_tokens, new_tokens: room for the
     template with its system message and a question, and for the answer. mapped: the weights are read from the mapped
     file and not copied. reserve: bytes that are left alone.
-    Raises MemoryPlanError for values out of range.
+    Raises MemoryPlanError for values out of range, and SchemeError for a scheme that is unknown or fits a layer not.
     """
 
     config: ModelConfig
@@ -97,8 +97,7 @@ class MemoryPlan:
             raise MemoryPlanError(f"the plan is for {self.audio_seconds:g} s of audio; the model hears 0 to {limit} s")
         if self.kv not in KV_STORAGE:
             raise MemoryPlanError(f"keys and values are stored as one of {', '.join(KV_STORAGE)}, not {self.kv!r}")
-        if self.scheme not in SCHEMES:
-            raise MemoryPlanError(f"the scheme {self.scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+        weight_bytes(self.stored, self.dtype)  # raises where the scheme cannot be
         if self.tokens > self.config.decoder.max_positions:
             raise MemoryPlanError(
                 f"{self.audio_seconds:g} s of audio and {self.new_tokens} new tokens are {self.tokens} tokens, but the "
@@ -128,7 +127,7 @@ class MemoryPlan:
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """Every part of the plan; all but those in the host's memory add up to `total`."""
-        return (*self._weights(), *self._state(), self._workspace(), self._reserve())
+        return (*self._weights(), *self._copies(), *self._state(), self._workspace(), self._reserve())
 
     @property
     def total(self) -> int:
@@ -176,18 +175,22 @@ class MemoryPlan:
         """Whether the device has the room."""
         return self.spare >= 0
 
+    @property
+    def stored(self) -> ModelConfig:
+        """The config with the quantization that the weights will have."""
+        if self.scheme == DENSE or self.config.quantization is not None:
+            return self.config
+        return replace(self.config, quantization=recipe(self.scheme))
+
     def _weights(self) -> Iterator[Part]:
-        dense = str(self.dtype).removeprefix("torch.")
-        for (part, layers), nbytes in weight_bytes(self.config, self.scheme, self.dtype).items():
-            stored = self.config.quantization
-            scheme = self.scheme if stored is None else stored.name
-            detail = dense if scheme == DENSE else f"{scheme}, the rest {dense}"
+        for (part, layers), (nbytes, kinds) in weight_bytes(self.stored, self.dtype).items():
+            name = f"{part} layers" if layers else part
             if layers and self._lends:
-                yield Part(f"{part} layers", nbytes, "host", f"{detail}, lent to the device one by one")
+                yield Part(name, nbytes, "host", f"{kinds}, lent to the device one by one")
             elif self.mapped:
-                yield Part(f"{part} layers" if layers else part, nbytes, "file", f"{detail}, mapped")
+                yield Part(name, nbytes, "file", f"{kinds}, mapped")
             else:
-                yield Part(f"{part} layers" if layers else part, nbytes, "device", detail)
+                yield Part(name, nbytes, "device", kinds)
 
     @property
     def _lends(self) -> bool:
@@ -216,6 +219,12 @@ class MemoryPlan:
         largest = max(stages, key=lambda stage: stages[stage])
         return Part("workspace", stages[largest], "device", f"at most, {largest}", exact=False)
 
+    def _copies(self) -> Iterator[Part]:
+        """On a CPU torch's int4 product keeps the codes a second time, in its own order."""
+        codes = 0 if self.gpu else int4_code_bytes(self.stored)
+        if codes:
+            yield Part("int4 codes again", codes, "device", "at most, in the order of torch's product", exact=False)
+
     def _reserve(self) -> Part:
         return Part("reserve", self.reserve, "device", "driver, libraries, rounding", exact=False)
 
@@ -233,7 +242,7 @@ class MemoryPlan:
         # The batch before may still wait for its chunk, and the chunk's own embeddings are there.
         waiting = 2 * self.encode_batch * token_count(WINDOW_SAMPLES) + self.chunk_size
         held = itemsize * self.config.decoder.hidden_size * waiting
-        layers = weight_bytes(self.config, self.scheme, self.dtype)["encoder", True]
+        layers, _ = weight_bytes(self.stored, self.dtype)["encoder", True]
         lent = layers // encoder.layers if self._lends else 0
         return self.encode_batch * window + held + rote_table_bytes(self.config, self.audio_seconds) * 2 + lent
 
@@ -321,7 +330,10 @@ class MemoryPlan:
         """The plan after some of `CHANGES`, those that would ask for more than it does left out."""
         plan = self
         for change in changes:
-            candidate = replace(plan, **CHANGES[change])
+            try:
+                candidate = replace(plan, **CHANGES[change])
+            except SchemeError:  # not for a model of this shape
+                continue
             plan = candidate if candidate.total < plan.total else plan
         return plan
 
@@ -342,31 +354,36 @@ class MemoryPlan:
 
 
 @lru_cache(maxsize=16)
-def weight_bytes(config: ModelConfig, scheme: str, dtype: torch.dtype) -> Mapping[tuple[str, bool], int]:
-    """Bytes of the weights by part, with the encoder's layers (True) apart from the rest of it (False)."""
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> Mapping[tuple[str, bool], tuple[int, str]]:
+    """Bytes of the weights by part, and in what; the encoder's layers (True) apart from its rest (False).
+
+    Raises SchemeError naming a layer that the config's quantization cannot store.
+    """
     sizes: Counter[tuple[str, bool]] = Counter()
     for name, stored in expected_tensors(config).items():
-        if config.quantization is None:
-            nbytes = parameter_bytes(name, stored.shape, scheme, dtype)
-        else:  # the checkpoint has its own
-            packed = name.endswith(PACKED_PARTS)
-            nbytes = math.prod(stored.shape) * (stored.dtypes[0] if packed else dtype).itemsize
-        sizes[part_of(name), name.startswith(ENCODER_LAYERS)] += nbytes
-    return MappingProxyType({key: sizes[key] for key in sorted(sizes, key=lambda key: (PARTS.index(key[0]), key[1]))})
+        kind = stored.dtypes[0] if name.endswith(PACKED_PARTS) else dtype
+        sizes[part_of(name), name.startswith(ENCODER_LAYERS)] += math.prod(stored.shape) * kind.itemsize
+    schemes: dict[tuple[str, bool], set[str]] = {key: set() for key in sizes}
+    for layer, scheme in layer_schemes(config).items():
+        schemes[part_of(layer), layer.startswith(ENCODER_LAYERS)].add(str(scheme))
+    dense = str(dtype).removeprefix("torch.")
+    return MappingProxyType(
+        {
+            key: (sizes[key], ", ".join([*sorted(schemes[key]), f"the rest {dense}" if schemes[key] else dense]))
+            for key in sorted(sizes, key=lambda key: (PARTS.index(key[0]), key[1]))
+        }
+    )
 
 
-def parameter_bytes(name: str, shape: tuple[int, ...], scheme: str, dtype: torch.dtype) -> int:
-    """Bytes of a parameter under the recipe called `scheme`: as its layer's scheme stores it, or dense in `dtype`.
-
-    Inputs that groups do not divide, which are refused when the time comes, count as if they were filled up.
-    """
-    packed = None if scheme == DENSE else scheme_of(recipe(scheme), name, shape)
-    if packed is None:
-        return math.prod(shape) * dtype.itemsize
-    rows, columns = shape
-    if isinstance(packed, Int4):
-        return rows * (-(-columns // 2) + 2 * -(-columns // packed.group_size))
-    return rows * (columns + 4)
+@lru_cache(maxsize=16)
+def int4_code_bytes(config: ModelConfig) -> int:
+    """Bytes of the codes of all weights in int4."""
+    schemes = layer_schemes(config)
+    return sum(
+        math.prod(stored.shape)
+        for name, stored in expected_tensors(config).items()
+        if name.endswith(PACKED_PARTS[0]) and isinstance(schemes[name.rpartition(".")[0]], Int4)
+    )
 
 
 def rote_table_bytes(config: ModelConfig, audio_seconds: float) -> int:

@@ -40,7 +40,7 @@ def test_what_does_not_fit_comes_with_what_to_change(run: CommandLine) -> None:
     text = " ".join(shown.stdout.split())
     assert "RTX 3060 12GB" in text
     assert "It does not fit: 8.16 GB too much. It fits with " in text
-    assert "scheme=int4: 11.32 GB" in text
+    assert "quant=int4: 11.32 GB" in text
     lent = json.loads(run("plan", "--gpu", "8GB", "--release-encoder", "--json").stdout)
     assert [part["name"] for part in lent["parts"] if part["place"] == "host"] == ["encoder layers"]
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from support.configs import model_configs, random_model
 from torch.profiler import ProfilerActivity, profile
 
+import afnext
+from afnext.bench.random_checkpoint import write_random_checkpoint
 from afnext.kernels import rote
-from afnext.quant.int4 import quantize_int4
-from afnext.quant.int8 import quantize_int8
+from afnext.quant.scheme import SchemeError
 from afnext.runtime.engine.kv_cache import KVCache, page_table
-from afnext.runtime.engine.memory import CHANGES, SCHEMES, MemoryPlan, parameter_bytes, parse_bytes
+from afnext.runtime.engine.memory import CHANGES, MemoryPlan, parse_bytes
 from afnext.runtime.errors import MemoryPlanError
 from afnext.runtime.model.config import ModelConfig
 from afnext.runtime.model.published import AUDIO_FLAMINGO_NEXT
@@ -37,7 +38,6 @@ def plans(draw: st.DrawFn, configs: st.SearchStrategy[ModelConfig] | None = None
         gpu=draw(st.booleans()),
         dtype=draw(DTYPES),
         audio_seconds=draw(st.floats(0, 600)),
-        scheme=draw(st.sampled_from(SCHEMES)),
         kv=draw(st.sampled_from(["auto", "int8"])),
         page_size=draw(st.sampled_from([16, 256])),
         chunk_size=draw(st.sampled_from([1, 256, 1024])),
@@ -55,7 +55,7 @@ def part(plan: MemoryPlan, name: str) -> int:
 @settings(max_examples=25, deadline=None)
 @given(plans())
 def test_weights_and_pages_are_what_is_allocated(plan: MemoryPlan) -> None:
-    plan = replace(plan, scheme="dense", release_encoder=False, audio_seconds=min(plan.audio_seconds, 60))
+    plan = replace(plan, release_encoder=False, audio_seconds=min(plan.audio_seconds, 60))
     model = random_model(plan.config, plan.dtype)
     assert plan.weights == sum(buffer.nbytes for buffer in model.buffers())
     layers = sum(buffer.nbytes for buffer in model.encoder.layers.buffers())
@@ -73,15 +73,18 @@ def test_weights_and_pages_are_what_is_allocated(plan: MemoryPlan) -> None:
             assert part(plan, "RoTE table") == embedding.table(windows, CPU).nbytes
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 40), st.sampled_from([128, 256, 640]))
-def test_packed_bytes_are_those_of_the_packers(rows: int, columns: int) -> None:
-    weight = torch.randn(rows, columns)
-    codes, scales = quantize_int8(weight)
-    name = "decoder.layers.0.mlp.up_proj.weight"
-    assert parameter_bytes(name, (rows, columns), "int8", torch.bfloat16) == codes.nbytes + scales.nbytes
-    packed, scales, _ = quantize_int4(weight, 64)
-    assert parameter_bytes(name, (rows, columns), "int4", torch.bfloat16) == packed.nbytes + scales.nbytes
+@pytest.mark.parametrize("scheme", ["dense", "int8", "int8-w8a8", "int4-g32", "int4-g32-zeros"])
+def test_packed_weights_are_what_loading_allocates(scheme: str, tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path)
+    model = afnext.load(folder, dtype="float32", quant=None if scheme == "dense" else scheme)
+    plan = MemoryPlan(
+        ModelConfig.from_folder(folder), 10**9, gpu=True, dtype=torch.float32, audio_seconds=0, scheme=scheme
+    )
+    buffers = dict(model.network.named_buffers())
+    assert plan.weights == sum(buffer.nbytes for buffer in buffers.values())
+    assert part(plan, "embeddings") == sum(buffers[name].nbytes for name in buffers if "embed_tokens" in name)
+    packed = [buffer.nbytes for name, buffer in buffers.items() if name.endswith("weight_codes")]
+    assert bool(packed) == (scheme != "dense")
 
 
 def allocated_at_most(work: Callable[[], Any]) -> int:
@@ -100,7 +103,7 @@ def allocated_at_most(work: Callable[[], Any]) -> int:
 @settings(max_examples=6, deadline=None)
 @given(plans(), st.data())
 def test_the_workspace_is_an_upper_bound_and_no_wild_one(plan: MemoryPlan, data: st.DataObject) -> None:
-    plan = replace(plan, gpu=False, scheme="dense", audio_seconds=data.draw(st.sampled_from([30, 61, 240])))
+    plan = replace(plan, gpu=False, audio_seconds=data.draw(st.sampled_from([30, 61, 240])))
     model = random_model(plan.config, plan.dtype)
     rote._table.cache_clear()
     batch = plan.encode_batch
@@ -135,8 +138,6 @@ def test_more_work_never_takes_less_memory(plan: MemoryPlan, seconds: float, mor
     assert longer.total >= plan.total
     for name in ("new_tokens", "chunk_size", "encode_batch", "reserve"):
         assert replace(plan, **{name: getattr(plan, name) + more}).total >= plan.total
-    schemes = [replace(plan, scheme=scheme, dtype=torch.float32).weights for scheme in SCHEMES]
-    assert schemes == sorted(schemes, reverse=True)
     assert replace(plan, kv="int8").total <= replace(plan, kv="auto").total
     assert replace(plan, memory=plan.memory + more).spare == plan.spare + more
 
@@ -195,6 +196,25 @@ def test_thirty_minutes_on_eight_gigabytes() -> None:
     assert replace(plan, kv="auto").remedy() == ("kv=int8",)
 
 
+def test_smaller_schemes_take_less_and_unknown_ones_are_refused() -> None:
+    plan = MemoryPlan(FULL, 8 * 10**9, gpu=True, dtype=torch.bfloat16, audio_seconds=60)
+    weights = [replace(plan, scheme=scheme).weights for scheme in ("dense", "int8", "int4-g32", "int4", "int4-g128")]
+    assert weights == sorted(weights, reverse=True)
+    assert len(set(weights)) == len(weights)
+    with pytest.raises(SchemeError, match="int3"):
+        replace(plan, scheme="int3")
+    on_cpu = replace(plan, gpu=False, scheme="int4")
+    assert 3.2e9 < part(on_cpu, "int4 codes again") < 3.3e9
+
+
+def test_a_scheme_that_does_not_fit_is_not_advised() -> None:
+    odd = replace(FULL, decoder=replace(FULL.decoder, intermediate_size=18_945))
+    plan = MemoryPlan(odd, 8 * 10**9, gpu=True, dtype=torch.bfloat16, audio_seconds=1800)
+    assert not [change for change in plan.savings() if "quant" in change]
+    with pytest.raises(SchemeError, match=r"down_proj.*18945"):
+        replace(plan, scheme="int4")
+
+
 def test_lent_layers_leave_the_device() -> None:
     plan = MemoryPlan(FULL, 8 * 10**9, gpu=True, dtype=torch.bfloat16, audio_seconds=1800)
     lent = replace(plan, release_encoder=True)
@@ -234,7 +254,6 @@ def test_other_amounts_are_refused(text: str) -> None:
         ({"audio_seconds": 1801}, "1801 s"),
         ({"audio_seconds": -1}, "-1 s"),
         ({"audio_seconds": math.nan}, "nan s"),
-        ({"scheme": "int3"}, "int3.*int4"),
         ({"kv": "int4"}, "auto, int8.*int4"),
         ({"new_tokens": 131_072}, "context ends at 131072"),
         ({"page_size": 0}, "page_size is 0"),
