@@ -212,6 +212,9 @@ class MemoryPlan:
             f"encoding {self.encode_batch} windows": self._encoding() if self.audio_seconds else 0,
             f"prefilling {self.chunk_size} tokens": self._prefilling(),
             "choosing a token": 80 * self.config.decoder.vocab_size,
+            "growing the KV cache by a pool at a time": self.pages
+            * self.page_bytes
+            // (2 * self.config.decoder.layers),
         }
 
     def _workspace(self) -> Part:

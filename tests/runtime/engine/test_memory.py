@@ -125,9 +125,11 @@ def test_the_workspace_is_an_upper_bound_and_no_wild_one(plan: MemoryPlan, data:
         return model.decoder.logits(hidden[:, -1])
 
     prefilling = allocated_at_most(prefill)
-    planned = dict(zip(("encoding", "prefilling", "choosing"), plan.stages.values(), strict=True))
+    planned = dict(zip(("encoding", "prefilling", "choosing", "growing"), plan.stages.values(), strict=True))
     assert encoding <= planned["encoding"] <= 3 * encoding
     assert prefilling <= planned["prefilling"]
+    growing = allocated_at_most(lambda: cache.resize(plan.pages)) - cache.nbytes
+    assert growing <= planned["growing"]
     assert part(plan, "workspace") == max(planned.values())
 
 
