@@ -15,10 +15,10 @@ the differences, exact in 16 bits up to their zero, go to the tensor cores and t
 rows: there are more sums than weights, so the scale multiplies the weights before they are rounded.
 Weights are the product's left operand, tokens its columns; split inner dimensions as in `linear_int8`.
 
-torch on a CPU: few rows go to torch's own kernel, which wants the codes of 16 to 64 channels interleaved. That copy, as
-large as the codes, is made once for each weight (`prepare_int4`, or the first product) and lives as long as the weight.
-Many rows go to a dense product with weights unpacked a tile at a time; the even inputs of a tile stand before the odd
-ones, which saves spreading them out and is undone by the same order of x.
+torch on a CPU: where a copy of the codes with 16 to 64 channels interleaved was made (`prepare_int4`), few rows go to
+torch's own kernel, which wants them so; the copy lives as long as the weight. All else goes to a dense product with
+weights unpacked a tile at a time; the even inputs of a tile stand before the odd ones, which saves spreading them out
+and is undone by the same order of x.
 
 Native, on a CPU: up to 16 rows read the weights once from memory. With bfloat16 activations (from AVX2 on) it is
 integer arithmetic: the activations of a group become integers of 15 bits with one scale. More rows: as in
@@ -276,10 +276,10 @@ def _linear_torch(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     rows, columns = as_rows(x), len(packed)
-    if len(rows) <= MOST_ROWS_INTERLEAVED and _takes_interleaved(packed):
-        blocks, pairs = _interleaved(packed, scales, zeros, x.dtype)
+    copy = _copies.get(packed) if len(rows) <= MOST_ROWS_INTERLEAVED else None
+    if copy is not None and copy[1].dtype == x.dtype:
         group = x.shape[-1] // scales.shape[1]
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, blocks, group, pairs)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, copy[0], group, copy[1])
     else:
         halves = rows.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
         y = product_by_tiles(halves, columns, lambda tile: _unpacked_halves(packed, scales, zeros, tile, x.dtype))
@@ -289,22 +289,14 @@ def _linear_torch(
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _takes_interleaved(packed: Tensor) -> bool:
-    return on_cpu(packed) and len(packed) % 16 == 0
-
-
 def _interleaved(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The codes as torch's CPU kernel wants them, and [in / group, out, 2] scales and what code 8 stands for."""
-    made = _copies.get(packed)
-    if made is None or made[1].dtype != dtype:
-        blocks = torch.empty_like(packed)
-        for codes, part in zip(packed.split(_PACKED_AT_ONCE), blocks.split(_PACKED_AT_ONCE), strict=True):
-            part.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_int4(codes).int(), 1))
-        wide = scales.float()
-        middle = torch.zeros_like(wide) if zeros is None else (SYMMETRIC_ZERO - zeros.float()) * wide
-        made = blocks, torch.stack((wide, middle), -1).transpose(0, 1).contiguous().to(dtype)
-        _copies[packed] = made
-    return made
+    blocks = torch.empty_like(packed)
+    for codes, part in zip(packed.split(_PACKED_AT_ONCE), blocks.split(_PACKED_AT_ONCE), strict=True):
+        part.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_int4(codes).int(), 1))
+    wide = scales.float()
+    middle = torch.zeros_like(wide) if zeros is None else (SYMMETRIC_ZERO - zeros.float()) * wide
+    return blocks, torch.stack((wide, middle), -1).transpose(0, 1).contiguous().to(dtype)
 
 
 def _unpacked_halves(packed: Tensor, scales: Tensor, zeros: Tensor | None, tile: slice, dtype: torch.dtype) -> Tensor:
@@ -337,12 +329,12 @@ def _swiglu_torch(
 
 
 def prepare_int4(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> None:
-    """Make ahead of the first product, with x in `dtype`, what the implementation that will run keeps beside a weight.
+    """Make ahead of products with x in `dtype` what the implementation that will run keeps beside a weight.
 
     That is a copy as large as `packed` where torch multiplies on a CPU, and nothing elsewhere.
     """
-    if _linear.on(packed.device) is _linear_torch and _takes_interleaved(packed):
-        _interleaved(packed, scales, zeros, dtype)
+    if _linear.on(packed.device) is _linear_torch and on_cpu(packed) and len(packed) % 16 == 0:
+        _copies[packed] = _interleaved(packed, scales, zeros, dtype)
 
 
 def linear_int4(

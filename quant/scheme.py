@@ -14,7 +14,7 @@ group and, where there are zero points, by "zeros": int4-g64, int4-g128-zeros.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from .int8 import dequantize_int8, quantize_int8
 from .nf4 import BLOCK_SIZE, dequantize_nf4, quantize_nf4
 
 PARTS = ("weight_codes", "weight_scales", "weight_zeros")
-_CHUNK = 1 << 24  # weights quantized at once: what is computed of them needs some hundred megabytes
+_CHUNK = 1 << 22  # weights quantized at once: what is computed of them takes some 60 MB
 _INT8_INPUTS = 16  # the int8 products take inputs in multiples of this
 
 
@@ -87,13 +87,18 @@ class Scheme(ABC):
         """Quantize some channels."""
 
     def quantize(
-        self, weight: Tensor, importance: Tensor | None = None, device: torch.device | str | None = None
+        self,
+        weight: Tensor,
+        importance: Tensor | None = None,
+        device: torch.device | str | None = None,
+        progress: Callable[[int], None] = lambda done: None,
     ) -> Packed:
         """Round a weight [out, in] of any floating dtype, on `device` (by default where it is).
 
         importance: [in], weighs the squared error of each input channel where the scheme searches for scales. Channels
-        are handled in chunks, so that no more memory is needed than for the result and one chunk. Raises SchemeError
-        where the shape does not fit, and ValueError for weights that are not finite.
+        are handled in chunks, so that no more memory is needed than for the result and one chunk; `progress` is called
+        with the number of channels done after each. Raises SchemeError where the shape does not fit, and ValueError
+        for weights that are not finite.
         """
         expected = self.stored(tuple(weight.shape))
         device = weight.device if device is None else torch.device(device)
@@ -106,6 +111,7 @@ class Scheme(ABC):
                     whole[name] = torch.empty(expected[name].shape, dtype=part.dtype, device=device)
                 whole[name][done : done + len(part)] = part
             done += len(rows)
+            progress(done)
         return Packed(*(whole[part] for part in PARTS if part in whole))
 
 

@@ -1,4 +1,4 @@
-"""The command line: ask, chat, transcribe, info and plan. Answers go to stdout, everything else to stderr.
+"""The command line: ask, chat, transcribe, quantize, info and plan. Answers go to stdout, all else to stderr.
 
 Exit codes: 0 for success, 1 for an error that the message explains, 2 for wrong usage, 130 when interrupted.
 """
@@ -20,13 +20,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from ...kernels.errors import AfnextError
-from ..engine.memory import DENSE, SCHEMES, MemoryPlan
+from ...quant.recipe import RECIPES, recipe
+from ..engine.memory import DENSE, SCHEMES, MemoryPlan, shown_bytes
 from ..io.audio import AudioSource
 from . import backend_info
 from . import info as model_info
 from .answer import Answer, Piece
 from .api import Model, load, usable_device
 from .plan import Target, model_config, view
+from .quantize import quantize as quantize_checkpoint
 from .responder import AnswerOptions, Stream
 from .responder import Progress as Report
 from .transcribe import DEFAULT_OVERLAP, Transcript, output_paths, write_transcript
@@ -72,6 +74,9 @@ ModelOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DTypeOption = Annotated[DType, typer.Option(help="auto takes the checkpoint's.")]
 KVOption = Annotated[KV, typer.Option(help="int8 halves the memory of the context; auto keeps it in the dtype.")]
+QuantOption = Annotated[
+    str | None, typer.Option(help=f"Pack dense weights while loading: {', '.join(RECIPES)}; see quantize.")
+]
 SystemOption = Annotated[str | None, typer.Option(help="Replaces the checkpoint's system message.")]
 NewTokensOption = Annotated[int | None, typer.Option(help="Upper bound of the answer's length.", min=1)]
 TemperatureOption = Annotated[float | None, typer.Option(help="0 is greedy.", min=0.0)]
@@ -100,6 +105,7 @@ def ask(
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
     kv: KVOption = KV.auto,
+    quant: QuantOption = None,
     release_encoder: ReleaseOption = False,
     max_new_tokens: NewTokensOption = None,
     temperature: TemperatureOption = None,
@@ -122,6 +128,7 @@ def ask(
             dtype=dtype.value,
             chunk_size=chunk_size,
             kv=kv.value,
+            quant=quant,
             release_encoder=release_encoder,
             progress=report,
         )
@@ -140,6 +147,7 @@ def chat(
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
     kv: KVOption = KV.auto,
+    quant: QuantOption = None,
     release_encoder: ReleaseOption = False,
     max_new_tokens: NewTokensOption = None,
     temperature: TemperatureOption = None,
@@ -162,6 +170,7 @@ def chat(
             dtype=dtype.value,
             chunk_size=chunk_size,
             kv=kv.value,
+            quant=quant,
             release_encoder=release_encoder,
             progress=report,
         )
@@ -264,6 +273,47 @@ def _print_transcribed(transcript: Transcript, target: Path | None, quiet: bool)
             f"[dim]{escape(transcript.source)}: {transcript.duration:.2f} s in {len(transcript.windows)} windows, "
             f"{len(transcript.segments)} segments{written}[/dim]"
         )
+
+
+@app.command(epilog="Example: [bold]afnext quantize nvidia/audio-flamingo-next-hf af-next-int4 --scheme int4[/bold]")
+def quantize(
+    source: Annotated[str, typer.Argument(help="A dense checkpoint: folder, or name on the Hub.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    scheme: Annotated[str, typer.Option(help=f"{', '.join(RECIPES)}, or as in int4-g128-zeros.")] = "int4",
+    group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale, for int4: 32, 64 or 128.")] = None,
+    zeros: Annotated[bool, typer.Option("--zeros", help="With zero points, for int4.")] = False,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help='LAYERS=SCHEME that comes first, as in "decoder.layers.0.*=dense"; repeat for more.'),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, ...")] = "cpu",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Pack the weights of a checkpoint in 8 or 4 bits, once for all."""
+    packed_by = recipe(scheme, group_size=group_size, symmetric=not zeros, rules=[_rule(text) for text in rule or ()])
+    with _progress(quiet or as_json) as report:
+        done = quantize_checkpoint(
+            source,
+            out,
+            packed_by,
+            device=usable_device(device),
+            progress=lambda done, total: report("quantizing", done, total),
+        )
+    if as_json:
+        print(json.dumps(done, ensure_ascii=False))
+    elif not quiet:
+        _err.print(
+            f"{done['out']}: {shown_bytes(done['bytes'])} instead of {shown_bytes(done['bytes_before'])}, "
+            f"{done['recipe']}, in {done['seconds']:g} s"
+        )
+
+
+def _rule(text: str) -> tuple[str, str]:
+    pattern, found, scheme = text.partition("=")
+    if not found or not pattern:
+        raise typer.BadParameter(f'{text!r} should read LAYERS=SCHEME, as in "encoder.*=dense"', param_hint="--rule")
+    return pattern, scheme
 
 
 @app.command(epilog="Example: [bold]afnext info nvidia/audio-flamingo-next-hf --json[/bold]")

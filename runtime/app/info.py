@@ -10,10 +10,11 @@ from rich.table import Table
 
 from ..engine.kv_cache import page_bytes
 from ..engine.memory import shown_bytes
-from ..model.checkpoint import Checkpoint
+from ..model.checkpoint import Checkpoint, with_stored_head
 from ..model.config import ModelConfig
 from ..model.hub import resolve
-from ..model.parameters import PARTS, part_of
+from ..model.parameters import PARTS, expected_shapes, part_of
+from ..model.quantized import layer_schemes
 
 
 def describe(model: str | PathLike[str]) -> dict[str, Any]:
@@ -22,11 +23,18 @@ def describe(model: str | PathLike[str]) -> dict[str, Any]:
     model: a folder, or a name on the Hub. Raises CheckpointError or ConfigError.
     """
     folder = resolve(model)
-    config = ModelConfig.from_folder(folder)
     checkpoint = Checkpoint.open(folder)
+    config = with_stored_head(ModelConfig.from_folder(folder), checkpoint)
     parts: Counter[str] = Counter()
     for name in checkpoint.names:
         parts[part_of(name)] += math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize
+    stored = config.quantization
+    schemes: dict[str, set[str]] = {}
+    for layer, scheme in layer_schemes(config).items():
+        schemes.setdefault(part_of(layer), set()).add(str(scheme))
+    parameters = checkpoint.parameter_count
+    if stored is not None:
+        parameters = sum(math.prod(shape) for shape in expected_shapes(config).values())
     decoder = config.decoder
     return {
         "model": str(model),
@@ -34,7 +42,9 @@ def describe(model: str | PathLike[str]) -> dict[str, Any]:
         "files": [str(path.relative_to(folder)) for path in checkpoint.files],
         "model_type": config.model_type,
         "dtype": config.dtype,
-        "parameters": checkpoint.parameter_count,
+        "parameters": parameters,
+        "quantization": stored and {"recipe": stored.name, "source": stored.source},
+        "schemes_by_part": {part: sorted(schemes[part]) for part in PARTS if part in schemes},
         "bytes": checkpoint.nbytes,
         "bytes_by_part": {part: parts[part] for part in PARTS if parts[part]},
         "encoder": {
@@ -70,7 +80,8 @@ def table(description: dict[str, Any]) -> Table:
     rows.add_row("parameters", f"{description['parameters']:,}")
     rows.add_row("weights", f"{shown_bytes(total)} in {len(description['files'])} file(s)")
     for part, nbytes in description["bytes_by_part"].items():
-        rows.add_row(f"  {part}", f"{shown_bytes(nbytes)} ({100 * nbytes / total:.1f} %)")
+        schemes = ", ".join(description["schemes_by_part"].get(part, ()))
+        rows.add_row(f"  {part}", f"{shown_bytes(nbytes)} ({100 * nbytes / total:.1f} %)" + (schemes and f" {schemes}"))
     rows.add_row(
         "encoder",
         f"{encoder['layers']} layers, width {encoder['hidden_size']}, {encoder['heads']} heads, "

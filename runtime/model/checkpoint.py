@@ -169,10 +169,10 @@ class Checkpoint:
             flat = flat.clone()
         return flat.view(dtype).view(entry.stored.shape)
 
-    def release(self, name: str) -> None:
-        """Give the memory behind `tensor(name)` back to the system; reading that tensor again reads the file again."""
+    def release(self, name: str, nbytes: int | None = None) -> None:
+        """Give the memory behind `tensor(name)`, or its first bytes, back; reading that again reads the file again."""
         entry = self._entry(name)
-        entry.file.release(entry.stored.start, entry.stored.end)
+        entry.file.release(entry.stored.start, entry.stored.end if nbytes is None else entry.stored.start + nbytes)
 
     def stored_dtype(self, name: str) -> str:
         """The dtype of the parameter as the file spells it, such as BF16."""
@@ -225,14 +225,14 @@ def load_weights(
     config: ModelConfig,
     *,
     device: torch.device | str | Callable[[str], torch.device],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     quant: Recipe | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Canonical name and tensor, on `device`, of everything in `expected_tensors(config)`, one by one.
 
-    Dense weights come in `dtype`, packed ones as stored. device: one for all, or what tells it from the canonical name.
-    quant: of a dense checkpoint, pack the layers that it packs, and yield what it stores for them.
+    Dense weights come in `dtype` (None: as stored), packed ones as stored. device: one for all, or what tells it from
+    the canonical name. quant: of a dense checkpoint, pack the layers that it packs, and yield what it stores for them.
     Memory peaks at the weights that the caller keeps plus one tensor. On the CPU a tensor that needs no conversion is
     not copied but a read-only view of the file. `progress(done, total)` is called with stored bytes after each weight.
     Raises CheckpointError at once when the checkpoint does not fit the config or is packed otherwise than `quant` says,
@@ -252,7 +252,7 @@ def _weights(
     names: list[str],
     schemes: dict[str, Scheme],
     device: Callable[[str], torch.device],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     total = sum(_stored_bytes(checkpoint, name) for name in names)
@@ -272,8 +272,13 @@ def _weights(
 def _pack(
     checkpoint: Checkpoint, name: str, scheme: Scheme, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    weight = checkpoint.tensor(name)
+
+    def release(rows: int) -> None:
+        checkpoint.release(name, rows * weight.shape[1] * weight.itemsize)
+
     try:
-        packed = scheme.quantize(checkpoint.tensor(name), device=device)
+        packed = scheme.quantize(weight, device=device, progress=release)
     except ValueError as problem:
         raise CheckpointError(f"{checkpoint.origin(name)} cannot be quantized: {problem}.") from None
     checkpoint.release(name)
@@ -281,11 +286,12 @@ def _pack(
         yield name.removesuffix("weight") + part, tensor
 
 
-def _place(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _place(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
     mapped = checkpoint.tensor(name)
     if name.endswith(PARTS):
         check_finite(mapped, checkpoint.origin(name))
-        dtype = mapped.dtype
+        dtype = None
+    dtype = dtype or mapped.dtype
     if device.type == "cpu" and mapped.dtype == dtype:
         return mapped
     weight = mapped.to(device).to(dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from afnext.kernels import linear_int4 as module
-from afnext.kernels.linear_int4 import linear_int4, linear_int4_swiglu
+from afnext.kernels.linear_int4 import linear_int4, linear_int4_swiglu, prepare_int4
 
 # rows, in, out, group
 SHAPES = [
@@ -69,6 +69,45 @@ def test_accuracy(
     with poisoned(backend):
         actual = linear_int4(x, *weight)
     assert_accurate(actual, exactly(linear_int4, x, *weight), product(x, dense(*weight, dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_zeros", [False, True])
+@pytest.mark.parametrize("shape", [(1, 512, 96, 128), (3, 192, 80, 64), (33, 256, 64, 32), (70, 96, 16, 32)])
+def test_accuracy_of_prepared_weights(
+    shape: tuple[int, int, int, int], with_zeros: bool, dtype: torch.dtype, seed: int
+) -> None:
+    rows, inner, columns, group = shape
+    x = torch.randn(rows, inner).to(dtype)
+    weight = weights(columns, inner, group, with_zeros, x.device)
+    bias = torch.randn(columns).to(dtype)
+    with poisoned("torch"):
+        prepare_int4(*weight, dtype)
+        assert weight[0] in module._copies
+        actual = linear_int4(x, *weight, bias)
+    exact = exactly(linear_int4, x, *weight, bias)
+    assert_accurate(actual, exact, product(x, dense(*weight, dtype)) + bias)
+
+
+def test_a_prepared_copy_goes_with_its_weight(seed: int) -> None:
+    before = len(module._copies)
+    weight = weights(32, 64, 32, False, torch.device("cpu"))
+    with poisoned("torch"):
+        prepare_int4(*weight, torch.float32)
+        assert len(module._copies) == before + 1
+        del weight
+    assert len(module._copies) == before
+
+
+def test_what_needs_no_copy_gets_none(seed: int) -> None:
+    weight = weights(37, 64, 32, False, torch.device("cpu"))
+    with poisoned("torch"):
+        prepare_int4(*weight, torch.float32)  # torch's kernel takes channels in multiples of 16
+    assert weight[0] not in module._copies
+    with poisoned("reference"):
+        other = weights(32, 64, 32, False, torch.device("cpu"))
+        prepare_int4(*other, torch.float32)
+    assert other[0] not in module._copies
 
 
 @pytest.mark.parametrize("rows", [5, 70])

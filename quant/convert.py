@@ -1,0 +1,143 @@
+"""Writing a quantized checkpoint: safetensors files whose tensors come one by one, in any order.
+
+What each tensor will be is known beforehand, so its place is, too, and no more than one of them is held in memory. The
+codes stand first in a file: their sizes are multiples of 16 bytes, so that they and the floats behind them are aligned
+for the kernels that read the mapped file. Files have at most SHARD_BYTES, and an index where there are several. A file
+bears its name only once it is whole. Format: https://github.com/huggingface/safetensors
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .scheme import Stored
+
+SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+_ALIGNMENT = 64
+
+
+class CheckpointWriter:
+    """Writes tensors into `folder` as they come: call `write` once for each that is expected, then `finish`.
+
+    expected: of each name the shape, and the dtype as the first of its dtypes; metadata: strings for the headers, which
+    `finish` may change but not lengthen. What was begun and not finished is left in files called *.part.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        expected: Mapping[str, Stored],
+        metadata: Mapping[str, str],
+        shard_bytes: int = SHARD_BYTES,
+    ):
+        self._folder = folder
+        shards = _shards(expected, shard_bytes)
+        names = [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
+        files = ["model.safetensors"] if len(shards) == 1 else names
+        self._shards = [_Shard(folder / name, tensors, metadata) for name, tensors in zip(files, shards, strict=True)]
+        self._left = {name: shard for shard in self._shards for name in shard.tensors}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor. Raises ValueError for one that is not expected so, or comes twice."""
+        shard = self._left.pop(name, None)
+        if shard is None or tensor.shape != shard.tensors[name].shape or tensor.dtype != shard.tensors[name].dtypes[0]:
+            raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} does not belong into this checkpoint")
+        shard.write(name, tensor)
+
+    def finish(self, metadata: Mapping[str, str]) -> list[Path]:
+        """Write headers and index, give the files their names and return them. Raises ValueError if a tensor lacks."""
+        if self._left:
+            raise ValueError(f"{len(self._left)} tensors were not written, the first is {next(iter(self._left))}")
+        if len(self._shards) > 1:
+            weight_map = {name: shard.file.name for shard in self._shards for name in shard.tensors}
+            index = {"metadata": {"total_size": sum(shard.nbytes for shard in self._shards)}, "weight_map": weight_map}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        return [shard.finish(metadata) for shard in self._shards]
+
+
+@dataclass(frozen=True)
+class _Span:
+    start: int
+    end: int
+
+
+class _Shard:
+    """One file; its tensors in the order of their bytes."""
+
+    def __init__(self, file: Path, tensors: dict[str, Stored], metadata: Mapping[str, str]):
+        self.file = file
+        self.tensors = tensors
+        self._spans: dict[str, _Span] = {}
+        position = 0
+        for name, stored in tensors.items():
+            self._spans[name] = _Span(position, position + _nbytes(stored))
+            position = self._spans[name].end
+        self.nbytes = position
+        self._part = file.with_name(file.name + ".part")
+        room = 8 + len(self._header(metadata))
+        self._data_start = -(-room // _ALIGNMENT) * _ALIGNMENT
+        with self._part.open("wb") as opened:
+            opened.truncate(self._data_start + position)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        with self._part.open("r+b") as file:
+            file.seek(self._data_start + self._spans[name].start)
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(file)
+
+    def finish(self, metadata: Mapping[str, str]) -> Path:
+        room = self._data_start - 8
+        header = self._header(metadata).ljust(room)
+        if len(header) != room:
+            raise ValueError("the metadata is longer than what was announced")
+        with self._part.open("r+b") as file:
+            file.write(struct.pack("<Q", room) + header)
+        return self._part.replace(self.file)
+
+    def _header(self, metadata: Mapping[str, str]) -> bytes:
+        entries = {
+            name: {
+                "dtype": _DTYPES[stored.dtypes[0]],
+                "shape": list(stored.shape),
+                "data_offsets": [self._spans[name].start, self._spans[name].end],
+            }
+            for name, stored in self.tensors.items()
+        }
+        return json.dumps({"__metadata__": {"format": "pt", **metadata}, **entries}).encode()
+
+
+def _shards(expected: Mapping[str, Stored], most: int) -> list[dict[str, Stored]]:
+    """The tensors in files of at most `most` bytes (a larger one has its own), in each the smallest items first."""
+    shards: list[dict[str, Stored]] = [{}]
+    size = 0
+    for name, stored in expected.items():
+        nbytes = _nbytes(stored)
+        if shards[-1] and size + nbytes > most:
+            shards.append({})
+            size = 0
+        shards[-1][name] = stored
+        size += nbytes
+
+    def order(item: tuple[str, Stored]) -> tuple[bool, int]:
+        dtype = item[1].dtypes[0]
+        return dtype.is_floating_point, -dtype.itemsize
+
+    return [dict(sorted(shard.items(), key=order)) for shard in shards]
+
+
+def _nbytes(stored: Stored) -> int:
+    return prod(stored.shape) * stored.dtypes[0].itemsize
