@@ -19,7 +19,7 @@ from ..kernels.triton_language import AVAILABLE as TRITON_AVAILABLE
 from ..runtime.app.api import load
 from ..runtime.engine.kv_cache import KV_STORAGE
 from .quality_data import TASKS
-from .record import SCHEMES, Record
+from .record import DENSE_SCHEMES, SCHEMES, Record, recipe_of
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, memory and quality.", rich_markup_mode="rich")
 
@@ -40,7 +40,7 @@ def e2e(
         str, typer.Option(help="none, or with commas: transformers, compiled, int8, nf4, hqq, torchao.")
     ] = "transformers",
     audio: Annotated[str, typer.Option(help="Lengths of the recordings, in seconds.")] = "30,300",
-    scheme: Annotated[str, typer.Option(help="fp32, bf16, fp16; several with commas.")] = "bf16",
+    scheme: Annotated[str, typer.Option(help=f"{', '.join(SCHEMES)}; several with commas.")] = "bf16",
     batch: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1",
     new_tokens: Annotated[int, typer.Option(help="Length of the answers.", min=1)] = 16,
     repeats: Annotated[int, typer.Option(help="Rounds a stage.", min=1)] = 5,
@@ -85,7 +85,7 @@ def kernels(
     records = run_kernels(
         out,
         device=device,
-        dtypes=[dtype_name(name) for name in dtype.split(",")],
+        dtypes=[DENSE_SCHEMES[choice(name, tuple(DENSE_SCHEMES), "--dtype")] for name in dtype.split(",")],
         operations=operation or (),
         quick=quick,
         repeats=repeats,
@@ -104,7 +104,7 @@ def quality(
     baseline: Annotated[str | None, typer.Option(help="For perplexity: the model to compare with.")] = None,
     baseline_scheme: Annotated[str | None, typer.Option(help="Its scheme; the checkpoint's by default.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first rows.", min=1)] = None,
-    scheme: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; the checkpoint's by default.")] = None,
+    scheme: Annotated[str | None, typer.Option(help=f"{', '.join(SCHEMES)}; the checkpoint's by default.")] = None,
     kv: Annotated[str, typer.Option(help="What keys and values are stored in: auto or int8.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Upper bound of an answer.", min=1)] = 512,
     restart: Annotated[bool, typer.Option("--restart", help="Drop the rows that are there.")] = False,
@@ -117,9 +117,9 @@ def quality(
     from .quality import run_quality
 
     dtype = dtype_name(scheme) if scheme else "auto"
-    loaded = load(model, device=device, dtype=dtype, kv=choice(kv, KV_STORAGE, "--kv"))
+    loaded = load(model, device=device, dtype=dtype, kv=choice(kv, KV_STORAGE, "--kv"), quant=recipe_of(scheme))
     other_dtype = dtype_name(baseline_scheme) if baseline_scheme else "auto"
-    other = load(baseline, device=device, dtype=other_dtype) if baseline else None
+    other = load(baseline, device=device, dtype=other_dtype, quant=recipe_of(baseline_scheme)) if baseline else None
     with bar("scoring", hidden=as_json) as report:
         record = run_quality(
             loaded,

@@ -234,6 +234,9 @@ def _hidden_states(model: Model, ids: list[int], audio: tuple[AudioInput, ...], 
 
 def _subject(model: Model) -> str:
     dtype = str(model.network.dtype).removeprefix("torch.")
+    stored = model.network.config.quantization
+    if stored is not None:
+        dtype += f", {stored.name} weights"
     return f"afnext {dtype}" if model.options.kv == "auto" else f"afnext {dtype}, {model.options.kv} KV"
 
 

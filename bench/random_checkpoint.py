@@ -9,6 +9,7 @@ byte-level one with the special tokens of Audio Flamingo Next.
 """
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,9 +19,13 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ..kernels.errors import AfnextError
+from ..quant.convert import CheckpointWriter
+from ..quant.recipe import Recipe
+from ..quant.scheme import Stored
 from ..runtime.model.config import ModelConfig
 from ..runtime.model.parameters import expected_shapes
 from ..runtime.model.published import AUDIO_FLAMINGO_NEXT
+from ..runtime.model.quantized import expected_tensors, quantization_metadata
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -56,11 +61,17 @@ _TINY_DECODER = {
 
 
 def write_random_checkpoint(
-    folder: Path, shape: str = "tiny", *, seed: int = 0, progress: Callable[[int, int], None] | None = None
+    folder: Path,
+    shape: str = "tiny",
+    *,
+    seed: int = 0,
+    quant: Recipe | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a checkpoint of the given shape (see the module) in bfloat16, in the flat layout; return its folder.
 
-    `progress` is called with (bytes written, bytes in all). Raises AfnextError for an unknown shape.
+    quant: write packed weights instead, of random codes. `progress` is called with (bytes written, bytes in all).
+    Raises AfnextError for an unknown shape.
     """
     tokenizer = byte_tokenizer()
     config = checkpoint_config(shape, tokenizer)
@@ -71,6 +82,11 @@ def write_random_checkpoint(
     eos = tokenizer.token_to_id("<|im_end|>")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos, "max_new_tokens": 64}))
     (folder / "processor_config.json").write_text(json.dumps({"max_audio_len": 1800}))
+    if quant is not None:
+        stated = config | {"quantization_config": quant.to_dict()}
+        (folder / "config.json").write_text(json.dumps(stated, indent=2), encoding="utf-8")
+        _write_packed(folder, ModelConfig.from_dict(stated), quant, seed, progress or (lambda done, total: None))
+        return folder
     shapes = {_flat_name(name): size for name, size in expected_shapes(ModelConfig.from_dict(config)).items()}
     _write_safetensors(folder / "model.safetensors", shapes, seed, progress or (lambda done, total: None))
     return folder
@@ -159,6 +175,42 @@ def _write_safetensors(
                 made[kind] = _random_tensor(name, shape, torch.Generator().manual_seed(seed + len(name)))
             made[kind].view(torch.int16).numpy().tofile(file)
             progress(file.tell(), offset + 8 + len(encoded))
+
+
+def _write_packed(
+    folder: Path, config: ModelConfig, quant: Recipe, seed: int, progress: Callable[[int, int], None]
+) -> None:
+    """The tensors that `quant` stores, codes and all, without dense weights that they would be made of."""
+    expected = {name: Stored(one.shape, one.dtypes[:1]) for name, one in expected_tensors(config).items()}
+    total = sum(math.prod(one.shape) * one.dtypes[0].itemsize for one in expected.values())
+    writer = CheckpointWriter(folder, expected, quantization_metadata(quant))
+    generator, done = torch.Generator().manual_seed(seed), 0
+    for name, one in expected.items():
+        layer, _, part = name.rpartition(".")
+        codes = expected.get(f"{layer}.weight_codes")
+        if codes is not None and part != "bias":
+            tensor = _random_part(name, part, one, codes, generator)
+        else:
+            tensor = _random_tensor(name, one.shape, generator).to(one.dtypes[0])
+        writer.write(name, tensor)
+        done += tensor.nbytes
+        progress(done, total)
+    writer.finish(quantization_metadata(quant))
+
+
+def _random_part(name: str, part: str, one: Stored, codes: Stored, generator: torch.Generator) -> torch.Tensor:
+    """Codes of all values, and scales with which the weights have the size that `_random_tensor` gives them."""
+    signed = codes.dtypes[0] == torch.int8
+    if part == "weight_codes":
+        low, high = (-127, 128) if signed else (0, 256)
+        return torch.randint(low, high, one.shape, dtype=one.dtypes[0], generator=generator)
+    if part == "weight_zeros":
+        return torch.full(one.shape, 8.0, dtype=one.dtypes[0])
+    inner = codes.shape[1] * (1 if signed else 2)
+    scales = torch.full(one.shape, inner**-0.5 / (73.3 if signed else 4.6), dtype=one.dtypes[0])
+    if "lm_head" in name:
+        scales[PRINTABLE_IDS:] = 0
+    return scales
 
 
 def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

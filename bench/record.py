@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.errors import AfnextError
+from ..quant.recipe import RECIPES
 
-# The schemes that can be measured, and the dtype that each computes in.
-SCHEMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# The schemes that can be measured, and the dtype that each computes in: dense ones, and recipes of packed weights.
+DENSE_SCHEMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SCHEMES = {**DENSE_SCHEMES, **dict.fromkeys(RECIPES, "bfloat16")}
 
 
 class ResultsError(AfnextError):
@@ -42,6 +44,11 @@ class Record:
     def key(self) -> str:
         """Equal for measurements of the same thing, on whatever machine."""
         return json.dumps([self.bench, self.name, self.subject, self.case, self.kind], sort_keys=True)
+
+
+def recipe_of(scheme: str | None) -> str | None:
+    """The recipe that dense weights are packed by for a scheme, None for a dense one."""
+    return scheme if scheme in RECIPES else None
 
 
 def append(path: Path, record: Record) -> None:

@@ -30,7 +30,7 @@ from .int8 import dequantize_int8, quantize_int8
 from .nf4 import BLOCK_SIZE, dequantize_nf4, quantize_nf4
 
 PARTS = ("weight_codes", "weight_scales", "weight_zeros")
-_CHUNK = 1 << 22  # weights quantized at once: what is computed of them takes some 60 MB
+_CHUNK = 1 << 20  # weights quantized at once: what is computed of them takes some 30 MB
 _INT8_INPUTS = 16  # the int8 products take inputs in multiples of this
 
 

@@ -105,7 +105,7 @@ def weights_hash(checkpoint: Checkpoint) -> str:
         data = tensor.flatten().view(torch.uint8)
         for start in range(0, len(data), _HASHED_AT_ONCE):
             piece = data[start : start + _HASHED_AT_ONCE]
-            digest.update(memoryview(piece.numpy()))
+            digest.update(piece.numpy().data)
             checkpoint.release(name, start + len(piece))
     return digest.hexdigest()
 

@@ -169,7 +169,7 @@ def test_first_layers_are_all_that_runs_and_come_back(measured: tuple[Path, list
     [
         ({"random": None}, "--model"),
         ({"model": "x"}, "--random"),
-        ({"schemes": ("int3",)}, "int3.*choose from fp32, bf16, fp16"),
+        ({"schemes": ("int3",)}, "int3.*choose from fp32, bf16, fp16, int8"),
         ({"baseline": "llama"}, "llama"),
         ({"random": "huge"}, "unknown shape 'huge'"),
     ],
@@ -191,3 +191,20 @@ def test_a_baseline_that_cannot_load_is_left_out_and_said(
     )
     assert {record.subject for record in records} == {"afnext fp32"}
     assert "transformers fp32 is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("baseline", ["none", "transformers"])
+def test_packed_weights_are_measured_beside_dense_ones(baseline: str, tmp_path: Path) -> None:
+    records = run(tmp_path / "r.jsonl", schemes=("int8",), baseline=baseline, repeats=1)
+    sides = {"afnext int8"} | ({"transformers bf16"} if baseline == "transformers" else set())
+    assert {record.subject for record in records} == sides
+    decode = next(record for record in records if (record.name, record.subject) == ("decode", "afnext int8"))
+    assert decode.case["scheme"] == "int8"
+    weight_bytes, seconds = decode.values["weight_bytes"], decode.values["median_s"]
+    # Two layers with q, k, v, o and the MLP, and the head, all a byte a weight; norms, biases and scales on top.
+    assert 180_000 < weight_bytes < 210_000
+    assert decode.values["weight_bytes_per_s"] == pytest.approx(weight_bytes / seconds)
+    assert decode.values["percent_of_copy"] > 0
+    assert decode.values["resident_bytes"] > weight_bytes
+    if baseline == "transformers":
+        assert decode.values["agrees"], decode.values["reason"]

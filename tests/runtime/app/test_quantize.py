@@ -214,3 +214,11 @@ def test_another_models_config_is_an_error(folder: Path, four: Path, tmp_path: P
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(AfnextError, match=r"from [0-9a-f]{12}, but its config.json describes .* from ffffffffffff"):
         afnext.load(other)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-g32", "int4-g32-zeros"])
+def test_random_packed_checkpoints_load_and_answer(tmp_path: Path, name: str) -> None:
+    model = afnext.load(write_random_checkpoint(tmp_path, quant=recipe(name)))
+    answer = model.ask(None, "What?", max_new_tokens=8)
+    assert len(answer.token_ids) == 8
+    assert answer.text.isprintable()
