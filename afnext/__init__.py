@@ -11,6 +11,7 @@ from afnext.kernels.errors import AfnextError
 from afnext.runtime.app.answer import Answer, Piece, Usage
 from afnext.runtime.app.api import Model, load
 from afnext.runtime.app.context import Context
+from afnext.runtime.app.live import Live
 from afnext.runtime.app.responder import Stream
 from afnext.runtime.app.transcribe import Transcript
 from afnext.runtime.io.audio import Audio, load_audio
@@ -22,6 +23,7 @@ __all__ = [
     "Answer",
     "Audio",
     "Context",
+    "Live",
     "Model",
     "Piece",
     "Segment",

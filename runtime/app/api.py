@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -28,6 +28,7 @@ from ..model.quantized import to_quantize
 from .answer import Answer
 from .context import Context
 from .conversation import Conversation, Message, audible
+from .live import Live
 from .responder import DEFAULT_NEW_TOKENS, AnswerOptions, Progress, Responder, Stream, check_options
 from .transcribe import (
     DEFAULT_OVERLAP,
@@ -57,6 +58,8 @@ def load(
     max_batch: int = 32,
     kv: str = "auto",
     release_encoder: bool = False,
+    prefix_cache_bytes: int = 1 << 30,
+    encoder_cache_bytes: int = 1 << 28,
     memory: int | str | None = None,
     quant: str | Recipe | None = None,
     progress: Progress | None = None,
@@ -65,9 +68,10 @@ def load(
 
     model: a folder, or a name such as "nvidia/audio-flamingo-next-hf". device: "auto" (a GPU if there is one), or what
     torch takes. dtype: "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32".
-    page_size, chunk_size, encode_batch, max_batch, kv, release_encoder: see `EngineOptions`. memory: what the model and
-    its work may take, in bytes or as "8GB"; None for what the device has free. quant: pack dense weights while they are
-    read, by "int8", "int8-w8a8", "int4" or "nf4", a spelling such as "int4-g32-zeros", or a recipe.
+    page_size, chunk_size, encode_batch, max_batch, kv, release_encoder, prefix_cache_bytes, encoder_cache_bytes: see
+    `EngineOptions`. memory: what the model and its work may take, in bytes or as "8GB"; None for what the device has
+    free. quant: pack dense weights while they are read, by "int8", "int8-w8a8", "int4" or "nf4", a spelling such as
+    "int4-g32-zeros", or a recipe.
 
     Nothing is loaded that could not work: the memory plan (`afnext plan`) is made first, for the longest recording that
     there is room for, and the KV cache never outgrows it. Raises MemoryPlanError with advice when not even a short
@@ -80,6 +84,8 @@ def load(
         max_batch=max_batch,
         kv=kv,
         release_encoder=release_encoder,
+        prefix_cache_bytes=prefix_cache_bytes,
+        encoder_cache_bytes=encoder_cache_bytes,
     )
     quantize = recipe(quant) if isinstance(quant, str) else quant
     folder = resolve(model, revision=revision)
@@ -280,6 +286,10 @@ class Model:
         """Continue one conversation, giving the answer piece by piece."""
         return self._responder.stream(self._load([messages], options)[0], options)
 
+    @overload
+    def listen(self, audio: None = None, *, system: str | None = None) -> Live: ...
+
+    @overload
     def listen(
         self,
         audio: AudioSource | list[AudioSource],
@@ -288,11 +298,24 @@ class Model:
         truncate: bool = False,
         progress: Progress | None = None,
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> Context:
-        """Hear a recording, or several, once, to be asked about any number of times.
+    ) -> Context: ...
+
+    def listen(
+        self,
+        audio: AudioSource | list[AudioSource] | None = None,
+        *,
+        system: str | None = None,
+        truncate: bool = False,
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Context | Live:
+        """Hear a recording, or several, once, to be asked about any number of times; or without any, begin to hear one
+        that is still being recorded.
 
         What the arguments are, `ask` and `AnswerOptions` say. Raises AudioError, PromptError or ContextLengthError.
         """
+        if audio is None:
+            return Live(self._responder, system)
         return Context.listen(
             self._responder, _sources(audio), system, truncate=truncate, progress=progress, cancelled=cancelled
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ...kernels.log_mel import SAMPLE_RATE
@@ -161,13 +162,30 @@ def prefix_ids(responder: Responder, system: str | None, recordings: tuple[Recor
     return one.token_ids[:end]
 
 
+class Fingerprint:
+    """A hash of the samples that were heard, recording by recording."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=32)
+
+    def add(self, samples: np.ndarray) -> None:
+        """Go on with the samples that follow in this recording."""
+        self._digest.update(samples.tobytes())
+
+    def end(self, samples: int) -> None:
+        """End a recording of so many samples."""
+        self._digest.update(samples.to_bytes(8, "little"))
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()
+
+
 def _fingerprint(audio: Sequence[Audio]) -> str:
-    """A hash of the samples that were heard."""
-    digest = hashlib.blake2b(digest_size=32)
+    fingerprint = Fingerprint()
     for recording in audio:
-        digest.update(len(recording.samples).to_bytes(8, "little"))
-        digest.update(recording.samples.tobytes())
-    return digest.hexdigest()
+        fingerprint.add(recording.samples)
+        fingerprint.end(len(recording.samples))
+    return str(fingerprint)
 
 
 def _described(text: str, path: Path) -> tuple[str | None, tuple[Recording, ...]]:

@@ -105,6 +105,11 @@ class KVCache:
         """Bytes of all pools."""
         return sum(pool.nbytes for pool in self.pools)
 
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page in every pool."""
+        return sum(pool.element_size() * pool.shape[1:].numel() for pool in self.pools)
+
     @torch.inference_mode()
     def resize(self, pages: int) -> None:
         """Have room for `pages` pages, their contents kept. The tensors are replaced, one at a time, so that at no time

@@ -16,6 +16,8 @@ class EngineOptions:
     decode step as one CUDA graph. None of these changes an answer.
     max_kv_tokens: tokens that the cache may grow to hold, None for as many as are asked for. release_encoder: on a GPU,
     keep the encoder's layers in the host's memory and copy each to the GPU when it is used.
+    prefix_cache_bytes: of keys and values that may stay for later requests that begin alike, within max_kv_tokens;
+    encoder_cache_bytes: of encoder outputs that may stay in the host's memory. 0 for none.
     kv: what keys and values are stored in, "auto" (the model's dtype) or "int8": half the memory, and rounded.
     Raises ValueError for values out of range.
     """
@@ -28,12 +30,17 @@ class EngineOptions:
     kv: str = "auto"
     max_kv_tokens: int | None = None
     release_encoder: bool = False
+    prefix_cache_bytes: int = 1 << 30
+    encoder_cache_bytes: int = 1 << 28
 
     def __post_init__(self) -> None:
         for name in ("page_size", "chunk_size", "encode_batch", "max_batch", "max_kv_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("prefix_cache_bytes", "encoder_cache_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.kv not in KV_STORAGE:
             raise ValueError(f"kv must be one of {', '.join(KV_STORAGE)}, got {self.kv!r}")
 

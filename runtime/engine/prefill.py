@@ -5,6 +5,7 @@ so 30 minutes of audio (60 windows, 45 000 tokens) need no more working memory t
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,15 +19,17 @@ from .timings import Timings
 
 @dataclass(frozen=True)
 class AudioInput:
-    """One recording in a prompt. position: index of its first placeholder; windows: 1-D float32 waveforms, mono at
-    16 kHz, each of at most 30 s and all but the last of exactly that."""
+    """One recording in a prompt, or what of it has not been heard. windows: 1-D float32 waveforms, mono at 16 kHz, each
+    of at most 30 s and all but the last of exactly that; position: index of the first one's first placeholder; first:
+    index of the first one in its recording."""
 
     position: int
     windows: tuple[Tensor, ...]
+    first: int = 0
 
 
 @dataclass(frozen=True)
-class _Window:
+class PlacedWindow:
     """A window that gives tokens: where they start in the prompt, its waveform, its index in its audio."""
 
     start: int
@@ -47,13 +50,16 @@ class PromptEmbeddings:
         encode_batch: int,
         timings: Timings,
         start: int = 0,
+        encode: "Encode | None" = None,
     ):
-        """start: the first token that will be asked for; audio that ends before it is not encoded."""
+        """start: the first token that will be asked for; audio that ends before it is not encoded. encode: does that,
+        if not `encode_windows`."""
+        self._encode = encode or encode_windows
         self._model = model
         self._token_ids = torch.tensor(token_ids, device=model.device)
         self._encode_batch = encode_batch
         self._timings = timings
-        self._waiting = deque(window for window in _place(audio) if window.start + window.tokens > start)
+        self._waiting = deque(window for window in placed_windows(audio) if window.start + window.tokens > start)
         self._encoded: deque[tuple[int, Tensor]] = deque()
 
     def piece(self, start: int, stop: int) -> Tensor:
@@ -72,22 +78,30 @@ class PromptEmbeddings:
     def _encode_until(self, stop: int) -> None:
         while self._waiting and self._waiting[0].start < stop:
             batch = [self._waiting.popleft() for _ in range(min(self._encode_batch, len(self._waiting)))]
-            with self._timings.measure("log_mel", self._model.device):
-                mel = self._model.log_mel([window.waveform for window in batch])
-            with self._timings.measure("encode", self._model.device):
-                samples = [window.waveform.numel() for window in batch]
-                tokens = self._model.encode(mel, samples, [window.index for window in batch])
+            tokens = self._encode(self._model, batch, self._timings)
             self._encoded.extend((window.start, rows) for window, rows in zip(batch, tokens, strict=True))
 
 
-def _place(audio: tuple[AudioInput, ...]) -> list[_Window]:
+Encode = Callable[[AudioFlamingo, list[PlacedWindow], Timings], list[Tensor]]
+
+
+def encode_windows(model: AudioFlamingo, batch: list[PlacedWindow], timings: Timings) -> list[Tensor]:
+    """The audio tokens of some windows, as the decoder reads them: one [tokens, hidden] each."""
+    with timings.measure("log_mel", model.device):
+        mel = model.log_mel([window.waveform for window in batch])
+    with timings.measure("encode", model.device):
+        return model.encode(mel, [window.waveform.numel() for window in batch], [window.index for window in batch])
+
+
+def placed_windows(audio: tuple[AudioInput, ...]) -> list[PlacedWindow]:
+    """The windows of a prompt that give tokens, in order."""
     placed = []
     for recording in audio:
         start = recording.position
-        for index, waveform in enumerate(recording.windows):
+        for index, waveform in enumerate(recording.windows, recording.first):
             tokens = token_count(waveform.numel())
             if tokens:
-                placed.append(_Window(start, tokens, waveform, index))
+                placed.append(PlacedWindow(start, tokens, waveform, index))
             start += tokens
     return placed
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from .prefill import AudioInput, PromptEmbeddings
 from .prefix import Prefix
+from .prefix_cache import PageKeys
 from .sampler import Sampler, SamplingParams
 from .timings import Timings
 
@@ -44,7 +45,8 @@ class Sequence:
     """One request in the engine. `tokens` grows as they come; it ends with a `finish_reason`: "stop" at a stop token
     (kept as its last token), "length", "cancelled", "deadline", or "error" with the `error` that broke it off.
 
-    pages: all of them in order; held: those of its prefix, kept until the end; own: those that only it writes into.
+    pages: all of them in order; held: those of its prefix; own: those that only it writes into; keys: of its full pages
+    in the prefix cache, None if it is not to be found or kept there.
     computed: tokens whose keys and values are in `pages`; cached: prompt tokens that another request had computed.
     """
 
@@ -54,6 +56,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
     own: list[int] = field(default_factory=list)
+    keys: PageKeys | None = None
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     cached: int = 0

@@ -31,6 +31,7 @@ from .kv_cache import KVCache, pages_for
 from .options import EngineOptions
 from .prefill import PromptEmbeddings, prefill_chunk
 from .prefix import Prefix
+from .prefix_cache import EncoderCache, PageKeys, PrefixCache
 from .prefix_file import SavedPrefix, save_prefix
 from .request import FinishReason, Request, Sequence
 from .sampler import Sampler, choose
@@ -55,6 +56,8 @@ class Engine:
             device=model.device,
             dtype=options.cache_dtype(model.dtype),
         )
+        self._prefixes = PrefixCache(self.cache.pool, options.prefix_cache_bytes // self.cache.page_nbytes)
+        self._encoder_cache = EncoderCache(options.encoder_cache_bytes)
         self._lock = threading.RLock()
         self._stepping = False
         self._arrivals = itertools.count()
@@ -78,6 +81,9 @@ class Engine:
         self.check(request)
         arrival = next(self._arrivals)
         sequence = Sequence(request, order=(arrival - OVERTAKEN * request.priority, arrival))
+        if request.prefix is None and self.options.prefix_cache_bytes:
+            sequence.keys = PageKeys(request.audio, self.options.page_size)
+            sequence.keys.of(request.token_ids)
         if request.prefix is not None:
             with self._lock:  # whoever closes the prefix from now on, its pages stay until the sequence ends
                 sequence.held = list(request.prefix.pages)
@@ -220,8 +226,8 @@ class Engine:
         while self._released:
             self.cache.pool.release(self._released.popleft())
         idle = not (self._waiting or self._prefilling or self._decoding)
-        if idle and self.cache.pool.pages and not self.cache.pool.end:
-            self._resize(0)
+        if idle and self.cache.pool.pages > 2 * self.cache.pool.end:
+            self._resize(self.cache.pool.end)
 
     def _end_if_due(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -239,10 +245,20 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         if sequence.finish_reason is None:
+            if sequence.keys is not None and reason in ("stop", "length"):
+                self._keep(sequence.keys, sequence)
             self._withdraw(sequence)
-            self.cache.pool.release(sequence.held)
-            sequence.held = []
+            self._let_go(sequence)
             sequence.finish_reason = reason
+
+    def _keep(self, keys: PageKeys, sequence: Sequence) -> None:
+        """Let the prefix cache have the pages that a sequence has filled."""
+        filled = keys.of((sequence.request.token_ids + sequence.tokens)[: sequence.computed])
+        self._prefixes.insert(filled, sequence.pages[: len(filled)])
+
+    def _let_go(self, sequence: Sequence) -> None:
+        self.cache.pool.release(sequence.held)
+        sequence.held = []
 
     def _withdraw(self, sequence: Sequence) -> None:
         """Take a sequence out of the engine and release the pages that it does not share."""
@@ -251,11 +267,19 @@ class Engine:
                 place.remove(sequence)
         self.cache.pool.release(sequence.own)
         sequence.own, sequence.computed, sequence.embeddings = [], 0, None
+        if sequence.request.prefix is None:
+            self._let_go(sequence)
 
     def _admit(self) -> None:
-        while self._waiting and len(self._prefilling) + len(self._decoding) < self.options.max_batch:
-            sequence = self._waiting[0]
+        while len(self._prefilling) + len(self._decoding) < self.options.max_batch:
+            sequence = self._next()
+            if sequence is None:
+                break
+            if sequence.keys is not None:  # all but the last token, whose scores are needed
+                sequence.held = self._prefixes.match(sequence.keys.of(sequence.request.token_ids[:-1]))
             if not self._make_room(sequence):
+                if sequence.request.prefix is None:
+                    self._let_go(sequence)
                 if self._prefilling or self._decoding:
                     break
                 sequence.error = OutOfPagesError(
@@ -266,6 +290,15 @@ class Engine:
             else:
                 self._guarded([sequence], self._begin)
 
+    def _next(self) -> Sequence | None:
+        """The next request to admit. Who begins as a prompt in progress does waits for its pages."""
+        begun = {first for sequence in self._prefilling if (first := self._first_key(sequence)) is not None}
+        return next((sequence for sequence in self._waiting if self._first_key(sequence) not in begun), None)
+
+    def _first_key(self, sequence: Sequence) -> bytes | None:
+        keys = [] if sequence.keys is None else sequence.keys.of(sequence.request.token_ids)
+        return keys[0] if keys else None
+
     def _pages_needed(self, sequence: Sequence) -> int:
         """Pages that a sequence needs of its own."""
         return pages_for(sequence.request.budget, self.options.page_size) - self._shared(sequence)
@@ -273,7 +306,7 @@ class Engine:
     def _shared(self, sequence: Sequence) -> int:
         """Full pages of its prefix, which a sequence uses as they are."""
         prefix = sequence.request.prefix
-        return 0 if prefix is None else len(prefix.token_ids) // self.options.page_size
+        return len(sequence.held) if prefix is None else len(prefix.token_ids) // self.options.page_size
 
     def _make_room(self, sequence: Sequence) -> bool:
         """See that the pages for a sequence are free: let the cache grow or, at its limit, interrupt who comes later in
@@ -282,6 +315,7 @@ class Engine:
         if needed > pool.free:
             waiting = self._waiting[: self.options.max_batch]
             self._grow(sum(self._pages_needed(other) for other in waiting) - pool.free)
+            self._prefixes.evict(needed - pool.free)
         later = [other for other in (*self._prefilling, *self._decoding) if other.order > sequence.order]
         if pool.free + sum(len(other.own) for other in later) < needed:
             return False
@@ -314,10 +348,13 @@ class Engine:
         for sequence in sequences:
             request, shared = sequence.request, self._shared(sequence)
             sequence.own = self.cache.pool.allocate(self._pages_needed(sequence))
-            if request.prefix is not None:
-                sequence.computed = sequence.cached = len(request.prefix.token_ids)
+            sequence.computed = shared * self.options.page_size
             if shared < len(sequence.held):
                 self.cache.copy_page(sequence.held[shared], sequence.own[0])
+            if request.prefix is not None:
+                sequence.computed = len(request.prefix.token_ids)
+            if not sequence.tokens:
+                sequence.cached = sequence.computed
             sequence.pages = sequence.held[:shared] + sequence.own
             if sequence.sampler is None and request.sampling is not None:
                 vocabulary = self._model.config.decoder.vocab_size
@@ -329,6 +366,7 @@ class Engine:
                 encode_batch=self.options.encode_batch,
                 timings=request.timings,
                 start=sequence.computed,
+                encode=self._encoder_cache.encode if self.options.encoder_cache_bytes else None,
             )
             self._waiting.remove(sequence)
             self._prefilling.append(sequence)
@@ -361,6 +399,8 @@ class Engine:
         else:
             sequence.embeddings = None
             self._decoding.append(sequence)
+            if sequence.keys is not None:
+                self._keep(sequence.keys, sequence)
             if not sequence.tokens:
                 logits = self._model.decoder.logits(hidden[:, -1])
                 self._accept([sequence], choose(logits, [sequence.sampler], [0]))

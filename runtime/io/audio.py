@@ -17,12 +17,12 @@ from pathlib import PurePath
 from typing import Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
-import soxr
 import torch
 
 from ...kernels.log_mel import SAMPLE_RATE, WINDOW_SAMPLES
 from ..errors import AudioError, AudioTooLongError
 from .decode import MAX_CHANNELS, MAX_RATE, MIN_RATE, SCALES, Decoder, check_samples, mix, unreadable
+from .resample import Resampler
 
 MAX_SECONDS = 1800.0
 MAX_STREAM_BYTES = 4 << 30  # of a file object that cannot seek and is therefore spooled
@@ -101,10 +101,7 @@ class _Collector:
         self._progress = progress
         self._reported = 0.0
         self._bytes = bytearray()
-        self._rate = 0
-        self._taken = 0  # samples at the present rate
-        self._begun = 0  # samples at 16 kHz before the present rate
-        self._stream: Any = None
+        self._resampler = Resampler(SAMPLE_RATE)
 
     @property
     def collected(self) -> int:
@@ -116,27 +113,21 @@ class _Collector:
 
     def add(self, block: np.ndarray, rate: int) -> None:
         """Resample `block` [n] and keep it; a new `rate` ends the stream at the old one."""
-        if rate != self._rate:
+        if rate != self._resampler.rate:
             self.finish()
-            self._rate, self._taken, self._begun = rate, 0, self.collected
-            self._stream = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "HQ")
+            self._resampler = Resampler(rate)
         for start in range(0, len(block), rate):  # a second at a time, so that a low rate cannot swell a block
             if self.full:
                 break
-            second = block[start : start + rate]
-            self._taken += len(second)
-            self._keep(second if self._stream is None else self._stream.resample_chunk(second))
+            self._keep(self._resampler.push(block[start : start + rate]))
         if self._progress and self.collected / SAMPLE_RATE >= self._reported + 1:
             self._report()
 
     def finish(self) -> None:
-        """Flush the resampler. n samples in make ceil(n * 16000 / rate) out, as librosa pads soxr's rounded length."""
-        if self._stream is None or self.full:
-            return
-        self._keep(self._stream.resample_chunk(np.zeros(0, np.float32), last=True))
-        expected = self._begun - (-self._taken * SAMPLE_RATE // self._rate)
-        self._keep(np.zeros(max(0, expected - self.collected), np.float32))
-        self._stream = None
+        """Take what the resampler still holds."""
+        if not self.full:
+            self._keep(self._resampler.finish())
+        self._resampler = Resampler(SAMPLE_RATE)
 
     def samples(self) -> np.ndarray:
         """What was collected, at most `limit` samples: float32 [n], writable."""
@@ -174,14 +165,11 @@ def _load_file(source: Any, collector: _Collector, max_seconds: float, truncate:
 def _load_array(source: tuple[Array, int | float], collector: _Collector, max_seconds: float, truncate: bool) -> Audio:
     if len(source) != 2:
         raise AudioError(f"a tuple must be (array, sample_rate), not {len(source)} elements.")
-    rate = _array_rate(source[1])
-    channels = _channels_first(_as_numpy(source[0]))
+    rate, channels = array_channels(*source)
     n = channels.shape[1]
     if n > max_seconds * rate and not truncate:
         raise _too_long("<array>", n / rate, max_seconds)
-    for start in range(0, n, _BLOCK):
-        block = mix(channels[:, start : start + _BLOCK])
-        check_samples(block, "<array>", rate, start / rate)
+    for block in mono_blocks(channels, rate):
         collector.add(block, rate)
         if collector.full:
             break
@@ -189,6 +177,19 @@ def _load_array(source: tuple[Array, int | float], collector: _Collector, max_se
     if collector.full and not truncate:
         raise _too_long("<array>", n / rate, max_seconds)
     return Audio(collector.samples(), rate, len(channels), "<array>", truncated=collector.full)
+
+
+def array_channels(array: Array, rate: int | float) -> tuple[int, np.ndarray]:
+    """An array and its rate, as `load_audio` takes them, as an integer and [channels, n]. Raises AudioError."""
+    return _array_rate(rate), _channels_first(_as_numpy(array))
+
+
+def mono_blocks(channels: np.ndarray, rate: int) -> Iterator[np.ndarray]:
+    """The mix of [channels, n], a block [m] float32 at a time. Raises AudioError for samples that are no numbers."""
+    for start in range(0, channels.shape[1], _BLOCK):
+        block = mix(channels[:, start : start + _BLOCK])
+        check_samples(block, "<array>", rate, start / rate)
+        yield block
 
 
 def _fit(audio: Audio, max_seconds: float, truncate: bool) -> Audio:

@@ -19,7 +19,7 @@ GREEDY = {"max_new_tokens": 10, "ignore_eos": True}
 @pytest.fixture
 def model(folder: Path) -> afnext.Model:
     """A model of the test's own, so that what is held in its engine is the test's doing."""
-    return afnext.load(folder, dtype="float32", page_size=32)
+    return afnext.load(folder, dtype="float32", page_size=32, prefix_cache_bytes=0)
 
 
 def heard_tokens(model: afnext.Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -31,7 +31,7 @@ def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 @pytest.mark.parametrize("page_size", [7, 256])
 def test_a_resumed_context_equals_a_fresh_one(folder: Path, saved: tuple[Path, list[int]], page_size: int) -> None:
     path, expected = saved
-    model = afnext.load(folder, dtype="float32", page_size=page_size)
+    model = afnext.load(folder, dtype="float32", page_size=page_size, prefix_cache_bytes=0)
     with model.resume(path, AUDIO) as context:
         answer = context.ask("What?", **GREEDY)
         assert answer.token_ids == expected

@@ -30,9 +30,16 @@ with TemporaryDirectory() as scratch:
 class EngineMachine(RuleBasedStateMachine):
     """Requests of all kinds and ends, against a count of who should hold what."""
 
-    @initialize(room=st.sampled_from([None, 40, 90]), page_size=st.integers(1, 9), max_batch=st.integers(1, 4))
-    def begin(self, room: int | None, page_size: int, max_batch: int) -> None:
-        options = EngineOptions(page_size=page_size, chunk_size=13, max_batch=max_batch, max_kv_tokens=room)
+    @initialize(
+        room=st.sampled_from([None, 40, 90]),
+        page_size=st.integers(1, 9),
+        max_batch=st.integers(1, 4),
+        cached=st.sampled_from([0, 20_000, 1 << 30]),
+    )
+    def begin(self, room: int | None, page_size: int, max_batch: int, cached: int) -> None:
+        options = EngineOptions(
+            page_size=page_size, chunk_size=13, max_batch=max_batch, max_kv_tokens=room, prefix_cache_bytes=cached
+        )
         self.engine = Engine(NETWORK, options)
         self.sequences: list[Sequence] = []
         self.prefixes: list[Prefix] = []
@@ -103,7 +110,7 @@ class EngineMachine(RuleBasedStateMachine):
     def every_page_has_its_holders(self) -> None:
         if not hasattr(self, "engine"):
             return
-        holders: Counter[int] = Counter()
+        holders: Counter[int] = Counter(self.engine._prefixes.pages)
         for sequence in self.sequences:
             holders.update(sequence.own)
             holders.update(sequence.held)
@@ -126,6 +133,7 @@ class EngineMachine(RuleBasedStateMachine):
         for sequence in self.sequences:
             if sequence.prefix is not None:
                 sequence.prefix.close()
+        self.engine._prefixes.evict(self.engine.cache.pool.pages)
         assert self.engine.cache.pool.free == self.engine.cache.pool.pages
         assert not self.engine.cache.pool._holders
 

@@ -19,7 +19,7 @@ from afnext.runtime.engine.scheduler import OVERTAKEN, Engine
 from afnext.runtime.errors import ContextLengthError, OutOfPagesError
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
 
-OPTIONS = EngineOptions(page_size=16, chunk_size=64, encode_batch=2)
+OPTIONS = EngineOptions(page_size=16, chunk_size=64, encode_batch=2, prefix_cache_bytes=0, encoder_cache_bytes=0)
 KINDS: dict[str, dict[str, Any]] = {
     "text": {"new_tokens": 12},
     "one": {"new_tokens": 1, "content": 7},
@@ -59,6 +59,7 @@ def assert_nothing_is_held(engine: Engine) -> None:
     encode_batch=st.integers(1, 3),
     max_batch=st.integers(1, 5),
     room=st.sampled_from([None, 850, 1000]),
+    cached=st.sampled_from([0, 50_000, 1 << 30]),
 )
 def test_any_interleaving_gives_the_tokens_of_the_simple_path(
     network: AudioFlamingo,
@@ -69,10 +70,19 @@ def test_any_interleaving_gives_the_tokens_of_the_simple_path(
     encode_batch: int,
     max_batch: int,
     room: int | None,
+    cached: int,
 ) -> None:
-    """Whoever comes when, in pages, chunks and batches of whatever size, interrupted or not, and others being
-    cancelled."""
-    options = EngineOptions(page_size, chunk_size, encode_batch, max_batch=max_batch, max_kv_tokens=room)
+    """Whoever comes when, in pages, chunks and batches of whatever size, interrupted or not, finding some of it in the
+    cache or nothing, and others being cancelled."""
+    options = EngineOptions(
+        page_size,
+        chunk_size,
+        encode_batch,
+        max_batch=max_batch,
+        max_kv_tokens=room,
+        prefix_cache_bytes=cached,
+        encoder_cache_bytes=cached,
+    )
     engine = Engine(network, options)
     sequences: dict[int, Sequence] = {}
     step, more = 0, True
@@ -88,6 +98,7 @@ def test_any_interleaving_gives_the_tokens_of_the_simple_path(
         whole = sequence.finish_reason == "length"
         assert whole or sequence.finish_reason == "cancelled"
         simple(network, arrivals[index][1]).assert_equals(sequence.tokens, whole=whole)
+    engine._prefixes.evict(engine.cache.pool.pages)
     assert_nothing_is_held(engine)
 
 

@@ -1,0 +1,63 @@
+"""Samples of any rate to 16 kHz, as a stream: what comes out does not depend on the pieces that go in."""
+
+import math
+
+import numpy as np
+import soxr
+
+from ...kernels.log_mel import SAMPLE_RATE
+
+_MARGIN = 2  # seconds before which nothing reaches the present sample, at rates of 100 Hz and more
+_REACH = 256  # samples that soxr's HQ filter reaches back, which is more than that at lower ones
+
+
+class Resampler:
+    """soxr HQ over mono float32 samples of one rate: n of them make ceil(n * 16000 / rate), as librosa pads soxr's
+    rounded length."""
+
+    def __init__(self, rate: int):
+        """rate: samples a second."""
+        self.rate = rate
+        self._taken = 0
+        self._given = 0
+        self._margin = max(_MARGIN, math.ceil(_REACH / rate))
+        self._recent = np.zeros(0, np.float32)  # the end of what was taken, from the second `_recent_from` on
+        self._recent_from = 0
+        self._stream = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "HQ")
+
+    def push(self, block: np.ndarray) -> np.ndarray:
+        """The samples [m] that `block` [n], of a second at most, completes."""
+        self._taken += len(block)
+        if self._stream is None:
+            return block
+        self._recent = np.concatenate([self._recent, block])
+        completed = self._stream.resample_chunk(block)
+        self._given += len(completed)
+        needed_from = max(0, self._given // SAMPLE_RATE - self._margin)
+        self._recent = self._recent[(needed_from - self._recent_from) * self.rate :]
+        self._recent_from = needed_from
+        return completed
+
+    @property
+    def length(self) -> int:
+        """How many samples `push` and `finish` give for what was pushed so far."""
+        return -(-self._taken * SAMPLE_RATE // self.rate)
+
+    def rest(self) -> np.ndarray:
+        """What `finish` would give now, the stream going on unchanged. Within float32 rounding at the usual rates;
+        where the ratio to 16 kHz is no simple fraction soxr's clock drifts, by less than 1e-6 of full scale a second.
+        """
+        if self._stream is None:
+            return np.zeros(0, np.float32)
+        end = soxr.resample(self._recent, self.rate, SAMPLE_RATE, "HQ") if len(self._recent) else self._recent
+        return self._padded(end[self._given - self._recent_from * SAMPLE_RATE :])
+
+    def finish(self) -> np.ndarray:
+        """The samples that were still to come; nothing may be pushed any more."""
+        if self._stream is None:
+            return np.zeros(0, np.float32)
+        return self._padded(self._stream.resample_chunk(np.zeros(0, np.float32), last=True))
+
+    def _padded(self, end: np.ndarray) -> np.ndarray:
+        missing = self.length - self._given - len(end)
+        return np.concatenate([end, np.zeros(max(0, missing), np.float32)])
