@@ -86,7 +86,7 @@ def _decode(model: AudioFlamingo, rows: int, dtype: torch.dtype) -> None:
     cache = _cache(model, rows, dtype)
     pages = [cache.allocate(CONTEXT + NEW_TOKENS) for _ in range(rows)]
     step = DecodeStep(model, cache, rows=rows, width=len(pages[0]), cuda_graph=False)
-    step([0] * rows, [CONTEXT] * rows, pages)
+    step([[0]] * rows, [CONTEXT] * rows, pages)
 
 
 def _choose(rows: int, vocabulary: int) -> None:

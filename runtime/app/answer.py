@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..engine.repetition import Repetition
 from ..engine.request import FinishReason
 from ..engine.timings import Timings
 
@@ -27,8 +28,9 @@ class Answer:
     """The answer to one question.
 
     text: what the model says; thinking: what it wrote between <think> and </think>, or None; finish_reason: "stop" (by
-    itself or at a stop string), "length" (max_new_tokens reached), "cancelled" or "deadline" (passed); token_ids: as
-    generated, special tokens included; warnings: what was wrong with the audio, if anything.
+    itself or at a stop string), "length" (max_new_tokens reached), "cancelled", "deadline" (passed) or "repetition"
+    (with stop_repetition); token_ids: as generated, special tokens included; warnings: what was wrong with the audio,
+    if anything; repetition: where in token_ids the model last said the same over and over, if anywhere.
     """
 
     text: str
@@ -38,6 +40,7 @@ class Answer:
     finish_reason: FinishReason
     token_ids: list[int]
     warnings: tuple[str, ...] = ()
+    repetition: Repetition | None = None
 
     def __str__(self) -> str:
         return self.text

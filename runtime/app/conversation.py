@@ -174,6 +174,7 @@ class AnswerReader:
             timings=self._conversation.timings,
             finish_reason=sequence.finish_reason or "cancelled",
             token_ids=self._tokens,
+            repetition=sequence.guard.found,
             warnings=tuple(f"{recording.source}: {text}" for recording in recordings for text in recording.warnings),
         )
         return pieces, answer

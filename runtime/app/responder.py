@@ -22,6 +22,7 @@ class QuestionOptions(TypedDict, total=False):
     generation_config.json.
 
     max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed: see `SamplingParams`.
+    stop_repetition: end an answer that says the same over and over; `Answer.repetition` reports it in any case.
     ignore_eos: go on to max_new_tokens, for measurements. stop: strings that end the answer and are left out of it.
     priority, deadline: see `Request`. progress: called with (stage, done, total). cancelled: polled between steps; once
     it returns true the answer ends with what it has.
@@ -34,6 +35,7 @@ class QuestionOptions(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int | None
+    stop_repetition: bool
     ignore_eos: bool
     stop: Sequence[str]
     priority: int

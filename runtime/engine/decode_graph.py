@@ -22,27 +22,28 @@ _log = logging.getLogger("afnext.engine")
 
 
 class DecodeStep:
-    """Decodes one token of each of `rows` sequences at a time."""
+    """Decodes `time` tokens of each of `rows` sequences at a time: the newest one, and drafts of those after it."""
 
-    def __init__(self, model: AudioFlamingo, cache: KVCache, *, rows: int, width: int, cuda_graph: bool):
+    def __init__(self, model: AudioFlamingo, cache: KVCache, *, rows: int, width: int, time: int = 1, cuda_graph: bool):
         """width: pages that the longest sequence may have. cuda_graph: record the step and repeat it, where the device
         and the kernels allow it."""
         self._model = model
         self._cache = cache
         self._table = torch.zeros(rows, width, dtype=torch.int32, device=model.device)
-        self._inputs = torch.zeros(2, rows, 1, dtype=torch.int64, device=model.device)
+        self._inputs = torch.zeros(2, rows, time, dtype=torch.int64, device=model.device)
         self._pages: list[list[int]] = []
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capturable = cuda_graph and capturable(model.device)
 
-    def __call__(self, tokens: list[int], positions: list[int], pages: list[list[int]]) -> Tensor:
-        """Decode the newest token of each sequence, writing its keys and values INTO the cache.
+    def __call__(self, tokens: list[list[int]], positions: list[int], pages: list[list[int]]) -> Tensor:
+        """Decode the newest tokens of each sequence, writing their keys and values INTO the cache.
 
-        positions: the index of that token in its sequence; pages: of each sequence. Returns the scores of the tokens
-        that follow, [rows, vocab] float32, valid until the next call.
+        tokens: [rows][time]; positions: the index of the first of these in its sequence; pages: of each sequence.
+        Returns the scores of what follows each token, [rows, time, vocab] float32, valid until the next call.
         """
-        self._inputs.copy_(torch.tensor([tokens, positions])[:, :, None], non_blocking=True)
+        indices = [list(range(start, start + self._inputs.shape[2])) for start in positions]
+        self._inputs.copy_(torch.tensor([tokens, indices]), non_blocking=True)
         if pages != self._pages:
             table = page_table(pages, torch.device("cpu"))
             self._table[:, : table.shape[1]].copy_(table, non_blocking=True)
@@ -60,7 +61,7 @@ class DecodeStep:
         decoder = self._model.decoder
         tokens, positions = self._inputs
         hidden = decoder(decoder.embed(tokens), positions, self._cache.view(self._table, positions))
-        return decoder.logits(hidden[:, -1])
+        return decoder.logits(hidden)
 
     def _capture(self) -> None:
         """Record the step, which does not run it. The first one ran without, and compiled and loaded every kernel."""

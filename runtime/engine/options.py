@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.decode_attention import MAX_NEW_TOKENS
 from .kv_cache import KV_STORAGE
 
 
@@ -18,6 +19,7 @@ class EngineOptions:
     keep the encoder's layers in the host's memory and copy each to the GPU when it is used.
     prefix_cache_bytes: of keys and values that may stay for later requests that begin alike, within max_kv_tokens;
     encoder_cache_bytes: of encoder outputs that may stay in the host's memory. 0 for none.
+    draft_tokens: guesses at most that a step verifies besides an answer's next token, 0 to 7; see `speculation.py`.
     kv: what keys and values are stored in, "auto" (the model's dtype) or "int8": half the memory, and rounded.
     Raises ValueError for values out of range.
     """
@@ -27,6 +29,7 @@ class EngineOptions:
     encode_batch: int = 4
     max_batch: int = 32
     cuda_graphs: bool = True
+    draft_tokens: int = 4
     kv: str = "auto"
     max_kv_tokens: int | None = None
     release_encoder: bool = False
@@ -38,6 +41,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.draft_tokens < MAX_NEW_TOKENS:
+            raise ValueError(f"draft_tokens must be 0 to {MAX_NEW_TOKENS - 1}, got {self.draft_tokens}")
         for name in ("prefix_cache_bytes", "encoder_cache_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")

@@ -7,10 +7,12 @@ from typing import Literal
 from .prefill import AudioInput, PromptEmbeddings
 from .prefix import Prefix
 from .prefix_cache import PageKeys
+from .repetition import RepetitionGuard
 from .sampler import Sampler, SamplingParams
+from .speculation import Drafter
 from .timings import Timings
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "repetition", "error"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Request:
 @dataclass(eq=False)
 class Sequence:
     """One request in the engine. `tokens` grows as they come; it ends with a `finish_reason`: "stop" at a stop token
-    (kept as its last token), "length", "cancelled", "deadline", or "error" with the `error` that broke it off.
+    (kept as its last token), "length", "cancelled", "deadline", "repetition" where the request says to stop at it, or
+    "error" with the `error` that broke it off.
 
     pages: all of them in order; held: those of its prefix; own: those that only it writes into; keys: of its full pages
     in the prefix cache, None if it is not to be found or kept there.
@@ -53,6 +56,8 @@ class Sequence:
     request: Request
     order: tuple[int, int]
     sampler: Sampler | None = None
+    drafter: Drafter | None = None
+    guard: RepetitionGuard = field(default_factory=RepetitionGuard)
     pages: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
     own: list[int] = field(default_factory=list)

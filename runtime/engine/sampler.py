@@ -15,7 +15,8 @@ class SamplingParams:
 
     max_new_tokens: upper bound of the answer's length; temperature: 0 for greedy; top_k: 0 for all tokens; top_p in
     (0, 1]; min_p in [0, 1]; repetition_penalty: > 0, 1 for none; seed: repeats a sampled answer, None for a fresh one;
-    stop_token_ids: any of these ends the answer, as its last token. Raises SamplingError for values out of range.
+    stop_token_ids: any of these ends the answer, as its last token; stop_repetition: so does saying the same over and
+    over (see `repetition.py`). Raises SamplingError for values out of range.
     """
 
     max_new_tokens: int
@@ -26,6 +27,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    stop_repetition: bool = False
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
@@ -73,22 +75,27 @@ class Sampler:
             self.seen[token] = True
 
 
-def choose(logits: Tensor, samplers: list[Sampler], indices: list[int]) -> list[int]:
-    """The next token of each of several sequences.
+def choose(
+    logits: Tensor, samplers: list[Sampler], indices: list[int], drafted: list[list[int]] | None = None
+) -> list[int]:
+    """The next token of each of several sequences, or of one after several drafts.
 
-    logits: [len(samplers), vocab] float32; indices: how many tokens each sequence's answer has already.
+    logits: [len(samplers), vocab] float32; indices: how many tokens each sequence's answer has already; drafted: tokens
+    among these that are supposed only, so that the sampler has not seen them.
     """
     if any(sampler.seen is not None for sampler in samplers):
         nothing = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
         seen = torch.stack([nothing if sampler.seen is None else sampler.seen for sampler in samplers])
+        for row, tokens in enumerate(drafted or ()):
+            seen[row, tokens] = True
         penalty = torch.tensor([sampler.params.repetition_penalty for sampler in samplers], device=logits.device)
         logits = penalize(logits, seen, penalty)
-    tokens = greedy(logits)
+    chosen = greedy(logits)
     sampled = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
     if sampled:
         uniform = torch.tensor([samplers[row].uniform(indices[row]) for row in sampled], device=logits.device)
-        tokens[sampled] = sample(logits[sampled], _filters([samplers[row].params for row in sampled], logits), uniform)
-    return tokens.tolist()
+        chosen[sampled] = sample(logits[sampled], _filters([samplers[row].params for row in sampled], logits), uniform)
+    return chosen.tolist()
 
 
 def _filters(params: list[SamplingParams], logits: Tensor) -> SamplingRows:

@@ -1,8 +1,8 @@
 """Continuous batching: requests come and go at any time, and every step serves all that are in progress.
 
-A step decodes one token of each answer in progress and prefills chunks of the prompts in progress, `chunk_size` tokens
-of both together, the prompts taking turns. So a long prompt delays the answers of others by a chunk, never by itself,
-and a short prompt waits for a chunk of each other one at most.
+A step decodes each answer in progress by a token, or by several where drafts of them are right, and prefills chunks of
+the prompts in progress, `chunk_size` tokens together, the prompts taking turns. So a long prompt delays the answers of
+others by a chunk, never by itself, and a short prompt waits for a chunk of each other one at most.
 
 A request is admitted once there is room for its prompt and its longest answer, so that it never stops for want of pages
 on the way. Who finds no room waits, in the order of arrival except for priorities, and may interrupt those that come
@@ -35,9 +35,11 @@ from .prefix_cache import EncoderCache, PageKeys, PrefixCache
 from .prefix_file import SavedPrefix, save_prefix
 from .request import FinishReason, Request, Sequence
 from .sampler import Sampler, choose
+from .speculation import Drafter
 
 OVERTAKEN = 32  # requests that one unit of priority lets a request go before
-_MOST_STEPS = 16  # recorded for different numbers of sequences and widths of their page table
+_MOST_STEPS = 16  # recorded for different numbers of sequences, of tokens each, and widths of their page table
+_MOST_DRAFTING = 8  # sequences decoded at once for which drafts are made
 _log = logging.getLogger("afnext.engine")
 
 
@@ -68,7 +70,7 @@ class Engine:
         self._waiting: list[Sequence] = []
         self._prefilling: deque[Sequence] = deque()
         self._decoding: list[Sequence] = []
-        self._decode_steps: dict[tuple[int, int], DecodeStep] = {}
+        self._decode_steps: dict[tuple[int, int, int], DecodeStep] = {}
 
     @property
     def room(self) -> int:
@@ -357,6 +359,9 @@ class Engine:
                 sequence.cached = sequence.computed
             sequence.pages = sequence.held[:shared] + sequence.own
             if sequence.sampler is None and request.sampling is not None:
+                if self.options.draft_tokens:
+                    audio = self._model.config.audio_token_id
+                    sequence.drafter = Drafter([token for token in request.token_ids if token != audio])
                 vocabulary = self._model.config.decoder.vocab_size
                 sequence.sampler = Sampler(request.sampling, request.token_ids, vocabulary, self._model.device)
             sequence.embeddings = PromptEmbeddings(
@@ -403,40 +408,85 @@ class Engine:
                 self._keep(sequence.keys, sequence)
             if not sequence.tokens:
                 logits = self._model.decoder.logits(hidden[:, -1])
-                self._accept([sequence], choose(logits, [sequence.sampler], [0]))
+                self._accept(sequence, choose(logits, [sequence.sampler], [0])[0])
         request.progress(min(stop, len(request.token_ids)), len(request.token_ids))
 
     def _decode(self, sequences: list[Sequence]) -> None:
+        drafts = self._drafts(sequences)
+        time = 1 + max(map(len, drafts))
         pages = [sequence.pages for sequence in sequences]
         width = 1 << (max(map(len, pages)) - 1).bit_length()
-        step = self._decode_step(len(sequences), width)
-        logits = step([s.tokens[-1] for s in sequences], [s.computed for s in sequences], pages)
-        for sequence in sequences:
-            sequence.computed += 1
-        samplers = [sequence.sampler for sequence in sequences if sequence.sampler is not None]
-        self._accept(sequences, choose(logits, samplers, [len(sequence.tokens) for sequence in sequences]))
+        # What fills up shorter drafts is computed and thrown away; the next tokens take its place in the pages.
+        tokens = [
+            [s.tokens[-1], *draft, *[0] * (time - 1 - len(draft))] for s, draft in zip(sequences, drafts, strict=True)
+        ]
+        logits = self._decode_step(len(sequences), time, width)(tokens, [s.computed for s in sequences], pages)
+        rows = [(row, at) for row, draft in enumerate(drafts) for at in range(1 + len(draft))]
+        samplers = [sampler for row, _ in rows if (sampler := sequences[row].sampler) is not None]
+        chosen = iter(
+            choose(
+                logits[[row for row, _ in rows], [at for _, at in rows]],
+                samplers,
+                [len(sequences[row].tokens) + at for row, at in rows],
+                [drafts[row][:at] for row, at in rows],
+            )
+        )
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            self._take(sequence, draft, [next(chosen) for _ in range(1 + len(draft))])
 
-    def _decode_step(self, rows: int, width: int) -> DecodeStep:
-        step = self._decode_steps.pop((rows, width), None)
+    def _drafts(self, sequences: list[Sequence]) -> list[list[int]]:
+        """Guesses for each sequence, none where many are decoded at once: a step then has rows enough."""
+        most = self.options.draft_tokens
+        for sequence in sequences:  # fillers need a place in the pages, too
+            most = min(most, len(sequence.pages) * self.options.page_size - sequence.computed - 1)
+        if most < 1 or len(sequences) > _MOST_DRAFTING:
+            return [[] for _ in sequences]
+        drafts = []
+        for sequence in sequences:
+            assert sequence.request.sampling is not None
+            room = sequence.request.sampling.max_new_tokens - len(sequence.tokens) - 1
+            drafts.append([] if sequence.drafter is None else sequence.drafter.draft(min(most, room)))
+        return drafts
+
+    def _take(self, sequence: Sequence, draft: list[int], chosen: list[int]) -> None:
+        """Accept the tokens chosen after a draft, as far as it was right, and the one that it had wrong."""
+        right = 0
+        for at, token in enumerate(chosen):
+            sequence.computed += 1
+            self._accept(sequence, token)
+            if sequence.finish_reason is not None or at == len(draft) or draft[at] != token:
+                break
+            right += 1
+        if sequence.drafter is not None:
+            sequence.drafter.record(len(draft), right)
+
+    def _decode_step(self, rows: int, time: int, width: int) -> DecodeStep:
+        step = self._decode_steps.pop((rows, time, width), None)
         if step is None:
             if len(self._decode_steps) == _MOST_STEPS:
                 del self._decode_steps[next(iter(self._decode_steps))]
-            step = DecodeStep(self._model, self.cache, rows=rows, width=width, cuda_graph=self.options.cuda_graphs)
-        self._decode_steps[rows, width] = step
+            step = DecodeStep(
+                self._model, self.cache, rows=rows, width=width, time=time, cuda_graph=self.options.cuda_graphs
+            )
+        self._decode_steps[rows, time, width] = step
         return step
 
-    def _accept(self, sequences: list[Sequence], tokens: list[int]) -> None:
-        for sequence, token in zip(sequences, tokens, strict=True):
-            sampling, sampler = sequence.request.sampling, sequence.sampler
-            assert sampling is not None
-            assert sampler is not None
-            sampler.accept(token)
-            sequence.tokens.append(token)
-            sequence.request.timings.token(len(sequence.tokens))
-            if token in sampling.stop_token_ids:
-                self._end(sequence, "stop")
-            elif len(sequence.tokens) == sampling.max_new_tokens:
-                self._end(sequence, "length")
+    def _accept(self, sequence: Sequence, token: int) -> None:
+        sampling, sampler = sequence.request.sampling, sequence.sampler
+        assert sampling is not None
+        assert sampler is not None
+        sampler.accept(token)
+        if sequence.drafter is not None:
+            sequence.drafter.push(token)
+        sequence.tokens.append(token)
+        sequence.request.timings.token(len(sequence.tokens))
+        repeats = sequence.guard.push(token)
+        if token in sampling.stop_token_ids:
+            self._end(sequence, "stop")
+        elif len(sequence.tokens) == sampling.max_new_tokens:
+            self._end(sequence, "length")
+        elif repeats and sampling.stop_repetition:
+            self._end(sequence, "repetition")
 
     def _release(self, pages: list[int]) -> None:
         """Take back the pages of a prefix, at once or with the step that another thread is in."""

@@ -64,7 +64,10 @@ def test_step_equals_plain_calls(backend: str, kv: str, model: AudioFlamingo, se
             pool.copy_(earlier)
         step = DecodeStep(model, cache, rows=len(LENGTHS), width=WIDTH, cuda_graph=True)
         actual = torch.stack(
-            [step(newest.tolist(), [n + i for n in LENGTHS], pages).clone() for i, newest in enumerate(tokens)]
+            [
+                step(newest[:, None].tolist(), [n + i for n in LENGTHS], pages)[:, 0].clone()
+                for i, newest in enumerate(tokens)
+            ]
         )
         assert (step._graph is not None) == (backend == "triton")
     assert torch.equal(actual, expected)
@@ -79,10 +82,10 @@ def test_one_step_serves_whatever_sequences_come(model: AudioFlamingo, seed: int
     step = DecodeStep(model, cache, rows=len(LENGTHS), width=WIDTH, cuda_graph=False)
     buffers = [step._inputs, step._table, model.decoder.frequencies, *cache.pools]
     addresses = [buffer.data_ptr() for buffer in buffers]
-    forwards = step([1, 2, 3], LENGTHS, pages).clone()
+    forwards = step([[1], [2], [3]], LENGTHS, pages).clone()
     for pool, earlier in zip(cache.pools, before, strict=True):
         pool.copy_(earlier)
-    backwards = step([3, 2, 1], LENGTHS[::-1], pages[::-1])
+    backwards = step([[3], [2], [1]], LENGTHS[::-1], pages[::-1])
     torch.testing.assert_close(backwards.flip(0), forwards, rtol=1e-4, atol=1e-4)
     after = [step._inputs, step._table, model.decoder.frequencies, *cache.pools]
     assert [buffer.data_ptr() for buffer in after] == addresses
@@ -98,7 +101,7 @@ def test_graphs_can_be_switched_off_and_say_when_they_are_on(
         with caplog.at_level(logging.INFO, "afnext.engine"):
             step = DecodeStep(model, cache, rows=3, width=WIDTH, cuda_graph=cuda_graph)
             for _ in range(3):
-                step([1, 2, 3], LENGTHS, pages)
+                step([[1], [2], [3]], LENGTHS, pages)
         assert [record.message for record in caplog.records] == [
             "decoding 3 sequences a step in a CUDA graph"
         ] * cuda_graph
@@ -109,10 +112,10 @@ def test_graphs_can_be_switched_off_and_say_when_they_are_on(
 def test_a_step_waits_for_nothing(model: AudioFlamingo) -> None:
     cache, pages = filled_cache(model, model.dtype)
     step = DecodeStep(model, cache, rows=3, width=WIDTH, cuda_graph=False)
-    step([1, 2, 3], LENGTHS, pages)  # compiles
+    step([[1], [2], [3]], LENGTHS, pages)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step([3, 2, 1], LENGTHS[::-1], pages[::-1])
+        step([[3], [2], [1]], LENGTHS[::-1], pages[::-1])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

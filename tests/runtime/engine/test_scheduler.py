@@ -19,7 +19,9 @@ from afnext.runtime.engine.scheduler import OVERTAKEN, Engine
 from afnext.runtime.errors import ContextLengthError, OutOfPagesError
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
 
-OPTIONS = EngineOptions(page_size=16, chunk_size=64, encode_batch=2, prefix_cache_bytes=0, encoder_cache_bytes=0)
+OPTIONS = EngineOptions(
+    page_size=16, chunk_size=64, encode_batch=2, prefix_cache_bytes=0, encoder_cache_bytes=0, draft_tokens=0
+)
 KINDS: dict[str, dict[str, Any]] = {
     "text": {"new_tokens": 12},
     "one": {"new_tokens": 1, "content": 7},
@@ -60,6 +62,7 @@ def assert_nothing_is_held(engine: Engine) -> None:
     max_batch=st.integers(1, 5),
     room=st.sampled_from([None, 850, 1000]),
     cached=st.sampled_from([0, 50_000, 1 << 30]),
+    draft_tokens=st.integers(0, 7),
 )
 def test_any_interleaving_gives_the_tokens_of_the_simple_path(
     network: AudioFlamingo,
@@ -71,6 +74,7 @@ def test_any_interleaving_gives_the_tokens_of_the_simple_path(
     max_batch: int,
     room: int | None,
     cached: int,
+    draft_tokens: int,
 ) -> None:
     """Whoever comes when, in pages, chunks and batches of whatever size, interrupted or not, finding some of it in the
     cache or nothing, and others being cancelled."""
@@ -82,6 +86,7 @@ def test_any_interleaving_gives_the_tokens_of_the_simple_path(
         max_kv_tokens=room,
         prefix_cache_bytes=cached,
         encoder_cache_bytes=cached,
+        draft_tokens=draft_tokens,
     )
     engine = Engine(network, options)
     sequences: dict[int, Sequence] = {}
@@ -387,7 +392,7 @@ def test_int8_kv_follows_the_dense_scores(network: AudioFlamingo, monkeypatch: p
     steps = torch.randint(0, 256, (24,)).tolist()
     rows: list[torch.Tensor] = []
 
-    def forced(logits: torch.Tensor, _: object, indices: list[int]) -> list[int]:
+    def forced(logits: torch.Tensor, _: object, indices: list[int], __: object = None) -> list[int]:
         rows.append(logits[0].clone())
         return [steps[indices[0]]]
 
