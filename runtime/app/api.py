@@ -60,6 +60,7 @@ def load(
     release_encoder: bool = False,
     prefix_cache_bytes: int = 1 << 30,
     encoder_cache_bytes: int = 1 << 28,
+    draft_tokens: int = 4,
     memory: int | str | None = None,
     quant: str | Recipe | None = None,
     progress: Progress | None = None,
@@ -68,10 +69,10 @@ def load(
 
     model: a folder, or a name such as "nvidia/audio-flamingo-next-hf". device: "auto" (a GPU if there is one), or what
     torch takes. dtype: "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32".
-    page_size, chunk_size, encode_batch, max_batch, kv, release_encoder, prefix_cache_bytes, encoder_cache_bytes: see
-    `EngineOptions`. memory: what the model and its work may take, in bytes or as "8GB"; None for what the device has
-    free. quant: pack dense weights while they are read, by "int8", "int8-w8a8", "int4" or "nf4", a spelling such as
-    "int4-g32-zeros", or a recipe.
+    page_size, chunk_size, encode_batch, max_batch, kv, release_encoder, prefix_cache_bytes, encoder_cache_bytes,
+    draft_tokens: see `EngineOptions`. memory: what the model and its work may take, in bytes or as "8GB"; None for what
+    the device has free. quant: pack dense weights while they are read, by "int8", "int8-w8a8", "int4" or "nf4", a
+    spelling such as "int4-g32-zeros", or a recipe.
 
     Nothing is loaded that could not work: the memory plan (`afnext plan`) is made first, for the longest recording that
     there is room for, and the KV cache never outgrows it. Raises MemoryPlanError with advice when not even a short
@@ -86,6 +87,7 @@ def load(
         release_encoder=release_encoder,
         prefix_cache_bytes=prefix_cache_bytes,
         encoder_cache_bytes=encoder_cache_bytes,
+        draft_tokens=draft_tokens,
     )
     quantize = recipe(quant) if isinstance(quant, str) else quant
     folder = resolve(model, revision=revision)

@@ -175,7 +175,10 @@ class Engine:
         for sequence in sequences:
             sequence.to_end = reason
         with self._lock:
-            self._settle_between_steps()
+            if not self._stepping:
+                for sequence in sequences:
+                    self._end(sequence, reason)
+                self._settle()
 
     def step(self) -> bool:
         """Do one step. Returns whether there is more to do."""
@@ -221,7 +224,9 @@ class Engine:
     def _settle(self) -> None:
         """Take in what came from other threads: requests, cancellations, pages given back. End what is overdue."""
         while self._inbox:
-            self._waiting.append(self._inbox.popleft())
+            sequence = self._inbox.popleft()
+            if sequence.finish_reason is None:
+                self._waiting.append(sequence)
         self._waiting.sort(key=lambda sequence: sequence.order)
         for sequence in [*self._waiting, *self._prefilling, *self._decoding]:
             self._guarded([sequence], self._end_if_due)
@@ -326,7 +331,7 @@ class Engine:
                 self._withdraw(other)
                 self._waiting.append(other)
         self._waiting.sort(key=lambda sequence: sequence.order)
-        return True
+        return pool.free >= needed  # what others share of the interrupted ones stays in use
 
     def _grow(self, pages: int) -> None:
         """Add pages up to the limit, and at least an eighth of what is there, so that growing is rare. Without memory
