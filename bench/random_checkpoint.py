@@ -185,15 +185,19 @@ def _write_packed(
     total = sum(math.prod(one.shape) * one.dtypes[0].itemsize for one in expected.values())
     writer = CheckpointWriter(folder, expected, quantization_metadata(quant))
     generator, done = torch.Generator().manual_seed(seed), 0
+    made: dict[tuple[str, Stored], torch.Tensor] = {}
     for name, one in expected.items():
         layer, _, part = name.rpartition(".")
         codes = expected.get(f"{layer}.weight_codes")
-        if codes is not None and part != "bias":
-            tensor = _random_part(name, part, one, codes, generator)
-        else:
-            tensor = _random_tensor(name, one.shape, generator).to(one.dtypes[0])
-        writer.write(name, tensor)
-        done += tensor.nbytes
+        kind = ".".join(piece for piece in name.split(".") if not piece.isdigit()), one
+        if kind not in made:
+            made = made if ".layers." in name else {}
+            if codes is not None and part != "bias":
+                made[kind] = _random_part(name, part, one, codes, generator)
+            else:
+                made[kind] = _random_tensor(name, one.shape, generator).to(one.dtypes[0])
+        writer.write(name, made[kind])
+        done += made[kind].nbytes
         progress(done, total)
     writer.finish(quantization_metadata(quant))
 
