@@ -96,6 +96,36 @@ def kernels(
     show(records, as_json)
 
 
+@app.command(epilog="Example: [bold]afnext bench serving --random full-width:1,1 --audio 1800[/bold]")
+def serving(
+    random: Annotated[str, typer.Option(help="Shape of a random checkpoint: tiny, full-width:ENC,DEC or full.")],
+    audio: Annotated[float, typer.Option(help="Seconds of the recording that is asked about twice.")] = 1800.0,
+    lengths: Annotated[str, typer.Option(help="Seconds of the one that is fed live.")] = "300,600,1200,1800",
+    repeats: Annotated[int, typer.Option(help="Rounds of throughput.", min=1)] = 3,
+    scheme: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    out: OutOption = Path("results.jsonl"),
+    as_json: JsonOption = False,
+) -> None:
+    """A second question about a recording, memory while listening live, and requests together and apart."""
+    from .serving import run_serving
+
+    records = run_serving(
+        out,
+        shape=random,
+        seconds=audio,
+        lengths=numbers(lengths, "--lengths"),
+        repeats=repeats,
+        scheme=dtype_name(scheme),
+    )
+    if as_json:
+        show(records, as_json)
+        return
+    for record in records:
+        case = ", ".join(f"{name} {value}" for name, value in record.case.items())
+        figures = ", ".join(f"{name} {value:,.4g}" for name, value in record.values.items())
+        print(f"{record.name} ({case}): {figures}")
+
+
 @app.command(epilog="Example: [bold]afnext bench quality librispeech/ -m CHECKPOINT --out wer.csv[/bold]")
 def quality(
     data: Annotated[Path, typer.Argument(help="A manifest (JSON lines, MMAU-style JSON) or the folder of one.")],
