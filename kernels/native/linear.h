@@ -60,6 +60,19 @@ class Epilogue {
       }
   }
 
+  // The `count` outputs of one row from n on, at most kLanes.
+  void operator()(int64_t row, int64_t n, int count, Vec y) const {
+    const int64_t at = row * columns + n;
+    const auto part = [&](const auto* p) { return count == kLanes ? load(p) : load_first(p, count); };
+    if (bias) y += part(bias + n);
+    if (residual) y += part(residual + at);
+    if (count == kLanes) {
+      store(out + at, y);
+    } else {
+      store_first(out + at, y, count);
+    }
+  }
+
  private:
   void put(int64_t row, int64_t n, float y) const {
     const int64_t at = row * columns + n;

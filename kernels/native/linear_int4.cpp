@@ -10,6 +10,7 @@
 
 #include "int_dot.h"
 #include "linear.h"
+#include "tiles.h"
 
 namespace afnext {
 namespace {
@@ -278,6 +279,29 @@ float number(const void* values, int64_t at, int64_t kind) {
   return x;
 }
 
+#if defined(__AMX_INT8__)
+// Rows of bfloat16 against the weights rounded to bfloat16.
+void product_by_tiles(const bfloat16* x, const Weight& weight, const Epilogue<bfloat16>& write, int64_t rows,
+                      int64_t inner, int64_t group, int64_t threads) {
+  const int64_t groups = inner / group, pitch = 2 * inner;  // a multiple of 64 bytes, as groups are of 32 inputs
+  const auto weights = [&](int64_t n, uint8_t* panel) {
+    for (int64_t g = 0; g < 32 * groups; ++g) {
+      const int64_t at = n * groups + g;
+      const float scale = number(weight.scales, at, weight.kind);
+      const float zero_point = weight.zeros ? number(weight.zeros, at, weight.kind) : 8;
+      for (int64_t i = 0; i < group / 2; i += kLanes) {
+        const __m128i bytes = _mm_loadu_si128((const __m128i*)(weight.codes + at * group / 2 + i));
+        const IntVec pairs = (IntVec)_mm512_cvtepu8_epi32(bytes);
+        store_pairs(panel + 2 * (g * group + 2 * i), (to_float(pairs & 15) - zero_point) * scale,
+                    (to_float(pairs >> 4) - zero_point) * scale);
+      }
+    }
+    return LeftOperand{panel, pitch, nullptr};
+  };
+  for_tile_blocks<false>(PackedTokens(x, rows, pitch, threads), rows, write.columns, 32 * pitch, threads, weights, write);
+}
+#endif
+
 }  // namespace
 }  // namespace afnext
 
@@ -292,13 +316,18 @@ AFNEXT_EXPORT void afnext_linear_int4(const void* x, const uint8_t* weight, cons
   const Weight first{weight, scales, zeros, group_dtype}, second{up, up_scales, up_zeros, group_dtype};
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
+    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
+#if defined(__AMX_INT8__)
+    if constexpr (std::is_same<T, bfloat16>::value)
+      if (!up && takes_tiles(rows, columns))
+        return product_by_tiles((const T*)x, first, write, rows, inner, group, threads);
+#endif
 #if defined(__AVX2__)
     using Rows = std::conditional_t<std::is_same<T, bfloat16>::value, FixedRows, FloatRows>;
 #else
     using Rows = FloatRows;
 #endif
-    product(Rows((const T*)x, rows, inner, group), first, second, Epilogue<T>{bias, (const T*)residual, (T*)out, columns},
-            rows, inner, group, threads);
+    product(Rows((const T*)x, rows, inner, group), first, second, write, rows, inner, group, threads);
   });
 }
 

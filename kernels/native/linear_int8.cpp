@@ -2,6 +2,7 @@
 
 #include "int_dot.h"
 #include "linear.h"
+#include "tiles.h"
 
 namespace afnext {
 namespace {
@@ -85,6 +86,46 @@ void product(const X* x, const float* row_scales, const Weight& weight, const We
   });
 }
 
+#if defined(__AMX_INT8__)
+// Rows of int8 against the weights as they lie.
+template <typename T>
+void product_by_tiles(const int8_t* codes, const float* row_scales, const Weight& weight, const Epilogue<T>& write,
+                      int64_t rows, int64_t inner, int64_t threads) {
+  const int64_t rest = inner % 64;
+  const auto weights = [&](int64_t n, uint8_t* tail) {
+    const uint8_t* first = (const uint8_t*)weight.codes + n * inner;
+    if (!rest) return LeftOperand{first, inner, nullptr};
+    std::memset(tail, 0, 32 * 64);
+    for (int i = 0; i < 32; ++i) std::memcpy(tail + i * 64, first + (i + 1) * inner - rest, rest);
+    return LeftOperand{first, inner, tail};
+  };
+  const auto put = [&](int64_t row, int64_t n, int count, IntVec sums) {
+    write(row, n, count, to_float(sums) * load_first(weight.scales + n, count) * row_scales[row]);
+  };
+  for_tile_blocks<true>(PackedTokens(codes, rows, inner, threads), rows, write.columns, 32 * 64, threads, weights, put);
+}
+
+// Rows of bfloat16 against the codes as bfloat16, in which they are exact.
+void product_by_tiles(const bfloat16* x, const Weight& weight, const Epilogue<bfloat16>& write, int64_t rows,
+                      int64_t inner, int64_t threads) {
+  const int64_t pitch = (2 * inner + 63) / 64 * 64;
+  const auto weights = [&](int64_t n, uint8_t* panel) {
+    for (int i = 0; i < 32; ++i) {
+      const int8_t* from = weight.codes + (n + i) * inner;
+      bfloat16* to = (bfloat16*)(panel + i * pitch);
+      int64_t k = 0;
+      for (; k + 32 <= inner; k += 32) store_halves(to + k, load(from + k), load(from + k + 16));
+      if (k < inner) store_halves(to + k, load(from + k), Vec{});
+    }
+    return LeftOperand{panel, pitch, nullptr};
+  };
+  const auto put = [&](int64_t row, int64_t n, int count, Vec sums) {
+    write(row, n, count, sums * load_first(weight.scales + n, count));
+  };
+  for_tile_blocks<false>(PackedTokens(x, rows, 2 * inner, threads), rows, write.columns, 32 * pitch, threads, weights, put);
+}
+#endif
+
 template <typename T>
 void quantize_row(const T* x, int8_t* codes, float* scale, int64_t width) {
   const int64_t whole = width / kLanes * kLanes;
@@ -125,10 +166,16 @@ AFNEXT_EXPORT void afnext_linear_int8(const void* x, const int8_t* weight, const
   using namespace afnext;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
+    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
+#if defined(__AMX_INT8__)
+    if constexpr (std::is_same<T, bfloat16>::value)
+      if (!up && takes_tiles(rows, columns))
+        return product_by_tiles((const T*)x, Weight{weight, scales}, write, rows, inner, threads);
+#endif
     Scratch<float> wide(rows * inner);
     to_floats((const T*)x, wide, rows * inner);
-    product((const float*)wide, nullptr, Weight{weight, scales}, Weight{up, up_scales},
-            Epilogue<T>{bias, (const T*)residual, (T*)out, columns}, rows, inner, threads);
+    product((const float*)wide, nullptr, Weight{weight, scales}, Weight{up, up_scales}, write, rows,
+            inner, threads);
   });
 }
 
@@ -139,8 +186,12 @@ AFNEXT_EXPORT void afnext_linear_w8a8(const int8_t* codes, const float* row_scal
   using namespace afnext;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    product(codes, row_scales, Weight{weight, scales}, Weight{},
-            Epilogue<T>{bias, (const T*)residual, (T*)out, columns}, rows, inner, threads);
+    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
+#if defined(__AMX_INT8__)
+    if (takes_tiles(rows, columns))
+      return product_by_tiles(codes, row_scales, Weight{weight, scales}, write, rows, inner, threads);
+#endif
+    product(codes, row_scales, Weight{weight, scales}, Weight{}, write, rows, inner, threads);
   });
 }
 

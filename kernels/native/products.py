@@ -7,12 +7,22 @@ rows [rows, in]; results are [rows, out] in the dtype of x.
 import torch
 from torch import Tensor
 
-from . import call
+from . import call, isa
 
 Int8 = tuple[Tensor, Tensor]
 """codes, scales"""
 Int4 = tuple[Tensor, Tensor, Tensor | None]
 """packed, scales, zeros"""
+
+
+def has_tiles() -> bool:
+    """Whether the level in use has a matrix unit, for which alone products of many rows are written here."""
+    return isa() == "amx"
+
+
+def on_tiles(x: Tensor, columns: int) -> bool:
+    """Whether the product of x with a weight of so many columns, not a pair, is made on the matrix unit."""
+    return x.dtype == torch.bfloat16 and len(x) > 4 and columns >= 32 and has_tiles()
 
 
 def int8_product(x: Tensor, weight: Int8, up: Int8 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
