@@ -37,7 +37,7 @@ sanitize: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/lint build/lib && $(BIN)/pip install -q --no-deps --target build/lint .
+	rm -rf build/lint build/lib* && $(BIN)/pip install -q --no-deps --target build/lint .
 	cd build/lint && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p afnext
 
 clean:

@@ -1,4 +1,4 @@
-"""The command line: ask, chat, transcribe, quantize, info and plan. Answers go to stdout, all else to stderr.
+"""The command line: ask, chat, transcribe, listen, quantize, info, plan. Answers go to stdout, all else to stderr.
 
 Exit codes: 0 for success, 1 for an error that the message explains, 2 for wrong usage, 130 when interrupted.
 """
@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from itertools import chain
 from pathlib import Path
@@ -23,13 +23,15 @@ from ...kernels.errors import AfnextError
 from ...quant.recipe import RECIPES, recipe
 from ..engine.memory import DENSE, SCHEMES, MemoryPlan, shown_bytes
 from ..io.audio import AudioSource
+from ..io.live_source import RAW_FORMATS
 from . import backend_info
 from . import info as model_info
 from .answer import Answer, Piece
 from .api import Model, load, usable_device
+from .live_session import MICROPHONE, LiveSession, open_pieces, typed_questions
 from .plan import Target, model_config, view
 from .quantize import quantize as quantize_checkpoint
-from .responder import AnswerOptions, Stream
+from .responder import AnswerOptions, QuestionOptions, Stream
 from .responder import Progress as Report
 from .transcribe import DEFAULT_OVERLAP, Transcript, output_paths, write_transcript
 
@@ -273,6 +275,77 @@ def _print_transcribed(transcript: Transcript, target: Path | None, quiet: bool)
             f"[dim]{escape(transcript.source)}: {transcript.duration:.2f} s in {len(transcript.windows)} windows, "
             f"{len(transcript.segments)} segments{written}[/dim]"
         )
+
+
+@app.command(
+    epilog="Example: [bold]ffmpeg -i URL -f s16le -ac 1 -ar 16000 - | afnext listen - --raw s16le -m MODEL[/bold]",
+)
+def listen(
+    model: ModelOption,
+    source: Annotated[
+        str, typer.Argument(help="mic, mic:NAME, - for standard input, or the path of a pipe or file.")
+    ] = MICROPHONE,
+    question: Annotated[
+        list[str] | None, typer.Option("--ask", help="Ask this at the end of the audio, and leave; repeat for more.")
+    ] = None,
+    raw: Annotated[str | None, typer.Option(help=f"Samples without a header: {', '.join(RAW_FORMATS)}.")] = None,
+    rate: Annotated[int, typer.Option(help="Hz of raw samples.", min=1)] = 16_000,
+    channels: Annotated[int, typer.Option(help="Channels of raw samples, interleaved.", min=1)] = 1,
+    system: SystemOption = None,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = DType.auto,
+    kv: KVOption = KV.auto,
+    release_encoder: ReleaseOption = False,
+    max_new_tokens: NewTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    repetition_penalty: PenaltyOption = None,
+    seed: SeedOption = None,
+    chunk_size: ChunkOption = 1024,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Listen to audio while it is recorded, and answer typed questions about what has been heard so far.
+
+    An empty line or end of input leaves.
+    """
+    _logging(verbose)
+    options = _options(max_new_tokens, temperature, top_p, repetition_penalty, seed, False)
+    del options["truncate"]
+    with ExitStack() as stack:
+        questions = None if question else typed_questions(source, stack)
+        if question is None and questions is None:
+            raise AfnextError("there is no terminal to type questions on; give them with --ask.")
+        with _progress(quiet or as_json) as report:
+            loaded = load(
+                model,
+                device=device,
+                dtype=dtype.value,
+                chunk_size=chunk_size,
+                kv=kv.value,
+                release_encoder=release_encoder,
+                progress=report,
+            )
+        live = stack.enter_context(loaded.listen(system=system))
+        session = LiveSession(live, open_pieces(source, stack, raw=raw, rate=rate, channels=channels))
+        session.start()
+        stack.callback(session.stop)
+        if questions is None:
+            session.wait()
+        for each in question or questions or ():
+            _answer_live(session, each, options, as_json=as_json, quiet=quiet)
+
+
+def _answer_live(session: LiveSession, question: str, options: QuestionOptions, *, as_json: bool, quiet: bool) -> None:
+    """Answer one question; what goes wrong with it is told and ends nothing."""
+    if session.error is not None:
+        _err.print(f"[yellow]warning:[/yellow] nothing more is heard: {escape(str(session.error))}")
+    try:
+        stream = session.stream(question, options)
+        _show(stream, next(stream, None), as_json=as_json, quiet=quiet)
+    except AfnextError as error:
+        _err.print(f"[red]error:[/red] {escape(str(error))}")
 
 
 @app.command(epilog="Example: [bold]afnext quantize nvidia/audio-flamingo-next-hf af-next-int4 --scheme int4[/bold]")

@@ -105,7 +105,7 @@ def test_info_tells_what_each_operation_runs_on(
     assert [run("info").returncode, run("info", folder, "--backend").returncode] == [2, 2]
 
 
-@pytest.mark.parametrize("command", [[], ["ask"], ["chat"], ["transcribe"], ["info"], ["plan"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["ask"], ["chat"], ["transcribe"], ["listen"], ["info"], ["plan"], ["bench"]])
 def test_every_command_explains_itself(run: CommandLine, command: list[str]) -> None:
     done = run(*command, "--help")
     assert done.returncode == 0
