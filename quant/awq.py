@@ -52,13 +52,48 @@ class Fold:
     """Linear layers with one input, and the layer before them that can take the division by their scale.
 
     source: the norm or linear layer before, whose output channel i is divided by the scale number rows[i] (None: i);
-    targets: the linear layers, whose input channel j is multiplied by the scale number columns[j] (None: j).
+    None where no layer can. targets: the linear layers, whose input channel j is multiplied by the scale number
+    columns[j] (None: j).
     """
 
-    source: str
+    source: str | None
     targets: tuple[str, ...]
     rows: Tensor | None = None
     columns: Tensor | None = None
+
+
+def encoder_folds() -> tuple[Fold, ...]:
+    """The folds within an encoder layer; fc2 has none."""
+    return (
+        Fold("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Fold("self_attn.v_proj", ("self_attn.out_proj",)),
+        Fold("final_layer_norm", ("fc1",)),
+        Fold(None, ("fc2",)),
+    )
+
+
+def adaptor_folds(width: int, rotated: int) -> tuple[Fold, ...]:
+    """The folds of the adaptor behind the encoder's last norm of `width` channels, the first `rotated` by RoTE."""
+    channels = torch.arange(width)
+    shared = torch.where(channels < rotated, channels // 2, channels - rotated // 2)
+    return Fold("layer_norm", ("linear_1",), rows=shared, columns=shared), Fold(None, ("linear_2",))
+
+
+def decoder_folds(heads: int, kv_heads: int, head_dim: int) -> tuple[Fold, ...]:
+    """The folds within a decoder layer."""
+    values = torch.arange(kv_heads * head_dim).view(kv_heads, 1, head_dim)
+    shared = values.expand(-1, heads // kv_heads, -1).flatten()
+    return (
+        Fold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Fold("self_attn.v_proj", ("self_attn.o_proj",), columns=shared),
+        Fold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        Fold("mlp.up_proj", ("mlp.down_proj",)),
+    )
+
+
+def head_folds() -> tuple[Fold, ...]:
+    """The fold of the last norm into the lm_head."""
+    return (Fold("norm", ("lm_head",)),)
 
 
 def scales_for(magnitudes: Tensor, alpha: float) -> Tensor:

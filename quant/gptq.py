@@ -7,12 +7,12 @@ the upper triangular U of H^-1 = U^T U, rounding column i to Q[:, i] changes the
 
 H gets `damping` times its mean diagonal added to its diagonal, so that inputs that always move together do not make it
 singular. Columns are handled in blocks: within a block one by one, the columns behind it at the block's end by one
-product. Rows do not depend on each other, so a weight may be given in parts.
+product. Rows do not depend on each other and are handled some thousand at a time.
 
 The codes, scales and zeros are those of `int4` and `int8`. Groups of int4 are fitted to the weights as they are when
 their turn comes. With `activation_order` the columns with the largest inputs are rounded first, while all others can
 still make up for them; groups remain neighbouring inputs, so they are fitted to the weights before any feedback.
-Operations: in^3 for U, and out * in^2 for the feedback; memory: three matrices [in, in], and two [out, in].
+Operations: in^3 for U, and out * in^2 for the feedback; memory: four matrices [in, in].
 
 Source: Frantar et al. 2022, arXiv:2210.17323 (GPTQ).
 """
@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.linear_int4 import SYMMETRIC_ZERO
-from .int4 import pack_int4, quantize_int4
+from .int4 import fit_int4, pack_int4, quantize_int4
 from .int8 import quantize_int8
 
 _BLOCK = 128
-# Scales and zero points [out, columns] of some columns, from their numbers and their present weights.
+_ROWS = 4096  # of a weight at once
+# Scales and zero points [rows, columns] of some columns, from their numbers and their present weights.
 _Grid = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -36,49 +37,69 @@ def gptq_int4(
     gram: Tensor,
     group_size: int = 128,
     symmetric: bool = True,
-    scale_dtype: torch.dtype = torch.float16,
+    scale_dtype: torch.dtype = torch.bfloat16,
     *,
     damping: float = 0.01,
-    activation_order: bool = False,
+    activation_order: bool = True,
+    search: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Round a weight [out, in] of any floating dtype to int4 codes for inputs with the Gram matrix `gram`: [in, in].
 
-    `gram` may have any positive factor. Returns packed, scales and zeros as `quantize_int4` does. Computed in float32,
-    or float64 if the weight is.
-    Raises ValueError for what `quantize_int4` refuses, and for a Gram matrix that does not fit, is not finite, or is
-    not positive definite with this `damping`.
+    `gram` may have any positive factor. search: scales as `fit_int4` finds them, or as `quantize_int4` does. Returns
+    packed, scales and zeros as these do. Computed in float32, or float64 if the weight is.
+    Raises ValueError for what they refuse, and for a Gram matrix that does not fit, is not finite, or is not positive
+    definite with this `damping`.
     """
-    _, scales, zeros = quantize_int4(weight, group_size, symmetric, scale_dtype)
+    order, factor = _feedback(weight, gram, damping, activation_order)
+    # What the error of a column costs once the columns behind it have made up for it as well as they can.
+    importance = torch.empty_like(factor[0])
+    importance[order] = factor.diagonal().pow(-2)
 
-    def grid(columns: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
-        groups = columns // group_size
-        if not activation_order:
-            group = int(groups[0])
-            _, fitted, zero = quantize_int4(current, group_size, symmetric, scale_dtype)
-            scales[:, group] = fitted[:, 0]
-            if zeros is not None and zero is not None:
-                zeros[:, group] = zero[:, 0]
-        steps = scales[:, groups]
-        return steps, torch.full_like(steps, SYMMETRIC_ZERO) if zeros is None else zeros[:, groups]
+    def fitted(rows: Tensor, first: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Scales and zeros of the groups in the columns of the weight from `first` on."""
+        weights = importance[first : first + rows.shape[1]]
+        if search:
+            return fit_int4(rows, group_size, symmetric, scale_dtype, weights)[1:]
+        return quantize_int4(rows, group_size, symmetric, scale_dtype)[1:]
 
-    # A group that is fitted when its turn comes needs all feedback of the columns before it.
-    block = _BLOCK if activation_order else group_size
-    codes = _round(weight, gram, grid, (0, 15), block=block, damping=damping, activation_order=activation_order)
-    return pack_int4(codes.to(torch.uint8)), scales, zeros
+    def rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scales, found = fitted(rows)
+        zeros = torch.full_like(scales, SYMMETRIC_ZERO) if found is None else found
+
+        def grid(columns: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
+            groups = columns // group_size
+            if not activation_order:
+                group = groups[:1]
+                scale, zero = fitted(current, int(columns[0]))
+                scales[:, group] = scale
+                if zero is not None:
+                    zeros[:, group] = zero
+            return scales[:, groups], zeros[:, groups]
+
+        # A group that is fitted when its turn comes needs all feedback of the columns before it.
+        block = _BLOCK if activation_order else group_size
+        codes = _round(rows, order, factor, grid, (0, 15), block)
+        return pack_int4(codes.to(torch.uint8)), scales, zeros
+
+    packed, scales, zeros = (torch.cat(parts) for parts in zip(*map(rounded, weight.split(_ROWS)), strict=True))
+    return packed, scales, None if symmetric else zeros
 
 
 def gptq_int8(
-    weight: Tensor, gram: Tensor, *, damping: float = 0.01, activation_order: bool = False
+    weight: Tensor, gram: Tensor, *, damping: float = 0.01, activation_order: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Like `gptq_int4`, with one scale a channel. Returns codes and scales as `quantize_int8` does."""
+    order, factor = _feedback(weight, gram, damping, activation_order)
     _, scales = quantize_int8(weight)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
 
-    def grid(columns: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
-        steps = scales[:, None].expand(-1, len(columns))
-        return steps, torch.zeros_like(steps)
+        def grid(columns: Tensor, current: Tensor, steps: Tensor = scales[rows, None]) -> tuple[Tensor, Tensor]:
+            return steps.expand(-1, len(columns)), torch.zeros_like(steps).expand(-1, len(columns))
 
-    codes = _round(weight, gram, grid, (-127, 127), block=_BLOCK, damping=damping, activation_order=activation_order)
-    return codes.to(torch.int8), scales
+        codes[rows] = _round(weight[rows], order, factor, grid, (-127, 127), _BLOCK).to(torch.int8)
+    return codes, scales
 
 
 def feedback_factor(gram: Tensor, damping: float = 0.01) -> Tensor:
@@ -104,34 +125,26 @@ def feedback_factor(gram: Tensor, damping: float = 0.01) -> Tensor:
     return torch.linalg.solve_triangular(upper, identity, upper=True)
 
 
-def _round(
-    weight: Tensor,
-    gram: Tensor,
-    grid: _Grid,
-    levels: tuple[int, int],
-    *,
-    block: int,
-    damping: float,
-    activation_order: bool,
-) -> Tensor:
-    """The codes [out, in] between the two `levels`, as numbers of the dtype that was computed in."""
-    inputs = weight.shape[1]
+def _feedback(weight: Tensor, gram: Tensor, damping: float, activation_order: bool) -> tuple[Tensor, Tensor]:
+    """The order [in] in which columns are rounded, and the factor U [in, in] for columns in that order."""
+    inputs = weight.shape[-1]
     if gram.shape != (inputs, inputs):
         raise ValueError(f"{inputs} inputs have a Gram matrix {(inputs, inputs)}, not {tuple(gram.shape)}")
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    gram = gram.to(dtype)
-    order = torch.arange(inputs, device=weight.device)
-    if activation_order:
-        order = gram.diagonal().argsort(descending=True, stable=True)
-        gram = gram[order][:, order]
-    factor = feedback_factor(gram, damping)
-    del gram
-    left = weight.to(dtype)[:, order]
+    gram = gram.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    if not activation_order:
+        return torch.arange(inputs, device=weight.device), feedback_factor(gram, damping)
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    return order, feedback_factor(gram[order][:, order], damping)
+
+
+def _round(weight: Tensor, order: Tensor, factor: Tensor, grid: _Grid, levels: tuple[int, int], block: int) -> Tensor:
+    """The codes [rows, in] between the two `levels`, as numbers of the factor's dtype."""
+    left = weight.to(factor.dtype)[:, order]
     codes = torch.empty_like(left)
-    for start in range(0, inputs, block):
-        stop = min(start + block, inputs)
+    for start in range(0, len(order), block):
+        stop = min(start + block, len(order))
         part = left[:, start:stop].clone()
-        steps, zeros = (values.to(dtype) for values in grid(order[start:stop], part))
+        steps, zeros = (values.to(factor.dtype) for values in grid(order[start:stop], part))
         rounded, errors = _round_block(part, factor[start:stop, start:stop], steps, zeros, levels)
         codes[:, order[start:stop]] = rounded
         left[:, stop:] -= errors @ factor[start:stop, stop:]

@@ -6,8 +6,9 @@ Exit codes: 0 for success, 1 for an error that the message explains, 2 for wrong
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from enum import Enum
 from itertools import chain
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from ...kernels.errors import AfnextError
+from ...quant.calibrate import LayerReport
 from ...quant.recipe import RECIPES, recipe
 from ..engine.memory import DENSE, SCHEMES, MemoryPlan, shown_bytes
 from ..io.audio import AudioSource
@@ -28,6 +30,7 @@ from . import backend_info
 from . import info as model_info
 from .answer import Answer, Piece
 from .api import Model, load, usable_device
+from .calibration import calibrate as calibrate_checkpoint
 from .live_session import MICROPHONE, LiveSession, open_pieces, typed_questions
 from .plan import Target, model_config, view
 from .quantize import quantize as quantize_checkpoint
@@ -359,12 +362,22 @@ def quantize(
         list[str] | None,
         typer.Option(help='LAYERS=SCHEME that comes first, as in "decoder.layers.0.*=dense"; repeat for more.'),
     ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Folder of recordings, with texts beside them, to choose the codes by.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, ...")] = "cpu",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Pack the weights of a checkpoint in 8 or 4 bits, once for all."""
     packed_by = recipe(scheme, group_size=group_size, symmetric=not zeros, rules=[_rule(text) for text in rule or ()])
+    if calibrate is not None:
+        with _progress(quiet or as_json) as report:
+            layers = calibrate_checkpoint(
+                source, out, packed_by, calibrate, device=usable_device(device), progress=report
+            )
+        _show_calibration(out, packed_by.name, layers, as_json=as_json, quiet=quiet)
+        return
     with _progress(quiet or as_json) as report:
         done = quantize_checkpoint(
             source,
@@ -379,6 +392,17 @@ def quantize(
         _err.print(
             f"{done['out']}: {shown_bytes(done['bytes'])} instead of {shown_bytes(done['bytes_before'])}, "
             f"{done['recipe']}, in {done['seconds']:g} s"
+        )
+
+
+def _show_calibration(out: Path, name: str, layers: Sequence[LayerReport], *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print(json.dumps({"out": str(out), "recipe": name, "layers": [asdict(layer) for layer in layers]}))
+    elif not quiet and layers:
+        worst = max(layers, key=lambda layer: layer.error)
+        _err.print(
+            f"{out}: {name}, calibrated; of {len(layers)} layers {worst.layer} has the largest error, "
+            f"{100 * worst.error:.2g} % of its output"
         )
 
 

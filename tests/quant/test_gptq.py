@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from afnext.quant.gptq import feedback_factor, gptq_int4, gptq_int8
-from afnext.quant.int4 import dequantize_int4, quantize_int4, unpack_int4
+from afnext.quant.int4 import dequantize_int4, fit_int4, unpack_int4
 from afnext.quant.int8 import dequantize_int8, quantize_int8
 
 
@@ -57,7 +57,9 @@ def test_equals_the_formula(inputs: int, group: int, symmetric: bool, activation
     weight = torch.randn(5, inputs, dtype=torch.float64)
     x, _ = correlated(3 * inputs, inputs)
     codes, result = naive(weight, x.T @ x, group, symmetric, 0.01, activation_order)
-    packed, scales, zeros = gptq_int4(weight, x.T @ x, group, symmetric, activation_order=activation_order)
+    packed, scales, zeros = gptq_int4(
+        weight, x.T @ x, group, symmetric, torch.float16, activation_order=activation_order, search=False
+    )
     assert torch.equal(unpack_int4(packed).double(), codes)
     assert torch.equal(dequantize_int4(packed, scales, zeros, torch.float64), result)
 
@@ -91,7 +93,7 @@ def test_beats_nearest_rounding_on_held_out_activations(
     weight = torch.randn(48, 256).to(dtype)
     x, mixing = correlated(2000, 256)
     held_out, _ = correlated(500, 256, mixing)
-    nearest = dequantize_int4(*quantize_int4(weight, 64, symmetric), torch.float64)
+    nearest = dequantize_int4(*fit_int4(weight, 64, symmetric), torch.float64)
     fed_back = dequantize_int4(
         *gptq_int4(weight, x.T @ x, 64, symmetric, activation_order=activation_order), torch.float64
     )
@@ -111,7 +113,9 @@ def test_int8_beats_nearest_rounding_on_held_out_activations(seed: int) -> None:
 
 def test_unrelated_inputs_are_rounded_to_the_nearest(seed: int) -> None:
     weight, gram = torch.randn(6, 128), torch.diag(torch.rand(128) + 0.1)
-    for actual, expected in zip(gptq_int4(weight, gram, 64, False), quantize_int4(weight, 64, False), strict=True):
+    importance = gram.diagonal() + 0.01 * gram.diagonal().mean()
+    nearest = fit_int4(weight, 64, False, importance=importance)
+    for actual, expected in zip(gptq_int4(weight, gram, 64, False), nearest, strict=True):
         assert actual is not None
         assert expected is not None
         assert torch.equal(actual, expected)
@@ -128,15 +132,16 @@ def test_silent_and_repeated_inputs(activation_order: bool, seed: int) -> None:
     assert dequantize_int4(packed, scales).isfinite().all()
     assert (dequantize_int4(packed, scales)[2] == 0).all()
     nothing, _, _ = gptq_int4(weight, torch.zeros(64, 64), 32)
-    assert torch.equal(nothing, quantize_int4(weight, 32)[0])
+    assert torch.equal(nothing, fit_int4(weight, 32)[0])
 
 
 def test_rows_do_not_depend_on_each_other(seed: int) -> None:
-    weight = torch.randn(7, 96, dtype=torch.float64)
-    x, _ = correlated(200, 96)
-    whole, _, _ = gptq_int4(weight, x.T @ x, 32)
-    parts = [gptq_int4(part, x.T @ x, 32)[0] for part in weight.split(3)]
-    assert torch.equal(whole, torch.cat(parts))
+    weight = torch.randn(4100, 128, dtype=torch.float64)  # more rows than are handled at once
+    x, _ = correlated(200, 128)
+    for quantize in (gptq_int4, gptq_int8):
+        whole, last = quantize(weight, x.T @ x), quantize(weight[4090:], x.T @ x)
+        assert torch.equal(whole[0][4090:], last[0])
+        assert torch.equal(whole[1][4090:], last[1])
 
 
 def test_the_factor_is_that_of_the_inverse(seed: int) -> None:
