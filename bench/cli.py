@@ -170,6 +170,41 @@ def quality(
             print(f"{name}: {value}")
 
 
+@app.command(
+    epilog="Example: [bold]afnext bench quantization --model FOLDER --data clips/ --calibrate recordings/[/bold]"
+)
+def quantization(
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="Dense checkpoint to quantize and score.")] = None,
+    whisper: Annotated[Path | None, typer.Option(help="Folder of Whisper tiny.en's model.bin and tokenizer.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Manifest of recordings with transcripts, or its folder.")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Folder of recordings to calibrate on; none of data's.")
+    ] = None,
+    scheme: Annotated[list[str] | None, typer.Option(help="Only this scheme or recipe; repeat for more.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for quantization.md and .json; what they hold is not redone.")
+    ] = Path("bench/results"),
+    as_json: JsonOption = False,
+) -> None:
+    """What each scheme costs, calibrated and not: errors of layers, and word errors of Whisper and of a checkpoint."""
+    from . import quantization_quality as measured
+
+    results = measured.Results(out / "quantization.json")
+    schemes = tuple(scheme or measured.SCHEMES)
+    measured.measure_layers(results, schemes)
+    if model or whisper:
+        if data is None or calibrate is None:
+            raise typer.BadParameter("give --data and --calibrate too", param_hint="--model, --whisper")
+        with bar("scoring", hidden=as_json) as report:
+            if whisper is not None:
+                measured.measure_speech(results, whisper, data, calibrate, schemes, progress=report)
+            if model is not None:
+                measured.measure_model(results, model, data, calibrate, schemes, progress=report)
+    text = measured.tables(results.rows)
+    (out / "quantization.md").write_text(text, encoding="utf-8")
+    print(json.dumps([asdict(row) for row in results.rows]) if as_json else text)
+
+
 @app.command(epilog="Example: [bold]afnext bench report results.jsonl --out report/[/bold]")
 def report(
     results: Annotated[list[Path], typer.Argument(help="Files of results, or folders of them.")],

@@ -10,7 +10,7 @@ from support.command_line import CommandLine
 import afnext.bench
 from afnext.bench.random_checkpoint import write_random_checkpoint
 
-COMMANDS = ("e2e", "kernels", "quality", "report", "compare", "all")
+COMMANDS = ("e2e", "kernels", "quality", "quantization", "report", "compare", "all")
 RECORDING = Path(afnext.bench.__path__[0]) / "data" / "jfk.flac"
 
 
