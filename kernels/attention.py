@@ -18,7 +18,7 @@ time with a running maximum and sum, in float32 and in base 2, and forms no tile
 rows see are masked. sm_90 and sm_100 fetch the tiles by themselves (tensor descriptors, TMA), others through pointers.
 So it moves k and v once for each 128 rows (18 queries of a group of 7), mostly from the L2 cache: 128 operations for
 each byte. At full size a window's head is 12 tiles in the encoder, and 1024 tokens of prefill are 56 tiles for each KV
-head.
+head. The native kernel (`native/attention.py`) has the same plan, with up to 1024 rows that share keys and values.
 Source: Vaswani et al. 2017; Milakov and Gimelshein 2018 (online softmax); Dao 2023 (FlashAttention-2); Ainslie et al.
 2023 (GQA); Goel et al. 2024, arXiv:2410.12109 (RoTE in attention).
 """
@@ -27,8 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import native
 from .configs import Config, Configs, family
 from .dispatch import Operation
+from .native.attention import attend_natively
 from .pages import gather_pages, locate_tokens
 from .rotary import Rotation, check_rotation, load_turned, load_turns, rotary
 from .rotary import reference as rotary_reference
@@ -326,6 +328,28 @@ def _triton(
     key = (str(q.dtype), str(k.dtype), head_dim, group, causal, page_size, rotation is not None, fetched)
     launch(configs.on(q.device, key, launch))
     return out
+
+
+@_operation.implementation("native", lambda q, *_, **__: native.misfit(q))
+def _native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    key_lengths: Tensor | None,
+    page_table: Tensor | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    rotation: Rotation | None = None,
+) -> Tensor:
+    rows = q.shape[1] * q.shape[2] // k.shape[2]
+    threads, heads = torch.get_num_threads(), q.shape[0] * k.shape[2]
+    # Enough tasks for the threads to end together, of no fewer rows than make laying out their keys cheap.
+    blocks = max(-(-rows // 1024), min(-(-4 * threads // heads), rows // 256))
+    return attend_natively(
+        q, k, v, causal, scale, key_lengths, page_table, k_scales, v_scales, rotation, row_block=-(-rows // blocks)
+    )
 
 
 @_operation.implementation("torch")

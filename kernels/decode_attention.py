@@ -24,15 +24,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import native
 from .attention import _gather, _weigh, check_attention, visible_keys
 from .attention import reference as attention_reference
 from .configs import Config, Configs, multiprocessors
 from .dispatch import Operation
+from .native.attention import attend_natively
 from .pages import locate_tokens
 from .triton_language import tl, triton
 
 MAX_NEW_TOKENS = 8
 MAX_ROWS = 64  # of a tile: 8 new tokens of a group of 8 heads
+PART_KEYS = 512  # of a task of the native kernel: long enough to stream, short enough for every thread to have some
 PROGRAMS = 2  # of a multiprocessor at a time: their loads in flight cover the memory's latency
 
 
@@ -237,6 +240,23 @@ def split_count(device: torch.device, programs: int, blocks: int) -> int:
     As many as run at the same time: more would wait for others, fewer leave multiprocessors idle.
     """
     return max(1, min(PROGRAMS * multiprocessors(device) // programs, blocks))
+
+
+@_operation.implementation("native", lambda q, *_: native.misfit(q))
+def _native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    key_lengths: Tensor,
+    page_table: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
+    rows = q.shape[1] * q.shape[2] // k.shape[2]
+    return attend_natively(
+        q, k, v, True, scale, key_lengths, page_table, k_scales, v_scales, None, row_block=rows, part_keys=PART_KEYS
+    )
 
 
 @_operation.implementation("torch")

@@ -145,6 +145,12 @@ inline float largest(Vec x) {  // NaN if there is one
   return most;
 }
 
+inline bool any(IntVec mask) {
+  for (int i = 0; i < kLanes; ++i)
+    if (mask[i]) return true;
+  return false;
+}
+
 inline float to_float(float x) { return x; }
 inline float to_float(float16 x) { return (float)x; }
 inline float to_float(bfloat16 x) {

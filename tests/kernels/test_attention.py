@@ -15,6 +15,7 @@ from support.accuracy import (
     poisoned,
     without_races,
 )
+from support.guarded import guarded
 from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -26,6 +27,7 @@ from afnext.kernels.configs import targeting
 from afnext.kernels.rotary import Pairing, Rotation, rope_frequencies, rotary
 
 BACKENDS = backends(module._operation)
+NATIVE = [backend for backend in BACKENDS if "native" in str(backend)]
 WITH_ROTATION = backends(module._operation, rotary_module._operation)
 
 
@@ -359,6 +361,53 @@ def test_elements_beyond_two_to_the_31(
         actual = attention(q, k, v, causal=True, key_lengths=lengths, page_table=table)
     expected = exactly(attention, q, keys[order], values[order], causal=True)
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=4e-3)
+
+
+# more rows than one thread takes at a time, several blocks of keys, and ends inside and on the edges of both
+LONG = [
+    Case((515,), 515, (2, 2), 64, causal=False),
+    Case((700, 257), 400, (3, 1), 32, causal=False),
+    Case((800,), 600, (2, 1), 64, causal=True),
+    Case((512, 300), 160, (7, 1), 24, causal=True, page_size=48),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", LONG, ids=str)
+@pytest.mark.parametrize("backend", NATIVE)
+def test_long_sequences(backend: str, case: Case, dtype: torch.dtype, seed: int) -> None:
+    test_accuracy(backend, case, dtype, seed, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("case", [*CASES[2::2], LONG[-1]], ids=str)
+@pytest.mark.parametrize("backend", NATIVE)
+def test_native_stays_within_its_memory(
+    backend: str, case: Case, threads: int, dtype: torch.dtype, seed: int, restored_threads: None
+) -> None:
+    """Tensors that end where readable memory ends, aligned to nothing; and any number of threads gives the same."""
+    q, k, v = case.tensors(dtype, torch.device("cpu"))
+    lengths, table = torch.tensor(case.lengths), None
+    rotation = Rotation(torch.rand(q.shape[:2]), rope_frequencies(8, 100.0))
+    if case.page_size is not None:
+        k, v, table = paged(k, v, list(case.lengths), case.page_size)
+    options = {"causal": case.causal, "key_lengths": lengths, "page_table": table, "rotation": rotation}
+    torch.set_num_threads(1)
+    with poisoned(backend):
+        expected = attention(q, k, v, **options)
+    torch.set_num_threads(threads)
+    options |= {"key_lengths": guarded(lengths), "page_table": None if table is None else guarded(table)}
+    with poisoned(backend):
+        actual = attention(guarded(q), guarded(k), guarded(v), **options)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_native_reads_no_page_that_is_not_there(backend: str) -> None:
+    q, pool, table = torch.zeros(1, 3, 2, 8), torch.zeros(4, 16, 2, 8), torch.zeros(1, 2, dtype=torch.int32)
+    with poisoned(backend), pytest.raises(ValueError, match="33 tokens, and room for 32"):
+        attention(q, pool, pool, key_lengths=torch.tensor([33]), page_table=table)
 
 
 Q, K, POOL = (2, 5, 4, 8), (2, 9, 2, 8), (6, 16, 2, 8)

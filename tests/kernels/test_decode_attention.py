@@ -12,6 +12,7 @@ from support.accuracy import (
     poisoned,
     without_races,
 )
+from support.guarded import guarded
 from torch import Tensor
 
 from afnext.kernels import decode_attention as module
@@ -19,9 +20,10 @@ from afnext.kernels.attention import attention
 from afnext.kernels.decode_attention import MAX_NEW_TOKENS, decode_attention, split_count
 
 BACKENDS = backends(module._operation)
+NATIVE = [backend for backend in BACKENDS if "native" in str(backend)]
 # key lengths, (heads, kv_heads), head_dim, page_size
 SHAPES = [
-    ((8,), (1, 1), 16, 16),
+    (tuple(range(8, 24)), (1, 1), 16, 16),
     ((15, 16, 33), (7, 1), 64, 16),
     ((129, 8, 64), (4, 2), 32, 64),
     ((171,), (14, 2), 128, 128),
@@ -235,6 +237,41 @@ def test_elements_beyond_two_to_the_31(
     order = [1, 0, 2]
     expected = exactly(attention, q, keys[order], values[order], causal=True)
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("new_tokens", [1, 7])
+@pytest.mark.parametrize("backend", NATIVE)
+def test_native_over_many_parts(
+    backend: str, new_tokens: int, threads: int, int8: bool, seed: int, restored_threads: None
+) -> None:
+    """Sequences of less than one part, whole parts and one token more, in tensors that end where memory ends."""
+    shape: Shape = ((1100, 1024, 1025, 9), (14, 2), 64, 64)
+    q, k, v = tensors(shape, new_tokens, torch.bfloat16, torch.device("cpu"))
+    k_pool, v_pool, table = paged(k, v, list(shape[0]), 64)
+    scales: dict[str, Tensor] = {}
+    exact_k, exact_v = k.double(), v.double()
+    if int8:
+        (k_pool, k_scales), (v_pool, v_scales) = quantized(k_pool), quantized(v_pool)
+        scales = {"k_scales": guarded(k_scales), "v_scales": guarded(v_scales)}
+        exact_k, exact_v = (x.double() * scale.double()[..., None] for x, scale in map(quantized, (k, v)))
+    key_lengths = torch.tensor(shape[0])
+    torch.set_num_threads(threads)
+    with poisoned(backend):
+        actual = decode_attention(
+            guarded(q),
+            guarded(k_pool),
+            guarded(v_pool),
+            key_lengths=guarded(key_lengths),
+            page_table=guarded(table),
+            **scales,
+        )
+        torch.set_num_threads(1)
+        alone = decode_attention(q, k_pool, v_pool, key_lengths=key_lengths, page_table=table, **scales)
+    assert torch.equal(actual, alone)
+    exact = exactly(attention, q, exact_k, exact_v, causal=True, key_lengths=key_lengths)
+    assert_accurate(actual, exact, plain(q, k, v, shape[0]))
 
 
 def test_wrong_shapes() -> None:

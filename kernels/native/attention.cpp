@@ -1,0 +1,397 @@
+// Attention over many queries or few, dense or paged: see attention.py and decode_attention.py for what it computes.
+//
+// The query heads of a KV head are neighbouring rows: row r of a KV head is query r / group of its head r % group. A task
+// is a block of rows, a KV head, a sequence and a part of its keys. It walks over its keys a block at a time, and for each
+// block over its rows a tile at a time, with a running maximum and sum (online softmax) and exponentials of base 2.
+// Keys and values of a block are converted and laid out once for all rows of the task. Where the keys are divided into
+// parts, each task leaves its unnormalized sums, and a second pass weighs the parts.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention_products.h"
+#include "rows.h"
+
+namespace afnext {
+namespace {
+
+constexpr float kLowest = -3.4028234663852886e38f;  // instead of -inf: a row that has seen no key forms no inf - inf
+constexpr int kInt8 = 3;                            // dtype of a quantized cache, besides those of DType
+
+// Keys or values. Token t of sequence b lies in slot t % page_size of page table[b][t / page_size], or dense in page b.
+struct Cache {
+  const char* data;
+  const float* scales;  // [pages, page_size, kv_heads] with int8, else null
+  int64_t page, slot, head;
+};
+
+struct Problem {
+  const char* q;
+  char* out;
+  Cache keys, values;
+  const float *cos, *sin;  // [batch * queries, pairs], or null
+  const int64_t* key_lengths;
+  const int32_t* page_table;
+  float *parts, *statistics;  // [batch, kv_heads, part, rows, head_dim], and [.., 2]: maximum and sum of each row
+  int64_t batch, queries, heads, kv_heads, head_dim, max_keys, page_size, table_row, pairs;
+  bool half, causal;
+  int64_t q_batch, q_token, q_head;
+  int64_t dtype, cache_dtype;
+  int64_t row_block, part_keys;
+  float sign, scale;  // queries are multiplied by sign (1, -1 or 0), scores by scale > 0, which includes log2(e)
+
+  int64_t group() const { return heads / kv_heads; }
+  int64_t rows() const { return queries * group(); }
+  int64_t depth() const { return (head_dim + kChunk - 1) / kChunk * kChunk; }
+  int64_t part_count() const { return part_keys ? (max_keys + part_keys - 1) / part_keys : 1; }
+  int64_t length(int64_t b) const { return key_lengths ? key_lengths[b] : max_keys; }
+};
+
+// A thread's memory.
+template <typename Element>
+struct Workspace {
+  Element *queries, *keys, *values, *weights, *staged;
+  float *sums, *row_max, *row_sum, *scores;
+  int32_t* last;
+
+  Workspace(const Problem& p, float* memory) {
+    const int64_t rows = (p.row_block + 31) / 32 * 32, depth = p.depth();
+    const uintptr_t address = (uintptr_t)memory;
+    memory += ((64 - address % 64) % 64) / sizeof(float);
+    const auto take = [&](int64_t floats) {
+      float* taken = memory;
+      memory += floats;
+      return taken;
+    };
+    queries = (Element*)take(rows * depth);
+    sums = take(rows * depth);
+    row_max = take(rows);
+    row_sum = take(rows);
+    last = (int32_t*)take(rows);
+    keys = (Element*)take(kBlock * depth);
+    values = (Element*)take(kBlock * depth);
+    scores = take(kBlock * 2 * kLanes);
+    weights = (Element*)take(kBlock * 2 * kLanes);
+    staged = (Element*)take((kChunk + 1) * depth);
+  }
+};
+
+struct Task {
+  int64_t b, kv_head, part, first_row, rows, first_key, end_key;
+};
+
+// One row as `Element`, zeros behind its head_dim: the row itself where it is so already.
+template <typename Element, typename From>
+const Element* row_as(const From* from, float scale, int64_t head_dim, int64_t depth, Element* staged) {
+  if constexpr (std::is_same_v<Element, From>) {
+    if (head_dim == depth) return from;
+  }
+  convert(from, head_dim, scale, staged);
+  for (int64_t d = head_dim; d < depth; ++d) staged[d] = Element{};
+  return staged;
+}
+
+// Calls put(rows, chunk) for each chunk of keys first .. first + count - 1, with zeros for what is past the last.
+template <typename Element, typename From, typename Put>
+void for_chunks(const Problem& p, const Cache& cache, const Task& task, int64_t first, int64_t count,
+                Workspace<Element>& work, Put put) {
+  const int64_t depth = p.depth();
+  Element* zeros = work.staged + kChunk * depth;
+  std::memset((void*)zeros, 0, depth * sizeof(Element));
+  const int32_t* table = p.page_table ? p.page_table + task.b * p.table_row : nullptr;
+  for (int64_t start = 0; start < count; start += kChunk) {
+    const Element* rows[kChunk];
+    for (int64_t i = 0; i < kChunk; ++i) {
+      if (start + i >= count) {
+        rows[i] = zeros;
+        continue;
+      }
+      const int64_t token = first + start + i;
+      const int64_t page = table ? table[token / p.page_size] : task.b;
+      const int64_t slot = table ? token % p.page_size : token;
+      const From* from = (const From*)cache.data + page * cache.page + slot * cache.slot + task.kv_head * cache.head;
+      float scale = 1;
+      if constexpr (std::is_same_v<From, int8_t>) {
+        scale = cache.scales[(page * p.page_size + slot) * p.kv_heads + task.kv_head];
+      }
+      rows[i] = row_as(from, scale, p.head_dim, depth, work.staged + i * depth);
+    }
+    put(rows, (int)(start / kChunk));
+  }
+}
+
+template <typename Products, typename From>
+void load_block(const Problem& p, const Task& task, int64_t first, int64_t count,
+                Workspace<typename Products::Element>& work) {
+  const int depth = p.depth();
+  using Rows = const typename Products::Element* const*;
+  for_chunks<typename Products::Element, From>(
+      p, p.keys, task, first, count, work, [&](Rows rows, int c) { Products::put_keys(rows, c, depth, work.keys); });
+  for_chunks<typename Products::Element, From>(
+      p, p.values, task, first, count, work, [&](Rows rows, int c) { Products::put_values(rows, c, depth, work.values); });
+}
+
+// The task's queries, rotated, in tiles of Products::kRows, and each row's last visible key.
+template <typename Products>
+void load_queries(const Problem& p, const Task& task, Workspace<typename Products::Element>& work) {
+  using Element = typename Products::Element;
+  constexpr int kRows = Products::kRows;
+  const int64_t depth = p.depth(), group = p.group(), length = p.length(task.b);
+  float* wide = work.sums;  // not in use yet
+  Element* narrow = work.keys;
+  const Element* rows[kRows];
+  for (int64_t tile = 0; tile < task.rows; tile += kRows) {
+    for (int64_t i = 0; i < kRows; ++i) {
+      const int64_t row = task.first_row + std::min(tile + i, task.rows - 1);
+      const int64_t query = row / group, token = task.b * p.queries + query;
+      work.last[tile + i] = p.causal ? length - p.queries + query : length - 1;
+      const int64_t offset = task.b * p.q_batch + query * p.q_token + (task.kv_head * group + row % group) * p.q_head;
+      with_dtype(p.dtype, [&](auto zero) {
+        convert((const decltype(zero)*)p.q + offset, p.head_dim, p.sign, wide);
+      });
+      if (p.cos) rotate(wide, p.cos + token * p.pairs, p.sin + token * p.pairs, p.pairs, p.half);
+      rows[i] = narrow + i * depth;
+      convert(wide, p.head_dim, 1.0f, narrow + i * depth);
+      for (int64_t d = p.head_dim; d < depth; ++d) narrow[i * depth + d] = Element{};
+    }
+    Products::put_queries(rows, depth, work.queries + tile * depth);
+  }
+}
+
+// Weights of the block's scores, as the right operand of the second product; moves row_max, row_sum and sums on.
+template <typename Products, bool masked>
+void weigh(const Problem& p, const int32_t* last, int64_t first_key, int count, float* scores, float* row_max,
+           float* row_sum, typename Products::Element* weights, float* sums) {
+  constexpr int W = Products::kRows / kLanes;
+  for (int w = 0; w < W; ++w) {
+    float* column = scores + w * kLanes;
+    const Vec before = load(row_max + w * kLanes);
+    Vec most[4] = {before, before, before, before};
+    IntVec visible;
+    if constexpr (masked) std::memcpy(&visible, last + w * kLanes, sizeof visible);
+    for (int key = 0; key < count; key += 4) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        Vec score = load(column + (key + i) * Products::kRows);
+        if constexpr (masked) {
+          score = IntVec{} + (int32_t)(first_key + key + i) <= visible ? score : splat(-INFINITY);
+          store(column + (key + i) * Products::kRows, score);
+        }
+        most[i] = score > most[i] ? score : most[i];
+      }
+    }
+    most[0] = most[0] > most[1] ? most[0] : most[1];
+    most[2] = most[2] > most[3] ? most[2] : most[3];
+    const Vec now = most[0] > most[2] ? most[0] : most[2];
+    const Vec decay = exp2((before - now) * p.scale);
+    Vec sum = load(row_sum + w * kLanes) * decay;
+    for (int start = 0; start < count; start += kChunk) {  // each chunk by itself first, as in Floats::accumulate
+      Vec even_sum{}, odd_sum{};
+      for (int key = start; key < start + kChunk; key += 2) {
+        const Vec even = Products::power((load(column + key * Products::kRows) - now) * p.scale);
+        const Vec odd = Products::power((load(column + (key + 1) * Products::kRows) - now) * p.scale);
+        even_sum += even;
+        odd_sum += odd;
+        Products::put_weights(key, w, even, odd, weights);
+      }
+      sum += even_sum + odd_sum;
+    }
+    store(row_max + w * kLanes, now);
+    store(row_sum + w * kLanes, sum);
+    if (any(now != before)) {
+      const int depth = p.depth();
+      for (int d = 0; d < depth; ++d) {
+        float* at = sums + d * Products::kRows + w * kLanes;
+        store(at, load(at) * decay);
+      }
+    }
+  }
+}
+
+// The task's result: divided by the sums of its weights into `out`, or as it is into `parts`.
+template <typename Products>
+void finish(const Problem& p, const Task& task, const Workspace<typename Products::Element>& work) {
+  constexpr int kRows = Products::kRows;
+  const int64_t depth = p.depth(), group = p.group();
+  const int64_t parts = ((task.b * p.kv_heads + task.kv_head) * p.part_count() + task.part) * p.rows();
+  for (int64_t tile = 0; tile < task.rows; tile += kRows) {
+    const int64_t count = std::min<int64_t>(kRows, task.rows - tile);
+    const float* sums = work.sums + tile * depth;
+    for (int64_t d = 0; d < p.head_dim; d += 16) {
+      const uint32_t* from[16];
+      float turned[kRows * 16];
+      for (int i = 0; i < 16; ++i) from[i] = (const uint32_t*)(sums + (d + i) * kRows);
+      transpose<16>(from, kRows, (uint32_t*)turned);
+      const int64_t channels = std::min<int64_t>(16, p.head_dim - d);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = task.first_row + tile + i;
+        if (p.parts) {
+          std::memcpy(p.parts + (parts + row) * p.head_dim + d, turned + i * 16, channels * sizeof(float));
+          continue;
+        }
+        const float sum = work.row_sum[tile + i];
+        const int64_t token = task.b * p.queries + row / group;
+        const int64_t offset = (token * p.heads + task.kv_head * group + row % group) * p.head_dim + d;
+        with_dtype(p.dtype, [&](auto zero) {
+          convert(turned + i * 16, channels, sum > 0 ? 1 / sum : 0, (decltype(zero)*)p.out + offset);
+        });
+      }
+    }
+    for (int64_t i = 0; p.parts && i < count; ++i) {
+      float* statistics = p.statistics + (parts + task.first_row + tile + i) * 2;
+      statistics[0] = work.row_max[tile + i];
+      statistics[1] = work.row_sum[tile + i];
+    }
+  }
+}
+
+template <typename Products>
+void attend(const Problem& p, const Task& task, float* memory) {
+  using Element = typename Products::Element;
+  constexpr int kRows = Products::kRows;
+  Workspace<Element> work(p, memory);
+  const int64_t depth = p.depth(), padded = (task.rows + kRows - 1) / kRows * kRows;
+  load_queries<Products>(p, task, work);
+  std::fill_n(work.row_max, padded, kLowest);
+  std::fill_n(work.row_sum, padded, 0.0f);
+  std::fill_n(work.sums, padded * depth, 0.0f);
+  const int64_t end = std::min<int64_t>(task.end_key, work.last[padded - 1] + 1);
+  for (int64_t first = task.first_key; first < end; first += kBlock) {
+    const int64_t keys = std::min<int64_t>(kBlock, end - first);
+    switch (p.cache_dtype) {
+      case kFloat32: load_block<Products, float>(p, task, first, keys, work); break;
+      case kBFloat16: load_block<Products, bfloat16>(p, task, first, keys, work); break;
+      case kFloat16: load_block<Products, float16>(p, task, first, keys, work); break;
+      case kInt8: load_block<Products, int8_t>(p, task, first, keys, work); break;
+    }
+    const int count = (keys + kChunk - 1) / kChunk * kChunk;
+    for (int64_t tile = 0; tile < padded; tile += kRows) {
+      int32_t* last = work.last + tile;
+      if (last[kRows - 1] < first) continue;
+      float* sums = work.sums + tile * depth;
+      Products::score(work.queries + tile * depth, work.keys, count, depth, work.scores);
+      if (first + count - 1 <= std::min<int64_t>(last[0], end - 1)) {
+        weigh<Products, false>(p, last, first, count, work.scores, work.row_max + tile, work.row_sum + tile, work.weights,
+                               sums);
+      } else {
+        int32_t bounded[kRows];
+        for (int i = 0; i < kRows; ++i) bounded[i] = std::min<int64_t>(last[i], end - 1);
+        weigh<Products, true>(p, bounded, first, count, work.scores, work.row_max + tile, work.row_sum + tile,
+                              work.weights, sums);
+      }
+      Products::accumulate(work.values, work.weights, count, depth, sums);
+    }
+  }
+  finish<Products>(p, task, work);
+}
+
+// With tiles of one vector of rows where those are all.
+template <template <int> typename Products>
+void attend_narrow_or_wide(const Problem& p, const Task& task, float* memory) {
+  task.rows <= kLanes ? attend<Products<1>>(p, task, memory) : attend<Products<2>>(p, task, memory);
+}
+
+void run(const Problem& p, const Task& task, float* memory) {
+#if defined(__AMX_BF16__)
+  if (p.dtype == kBFloat16) return attend_narrow_or_wide<Tiles>(p, task, memory);
+#endif
+  attend_narrow_or_wide<Floats>(p, task, memory);
+}
+
+// One row's result from those of all parts of its keys.
+void merge(const Problem& p, int64_t b, int64_t kv_head, int64_t row, float* sums) {
+  const int64_t count = p.part_count(), rows = p.rows(), group = p.group();
+  const int64_t first = (b * p.kv_heads + kv_head) * count * rows + row;
+  float most = kLowest, sum = 0;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, p.statistics[(first + i * rows) * 2]);
+  std::fill_n(sums, p.head_dim, 0.0f);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t part = first + i * rows;
+    if (p.statistics[part * 2 + 1] == 0) continue;
+    const float weight = std::exp2((p.statistics[part * 2] - most) * p.scale);
+    sum += weight * p.statistics[part * 2 + 1];
+    for (int64_t d = 0; d < p.head_dim; ++d) sums[d] += weight * p.parts[part * p.head_dim + d];
+  }
+  const int64_t token = b * p.queries + row / group;
+  const int64_t offset = (token * p.heads + kv_head * group + row % group) * p.head_dim;
+  with_dtype(p.dtype, [&](auto zero) {
+    convert(sums, p.head_dim, sum > 0 ? 1 / sum : 0, (decltype(zero)*)p.out + offset);
+  });
+}
+
+}  // namespace
+}  // namespace afnext
+
+// workspace: [threads, workspace_row] float32, for each thread what Workspace takes and 16 for its alignment.
+AFNEXT_EXPORT void afnext_attention(
+    const char* q, const char* k, const char* v, char* out, const float* k_scales, const float* v_scales,
+    const float* cos, const float* sin, const int64_t* key_lengths, const int32_t* page_table, float* workspace,
+    float* parts, float* statistics, int64_t batch, int64_t queries, int64_t heads, int64_t kv_heads, int64_t head_dim,
+    int64_t max_keys, int64_t page_size, int64_t table_row, int64_t pairs, int64_t half, int64_t causal, int64_t q_batch,
+    int64_t q_token, int64_t q_head, int64_t k_page, int64_t k_slot, int64_t k_head, int64_t v_page, int64_t v_slot,
+    int64_t v_head, int64_t row_block, int64_t part_keys, int64_t workspace_row, double scale, int64_t dtype,
+    int64_t threads) {
+  using namespace afnext;
+  Problem p{};
+  p.q = q;
+  p.out = out;
+  p.keys = {k, k_scales, k_page, k_slot, k_head};
+  p.values = {v, v_scales, v_page, v_slot, v_head};
+  p.cos = cos;
+  p.sin = sin;
+  p.key_lengths = key_lengths;
+  p.page_table = page_table;
+  p.parts = parts;
+  p.statistics = statistics;
+  p.batch = batch;
+  p.queries = queries;
+  p.heads = heads;
+  p.kv_heads = kv_heads;
+  p.head_dim = head_dim;
+  p.max_keys = max_keys;
+  p.page_size = page_size;
+  p.table_row = table_row;
+  p.pairs = pairs;
+  p.half = half;
+  p.causal = causal;
+  p.q_batch = q_batch;
+  p.q_token = q_token;
+  p.q_head = q_head;
+  p.dtype = dtype;
+  p.cache_dtype = k_scales ? (int64_t)kInt8 : dtype;
+  p.row_block = row_block;
+  p.part_keys = part_keys;
+  p.sign = scale > 0 ? 1 : scale < 0 ? -1 : 0;
+  p.scale = scale == 0 ? 1 : std::fabs(scale) * 1.4426950408889634;
+
+  const int64_t part_count = p.part_count(), blocks = (p.rows() + row_block - 1) / row_block;
+  const int64_t tasks = batch * part_count * blocks * kv_heads;
+#pragma omp parallel num_threads(threads) if (tasks > 1)
+  {
+#if defined(__AMX_BF16__)
+    TileConfiguration tiles;
+#endif
+    float* memory = workspace + omp_get_thread_num() * workspace_row;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < tasks; ++i) {
+      Task task;
+      task.kv_head = i % kv_heads;
+      // Later rows have more keys: the longest tasks go first, so that the last to finish are short.
+      task.first_row = (blocks - 1 - i / kv_heads % blocks) * row_block;
+      task.rows = std::min(row_block, p.rows() - task.first_row);
+      task.part = i / kv_heads / blocks % part_count;
+      task.b = i / kv_heads / blocks / part_count;
+      task.first_key = task.part * part_keys;
+      task.end_key = part_keys ? std::min(p.length(task.b), task.first_key + part_keys) : p.length(task.b);
+      run(p, task, memory);
+    }
+    if (parts) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < batch * kv_heads * p.rows(); ++i) {
+        merge(p, i / p.rows() / kv_heads, i / p.rows() % kv_heads, i % p.rows(), memory);
+      }
+    }
+  }
+}

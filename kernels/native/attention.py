@@ -1,0 +1,97 @@
+"""Calls the native attention kernel, which serves attention over many queries and over few.
+
+A task is a block of rows (queries and the heads of one KV head), of one sequence and, if the keys are divided, one part
+of them. It converts and lays out a block of 256 keys and values once for all its rows, whose softmax is online, in
+float32 and in base 2. Rows are the lanes of its vectors, so nothing is added up across lanes. bfloat16 is multiplied by
+the matrix unit where there is one (AMX), everything else in float32. Parts of the keys are merged by the maxima and
+sums of their softmax (Flash-Decoding). Results do not depend on the number of threads.
+Source: Dao 2023 (FlashAttention-2); Dao et al. 2023 (Flash-Decoding).
+"""
+
+import torch
+from torch import Tensor
+
+from ..rotary import Rotation
+from . import call
+
+
+def attend_natively(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    key_lengths: Tensor | None,
+    page_table: Tensor | None,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    rotation: Rotation | None,
+    *,
+    row_block: int,
+    part_keys: int | None = None,
+) -> Tensor:
+    """The native kernel, in tasks of `row_block` rows of a KV head and, if given, of `part_keys` keys."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    batch, queries, heads, head_dim = q.shape
+    page_size, kv_heads = k.shape[1:3]
+    out = q.new_empty(q.shape)
+    if q.numel() == 0:
+        return out
+    keys = page_size
+    if key_lengths is not None:
+        key_lengths = key_lengths.to(torch.int64).contiguous()
+        keys, held = int(key_lengths.max()), page_size * (1 if page_table is None else page_table.shape[1])
+        if keys > held:
+            raise ValueError(f"sequences of up to {keys} tokens, and room for {held} in their keys or pages")
+    if page_table is not None:
+        page_table = page_table.to(torch.int32)
+        page_table = page_table if page_table.stride(-1) == 1 else page_table.contiguous()
+    cos, sin = (None, None) if rotation is None else rotation.cos_sin
+    parts, sums = None, None
+    if part_keys is not None:
+        rows_of_parts = batch * heads * queries * -(-keys // part_keys)
+        parts = torch.empty(rows_of_parts, head_dim)
+        sums = torch.empty(rows_of_parts, 2)
+    workspace = torch.empty(torch.get_num_threads(), _workspace_floats(row_block, head_dim))
+    call(
+        "attention",
+        q,
+        k,
+        v,
+        out,
+        k_scales,
+        v_scales,
+        cos,
+        sin,
+        key_lengths,
+        page_table,
+        workspace,
+        parts,
+        sums,
+        batch,
+        queries,
+        heads,
+        kv_heads,
+        head_dim,
+        keys,
+        page_size,
+        0 if page_table is None else page_table.stride(0),
+        0 if cos is None else cos.shape[-1],
+        rotation is not None and rotation.pairing == "half",
+        causal,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        row_block,
+        part_keys or 0,
+        workspace.shape[1],
+        float(scale),
+        q.dtype,
+    )
+    return out
+
+
+def _workspace_floats(row_block: int, head_dim: int) -> int:
+    """What a thread of the native kernel needs: queries and sums, their maxima, a block of keys and values, scores."""
+    depth, rows, block = -(-head_dim // 32) * 32, -(-row_block // 32) * 32, 256
+    return 2 * rows * depth + 3 * rows + 2 * block * depth + 2 * block * 32 + 33 * depth + 16

@@ -1,0 +1,273 @@
+// The two matrix products of attention, for each way in which a level multiplies.
+//
+// A tile has kRows rows (one query of one head each), which are the lanes of W vectors: what belongs to a row
+// is in one lane everywhere, so nothing is ever added up across lanes. Transposed, the products are
+//   scores[key][row] = sum_d keys[key][d] * queries[d][row],      sums[d][row] += sum_key values[key][d] * weights[key][row]
+// in which keys and values are broadcast one by one (Floats) or are the left operand of a matrix unit (Tiles). Dot
+// products of bfloat16 pairs (AVX512-BF16) are no faster than float32 on the CPUs that have no matrix unit beside them.
+// Keys and values come in chunks of kChunk, rows of `depth` elements (a multiple of kChunk, zeros behind the head's).
+
+#pragma once
+
+#include "exponential.h"
+#include "vec.h"
+
+namespace afnext {
+
+constexpr int kChunk = 32;   // keys, and channels, that are handled at a time
+constexpr int kBlock = 256;  // keys of a block: their scores for one tile stay in the first-level cache
+
+// out[j][i] = rows[i][j] for 32-bit elements; out has `width` elements a row.
+template <int width>
+inline void transpose(const uint32_t* const* rows, int columns, uint32_t* out) {
+#if defined(__AVX512F__)
+  if constexpr (width % 16 == 0) {
+    for (int first = 0; first < width; first += 16) {
+      for (int column = 0; column < columns; column += 16) {
+        __m512i a[16], b[16];
+        for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows[first + i] + column);
+        for (int i = 0; i < 16; i += 2) {
+          b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+          b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4) {
+          a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+          a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+          a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+          a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+        }
+        for (int i = 0; i < 4; ++i) {
+          b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+          b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+          b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+          b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+        }
+        uint32_t* to = out + (int64_t)column * width + first;
+        for (int i = 0; i < 8; ++i) {
+          _mm512_storeu_si512(to + i * width, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+          _mm512_storeu_si512(to + (i + 8) * width, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        }
+      }
+    }
+    return;
+  }
+#endif
+  for (int column = 0; column < columns; ++column)
+    for (int i = 0; i < width; ++i) out[(int64_t)column * width + i] = rows[i][column];
+}
+
+// Everything in float32: any level and any dtype.
+template <int W>
+struct Floats {
+  using Element = float;
+  static constexpr int kRows = W * kLanes;
+  static constexpr int kStep = kLanes >= 16 ? 8 : 4;  // broadcast at a time: their totals fill half of the registers
+
+  static Vec power(Vec x) { return exp2(x); }
+
+  static void put_queries(const float* const* rows, int depth, float* queries) {
+    transpose<kRows>((const uint32_t* const*)rows, depth, (uint32_t*)queries);
+  }
+
+  static void put_keys(const float* const* rows, int chunk, int depth, float* keys) {
+    for (int i = 0; i < kChunk; ++i)
+      std::memcpy(keys + (int64_t)(chunk * kChunk + i) * depth, rows[i], depth * sizeof(float));
+  }
+
+  static void put_values(const float* const* rows, int chunk, int depth, float* values) {
+    put_keys(rows, chunk, depth, values);
+  }
+
+  static void score(const float* queries, const float* keys, int count, int depth, float* scores) {
+    for (int key = 0; key < count; key += kStep) {
+      Vec total[kStep][W] = {};
+      const float* row = keys + (int64_t)key * depth;
+      for (int d = 0; d < depth; ++d) {
+        Vec q[W];
+        for (int w = 0; w < W; ++w) q[w] = load(queries + d * kRows + w * kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < kStep; ++i)
+#pragma GCC unroll 2
+          for (int w = 0; w < W; ++w) total[i][w] += q[w] * row[i * depth + d];
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kStep; ++i)
+#pragma GCC unroll 2
+        for (int w = 0; w < W; ++w) store(scores + (key + i) * kRows + w * kLanes, total[i][w]);
+    }
+  }
+
+  static void put_weights(int key, int w, Vec even, Vec odd, float* weights) {
+    store(weights + key * kRows + w * kLanes, even);
+    store(weights + (key + 1) * kRows + w * kLanes, odd);
+  }
+
+  static void accumulate(const float* values, const float* weights, int count, int depth, float* sums) {
+    for (int d = 0; d < depth; d += kStep) {
+      // Each chunk of keys by itself, then together: a long sum is not rounded at each of its terms.
+      for (int first = 0; first < count; first += kChunk) {
+        Vec total[kStep][W] = {};
+        for (int key = first; key < first + kChunk; ++key) {
+          const float* row = values + (int64_t)key * depth + d;
+          Vec p[W];
+          for (int w = 0; w < W; ++w) p[w] = load(weights + key * kRows + w * kLanes);
+#pragma GCC unroll 8
+          for (int i = 0; i < kStep; ++i)
+#pragma GCC unroll 2
+            for (int w = 0; w < W; ++w) total[i][w] += p[w] * row[i];
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kStep; ++i)
+#pragma GCC unroll 2
+          for (int w = 0; w < W; ++w) {
+            float* at = sums + (d + i) * kRows + w * kLanes;
+            store(at, load(at) + total[i][w]);
+          }
+      }
+    }
+  }
+};
+
+#if defined(__AMX_BF16__)
+
+// The matrix unit: 16 x 32 times 32 x 16 at once, in bfloat16 with float32 sums. Both left operands are laid out in
+// tiles of one kilobyte. In right operands, neighbours of the dimension summed over lie in one 32-bit lane.
+template <int W>
+struct Tiles {
+  using Element = bfloat16;
+  static constexpr int kRows = W * kLanes;
+  static constexpr int kPitch = kRows * 4;  // bytes from one row of a right operand or a result to the next
+
+  static Vec power(Vec x) { return exp2_coarse(x); }
+
+  static void put_queries(const bfloat16* const* rows, int depth, bfloat16* queries) {
+    transpose<kRows>((const uint32_t* const*)rows, depth / 2, (uint32_t*)queries);
+  }
+
+  static void put_weights(int key, int w, Vec even, Vec odd, bfloat16* weights) {
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(weights + key * kRows + 2 * w * kLanes, _mm512_permutexvar_epi16(order, halves));
+  }
+
+  // keys[d / 32][key][32]
+  static void put_keys(const bfloat16* const* rows, int chunk, int depth, bfloat16* keys) {
+    for (int d = 0; d < depth; d += kChunk) {
+      bfloat16* to = keys + (int64_t)d * kBlock + chunk * kChunk * kChunk;
+      for (int i = 0; i < kChunk; ++i) _mm512_storeu_si512(to + i * kChunk, _mm512_loadu_si512(rows[i] + d));
+    }
+  }
+
+  // values[key / 32][d][32]: pairs of keys side by side, then 16 of these pairs for each channel.
+  static void put_values(const bfloat16* const* rows, int chunk, int depth, bfloat16* values) {
+    uint32_t* to = (uint32_t*)(values + (int64_t)chunk * kChunk * depth);
+    for (int d = 0; d < depth; d += 16) {
+      uint32_t pairs[16][16];
+      const uint32_t* pointers[16];
+      for (int i = 0; i < 16; ++i) {
+        const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[2 * i] + d)));
+        const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[2 * i + 1] + d)));
+        _mm512_storeu_si512(pairs[i], _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+        pointers[i] = pairs[i];
+      }
+      transpose<16>(pointers, 16, to + d * 16);
+    }
+  }
+
+  static void score(const bfloat16* queries, const bfloat16* keys, int count, int depth, float* scores) {
+    for (int key = 0; key < count; key += kChunk) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int d = 0; d < depth; d += kChunk) {
+        const bfloat16* left = keys + (int64_t)d * kBlock + key * kChunk;
+        _tile_loadd(4, left, 64);
+        _tile_loadd(5, left + 16 * kChunk, 64);
+        _tile_loadd(6, queries + d * kRows, kPitch);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if constexpr (W == 2) {
+          _tile_loadd(7, queries + d * kRows + 32, kPitch);
+          _tile_dpbf16ps(2, 4, 7);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      float* to = scores + key * kRows;
+      _tile_stored(0, to, kPitch);
+      _tile_stored(1, to + 16 * kRows, kPitch);
+      if constexpr (W == 2) {
+        _tile_stored(2, to + 16, kPitch);
+        _tile_stored(3, to + 16 * kRows + 16, kPitch);
+      }
+    }
+  }
+
+  static void accumulate(const bfloat16* values, const bfloat16* weights, int count, int depth, float* sums) {
+    for (int d = 0; d < depth; d += kChunk) {
+      float* to = sums + d * kRows;
+      _tile_loadd(0, to, kPitch);
+      _tile_loadd(1, to + 16 * kRows, kPitch);
+      if constexpr (W == 2) {
+        _tile_loadd(2, to + 16, kPitch);
+        _tile_loadd(3, to + 16 * kRows + 16, kPitch);
+      }
+      for (int key = 0; key < count; key += kChunk) {
+        const bfloat16* left = values + (int64_t)key * depth + d * kChunk;
+        _tile_loadd(4, left, 64);
+        _tile_loadd(5, left + 16 * kChunk, 64);
+        _tile_loadd(6, weights + key * kRows, kPitch);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if constexpr (W == 2) {
+          _tile_loadd(7, weights + key * kRows + 32, kPitch);
+          _tile_dpbf16ps(2, 4, 7);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      _tile_stored(0, to, kPitch);
+      _tile_stored(1, to + 16 * kRows, kPitch);
+      if constexpr (W == 2) {
+        _tile_stored(2, to + 16, kPitch);
+        _tile_stored(3, to + 16 * kRows + 16, kPitch);
+      }
+    }
+  }
+};
+
+// Gives the calling thread the eight tiles, 16 rows of 64 bytes each, and puts back what was configured before.
+class TileConfiguration {
+ public:
+  TileConfiguration() {
+    _tile_storeconfig(&before_);
+    Layout tiles{};
+    tiles.palette = 1;
+    for (int i = 0; i < 8; ++i) {
+      tiles.row_bytes[i] = 64;
+      tiles.rows[i] = 16;
+    }
+    _tile_loadconfig(&tiles);
+  }
+  ~TileConfiguration() {
+    if (before_.palette) {
+      _tile_loadconfig(&before_);
+    } else {
+      _tile_release();
+    }
+  }
+  TileConfiguration(const TileConfiguration&) = delete;
+  TileConfiguration& operator=(const TileConfiguration&) = delete;
+
+ private:
+  struct alignas(64) Layout {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+  Layout before_;
+};
+
+#endif
+
+}  // namespace afnext
