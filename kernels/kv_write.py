@@ -21,9 +21,19 @@ Source: the paged layout is that of Kwon et al. 2023 (PagedAttention).
 import torch
 from torch import Tensor
 
+from . import native
 from .dispatch import Operation
 from .quantize_rows import reference as quantize
-from .rotary import Rotation, check_rotation, load_turned, load_turns, rotary, rotation_config, token_rows
+from .rotary import (
+    Rotation,
+    check_rotation,
+    load_turned,
+    load_turns,
+    native_misfit,
+    rotary,
+    rotation_config,
+    token_rows,
+)
 from .rotary import reference as rotary_reference
 from .triton_language import tl, triton
 
@@ -173,6 +183,49 @@ def _triton(
         **config.options(),
     )
     return out
+
+
+def _misfit(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, *_: object) -> str | None:
+    return native_misfit(q, k, v) or (None if k_cache.dtype == torch.int8 else native.misfit(k_cache))
+
+
+@_operation.implementation("native", _misfit)
+def _native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    slots: Tensor,
+    rotation: Rotation,
+) -> Tensor:
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    held = k_cache.shape[0] * k_cache.shape[1]
+    if slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < held:
+        raise IndexError(f"slots from {int(slots.min())} to {int(slots.max())} in caches of {held}")
+    cos, sin = rotation.cos_sin
+    native.call(
+        "kv_write",
+        k,
+        v,
+        k_cache,
+        v_cache,
+        k_scales,
+        v_scales,
+        slots.contiguous(),
+        cos,
+        sin,
+        *k.shape,
+        cos.shape[-1],
+        rotation.pairing == "half",
+        *k.stride()[:3],
+        *v.stride()[:3],
+        k.dtype,
+        k.dtype if k_scales is not None else k_cache.dtype,
+    )
+    return rotary(q, rotation)
 
 
 @_operation.implementation("torch")

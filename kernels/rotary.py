@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from . import native
 from .configs import Config, Configs
 from .dispatch import Operation
 from .triton_language import tl, triton
@@ -181,6 +182,23 @@ def _triton(x: Tensor, rotation: Rotation) -> Tensor:
         **config.options(),
     )
     return out
+
+
+@_operation.implementation("native", lambda x, _: native_misfit(x))
+def _native(x: Tensor, rotation: Rotation) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = x.new_empty(x.shape)
+    cos, sin = rotation.cos_sin
+    half = rotation.pairing == "half"
+    native.call("rotary", x, out, cos, sin, *x.shape, cos.shape[-1], half, *x.stride()[:3], x.dtype)
+    return out
+
+
+def native_misfit(*tensors: Tensor) -> str | None:
+    """What of tensors [..., head_dim] the native kernels do not rotate."""
+    if tensors[0].shape[-1] > 512:  # what they keep of a row
+        return f"head_dim {tensors[0].shape[-1]}"
+    return native.misfit(*tensors)
 
 
 @_operation.implementation("torch")

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import native
 from .dispatch import Operation
 from .norm import layer_norm_reference, normalize_row, row_blocks
 from .rotary import rope_frequencies
@@ -192,6 +193,39 @@ def _triton(
         ROTATE=angles is not None,
         INDEXED=windows is not None,
         **row_blocks(channels),
+    )
+    return out
+
+
+@_operation.implementation("native", lambda x, weight, bias, *_: native.misfit(x, weight, bias))
+def _native(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, angles: Tensor | None, windows: Tensor | None
+) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    angles = angles if angles is None or angles.stride(-1) == 1 else angles.contiguous()
+    if angles is not None and windows is not None and not 0 <= int(windows.min()) <= int(windows.max()) < len(angles):
+        raise IndexError(f"windows from {int(windows.min())} to {int(windows.max())} in a table of {len(angles)}")
+    batch, length, channels = x.shape[0], pooled_length(x.shape[1]), x.shape[2]
+    out = x.new_empty(batch, length, channels)
+    workspace = torch.empty(torch.get_num_threads(), channels + 16)
+    native.call(
+        "pool_norm_rotate",
+        x,
+        weight.contiguous(),
+        bias.contiguous(),
+        angles,
+        None if windows is None else windows.contiguous(),
+        out,
+        workspace,
+        workspace.shape[1],
+        batch,
+        length,
+        channels,
+        *x.stride()[:2],
+        *((0, 0) if angles is None else angles.stride()[:2]),
+        0 if angles is None else angles.shape[-1],
+        eps,
+        x.dtype,
     )
     return out
 

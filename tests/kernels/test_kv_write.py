@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import DTYPES, UNREAD_PAGE, assert_accurate, backends, exactly, poisoned
+from support.guarded import guarded
 from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
@@ -18,6 +19,7 @@ from afnext.kernels.pages import page_slots
 from afnext.kernels.rotary import Pairing, Rotation, rope_frequencies, rotary
 
 BACKENDS = backends(module._operation, rotary_module._operation)
+NATIVE = [backend for backend in BACKENDS if "native" in str(backend)]
 # tokens already there, new tokens, (heads, kv_heads), head_dim, rotated channels, page_size
 SHAPES = [
     ((0,), 1, (1, 1), 16, 16, 16),
@@ -238,6 +240,41 @@ def test_written_then_attended(backend: str, seed: int, device: torch.device) ->
             )
         torch.testing.assert_close(out.double(), expected[:, new], rtol=0, atol=5e-6)
     assert start == length
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("backend", NATIVE)
+def test_native_stays_within_its_memory(
+    backend: str, threads: int, int8: bool, seed: int, restored_threads: None
+) -> None:
+    """Tensors that end where memory ends, the last slot among those written; any number of threads gives the same."""
+    shape: Shape = ((16, 0), 110, (5, 2), 67, 66, 7)
+    new = tensors(shape, torch.bfloat16, torch.device("cpu"))
+    slots, rotation, cache_shape = layout(shape, "half", torch.device("cpu"))
+    last = cache_shape[0] * cache_shape[1] - 1
+    slots[0, 3] = slots[0, 3] if last in slots else last
+    dtype = torch.int8 if int8 else torch.bfloat16
+    outputs = []
+    for count, place in ((1, torch.clone), (threads, guarded)):
+        torch.set_num_threads(count)
+        written = [place(torch.zeros(cache_shape, dtype=dtype)) for _ in range(2)]
+        scales = [place(torch.zeros(cache_shape[:3])) for _ in range(2)] if int8 else [None, None]
+        options = dict(zip(("k_cache", "v_cache", "k_scales", "v_scales"), written + scales, strict=True))
+        with poisoned(backend):
+            turned = kv_write(*map(place, new), **options, slots=place(slots), rotation=rotation)
+        outputs.append([turned, *written, *(scales if int8 else [])])
+    for alone, shared in zip(*outputs, strict=True):
+        assert torch.equal(alone, shared)
+
+
+@pytest.mark.parametrize("slot", [-1, 5 * 16])
+@pytest.mark.parametrize("backend", NATIVE)
+def test_native_writes_to_no_slot_that_is_not_there(backend: str, slot: int) -> None:
+    q, cache = torch.zeros(1, 2, 4, 8), torch.zeros(5, 16, 4, 8)
+    slots, rotation = torch.tensor([[3, slot]]), Rotation(torch.zeros(1, 2), torch.ones(4))
+    with poisoned(backend), pytest.raises(IndexError, match=str(slot)):
+        kv_write(q, q, q, k_cache=cache, v_cache=cache, slots=slots, rotation=rotation)
 
 
 def test_wrong_shapes() -> None:

@@ -124,7 +124,7 @@ def test_a_quarter_turn_tells_the_pairings_apart(backend: str, device: torch.dev
     torch.testing.assert_close(interleaved.flatten().cpu(), torch.tensor([-2.0, 1.0, -4.0, 3.0]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["reference", *backends(module._operation)])
 def test_input_is_left_alone(backend: str, dtype: torch.dtype, seed: int, device: torch.device) -> None:
     wide, rotation = inputs((2, 5, 2, 16, 12), "half", device)
@@ -133,6 +133,14 @@ def test_input_is_left_alone(backend: str, dtype: torch.dtype, seed: int, device
     with poisoned(backend):
         assert rotary(x, rotation).dtype == dtype
     assert torch.equal(x, before)
+
+
+def test_float64_stays_float64(seed: int) -> None:
+    """Whichever backend the device has first."""
+    x, rotation = inputs((2, 5, 2, 16, 12), "half", torch.device("cpu"))
+    out = rotary(x.double(), rotation)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, exactly(rotary, x, rotation), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", backends(module._operation))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import DTYPES, assert_accurate, backends, exactly, poisoned
+from support.guarded import guarded
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.musicflamingo.configuration_musicflamingo import MusicFlamingoConfig
@@ -19,6 +20,7 @@ from afnext.kernels import rote as module
 from afnext.kernels.rote import TimeEmbedding, pool_norm_rotate, pooled_length
 
 WINDOWS, FRAMES = 60, 750
+NATIVE = [backend for backend in backends(module._operation) if "native" in str(backend)]
 # windows, positions before pooling, channels, rotary channels of each axis (None: no time embedding)
 SHAPES = [(31, 2, 20, 2), (29, 3, 24, 12), (3, 7, 20, 6), (2, 31, 64, 32), (1, 60, 1280, 256), (2, 9, 67, None)]
 
@@ -169,6 +171,32 @@ def test_eps_is_used(backend: str, seed: int, device: torch.device) -> None:
     with poisoned(backend):
         out = pool_norm_rotate(x, torch.ones(64, device=device), torch.zeros(64, device=device), eps=4.0)
     torch.testing.assert_close(out, (pooled - pooled.mean(-1, keepdim=True)) / 2, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("backend", NATIVE)
+def test_native_stays_within_its_memory(
+    backend: str, threads: int, dtype: torch.dtype, seed: int, restored_threads: None
+) -> None:
+    """Tensors that end where memory ends, rows of no whole vector; any number of threads gives the same."""
+    x, weight, bias, angles = inputs((5, 40, 1283, 37), dtype, torch.device("cpu"))
+    assert angles is not None
+    torch.set_num_threads(1)
+    with poisoned(backend):
+        expected = pool_norm_rotate(x, weight, bias, angles=angles)
+    torch.set_num_threads(threads)
+    with poisoned(backend):
+        actual = pool_norm_rotate(guarded(x), guarded(weight), guarded(bias), angles=guarded(angles))
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("window", [-1, 4])
+@pytest.mark.parametrize("backend", NATIVE)
+def test_native_reads_no_window_that_is_not_there(backend: str, window: int) -> None:
+    x, table = torch.zeros(2, 6, 8), torch.zeros(4, 3, 2)
+    with poisoned(backend), pytest.raises(IndexError, match=str(window)):
+        pool_norm_rotate(x, torch.ones(8), torch.ones(8), angles=table, windows=torch.tensor([0, window]))
 
 
 def test_pooled_length_is_that_of_average_pooling() -> None:
