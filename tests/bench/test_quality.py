@@ -33,6 +33,7 @@ class FakeModel:
         self.network = torch.nn.Linear(2, 2, bias=False)
         torch.nn.init.constant_(self.network.weight, weight)
         self.network.dtype = torch.float32
+        self.network.config = type("Config", (), {"quantization": None})()
         self.options = EngineOptions()
         self.template = type("Template", (), {"source": "{{ messages }}"})()
         self.answers, self.stop_after, self.asked = answers, stop_after, list[tuple[str, str]]()
