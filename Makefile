@@ -19,6 +19,9 @@ build/native/.built: $(INSTALLED) $(NATIVE)
 	$(BIN)/python setup.py -q build_ext --inplace
 	mkdir -p build/native && touch $@
 
+# Threads that wait do not spin: the suite starts many processes, and often shares its cores with others.
+test test-slow test-gpu: export OMP_WAIT_POLICY = passive
+
 test: native
 	$(BIN)/python -m pytest -m "not slow"
 

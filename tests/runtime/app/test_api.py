@@ -175,7 +175,7 @@ def test_it_is_logged_once_which_implementation_runs(
         model = afnext.load(folder, dtype="float32")
         for _ in range(2):
             model.ask((speech_like(1, 0), RATE), "?", max_new_tokens=2)
-    assert sum(message == "attention on cpu runs on torch" for message in caplog.messages) == 1
+    assert sum(message.startswith("attention on cpu runs on ") for message in caplog.messages) == 1
 
 
 def test_the_reference_backend_gives_the_same_tokens(model: afnext.Model, seed: int) -> None:
