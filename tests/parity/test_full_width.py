@@ -30,6 +30,7 @@ def full_width(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SavedCheckp
         file.unlink()
 
 
+@pytest.mark.slow
 def test_logits_and_tokens_equal_the_reference(full_width: SavedCheckpoint, seed: int) -> None:
     audio = speech_like(33.0, seed)
     inputs = full_width.inputs([audio], [QUESTIONS[0]])
