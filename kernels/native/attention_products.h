@@ -10,7 +10,7 @@
 #pragma once
 
 #include "exponential.h"
-#include "vec.h"
+#include "matrix_unit.h"
 
 namespace afnext {
 
@@ -24,29 +24,7 @@ inline void transpose(const uint32_t* const* rows, int columns, uint32_t* out) {
   if constexpr (width % 16 == 0) {
     for (int first = 0; first < width; first += 16) {
       for (int column = 0; column < columns; column += 16) {
-        __m512i a[16], b[16];
-        for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows[first + i] + column);
-        for (int i = 0; i < 16; i += 2) {
-          b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-          b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-        }
-        for (int i = 0; i < 16; i += 4) {
-          a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-          a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-          a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-          a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-        }
-        for (int i = 0; i < 4; ++i) {
-          b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-          b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-          b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-          b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-        }
-        uint32_t* to = out + (int64_t)column * width + first;
-        for (int i = 0; i < 8; ++i) {
-          _mm512_storeu_si512(to + i * width, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-          _mm512_storeu_si512(to + (i + 8) * width, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-        }
+        transpose_16([=](int i) { return rows[first + i] + column; }, out + (int64_t)column * width + first, width);
       }
     }
     return;
@@ -145,10 +123,7 @@ struct Tiles {
   }
 
   static void put_weights(int key, int w, Vec even, Vec odd, bfloat16* weights) {
-    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    _mm512_storeu_si512(weights + key * kRows + 2 * w * kLanes, _mm512_permutexvar_epi16(order, halves));
+    store_pairs(weights + key * kRows + 2 * w * kLanes, even, odd);
   }
 
   // keys[d / 32][key][32]
@@ -164,14 +139,12 @@ struct Tiles {
     uint32_t* to = (uint32_t*)(values + (int64_t)chunk * kChunk * depth);
     for (int d = 0; d < depth; d += 16) {
       uint32_t pairs[16][16];
-      const uint32_t* pointers[16];
       for (int i = 0; i < 16; ++i) {
         const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[2 * i] + d)));
         const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[2 * i + 1] + d)));
         _mm512_storeu_si512(pairs[i], _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-        pointers[i] = pairs[i];
       }
-      transpose<16>(pointers, 16, to + d * 16);
+      transpose_tile(pairs[0], to + d * 16);
     }
   }
 
@@ -183,24 +156,9 @@ struct Tiles {
       _tile_zero(3);
       for (int d = 0; d < depth; d += kChunk) {
         const bfloat16* left = keys + (int64_t)d * kBlock + key * kChunk;
-        _tile_loadd(4, left, 64);
-        _tile_loadd(5, left + 16 * kChunk, 64);
-        _tile_loadd(6, queries + d * kRows, kPitch);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-        if constexpr (W == 2) {
-          _tile_loadd(7, queries + d * kRows + 32, kPitch);
-          _tile_dpbf16ps(2, 4, 7);
-          _tile_dpbf16ps(3, 5, 7);
-        }
+        add_product(left, queries + d * kRows);
       }
-      float* to = scores + key * kRows;
-      _tile_stored(0, to, kPitch);
-      _tile_stored(1, to + 16 * kRows, kPitch);
-      if constexpr (W == 2) {
-        _tile_stored(2, to + 16, kPitch);
-        _tile_stored(3, to + 16 * kRows + 16, kPitch);
-      }
+      store_sums(scores + key * kRows);
     }
   }
 
@@ -215,57 +173,35 @@ struct Tiles {
       }
       for (int key = 0; key < count; key += kChunk) {
         const bfloat16* left = values + (int64_t)key * depth + d * kChunk;
-        _tile_loadd(4, left, 64);
-        _tile_loadd(5, left + 16 * kChunk, 64);
-        _tile_loadd(6, weights + key * kRows, kPitch);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-        if constexpr (W == 2) {
-          _tile_loadd(7, weights + key * kRows + 32, kPitch);
-          _tile_dpbf16ps(2, 4, 7);
-          _tile_dpbf16ps(3, 5, 7);
-        }
+        add_product(left, weights + key * kRows);
       }
-      _tile_stored(0, to, kPitch);
-      _tile_stored(1, to + 16 * kRows, kPitch);
-      if constexpr (W == 2) {
-        _tile_stored(2, to + 16, kPitch);
-        _tile_stored(3, to + 16 * kRows + 16, kPitch);
-      }
+      store_sums(to);
     }
   }
-};
-
-// Gives the calling thread the eight tiles, 16 rows of 64 bytes each, and puts back what was configured before.
-class TileConfiguration {
- public:
-  TileConfiguration() {
-    _tile_storeconfig(&before_);
-    Layout tiles{};
-    tiles.palette = 1;
-    for (int i = 0; i < 8; ++i) {
-      tiles.row_bytes[i] = 64;
-      tiles.rows[i] = 16;
-    }
-    _tile_loadconfig(&tiles);
-  }
-  ~TileConfiguration() {
-    if (before_.palette) {
-      _tile_loadconfig(&before_);
-    } else {
-      _tile_release();
-    }
-  }
-  TileConfiguration(const TileConfiguration&) = delete;
-  TileConfiguration& operator=(const TileConfiguration&) = delete;
 
  private:
-  struct alignas(64) Layout {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  };
-  Layout before_;
+  // Adds to the tiles 0 .. 3 the product of two left tiles and W right ones.
+  static void add_product(const bfloat16* left, const bfloat16* right) {
+    _tile_loadd(4, left, 64);
+    _tile_loadd(5, left + 16 * kChunk, 64);
+    _tile_loadd(6, right, kPitch);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    if constexpr (W == 2) {
+      _tile_loadd(7, right + 32, kPitch);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+
+  static void store_sums(float* to) {
+    _tile_stored(0, to, kPitch);
+    _tile_stored(1, to + 16 * kRows, kPitch);
+    if constexpr (W == 2) {
+      _tile_stored(2, to + 16, kPitch);
+      _tile_stored(3, to + 16 * kRows + 16, kPitch);
+    }
+  }
 };
 
 #endif

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "linear.h"
+#include "matrix_unit.h"
 
 #if defined(__AMX_INT8__)
 
@@ -17,64 +18,6 @@ constexpr int64_t kTokens = 512;  // a multiple of 32
 
 // Whether a product is done here: `products.on_tiles` in Python says the same.
 inline bool takes_tiles(int64_t rows, int64_t columns) { return rows > 4 && columns >= 32; }
-
-// Gives the calling thread the eight tiles, 16 rows of 64 bytes each, and puts back what was configured before.
-class TileConfiguration {
- public:
-  TileConfiguration() {
-    _tile_storeconfig(&before_);
-    Layout tiles{};
-    tiles.palette = 1;
-    for (int i = 0; i < 8; ++i) {
-      tiles.row_bytes[i] = 64;
-      tiles.rows[i] = 16;
-    }
-    _tile_loadconfig(&tiles);
-  }
-  ~TileConfiguration() {
-    if (before_.palette) {
-      _tile_loadconfig(&before_);
-    } else {
-      _tile_release();
-    }
-  }
-  TileConfiguration(const TileConfiguration&) = delete;
-  TileConfiguration& operator=(const TileConfiguration&) = delete;
-
- private:
-  struct alignas(64) Layout {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  };
-  Layout before_;
-};
-
-// out[j][i] = rows[i][j] of 16 x 16 elements of 32 bits; rows `pitch` apart.
-inline void transpose_tile(const uint32_t* rows, int64_t pitch, uint32_t* out) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows + i * pitch);
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    _mm512_storeu_si512(out + i * 16, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-    _mm512_storeu_si512(out + (i + 8) * 16, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-  }
-}
 
 // Tokens as right operands: of each 16 tokens, for each 64 bytes, one tile. Zeros behind the last token and byte.
 class PackedTokens {
@@ -88,7 +31,7 @@ class PackedTokens {
         const int64_t width = std::min<int64_t>(64, bytes - step * 64);
         for (int64_t i = 0; i < 16 && block * 16 + i < rows; ++i)
           std::memcpy(part[i], (const uint8_t*)x + (block * 16 + i) * bytes + step * 64, width);
-        transpose_tile((const uint32_t*)part, 16, (uint32_t*)tile(block, step));
+        transpose_tile((const uint32_t*)part, (uint32_t*)tile(block, step));
       }
   }
 
@@ -166,7 +109,7 @@ void for_tile_blocks(const PackedTokens& x, int64_t rows, int64_t columns, int64
           tile_product<INT8>(left.rows, left.pitch, left.tail, x, token, sums);
           for (int64_t i = skip / 16; i < 2; ++i)
             for (int64_t j = 0; j < 2; ++j) {
-              transpose_tile((const uint32_t*)sums[i][j], 16, (uint32_t*)turned);
+              transpose_tile((const uint32_t*)sums[i][j], (uint32_t*)turned);
               const int64_t start = std::max<int64_t>(0, skip - i * 16);
               for (int64_t row = (token + j) * 16; row < std::min((token + j + 1) * 16, rows); ++row) {
                 Sums whole{};
@@ -180,16 +123,9 @@ void for_tile_blocks(const PackedTokens& x, int64_t rows, int64_t columns, int64
   }
 }
 
-// 32 neighbours in bfloat16, from the first 16 and the last, or from the even ones and the odd ones.
+// 32 neighbours in bfloat16, from the first 16 and the last.
 inline void store_halves(void* p, Vec first, Vec last) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)last, (__m512)first));
-}
-
-inline void store_pairs(void* p, Vec even, Vec odd) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
 }
 
 }  // namespace afnext

@@ -1,0 +1,89 @@
+// What every user of the matrix unit (AMX) shares: its configuration, and the layouts of its operands.
+
+#pragma once
+
+#include "vec.h"
+
+namespace afnext {
+
+#if defined(__AVX512F__)
+
+// out[j * pitch + i] = row(i)[j] of 16 x 16 elements of 32 bits; row(i) points to the 16 of row i.
+template <typename Row>
+inline void transpose_16(Row row, uint32_t* out, int64_t pitch) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(row(i));
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    _mm512_storeu_si512(out + i * pitch, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+    _mm512_storeu_si512(out + (i + 8) * pitch, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+  }
+}
+
+// One tile, rows and out contiguous.
+inline void transpose_tile(const uint32_t* rows, uint32_t* out) {
+  transpose_16([rows](int i) { return rows + i * 16; }, out, 16);
+}
+
+#endif
+
+#if defined(__AMX_TILE__)
+
+// Gives the calling thread the eight tiles, 16 rows of 64 bytes each, and puts back what was configured before.
+class TileConfiguration {
+ public:
+  TileConfiguration() {
+    _tile_storeconfig(&before_);
+    Layout tiles{};
+    tiles.palette = 1;
+    for (int i = 0; i < 8; ++i) {
+      tiles.row_bytes[i] = 64;
+      tiles.rows[i] = 16;
+    }
+    _tile_loadconfig(&tiles);
+  }
+  ~TileConfiguration() {
+    if (before_.palette) {
+      _tile_loadconfig(&before_);
+    } else {
+      _tile_release();
+    }
+  }
+  TileConfiguration(const TileConfiguration&) = delete;
+  TileConfiguration& operator=(const TileConfiguration&) = delete;
+
+ private:
+  struct alignas(64) Layout {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+  Layout before_;
+};
+
+// 32 neighbours in bfloat16, from the even ones and the odd ones.
+inline void store_pairs(void* p, Vec even, Vec odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
+}
+
+#endif
+
+}  // namespace afnext
