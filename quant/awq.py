@@ -16,8 +16,8 @@ weights (`Fold`). Where that is so in this family:
               v_proj -> out_proj;  not fc1 -> fc2, nor linear_1 -> linear_2 in the adaptor: GELU lies between
     adaptor   the encoder's last norm -> linear_1, one scale for the two channels that RoTE rotates into each other
 
-A weight is then clipped, group by group, where rounding fewer, finer steps gives the least error of the group's share
-of the output.
+`clipped` cuts a weight's groups where fewer, finer steps give the least error of their share of the output. Calibration
+does without it: the scales that int4 fits to the error do the same.
 
 Source: Lin et al. 2023, arXiv:2306.00978 (AWQ).
 """

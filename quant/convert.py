@@ -19,16 +19,37 @@ from torch import Tensor
 from .scheme import Stored
 
 SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
-_DTYPES = {
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
+INDEX_FILE = "model.safetensors.index.json"
+TORCH_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
 }
+"""The dtypes of the format that torch has."""
 _ALIGNMENT = 64
+
+
+def spelled(dtype: torch.dtype) -> str:
+    """The dtype as safetensors spells it, such as BF16."""
+    return next(name for name, known in TORCH_DTYPES.items() if known == dtype)
+
+
+def shard_name(number: int, count: int) -> str:
+    """The name of file `number`, from 1, of `count`."""
+    return f"model-{number:05}-of-{count:05}.safetensors"
 
 
 class CheckpointWriter:
@@ -47,7 +68,7 @@ class CheckpointWriter:
     ):
         self._folder = folder
         shards = _shards(expected, shard_bytes)
-        names = [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
+        names = [shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
         files = ["model.safetensors"] if len(shards) == 1 else names
         self._shards = [_Shard(folder / name, tensors, metadata) for name, tensors in zip(files, shards, strict=True)]
         self._left = {name: shard for shard in self._shards for name in shard.tensors}
@@ -66,7 +87,7 @@ class CheckpointWriter:
         if len(self._shards) > 1:
             weight_map = {name: shard.file.name for shard in self._shards for name in shard.tensors}
             index = {"metadata": {"total_size": sum(shard.nbytes for shard in self._shards)}, "weight_map": weight_map}
-            (self._folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+            (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
         return [shard.finish(metadata) for shard in self._shards]
 
 
@@ -111,7 +132,7 @@ class _Shard:
     def _header(self, metadata: Mapping[str, str]) -> bytes:
         entries = {
             name: {
-                "dtype": _DTYPES[stored.dtypes[0]],
+                "dtype": spelled(stored.dtypes[0]),
                 "shape": list(stored.shape),
                 "data_offsets": [self._spans[name].start, self._spans[name].end],
             }

@@ -45,9 +45,10 @@ class Packed(NamedTuple):
     scales: Tensor
     zeros: Tensor | None = None
 
-    def named(self) -> dict[str, Tensor]:
-        """The tensors by the names of `PARTS`, without those that are None."""
-        return {part: tensor for part, tensor in zip(PARTS, self, strict=True) if tensor is not None}
+    def named(self, weight: str = "weight") -> dict[str, Tensor]:
+        """The tensors by the names that they have beside a layer's `weight`, those of `PARTS` after its own prefix."""
+        prefix = weight.removesuffix("weight")
+        return {prefix + part: tensor for part, tensor in zip(PARTS, self, strict=True) if tensor is not None}
 
 
 class Stored(NamedTuple):

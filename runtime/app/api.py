@@ -17,17 +17,16 @@ from ..engine.options import EngineOptions
 from ..engine.scheduler import Engine
 from ..errors import AudioError, ConfigError
 from ..files import read_settings
-from ..io.audio import Audio, AudioSource, load_audio
+from ..io.audio import Audio, AudioSource
 from ..io.prompt import PromptTemplate
 from ..io.tokenizer import Tokenizer
 from ..model.audio_flamingo import AudioFlamingo
-from ..model.checkpoint import Checkpoint, with_stored_head
-from ..model.config import ModelConfig
+from ..model.checkpoint import open_with_config
 from ..model.hub import resolve
 from ..model.quantized import to_quantize
 from .answer import Answer
 from .context import Context
-from .conversation import Conversation, Message, audible
+from .conversation import Conversation, Message, load_audible
 from .live import Live
 from .responder import DEFAULT_NEW_TOKENS, AnswerOptions, Progress, Responder, Stream, check_options
 from .transcribe import (
@@ -159,7 +158,7 @@ def _within(
     options: EngineOptions,
 ) -> EngineOptions:
     """The options with the room for keys and values that `memory` bytes leave. Raises MemoryPlanError for none."""
-    stored = with_stored_head(ModelConfig.from_folder(folder), Checkpoint.open(folder))
+    _, stored = open_with_config(folder)
     config = to_quantize(stored, quant)
     computed = _dtype(dtype, config.dtype, device)
     as_stored = config == stored and (config.quantization is not None or str(computed) == f"torch.{config.dtype}")
@@ -273,7 +272,7 @@ class Model:
         length = min(DEFAULT_WINDOW, longest) if window is None else window
         if length > longest:
             raise AudioError(f"a window of {length:g} s is longer than the {longest} s that the model hears at once.")
-        recording = audible(load_audio(audio, max_seconds=MAX_SECONDS, truncate=options.pop("truncate", False)))
+        recording = load_audible(audio, max_seconds=MAX_SECONDS, truncate=options.pop("truncate", False))
         cuts = spans(recording.duration, length, overlap)
         question = prompt or prompt_for(timestamps=timestamps, speakers=speakers)
         report = options.get("progress") or (lambda stage, done, total: None)

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...quant.calibrate import Calibration, InputStatistics, LayerReport, quantize_stage
-from ...quant.convert import CheckpointWriter
+from ...quant.convert import INDEX_FILE, CheckpointWriter, shard_name
 from ...quant.recipe import Recipe
 from ...quant.scheme import Packed, Scheme, Stored
 from ..engine.layerwise import HiddenStates, PlacedPrompt, Stage, Stem, Window, decoder_inputs, stages
@@ -30,9 +30,7 @@ from ..errors import CheckpointError
 from ..files import read_json_object
 from ..io.prompt import PromptTemplate
 from ..io.tokenizer import Tokenizer
-from ..model.checkpoint import Checkpoint, check_fit, with_stored_head
-from ..model.checkpoint_files import INDEX_FILE
-from ..model.config import ModelConfig
+from ..model.checkpoint import check_fit, open_with_config
 from ..model.encoder import token_count
 from ..model.hub import resolve
 from ..model.quantized import layer_schemes, quantization_metadata
@@ -162,8 +160,7 @@ class _Calibrator:
         device: torch.device,
         dtype: torch.dtype | None,
     ):
-        self.checkpoint = Checkpoint.open(source)
-        self.config = with_stored_head(ModelConfig.from_folder(source), self.checkpoint)
+        self.checkpoint, self.config = open_with_config(source)
         if self.config.quantization is not None:
             raise CalibrationError(f"{source} is quantized already; calibration takes dense weights")
         check_fit(self.checkpoint, self.config)
@@ -193,7 +190,7 @@ class _Calibrator:
                 self._fill(stage)
                 tensors, reports = self._quantized(stage, states, progress)
                 outputs = stage.outputs(states)
-            self._save(f"model-{number + 1:05}-of-{len(steps):05}.safetensors", tensors)
+            self._save(shard_name(number + 1, len(steps)), tensors)
             del tensors
             total = len(state.prompts) if stage is None else len(states)
             following = states if last else self._written(number + 1, outputs, total, progress)
@@ -325,7 +322,7 @@ class _Calibrator:
             canonical = stage.canonical(name)
             if isinstance(value, Packed):
                 scheme = self.schemes[canonical.removesuffix(".weight")]
-                tensors |= {canonical.removesuffix("weight") + part: tensor for part, tensor in value.named().items()}
+                tensors |= value.named(canonical)
                 fill(stage.module, [(name, scheme.dequantize(value, self.dtype))])
             else:
                 tensors[canonical] = value
@@ -340,8 +337,7 @@ class _Calibrator:
         for name in self.checkpoint.names:
             scheme = self.schemes.get(name.removesuffix(".weight"))
             if name not in staged and scheme is not None:
-                packed = scheme.quantize(self.checkpoint.tensor(name))
-                tensors |= {name.removesuffix("weight") + part: tensor for part, tensor in packed.named().items()}
+                tensors |= scheme.quantize(self.checkpoint.tensor(name)).named(name)
             elif name not in staged:
                 tensors[name] = self.checkpoint.tensor(name)
         return tensors
@@ -373,7 +369,7 @@ class _Calibrator:
         """Write the index, the config and the texts of the checkpoint; remove what only the run needed."""
         index: dict[str, str] = {}
         for number in range(shards):
-            name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+            name = shard_name(number + 1, shards)
             with safe_open(self.out / name, "pt") as file:
                 index |= dict.fromkeys(file.keys(), name)
         (self.out / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": index}))

@@ -10,8 +10,7 @@ from rich.table import Table
 
 from ..engine.kv_cache import page_bytes
 from ..engine.memory import shown_bytes
-from ..model.checkpoint import Checkpoint, with_stored_head
-from ..model.config import ModelConfig
+from ..model.checkpoint import open_with_config
 from ..model.hub import resolve
 from ..model.parameters import PARTS, expected_shapes, part_of
 from ..model.quantized import layer_schemes
@@ -23,8 +22,7 @@ def describe(model: str | PathLike[str]) -> dict[str, Any]:
     model: a folder, or a name on the Hub. Raises CheckpointError or ConfigError.
     """
     folder = resolve(model)
-    checkpoint = Checkpoint.open(folder)
-    config = with_stored_head(ModelConfig.from_folder(folder), checkpoint)
+    checkpoint, config = open_with_config(folder)
     parts: Counter[str] = Counter()
     for name in checkpoint.names:
         parts[part_of(name)] += math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize

@@ -24,7 +24,7 @@ from ...quant.recipe import Recipe
 from ...quant.scheme import Stored
 from ..errors import ConfigError
 from ..files import read_settings
-from ..model.checkpoint import Checkpoint, load_weights, with_stored_head
+from ..model.checkpoint import Checkpoint, load_weights, open_with_config
 from ..model.component_config import COMPONENTS
 from ..model.config import ModelConfig
 from ..model.hub import resolve
@@ -57,8 +57,7 @@ def quantize(
     """
     begun = time.perf_counter()
     folder, target = resolve(source, revision=revision), Path(out)
-    checkpoint = Checkpoint.open(folder)
-    config = with_stored_head(ModelConfig.from_folder(folder), checkpoint)
+    checkpoint, config = open_with_config(folder)
     if config.quantization is not None:
         raise ConfigError(f"{source} is quantized already ({config.quantization.name}); give the dense weights")
     expected = as_stored(checkpoint, to_quantize(config, recipe))

@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...quant.convert import TORCH_DTYPES, spelled
 from ..errors import CheckpointError, ContextFileError
-from ..files import parse_json_object
 from ..model.audio_flamingo import AudioFlamingo
-from ..model.safetensors_header import MAX_HEADER_BYTES, StoredTensor, parse_header
+from ..model.safetensors_header import StoredTensor, parse_header_and_metadata
 from .kv_cache import KVCache
 from .prefix import Prefix
 
 FORMAT = "afnext-context-1"
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.int64: "I64"}
 _DIGEST_BYTES = 32
 _BLOCK = 1 << 24
 _SAMPLES = 4096
@@ -62,7 +61,7 @@ def save_prefix(path: Path, prefix: Prefix, model: AudioFlamingo, cache: KVCache
     offset = 0
     for name, (dtype, shape) in shapes.items():
         size = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {"dtype": spelled(dtype), "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     header["digest"] = {"dtype": "U8", "shape": [_DIGEST_BYTES], "data_offsets": [offset, offset + _DIGEST_BYTES]}
     encoded = json.dumps(header).encode()
@@ -94,12 +93,9 @@ class SavedPrefix:
         except (OSError, ValueError) as error:
             raise ContextFileError(f"{path} cannot be read ({error}); check the path.") from None
         try:
-            self._tensors = parse_header(self._data, path.name)
-            length = min(int.from_bytes(self._data[:8], "little"), MAX_HEADER_BYTES)
-            header = parse_json_object(self._data[8 : 8 + length], path.name, CheckpointError)
+            self._tensors, self.metadata = parse_header_and_metadata(self._data, path.name)
         except CheckpointError as error:
             raise ContextFileError(f"{path} is no sound context ({error}); listen and save again.") from None
-        self.metadata: dict[str, str] = header.get("__metadata__", {})
         self._check_identity(identity(model, cache))
         self._check_shapes()
         self._check_digest()
@@ -133,7 +129,7 @@ class SavedPrefix:
     def _check_shapes(self) -> None:
         stored = self._tensors.get("token_ids")
         tokens = stored.shape[0] if stored is not None and len(stored.shape) == 1 else 0
-        expected = {name: (_DTYPES[dtype], shape) for name, (dtype, shape) in _shapes(self._cache, tokens).items()}
+        expected = {name: (spelled(dtype), shape) for name, (dtype, shape) in _shapes(self._cache, tokens).items()}
         expected["digest"] = ("U8", (_DIGEST_BYTES,))
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in self._tensors.items()}
         if not tokens or found != expected or next(reversed(self._tensors)) != "digest":
@@ -149,8 +145,9 @@ class SavedPrefix:
 
     def _tensor(self, name: str) -> Tensor:
         stored = self._tensors[name]
-        (dtype,) = (dtype for dtype, spelled in _DTYPES.items() if spelled == stored.dtype)
-        flat = torch.frombuffer(self._data, dtype=dtype, count=stored.elements, offset=stored.start)
+        flat = torch.frombuffer(
+            self._data, dtype=TORCH_DTYPES[stored.dtype], count=stored.elements, offset=stored.start
+        )
         return flat.view(stored.shape)
 
 

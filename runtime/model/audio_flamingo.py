@@ -10,7 +10,7 @@ from ...kernels.log_mel import log_mel
 from ...quant.linear import Embedding, Linear
 from ...quant.recipe import Recipe
 from .adaptor import Adaptor
-from .checkpoint import Checkpoint, load_weights, with_stored_head
+from .checkpoint import load_weights, open_with_config
 from .config import ModelConfig
 from .decoder import Decoder
 from .encoder import Encoder
@@ -55,8 +55,7 @@ class AudioFlamingo(nn.Module):
 
         Raises ConfigError, CheckpointError or SchemeError naming the file, tensor or layer at fault.
         """
-        checkpoint = Checkpoint.open(folder)
-        config = with_stored_head(ModelConfig.from_folder(folder), checkpoint)
+        checkpoint, config = open_with_config(folder)
         model = cls(to_quantize(config, quant))
         compute, host = dtype(config.dtype), torch.device("cpu")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ...quant.convert import TORCH_DTYPES, spelled
 from ...quant.recipe import Recipe
 from ...quant.scheme import PARTS, Scheme
 from ..errors import CheckpointError
@@ -29,25 +30,6 @@ from .quantized import check_finite, check_written_for, expected_tensors, layer_
 from .safetensors_header import StoredTensor, parse_header_and_metadata, shown_shape
 
 __all__ = ["Checkpoint", "check_fit", "expected_shapes", "load_weights"]
-
-TORCH_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
 
 # A tied model stores neither of these.
 LM_HEAD = ("decoder.lm_head.weight", "decoder.lm_head.weight_codes")
@@ -185,6 +167,12 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} has no parameter {shown(name)}.") from None
 
 
+def open_with_config(folder: Path) -> tuple[Checkpoint, ModelConfig]:
+    """The checkpoint in `folder` and its config, as `with_stored_head`. Raises CheckpointError or ConfigError."""
+    checkpoint = Checkpoint.open(folder)
+    return checkpoint, with_stored_head(ModelConfig.from_folder(folder), checkpoint)
+
+
 def with_stored_head(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """The config, untied where the checkpoint holds a head of its own: the reference uses it whatever the flag says."""
     if not config.decoder.tie_word_embeddings or not any(name in checkpoint for name in LM_HEAD):
@@ -282,8 +270,7 @@ def _pack(
     except ValueError as problem:
         raise CheckpointError(f"{checkpoint.origin(name)} cannot be quantized: {problem}.") from None
     checkpoint.release(name)
-    for part, tensor in packed.named().items():
-        yield name.removesuffix("weight") + part, tensor
+    yield from packed.named(name).items()
 
 
 def _place(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
@@ -304,11 +291,6 @@ def _place(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch
         raise CheckpointError(f"{checkpoint.origin(name)} has values beyond float16's 65504; load it in bfloat16.")
     checkpoint.release(name)
     return weight
-
-
-def spelled(dtype: torch.dtype) -> str:
-    """The dtype as safetensors spells it, such as BF16."""
-    return next(name for name, known in TORCH_DTYPES.items() if known == dtype)
 
 
 def _stored_bytes(checkpoint: Checkpoint, name: str) -> int:

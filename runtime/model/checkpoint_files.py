@@ -4,13 +4,13 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
+from ...quant.convert import INDEX_FILE
 from ..errors import CheckpointError
 from ..files import read_json_object, shown
 from .component_config import COMPONENTS
 from .safetensors_header import MAX_HEADER_BYTES
 
 SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # A plain file name: no separator, no drive and no leading dot that could lead out of the folder.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from afnext.quant.convert import INDEX, CheckpointWriter
+from afnext.quant.convert import INDEX_FILE, CheckpointWriter
 from afnext.quant.scheme import Stored
 
 DTYPES = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -63,10 +63,10 @@ def test_what_is_written_is_read_by_the_library(
     for name, tensor in tensors.items():
         assert torch.equal(read[name], tensor)
     if len(files) > 1:
-        index = json.loads((folder / INDEX).read_text())
+        index = json.loads((folder / INDEX_FILE).read_text())
         assert set(index["weight_map"].values()) == {file.name for file in files}
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
-    assert sorted(os.listdir(folder)) == sorted([file.name for file in files] + [INDEX] * (len(files) > 1))
+    assert sorted(os.listdir(folder)) == sorted([file.name for file in files] + [INDEX_FILE] * (len(files) > 1))
 
 
 def test_codes_are_aligned(tmp_path: Path) -> None:
