@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from os import PathLike
@@ -25,12 +26,46 @@ from .conversation import Conversation, Message, Recording, audio_inputs
 from .responder import Progress, QuestionOptions, Responder, Stream, check_options
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 MAX_SAMPLES = round(MAX_SECONDS * SAMPLE_RATE)
 
 
-class Context:
+class Listening(ABC):
+    """Something heard, or being heard, that answers questions until it is closed or left as a `with` block."""
+
+    _responder: Responder
+
+    def ask(self, question: str, **options: "Unpack[QuestionOptions]") -> Answer:
+        """Answer a question about what has been heard. Each is answered by itself, without those before it.
+
+        Raises PromptError, ContextLengthError or SamplingError, AudioError while nothing has been heard, and
+        AfnextError once it is closed.
+        """
+        return self._responder.chat([self._conversation(question, options)], options)[0]
+
+    def stream(self, question: str, **options: "Unpack[QuestionOptions]") -> Stream:
+        """Like `ask`, but gives the answer piece by piece."""
+        return self._responder.stream(self._conversation(question, options), options)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back. Answers on their way go on to their end."""
+
+    @abstractmethod
+    def _conversation(self, question: str, options: QuestionOptions) -> Conversation:
+        """The conversation that the question begins, on what is there to share."""
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Context(Listening):
     """Recordings that have been heard. Questions share the computed prefix, also when asked from several threads.
 
     It holds memory for its tokens until it is closed, left as a `with` block, or dropped.
@@ -113,28 +148,9 @@ class Context:
         """Length of the audio."""
         return sum(recording.seconds for recording in self._recordings)
 
-    def ask(self, question: str, **options: "Unpack[QuestionOptions]") -> Answer:
-        """Answer a question about what was heard. Each is answered by itself, without those before it.
-
-        Raises PromptError, ContextLengthError or SamplingError, and AfnextError once the context is closed.
-        """
-        return self._responder.chat([self._conversation(question, options)], options)[0]
-
-    def stream(self, question: str, **options: "Unpack[QuestionOptions]") -> Stream:
-        """Like `ask`, but gives the answer piece by piece."""
-        return self._responder.stream(self._conversation(question, options), options)
-
     def close(self) -> None:
-        """Give the memory back. Answers on their way go on to their end."""
+        """See `Listening`."""
         self._prefix.close()
-
-    def __enter__(self) -> "Context":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _conversation(self, question: str, options: QuestionOptions) -> Conversation:
         check_options(options, QuestionOptions)

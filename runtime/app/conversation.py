@@ -86,7 +86,7 @@ class Conversation:
         timings = Timings()
         with timings.measure("load_audio", torch.device("cpu")):
             audio = [
-                audible(load_audio(source, max_seconds=max_audio_seconds, truncate=truncate))
+                load_audible(source, max_seconds=max_audio_seconds, truncate=truncate)
                 for source in _audio_sources(messages)
             ]
         recordings = tuple(Recording.of(recording) for recording in audio)
@@ -130,8 +130,9 @@ def _audio_sources(messages: Sequence[Message]) -> Iterator[AudioSource]:
                 yield source
 
 
-def audible(audio: Audio) -> Audio:
-    """`audio`, if it is long enough to give a token. Raises AudioError otherwise."""
+def load_audible(source: AudioSource, *, max_seconds: float, truncate: bool) -> Audio:
+    """`load_audio` of a recording that is long enough to give a token. Raises AudioError for a shorter one."""
+    audio = load_audio(source, max_seconds=max_seconds, truncate=truncate)
     if audio_token_count(len(audio.samples)) == 0:
         milliseconds = 1000 * len(audio.samples) / SAMPLE_RATE
         raise AudioError(

@@ -1,8 +1,6 @@
 """Listening while it is being recorded: each window is heard as it completes, so a question waits for the open one."""
 
 import threading
-from types import TracebackType
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,16 +15,12 @@ from ..io.audio import Array
 from ..io.audio_stream import AudioStream
 from ..io.prompt import Prompt
 from ..model.encoder import audio_token_count
-from .answer import Answer
-from .context import Context, Fingerprint, prefix_ids, question_prompt
+from .context import Context, Fingerprint, Listening, prefix_ids, question_prompt
 from .conversation import Conversation, Recording
-from .responder import QuestionOptions, Responder, Stream, check_options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .responder import QuestionOptions, Responder, check_options
 
 
-class Live:
+class Live(Listening):
     """A recording that goes on. Feed it pieces from one thread, ask about what has been heard so far from any.
 
     Answers are those about a recording that ends where the feeding stands. It holds memory for its tokens until it is
@@ -59,14 +53,6 @@ class Live:
             self._audio.feed(pcm, rate)
             self._hear_complete()
 
-    def ask(self, question: str, **options: "Unpack[QuestionOptions]") -> Answer:
-        """Answer a question about what has been fed so far. Raises AudioError when that is nothing."""
-        return self._responder.chat([self._conversation(question, options)], options)[0]
-
-    def stream(self, question: str, **options: "Unpack[QuestionOptions]") -> Stream:
-        """Like `ask`, but gives the answer piece by piece."""
-        return self._responder.stream(self._conversation(question, options), options)
-
     def finish(self) -> Context:
         """Hear the rest, end the recording, and return what `Model.listen` of the whole would."""
         with self._lock:
@@ -85,17 +71,9 @@ class Live:
             return Context(self._responder, self._system, recordings, prefix, str(self._fingerprint))
 
     def close(self) -> None:
-        """Give the memory back. Answers on their way go on to their end."""
+        """See `Listening`."""
         with self._lock:
             self._prefix = None
-
-    def __enter__(self) -> "Live":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _recordings(self) -> tuple[Recording, ...]:
         if audio_token_count(self._audio.samples) == 0:

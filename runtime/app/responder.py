@@ -6,12 +6,12 @@ from typing import Any, TypedDict
 from ..engine.request import Request
 from ..engine.sampler import SamplingParams
 from ..engine.scheduler import Engine
-from ..io.audio import Audio, AudioSource, load_audio
+from ..io.audio import Audio, AudioSource
 from ..io.prompt import PromptTemplate
 from ..io.tokenizer import Tokenizer
 from ..model.audio_flamingo import AudioFlamingo
 from .answer import Answer, Piece
-from .conversation import AnswerReader, Conversation, Message, audible
+from .conversation import AnswerReader, Conversation, Message, load_audible
 
 Progress = Callable[[str, float, float], None]
 DEFAULT_NEW_TOKENS = 2048
@@ -112,7 +112,7 @@ class Responder:
 
     def load_audio(self, source: AudioSource, *, truncate: bool) -> Audio:
         """A recording that the model can hear. Raises AudioError."""
-        return audible(load_audio(source, max_seconds=self.network.config.max_audio_seconds, truncate=truncate))
+        return load_audible(source, max_seconds=self.network.config.max_audio_seconds, truncate=truncate)
 
     def chat(self, conversations: Sequence[Conversation], options: QuestionOptions) -> list[Answer]:
         """The answers to several conversations, in one batch."""

@@ -4,7 +4,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,19 +136,8 @@ def _window(start: float, end: float, answer: Answer) -> TranscribedWindow:
     segments, problems = parse_segments(answer.text, end - start)
     if answer.finish_reason != "stop":
         problems.append(_UNFINISHED.get(answer.finish_reason, answer.finish_reason))
-    moved = tuple(_moved(segment, start) for segment in segments)
+    moved = tuple(replace(segment, start=segment.start + start, end=segment.end + start) for segment in segments)
     return TranscribedWindow(start, end, answer.text, moved, tuple(problems), answer.finish_reason)
-
-
-def _moved(segment: Segment, by: float) -> Segment:
-    return Segment(
-        segment.start + by,
-        segment.end + by,
-        segment.text,
-        segment.speaker,
-        start_stated=segment.start_stated,
-        end_stated=segment.end_stated,
-    )
 
 
 def _warnings(audio: Audio, windows: list[TranscribedWindow]) -> Iterator[str]:
