@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -22,9 +21,9 @@ from ..quant.calibrate import Calibration, InputStatistics, gathering, quantize_
 from ..quant.scheme import Int8, Packed, Scheme
 from ..runtime.io.audio import load_audio
 from .quality import word_errors
-from .tiny.whisper import read_tensors
+from .tiny.whisper import LAYERS, model_weights
 
-LAYERS, WIDTH, HEADS, INNER, MEL_BINS, VOCABULARY = 4, 384, 6, 1536, 80, 51864
+WIDTH, HEADS, INNER, MEL_BINS, VOCABULARY = 384, 6, 1536, 80, 51864
 END, MOST_TOKENS = 50256, 120
 PARTS = ("encoder attention", "encoder MLP", "decoder attention", "decoder MLP", "lm_head", "embeddings")
 
@@ -63,7 +62,7 @@ class Whisper:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         vocabulary = self.tokenizer.get_vocab()
         self.prefix = [vocabulary[f"<|{name}|>"] for name in ("startoftranscript", "notimestamps")]
-        self._weights = whisper_weights(folder / "model.bin")
+        self._weights = model_weights(folder / "model.bin")
         self.reset()
 
     def reset(self) -> None:
@@ -208,51 +207,6 @@ def put(stage: nn.Module, name: str, value: Tensor | Packed, scheme: Scheme | No
             layer.forward = partial(scheme.linear, packed=value, bias=layer.bias)
         value = scheme.dequantize(value, torch.float32)
     setattr(layer, kind, nn.Parameter(value, requires_grad=False))
-
-
-def whisper_weights(path: Path) -> dict[str, Tensor]:
-    """Every weight in a CTranslate2 model file, float32, as transformers names them."""
-    tensors = {name: torch.from_numpy(value.astype(np.float32)) for name, value in read_tensors(path).items()}
-    weights = {"proj_out.weight": tensors["decoder/embeddings/weight"]}
-    weights["model.decoder.embed_tokens.weight"] = tensors["decoder/embeddings/weight"]
-    for name in ("conv1", "conv2"):
-        for kind in ("weight", "bias"):
-            weights[f"model.encoder.{name}.{kind}"] = tensors[f"encoder/{name}/{kind}"]
-    for side in ("encoder", "decoder"):
-        weights[f"model.{side}.embed_positions.weight"] = tensors[f"{side}/position_encodings/encodings"]
-        weights |= _norm(tensors, f"{side}/layer_norm", f"model.{side}.layer_norm")
-        for layer in range(LAYERS):
-            weights |= _layer(tensors, f"{side}/layer_{layer}/", f"model.{side}.layers.{layer}.", side)
-    return weights
-
-
-def _layer(tensors: dict[str, Tensor], source: str, target: str, side: str) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
-    for kind in ("weight", "bias"):
-        weights |= _split(tensors[f"{source}self_attention/linear_0/{kind}"], f"{target}self_attn", "qkv", kind)
-        weights[f"{target}self_attn.out_proj.{kind}"] = tensors[f"{source}self_attention/linear_1/{kind}"]
-        for number in (1, 2):
-            weights[f"{target}fc{number}.{kind}"] = tensors[f"{source}ffn/linear_{number - 1}/{kind}"]
-        if side == "decoder":
-            weights |= _split(tensors[f"{source}attention/linear_0/{kind}"], f"{target}encoder_attn", "q", kind)
-            weights |= _split(tensors[f"{source}attention/linear_1/{kind}"], f"{target}encoder_attn", "kv", kind)
-            weights[f"{target}encoder_attn.out_proj.{kind}"] = tensors[f"{source}attention/linear_2/{kind}"]
-    norms = {"self_attention": "self_attn_layer_norm", "ffn": "final_layer_norm"}
-    if side == "decoder":
-        norms["attention"] = "encoder_attn_layer_norm"
-    for stored, name in norms.items():
-        weights |= _norm(tensors, f"{source}{stored}/layer_norm", target + name)
-    return weights
-
-
-def _split(fused: Tensor, target: str, names: str, kind: str) -> dict[str, Tensor]:
-    """The parts of a fused projection; keys have no bias."""
-    parts = zip(names, fused.chunk(len(names)), strict=True)
-    return {f"{target}.{name}_proj.{kind}": part for name, part in parts if (name, kind) != ("k", "bias")}
-
-
-def _norm(tensors: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
-    return {f"{target}.weight": tensors[f"{source}/gamma"], f"{target}.bias": tensors[f"{source}/beta"]}
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ listening          peak memory while a recording of growing length is fed as it 
 throughput         tokens a second of eight mixed requests, one after the other and together, rounds interleaved
 """
 
-import platform
-import resource
 import statistics
 import tempfile
 import time
@@ -16,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from ..kernels.errors import AfnextError
 from ..runtime.app.api import Model, load
 from ..runtime.app.conversation import Conversation
 from ..runtime.engine.request import Request
 from ..runtime.engine.sampler import SamplingParams
-from .machine import machine
+from .machine import machine, peak_rss
 from .random_checkpoint import write_random_checkpoint
 from .record import Record, append
 
@@ -118,9 +117,10 @@ def _request(model: Model, conversation: list[dict[str, Any]], new_tokens: int) 
 
 
 def _peak_bytes() -> int:
-    """The most memory that this process has had so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
+    peak = peak_rss()
+    if peak is None:
+        raise AfnextError("this system does not tell how much memory a process has had; measure listening on another")
+    return peak
 
 
 def _noise(seconds: float, seed: int = 0) -> np.ndarray:
