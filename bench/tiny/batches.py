@@ -20,6 +20,8 @@ from .voices import RATE, VoiceBank
 PREFIX = "<|im_start|>user\n<|sound_bos|>"
 CLASSES = ["", *WORDS, *SOUNDS]
 WINDOW_SECONDS = 30.0
+BEFORE = (len(CLASSES), len(CLASSES), *3 * (30, 60, 10))
+"""How many values each column of `_before` has."""
 _LAST_TOKEN = 45_000
 IGNORED = -100
 
@@ -61,6 +63,7 @@ class Batches(Dataset[dict[str, Any]]):
             "classes": torch.stack([r["classes"] for r in recordings]),
             "onsets": torch.stack([r["onsets"] for r in recordings]),
             "tenths": torch.stack([r["tenths"] for r in recordings]),
+            "before": torch.stack([r["before"] for r in recordings]),
             "prefix": torch.tensor(self._prefix),
         }
         tensors |= _layout(tensors, recordings, rng)
@@ -92,6 +95,7 @@ class Batches(Dataset[dict[str, Any]]):
             "classes": torch.cat(classes),
             "onsets": torch.cat(onsets),
             "tenths": (first.flatten() * 4 // 10),
+            "before": _before(items, [*first.flatten().tolist(), _LAST_TOKEN]),
             "questions": random_questions(items, rng, stage.questions),
             "end": int(first[-1, -1]) + 1 + (0 if rng.random() < 0.5 else rng.randrange(1, 750)),
         }
@@ -125,6 +129,30 @@ def _marks(items: list[Item], tokens: int) -> tuple[Tensor, Tensor]:
 def crop_log_mel(samples: np.ndarray) -> Tensor:
     """[crops, samples] float32 to [crops, mels, frames], each crop normalized as a window of its own."""
     return log_mel(torch.from_numpy(samples), mel_bins=MELS, window_samples=samples.shape[1])
+
+
+def _before(items: list[Item], places: list[int]) -> Tensor:
+    """What each token, given by its place in the recording, comes after: [tokens, 11], labels of the last word and the
+    last sound, then minute, second and tenth where the last word, sound and either began; no label or time for none."""
+    rows, last, following = [], dict[bool, Item](), iter([*items, None])
+    item = next(following)
+    for place in places:
+        while item is not None and item.end <= place * ROTE.frame_seconds:
+            last[item.is_word] = item
+            item = next(following)
+        either = max(last.values(), key=lambda each: each.onset, default=None)
+        labels = [CLASSES.index(last[word].label) if word in last else 0 for word in (True, False)]
+        times = [_clock(each) for each in (last.get(True), last.get(False), either)]
+        rows.append([*labels, *times[0], *times[1], *times[2]])
+    return torch.tensor(rows)
+
+
+def _clock(item: Item | None) -> tuple[int, int, int]:
+    """Minute, second and tenth at which the item begins."""
+    if item is None:
+        return IGNORED, IGNORED, IGNORED
+    tenths = int(item.onset * 10 + 1e-6)
+    return tenths // 600, tenths // 10 % 60, tenths % 10
 
 
 def _disturbed(mel: Tensor, rng: random.Random) -> Tensor:

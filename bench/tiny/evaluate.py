@@ -10,7 +10,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,29 +192,46 @@ def _long(model: Model, bank: VoiceBank, recordings: int) -> list[Row]:
     return rows
 
 
+@dataclass(frozen=True)
+class Test:
+    """One row to be: how it is called and scored, what is asked, and of what recordings (see `clips`)."""
+
+    name: str
+    score: Callable[[Model, list[Clip], str], Row]
+    kind: str
+    seed: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, model: Model, bank: VoiceBank, count: int) -> Row:
+        """The row for `count` clips."""
+        return self.score(model, clips(bank, self.kind, count, self.seed, **self.options), self.name)
+
+
+_SPEECH, _SOUNDS = {"density": 1.0}, {"density": 0.0}
+TESTS = (
+    Test("words, clean", _words, "transcribe", "clean", _SPEECH),
+    Test("words, 10 dB noise", _words, "transcribe", "noisy", {"conditions": NOISY, **_SPEECH}),
+    Test("words with times", _events, "transcribe_times", "times", _SPEECH),
+    Test("sounds with times", _events, "sounds_times", "events", _SOUNDS),
+    Test("sounds, 10 dB noise", _events, "sounds_times", "e10", {"conditions": NOISY, **_SOUNDS}),
+    Test("words and sounds", _events, "describe", "describe"),
+    Test("counting sounds", _exact, "count_sound", "count", {"density": 0.2}),
+    Test("counting sounds, thinking", _exact, "count_sound", "count", {"density": 0.2, "think": True}),
+    Test("counting words", _exact, "count_words", "words"),
+    Test("when does a sound occur", _exact, "when_sound", "when", {"density": 0.3}),
+    Test("what happens first", _exact, "first", "first"),
+    Test("what happens last", _exact, "last", "last"),
+    Test("pitch of a tone", _exact, "pitch", "pitch", _SOUNDS),
+)
+HUMAN = Test("words, a human voice", _words, "transcribe", "human", _SPEECH)
+
+
 def evaluate(model: Model, folder: Path, count: int, recordings: int) -> list[Row]:
-    """All rows of the table. count: clips a row; recordings: of 30 minutes."""
+    """All rows of the table. folder: the voice bank; count: clips a row; recordings: of 30 minutes."""
     bank = VoiceBank(folder, "held_out")
-    speech: dict[str, Any] = {"density": 1.0}
-    sounds: dict[str, Any] = {"density": 0.0}
-    rows = [
-        _words(model, clips(bank, "transcribe", count, "clean", **speech), "words, clean"),
-        _words(model, clips(bank, "transcribe", count, "noisy", conditions=NOISY, **speech), "words, 10 dB noise"),
-        _events(model, clips(bank, "transcribe_times", count, "times", **speech), "words with times"),
-        _events(model, clips(bank, "sounds_times", count, "events", **sounds), "sounds with times"),
-        _events(model, clips(bank, "sounds_times", count, "e10", conditions=NOISY, **sounds), "sounds, 10 dB noise"),
-        _events(model, clips(bank, "describe", count, "describe"), "words and sounds"),
-        _exact(model, clips(bank, "count_sound", count, "count", density=0.2), "counting sounds"),
-        _exact(model, clips(bank, "count_sound", count, "count", density=0.2, think=True), "counting sounds, thinking"),
-        _exact(model, clips(bank, "count_words", count, "words"), "counting words"),
-        _exact(model, clips(bank, "when_sound", count, "when", density=0.3), "when does a sound occur"),
-        _exact(model, clips(bank, "first", count, "first"), "what happens first"),
-        _exact(model, clips(bank, "last", count, "last"), "what happens last"),
-        _exact(model, clips(bank, "pitch", count, "pitch", **sounds), "pitch of a tone"),
-    ]
+    rows = [test.run(model, bank, count) for test in TESTS]
     if (folder / "human.json").exists():
-        human = VoiceBank(folder, "human")
-        rows.append(_words(model, clips(human, "transcribe", count, "human", **speech), "words, a human voice"))
+        rows.append(HUMAN.run(model, VoiceBank(folder, "human"), count))
     return rows + _long(model, bank, recordings)
 
 

@@ -6,9 +6,11 @@ FOLDER keeps the voice bank and the state of training; the same command goes on 
 begins at an exported checkpoint. Needs the `bench`
 extra and the Debian packages named in `voices.py`.
 
-Besides the answers, four auxiliary losses teach what an answer is made of: which word or sound every audio token lies
-in and where one begins (read from the adaptor's output), and the token's minute, second and tenth (read from the second
-decoder layer). Their heads are not part of the checkpoint.
+Besides the answers, five auxiliary losses teach what an answer is made of: which word or sound every audio token lies
+in and where one begins (read from the adaptor's output), the token's minute, second and tenth, and what came last
+before it and when (read from the second decoder layer). An item of a list is followed by the one that comes after it,
+the last one by the end of the audio: so the last of these losses teaches the decoder to find its way along a list.
+Their heads are not part of the checkpoint.
 """
 
 import math
@@ -26,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from . import whisper
-from .batches import CLASSES, IGNORED, Batches, Stage
+from .batches import BEFORE, CLASSES, IGNORED, Batches, Stage
 from .model import DECODER, ENCODER, TinyModel
 from .tokenizer import build_tokenizer
 from .voices import VoiceBank, build_bank
@@ -37,14 +39,16 @@ class Phase:
     """Stages under one learning rate schedule: up for a while, then down along a cosine.
 
     encoder_rate: peak for the encoder, 0 leaves it as it is, which halves a step. rate: peak for everything else.
-    restored: how far the encoder moves back towards Whisper's weights before the phase begins, which keeps what it
-    has learned and hears new voices better (Wortsman et al. 2022, robust fine-tuning by averaging weights).
+    restored: how far the encoder moves towards Whisper's weights before the phase begins; averaged: how far, when the
+    phase is over, towards what it was before it. Both hear new voices better than what training alone arrives at
+    (Wortsman et al. 2022, averaging weights of fine-tuned models).
     """
 
     stages: list[Stage]
     encoder_rate: float
     rate: float = 1e-3
     restored: float = 0.0
+    averaged: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -62,14 +66,17 @@ PHASES = [
     ),
     Phase([Stage(steps=1600, seconds=10.0, crops=1, batch=8, questions=4)], encoder_rate=0.0),
     # Above all the encoder, again: words by voices that it has not met.
-    Phase([Stage(steps=1000, seconds=3.0, crops=1, batch=24, questions=1)], encoder_rate=2e-4, restored=0.4),
+    Phase(
+        [Stage(steps=1200, seconds=3.0, crops=1, batch=24, questions=1)], encoder_rate=3e-4, restored=0.4, averaged=0.5
+    ),
     # Then the decoder learns to find its way in long recordings.
     Phase(
         [
-            Stage(steps=2600, seconds=10.0, crops=1, batch=8, questions=4),
-            Stage(steps=300, seconds=5.0, crops=2, batch=8, questions=4),
-            Stage(steps=300, seconds=10.0, crops=2, batch=4, questions=5),
-            Stage(steps=100, seconds=30.0, crops=2, batch=2, questions=6),
+            Stage(steps=600, seconds=5.0, crops=1, batch=14, questions=6),
+            Stage(steps=1700, seconds=10.0, crops=1, batch=8, questions=8),
+            Stage(steps=300, seconds=5.0, crops=2, batch=8, questions=8),
+            Stage(steps=300, seconds=10.0, crops=2, batch=4, questions=8),
+            Stage(steps=100, seconds=30.0, crops=2, batch=2, questions=8),
         ],
         encoder_rate=0.0,
     ),
@@ -86,9 +93,11 @@ class Auxiliary(nn.Module):
         width = DECODER["hidden_size"]
         self.classes, self.onset = nn.Linear(width, len(CLASSES)), nn.Linear(width, 1)
         self.minute, self.second, self.tenth = nn.Linear(width, 30), nn.Linear(width, 60), nn.Linear(width, 10)
+        self.before = nn.Linear(width, sum(BEFORE))
 
-    def loss(self, tokens: Tensor, middle: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """tokens: adaptor output, [batch, audio, hidden]; middle: the same tokens after the second decoder layer."""
+    def loss(self, tokens: Tensor, middle: Tensor, asked: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """tokens: adaptor output, [batch, audio, hidden]; middle: the same tokens after the second decoder layer;
+        asked: those of the questions there."""
         tenths = batch["tenths"]
         onset = F.binary_cross_entropy_with_logits(
             self.onset(tokens).squeeze(-1).float(), batch["onsets"], pos_weight=torch.tensor(5.0)
@@ -99,7 +108,21 @@ class Auxiliary(nn.Module):
             "class": F.cross_entropy(self.classes(tokens).flatten(0, 1).float(), batch["classes"].flatten()),
             "onset": onset,
             "time": torch.stack(times).mean(),
+            "before": self._before(middle, asked, batch),
         }
+
+    def _before(self, middle: Tensor, asked: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Of the audio tokens, and of the end of the audio, with which every question begins."""
+        ends = (batch["place"] == 0) & (batch["question"] > 0)
+        rows = torch.arange(len(asked))[:, None].expand(ends.shape)[ends]
+        hidden = torch.cat((middle.flatten(0, 1), asked[ends]))
+        wanted = torch.cat((batch["before"][:, :-1].flatten(0, 1), batch["before"][rows, -1]))
+        parts = self.before(hidden).float().split(BEFORE, -1)
+        losses = [
+            F.cross_entropy(part, right, reduction="sum") / (right != IGNORED).sum().clamp_min(1)
+            for part, right in zip(parts, wanted.unbind(-1), strict=True)
+        ]
+        return torch.stack(losses).mean()
 
 
 def step_losses(model: TinyModel, auxiliary: Auxiliary, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -114,14 +137,15 @@ def step_losses(model: TinyModel, auxiliary: Auxiliary, batch: dict[str, Any]) -
     targets = batch["targets"]
     answered = targets != IGNORED
     logits = model.language_model["lm_head"](hidden[:, start + audio.shape[1] :][answered])
-    losses = auxiliary.loss(audio, middle[:, start : start + audio.shape[1]], batch)
+    audio_end = start + audio.shape[1]
+    losses = auxiliary.loss(audio, middle[:, start:audio_end], middle[:, audio_end:], batch)
     right = (logits.argmax(-1) == targets[answered]).float().mean()
     return {"answer": F.cross_entropy(logits.float(), targets[answered]), **losses, "accuracy": right.detach()}
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:
     """The weighted sum that is minimized."""
-    return losses["answer"] + losses["class"] + 0.3 * losses["onset"] + 0.3 * losses["time"]
+    return losses["answer"] + losses["class"] + 0.3 * losses["onset"] + 0.3 * losses["time"] + 0.5 * losses["before"]
 
 
 def build_model(folder: Path, vocabulary: int, seed: int, start: Path | None = None) -> TinyModel:
@@ -180,22 +204,32 @@ def train(folder: Path, seed: int, console: Console, start: Path | None = None) 
 
 
 def _enter(step: int, model: TinyModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Set what learns in this step, and how fast."""
-    done, phase = 0, PHASES[0]
+    """Set what learns in this step, and how fast; where a phase begins, average the encoder as the phases say."""
+    done, before, phase = 0, None, PHASES[0]
     for phase in PHASES:
         if step < done + phase.steps:
             break
-        done += phase.steps
-    if step == done and phase.restored:
-        original = whisper.encoder_weights(whisper.fetch(folder / "whisper"), ENCODER["num_hidden_layers"])
-        with torch.no_grad():
-            for name, parameter in model.audio_tower.named_parameters():
-                if name in original:
-                    parameter.lerp_(original[name], phase.restored)
+        done, before = done + phase.steps, phase
+    if step == done:
+        kept = folder / "encoder.pt"
+        if before is not None and before.averaged:
+            _move(model.audio_tower, torch.load(kept, weights_only=True), before.averaged)
+        torch.save(model.audio_tower.state_dict(), kept)
+        if phase.restored:
+            path = whisper.fetch(folder / "whisper")
+            _move(model.audio_tower, whisper.encoder_weights(path, ENCODER["num_hidden_layers"]), phase.restored)
     model.audio_tower.requires_grad_(phase.encoder_rate > 0)
     share = min(1.0, (step - done + 1) / _WARMUP) * (0.5 + 0.5 * math.cos(math.pi * (step - done) / phase.steps))
     for group, peak in zip(optimizer.param_groups, (phase.encoder_rate, phase.rate, phase.rate), strict=True):
         group["lr"] = peak * max(0.01, share)
+
+
+def _move(encoder: nn.Module, towards: dict[str, Tensor], share: float) -> None:
+    """Move those of the weights that `towards` has by a share of the way."""
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if name in towards:
+                parameter.lerp_(towards[name], share)
 
 
 def main(folder: Path, seed: int = 0, threads: int = 2, start: Path | None = None) -> None:

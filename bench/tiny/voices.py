@@ -9,11 +9,13 @@ import calendar
 import json
 import random
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ _VARIANTS = re.findall(
 _HELD_OUT_ACCENTS, _HELD_OUT_VARIANTS = ("en-gb-x-gbcwmd", "en-us"), ("f4", "m6", "Andrea", "Mike", "edward", "shelby")
 _FLITE, _FLITE_HELD_OUT = ("kal16", "awb", "slt"), ("rms",)
 _FESTIVAL, _FESTIVAL_HELD_OUT = ("kal_diphone", "cmu_us_slt_arctic_hts"), ("ked_diphone",)
+_INVENTED = "invented"
 _TRAINING_SHARES = {"espeak": 2.0}  # by far the most voices
 _HUMAN = Path("/usr/share/asterisk/sounds/en")
 
@@ -75,10 +78,13 @@ class VoiceBank:
 
 
 def voices(seed: int, count: int, held_out: bool) -> list[Voice]:
-    """Random voices: `count` of espeak-ng, and each voice of flite and festival at a few speeds."""
+    """Random voices: `count` of espeak-ng, as many invented ones for training, and each voice of flite and festival at
+    a few speeds."""
     rng = random.Random(seed)
     accents, variants = (_HELD_OUT_ACCENTS, _HELD_OUT_VARIANTS) if held_out else (_ACCENTS, _VARIANTS)
     named = [("espeak", f"{rng.choice(accents)}+{rng.choice(variants)}") for _ in range(count)]
+    if not held_out:
+        named += [("espeak", f"{rng.choice(accents)}+{_INVENTED}{number}") for number in range(count)]
     named += [("flite", name) for name in (_FLITE_HELD_OUT if held_out else _FLITE) for _ in range(3)]
     named += [("festival", name) for name in (_FESTIVAL_HELD_OUT if held_out else _FESTIVAL) for _ in range(2)]
     return [Voice(engine, name, rng.uniform(0.75, 1.3), rng.uniform(0.75, 1.35)) for engine, name in named]
@@ -87,7 +93,7 @@ def voices(seed: int, count: int, held_out: bool) -> list[Voice]:
 def build_bank(folder: Path, seed: int, progress: Callable[[str, int, int], None]) -> None:
     """Synthesize every word by every voice into `folder`, once. `progress`: called with (split, clips done, of all)."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split, held_out, count in (("train", False, 180), ("held_out", True, 14)):
+    for split, held_out, count in (("train", False, 200), ("held_out", True, 14)):
         if not (folder / f"{split}.json").exists():
             speakers = voices(seed + held_out, count, held_out)
             _write(folder, split, _synthesize(speakers, split, progress))
@@ -98,20 +104,43 @@ def build_bank(folder: Path, seed: int, progress: Callable[[str, int, int], None
 def _synthesize(
     speakers: list[Voice], split: str, progress: Callable[[str, int, int], None]
 ) -> Iterator[tuple[str, str, np.ndarray]]:
-    engines = {"espeak": _espeak, "flite": _flite, "festival": _festival}
-    for done, voice in enumerate(speakers):
-        progress(split, done * len(WORDS), len(speakers) * len(WORDS))
-        for word, samples in engines[voice.engine](voice):
-            yield voice.engine, word, samples
+    with tempfile.TemporaryDirectory() as folder:
+        _write_invented(Path(folder), speakers)
+        engines = {"espeak": partial(_espeak, Path(folder)), "flite": _flite, "festival": _festival}
+        for done, voice in enumerate(speakers):
+            progress(split, done * len(WORDS), len(speakers) * len(WORDS))
+            for word, samples in engines[voice.engine](voice):
+                yield voice.engine, word, samples
 
 
-def _espeak(voice: Voice) -> Iterator[tuple[str, np.ndarray]]:
+def _write_invented(folder: Path, speakers: list[Voice]) -> None:
+    """A copy of espeak-ng's data in `folder`, with a variant for each invented voice: another throat (all formants
+    higher or lower, and each a little by itself, louder or softer, wider or narrower), another source."""
+    version = subprocess.run(["espeak-ng", "--version"], check=True, capture_output=True, text=True).stdout
+    data = folder / "espeak-ng-data"
+    shutil.copytree(version.rpartition("Data at: ")[2].strip(), data)
+    for name in {voice.name.partition("+")[2] for voice in speakers if _INVENTED in voice.name}:
+        rng = random.Random(name)
+        throat = rng.uniform(0.82, 1.25)
+        lines = ["language variant", f"name {name}", f"roughness {rng.choice((0, 0, 1, 2, 3))}"]
+        lines += [f"pitch {(base := rng.randrange(60, 220))} {base + rng.randrange(10, 90)}"]
+        lines += [f"voicing {rng.randrange(60, 140)}", f"consonants {rng.randrange(60, 140)} {rng.randrange(60, 140)}"]
+        lines += [f"klatt {rng.randrange(1, 7)}"] if rng.random() < 0.3 else []
+        lines += [f"echo {rng.randrange(20, 140)} {rng.randrange(5, 30)}"] if rng.random() < 0.2 else []
+        for formant in range(1, 9):
+            frequency = round(100 * throat * rng.uniform(0.94, 1.06))
+            lines.append(f"formant {formant} {frequency} {rng.randrange(60, 130)} {rng.randrange(70, 170)}")
+        (data / "voices" / "!v" / name).write_text("\n".join(lines) + "\n")
+
+
+def _espeak(data: Path, voice: Voice) -> Iterator[tuple[str, np.ndarray]]:
+    """data: the folder that has espeak-ng-data, with the invented voices."""
     speed, pitch = str(round(150 * voice.speed)), str(round(50 * voice.pitch))
 
     def speak(spelling: str) -> np.ndarray:
         with tempfile.NamedTemporaryFile(suffix=".wav") as file:
-            command = ["espeak-ng", "-v", voice.name, "-s", speed, "-p", pitch, "-w", file.name, spelling]
-            subprocess.run(command, check=True, capture_output=True)
+            settings = [f"--path={data}", "-v", voice.name, "-s", speed, "-p", pitch]
+            subprocess.run(["espeak-ng", *settings, "-w", file.name, spelling], check=True, capture_output=True)
             return _read(Path(file.name))
 
     with ThreadPoolExecutor(3) as pool:
