@@ -83,22 +83,43 @@ class ForeignFormat:
         layer: its name, for errors; tensors: by the names in `PARTS`. Raises ImportFormatError.
         """
         _check_parts(layer, self.method, tensors)
+        zeros = _zeros(layer, self.method, tensors)
         if self.method == "compressed-tensors":
-            codes, scales, zeros = _compressed_weight(layer, tensors)
+            codes, scales = _compressed_codes(layer, tensors), tensors["weight_scale"]
             group_of = tensors.get("weight_g_idx")
         else:
-            codes, scales, zeros = _column_weight(layer, self.method, tensors)
+            codes, scales = _column_codes(self.method, tensors), tensors["scales"].T
             group_of = tensors.get("g_idx")
         group = codes.shape[1] if self.group_size is None else self.group_size
         _check_groups(layer, codes, scales, zeros, group, group_of)
-        fitting = max((size for size in GROUP_SIZES if group % size == 0), default=None)
-        if fitting is None:
-            raise ImportFormatError(f"{layer} has groups of {group} inputs, and only multiples of 32 can be imported")
+        fitting = self.stored_group(layer, codes.shape[1])
         scales = scales.repeat_interleave(group // fitting, 1).contiguous()
         if bool((zeros == SYMMETRIC_ZERO).all()):
             return pack_int4(codes), scales, None
         zeros = zeros.repeat_interleave(group // fitting, 1)
         return pack_int4(codes), scales, zeros.to(scales.dtype).contiguous()
+
+    def shape(self, layer: str, words: tuple[int, ...]) -> tuple[int, int]:
+        """[out, in] of a layer whose codes, the first of `PARTS`, have the shape `words`. Raises ImportFormatError."""
+        if len(words) != 2:
+            raise ImportFormatError(f"{layer} holds codes of shape {list(words)}; two dimensions were expected")
+        first, second = words
+        if self.method == "awq":
+            return _PER_WORD * second, first
+        return (first, _PER_WORD * second) if self.method == "compressed-tensors" else (second, _PER_WORD * first)
+
+    def stored_group(self, layer: str, inputs: int) -> int:
+        """How many inputs share a scale in what `weight` gives for a layer of so many. Raises ImportFormatError."""
+        group = inputs if self.group_size is None else self.group_size
+        fitting = max((size for size in GROUP_SIZES if group % size == 0), default=None)
+        if fitting is None:
+            raise ImportFormatError(f"{layer} has groups of {group} inputs, and only multiples of 32 can be imported")
+        return fitting
+
+    def is_symmetric(self, layer: str, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether `weight` gives no zeros for the layer. Reads only these."""
+        _check_parts(layer, self.method, tensors)
+        return bool((_zeros(layer, self.method, tensors) == SYMMETRIC_ZERO).all())
 
 
 def unpack_words(words: Tensor) -> Tensor:
@@ -168,39 +189,45 @@ def _check_parts(layer: str, method: Method, tensors: Mapping[str, Tensor]) -> N
             raise ImportFormatError(f"{layer}.{part} is {tensor.dtype} {list(tensor.shape)}, not what {method} stores")
 
 
-def _column_weight(layer: str, method: Method, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [out, in] uint8, scales [out, groups] and zeros [out, groups] uint8 of GPTQ and AWQ."""
-    words, zero_words = tensors["qweight"], tensors["qzeros"]
+def _column_codes(method: Method, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Codes [out, in] uint8 of GPTQ and AWQ."""
     if method == "awq":
-        order = torch.tensor(_AWQ_PLACES)
-        codes = unpack_words(words).unflatten(1, (-1, _PER_WORD))[..., order].flatten(1).T
-        zeros = unpack_words(zero_words).unflatten(1, (-1, _PER_WORD))[..., order].flatten(1).T
-    else:
-        codes, zeros = unpack_words(words.T.contiguous()), unpack_words(zero_words).T
-        if method == "gptq":
-            zeros = zeros + 1
-            if bool((zeros > 15).any()):
-                raise ImportFormatError(
-                    f"{layer} has zero points of 0, which the format gptq cannot hold and stores as 16; use gptq_v2"
-                )
-    return codes.contiguous(), tensors["scales"].T, zeros
+        return _in_awq_order(tensors["qweight"]).T.contiguous()
+    return unpack_words(tensors["qweight"].T.contiguous())
 
 
-def _compressed_weight(layer: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _in_awq_order(words: Tensor) -> Tensor:
+    return unpack_words(words).unflatten(1, (-1, _PER_WORD))[..., torch.tensor(_AWQ_PLACES)].flatten(1)
+
+
+def _compressed_codes(layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """The same of compressed-tensors, whose packed columns may be padded."""
-    codes, scales = unpack_words(tensors["weight_packed"]), tensors["weight_scale"]
-    shape = tensors.get("weight_shape")
-    if shape is not None:
-        sizes = shape.tolist()
-        if len(sizes) != 2 or sizes[0] != len(codes) or not 0 <= codes.shape[1] - sizes[1] < _PER_WORD:
+    codes, shape = unpack_words(tensors["weight_packed"]), tensors.get("weight_shape")
+    if shape is None:
+        return codes
+    sizes = shape.tolist()
+    if len(sizes) != 2 or sizes[0] != len(codes) or not 0 <= codes.shape[1] - sizes[1] < _PER_WORD:
+        raise ImportFormatError(f"{layer}.weight_packed holds {list(codes.shape)} codes for the weight_shape {sizes}")
+    return codes[:, : sizes[1]]
+
+
+def _zeros(layer: str, method: Method, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Zero points [out, groups] uint8."""
+    if method == "compressed-tensors":
+        scales = tensors["weight_scale"]
+        if "weight_zero_point" not in tensors:
+            return torch.full(scales.shape, SYMMETRIC_ZERO, dtype=torch.uint8)
+        return unpack_words(tensors["weight_zero_point"].T.contiguous()).T[: len(scales)]
+    if method == "awq":
+        return _in_awq_order(tensors["qzeros"]).T
+    zeros = unpack_words(tensors["qzeros"]).T
+    if method == "gptq":
+        zeros = zeros + 1
+        if bool((zeros > 15).any()):
             raise ImportFormatError(
-                f"{layer}.weight_packed holds {list(codes.shape)} codes for the weight_shape {sizes}"
+                f"{layer} has zero points of 0, which the format gptq cannot hold and stores as 16; use gptq_v2"
             )
-        codes = codes[:, : sizes[1]]
-    if "weight_zero_point" not in tensors:
-        return codes, scales, torch.full(scales.shape, SYMMETRIC_ZERO, dtype=torch.uint8)
-    zeros = unpack_words(tensors["weight_zero_point"].T.contiguous()).T
-    return codes, scales, zeros[: len(codes)]
+    return zeros
 
 
 def _check_groups(

@@ -53,7 +53,10 @@ class Recipe:
     def from_dict(cls, values: Any) -> "Recipe":
         """The inverse of `to_dict`. Raises SchemeError for anything else, and for a newer version of the format."""
         if not isinstance(values, dict) or values.get("quant_method") != "afnext":
-            raise SchemeError("the weights are quantized by another library; use the dense ones")
+            raise SchemeError(
+                "the weights are quantized by another library; `afnext quantize` imports those of GPTQ, AWQ and "
+                "compressed-tensors, for others use the dense ones"
+            )
         version, rules = values.get("version"), values.get("rules")
         name, source = values.get("recipe"), values.get("source", "")
         if version != FORMAT_VERSION:
