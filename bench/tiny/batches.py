@@ -179,10 +179,11 @@ def _disturbed(mel: Tensor, rng: random.Random) -> Tensor:
 
 def _questions_batch(questions: list[list[Question]], tokenizer: Tokenizer) -> dict[str, Tensor]:
     """The questions of each recording one after another, each [batch, time]: token ids, targets (none in padding and
-    prompts), which question a token belongs to (from 1), and its place in it."""
+    prompts), which question a token belongs to (from 1), its place in it, and, of words whose time the answer does not
+    tell, the tenth of a second at which they are spoken."""
     rows = []
     for recording in questions:
-        row: dict[str, list[int]] = {"inputs": [], "targets": [], "question": [], "place": []}
+        row: dict[str, list[int]] = {"inputs": [], "targets": [], "question": [], "place": [], "spoken": []}
         for number, question in enumerate(recording, start=1):
             prompt = tokenizer.encode(f"<|sound_eos|>{question.prompt}<|im_end|>\n<|im_start|>assistant\n").ids
             answer = tokenizer.encode(question.answer + "<|im_end|>").ids
@@ -190,8 +191,11 @@ def _questions_batch(questions: list[list[Question]], tokenizer: Tokenizer) -> d
             row["targets"] += [IGNORED] * (len(prompt) - 1) + answer + [IGNORED]
             row["question"] += [number] * len(prompt + answer)
             row["place"] += range(len(prompt + answer))
+            spoken = [int(onset * 10 + 1e-6) for onset in question.onsets]
+            row["spoken"] += [IGNORED] * len(prompt) + spoken + [IGNORED] * (len(answer) - len(spoken))
         rows.append(row)
     padding = {"inputs": tokenizer.token_to_id("[PAD]"), "targets": IGNORED, "question": -1, "place": 0}
+    padding["spoken"] = IGNORED
     width = max(len(row["inputs"]) for row in rows)
     return {
         name: torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])

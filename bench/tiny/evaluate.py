@@ -106,28 +106,37 @@ def matched(expected: list[tuple[float, str]], found: list[tuple[float, str]]) -
 
 
 def _words(model: Model, asked: list[Clip], name: str) -> Row:
-    row, errors, words = Row(name, len(asked)), 0, 0
+    row, texts = Row(name, len(asked)), []
     for clip, answer in answers(model, asked, name):
-        counts = word_errors(clip.question.answer, answer.text)
-        errors += counts["substitutions"] + counts["deletions"] + counts["insertions"]
-        words += counts["words"]
+        texts.append((clip.question.answer, answer.text))
         row.stopped += answer.finish_reason == "stop"
-    row.values = {"word error rate": errors / words}
+    row.values = {"word error rate": _error_rate(texts)}
     return row
+
+
+def _error_rate(texts: list[tuple[str, str]]) -> float:
+    """Word errors over words, of pairs of what was said and what was heard."""
+    counts = [word_errors(*pair) for pair in texts]
+    errors = sum(count[kind] for count in counts for kind in ("substitutions", "deletions", "insertions"))
+    return errors / sum(count["words"] for count in counts)
 
 
 def _events(model: Model, asked: list[Clip], name: str) -> Row:
     row, right, expected_total, found_total = Row(name, len(asked)), 0, 0, 0
     times: list[float] = []
+    texts = []
     for clip, answer in answers(model, asked, name):
         expected, found = listed(clip.question.answer), listed(answer.text)
+        spoken, heard = (" ".join(label for _, label in lines) or "No speech." for lines in (expected, found))
+        texts.append((spoken, heard))
         errors = matched(expected, found)
         right += sum(error <= _NEAR for error in errors)
         times += errors
         expected_total += len(expected)
         found_total += len(found)
         row.stopped += answer.finish_reason == "stop"
-    row.values = {"F1": 2 * right / max(1, expected_total + found_total), **_quantiles(times)}
+    row.values = {"word error rate": _error_rate(texts)} if asked[0].question.kind == "transcribe_times" else {}
+    row.values |= {"F1": 2 * right / max(1, expected_total + found_total), **_quantiles(times)}
     return row
 
 

@@ -122,11 +122,13 @@ def lines(items: list[Item], quoted: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a recording, of which kind it is, and the right answer."""
+    """What is asked of a recording, of which kind it is, the right answer, and, if that is words without times, when
+    they begin."""
 
     kind: str
     prompt: str
     answer: str
+    onsets: tuple[float, ...] = ()
 
 
 def ask(kind: str, items: list[Item], rng: random.Random, think: bool = False) -> Question:
@@ -135,7 +137,7 @@ def ask(kind: str, items: list[Item], rng: random.Random, think: bool = False) -
     if think:
         shown = lines(evidence, quoted=True) or "nothing"
         return Question(kind, prompt + vocabulary.THINK, f"<think>\n{shown}\n</think>\n{answer}")
-    return Question(kind, prompt, answer)
+    return Question(kind, prompt, answer, tuple(item.onset for item in evidence) if kind == "transcribe" else ())
 
 
 def random_questions(items: list[Item], rng: random.Random, count: int) -> list[Question]:

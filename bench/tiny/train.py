@@ -9,8 +9,9 @@ extra and the Debian packages named in `voices.py`.
 Besides the answers, five auxiliary losses teach what an answer is made of: which word or sound every audio token lies
 in and where one begins (read from the adaptor's output), the token's minute, second and tenth, and what came last
 before it and when (read from the second decoder layer). An item of a list is followed by the one that comes after it,
-the last one by the end of the audio: so the last of these losses teaches the decoder to find its way along a list.
-Their heads are not part of the checkpoint.
+the last one by the end of the audio: so the last of these losses teaches the decoder to find its way along a list. For
+words listed without their times it also has to know, two layers deep, when the word was spoken. The heads are not part
+of the checkpoint.
 """
 
 import math
@@ -73,15 +74,22 @@ PHASES = [
     Phase(
         [
             Stage(steps=600, seconds=5.0, crops=1, batch=14, questions=6),
-            Stage(steps=1700, seconds=10.0, crops=1, batch=8, questions=8),
-            Stage(steps=300, seconds=5.0, crops=2, batch=8, questions=8),
-            Stage(steps=300, seconds=10.0, crops=2, batch=4, questions=8),
-            Stage(steps=100, seconds=30.0, crops=2, batch=2, questions=8),
+            Stage(steps=800, seconds=10.0, crops=1, batch=8, questions=8),
+        ],
+        encoder_rate=0.0,
+    ),
+    Phase(
+        [
+            Stage(steps=500, seconds=10.0, crops=1, batch=8, questions=8),
+            Stage(steps=100, seconds=5.0, crops=2, batch=8, questions=8),
+            Stage(steps=80, seconds=10.0, crops=2, batch=4, questions=8),
+            Stage(steps=40, seconds=30.0, crops=2, batch=2, questions=8),
         ],
         encoder_rate=0.0,
     ),
 ]
 _WARMUP = 100
+_UNTIMED = 3.0  # by how much more tokens of answers without times count
 _SAVE_EVERY = 200
 
 
@@ -98,18 +106,24 @@ class Auxiliary(nn.Module):
     def loss(self, tokens: Tensor, middle: Tensor, asked: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         """tokens: adaptor output, [batch, audio, hidden]; middle: the same tokens after the second decoder layer;
         asked: those of the questions there."""
-        tenths = batch["tenths"]
         onset = F.binary_cross_entropy_with_logits(
             self.onset(tokens).squeeze(-1).float(), batch["onsets"], pos_weight=torch.tensor(5.0)
         )
-        heads = (self.minute, tenths // 600), (self.second, tenths // 10 % 60), (self.tenth, tenths % 10)
-        times = [F.cross_entropy(head(middle).flatten(0, 1).float(), wanted.flatten()) for head, wanted in heads]
         return {
             "class": F.cross_entropy(self.classes(tokens).flatten(0, 1).float(), batch["classes"].flatten()),
             "onset": onset,
-            "time": torch.stack(times).mean(),
+            "time": self._time(middle.flatten(0, 1), batch["tenths"].flatten()),
+            "spoken": self._time(asked.flatten(0, 1), batch["spoken"].flatten()),
             "before": self._before(middle, asked, batch),
         }
+
+    def _time(self, hidden: Tensor, tenths: Tensor) -> Tensor:
+        """Of tokens whose time is known."""
+        known = tenths != IGNORED
+        hidden, tenths = hidden[known], tenths[known]
+        heads = (self.minute, tenths // 600), (self.second, tenths // 10 % 60), (self.tenth, tenths % 10)
+        losses = [F.cross_entropy(head(hidden).float(), wanted, reduction="sum") for head, wanted in heads]
+        return torch.stack(losses).mean() / max(1, len(tenths))
 
     def _before(self, middle: Tensor, asked: Tensor, batch: dict[str, Any]) -> Tensor:
         """Of the audio tokens, and of the end of the audio, with which every question begins."""
@@ -139,13 +153,28 @@ def step_losses(model: TinyModel, auxiliary: Auxiliary, batch: dict[str, Any]) -
     logits = model.language_model["lm_head"](hidden[:, start + audio.shape[1] :][answered])
     audio_end = start + audio.shape[1]
     losses = auxiliary.loss(audio, middle[:, start:audio_end], middle[:, audio_end:], batch)
-    right = (logits.argmax(-1) == targets[answered]).float().mean()
-    return {"answer": F.cross_entropy(logits.float(), targets[answered]), **losses, "accuracy": right.detach()}
+    # Few tokens are answers without times, which are the hardest.
+    untimed = _untimed(batch)[answered]
+    each, weights = F.cross_entropy(logits.float(), targets[answered], reduction="none"), 1.0 + _UNTIMED * untimed
+    right = (logits.argmax(-1) == targets[answered]).float()
+    return {
+        "answer": (each * weights).sum() / weights.sum(),
+        **losses,
+        "accuracy": right.mean(),
+        "untimed": (right * untimed).sum() / max(1, int(untimed.sum())),
+    }
+
+
+def _untimed(batch: dict[str, Any]) -> Tensor:
+    """Which tokens belong to answers with words and without times: [batch, time] bool."""
+    question, spoken = batch["question"], batch["spoken"] != IGNORED
+    return torch.stack([torch.isin(q, q[s]) for q, s in zip(question, spoken, strict=True)])
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:
     """The weighted sum that is minimized."""
-    return losses["answer"] + losses["class"] + 0.3 * losses["onset"] + 0.3 * losses["time"] + 0.5 * losses["before"]
+    auxiliary = 0.3 * losses["onset"] + 0.3 * losses["time"] + 0.3 * losses["spoken"] + 0.5 * losses["before"]
+    return losses["answer"] + losses["class"] + auxiliary
 
 
 def build_model(folder: Path, vocabulary: int, seed: int, start: Path | None = None) -> TinyModel:

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .checkpoint_files import first_five
 from .config import ModelConfig
 from .parameters import expected_shapes
-from .quantized import layer_schemes
+from .quantized import WEIGHT_DTYPES, layer_schemes
 
 _HEAD = "decoder.lm_head.weight"
 _METHODS = ("gptq", "awq", "compressed-tensors")
@@ -45,6 +45,8 @@ class ForeignCheckpoint:
         self.files = Checkpoint.open(folder)
         self._rest = None if dense is None else Checkpoint.open(dense)
         self._stored = {_canonical(name): name for name in self.files.names}
+        if len(self._stored) < len(self.files.names):
+            raise CheckpointError(f"{folder} holds a tensor under two names, as a backbone's and as a decoder's")
         self.config = self._config(settings, dense)
         self.layers = self._layers()
         self._check_names()
@@ -67,7 +69,7 @@ class ForeignCheckpoint:
             layer = name.removesuffix(".weight")
             if name != layer and layer in schemes:
                 # Codes have one dtype, and scales may keep the one that the other library gave them.
-                scales = self._scale_dtype(layer) if layer in self.layers else None
+                scales = self._scale_dtype(layer) if self._is_imported(name) else None
                 for part, stored in schemes[layer].stored(shape).items():
                     dtype = scales if scales is not None and part != "weight_codes" else stored.dtypes[0]
                     found[f"{layer}.{part}"] = Stored(stored.shape, (dtype,))
@@ -82,7 +84,7 @@ class ForeignCheckpoint:
         total, done = sum(sizes.values()), 0
         for name in expected_shapes(self.config):
             layer = name.removesuffix(".weight")
-            if layer in self.layers and name != layer:
+            if self._is_imported(name):
                 yield from self._packed(layer).named(name).items()
             elif name != layer and layer in schemes:
                 yield from schemes[layer].quantize(self._dense(name)).named(name).items()
@@ -97,7 +99,7 @@ class ForeignCheckpoint:
         """Stored bytes of each parameter."""
         return {
             name: sum(part.nbytes for part in self._parts(name.removesuffix(".weight")).values())
-            if name.endswith(".weight") and name.removesuffix(".weight") in self.layers
+            if self._is_imported(name)
             else self._dense(name).nbytes
             for name in expected_shapes(self.config)
         }
@@ -146,19 +148,25 @@ class ForeignCheckpoint:
         missing = [
             name
             for name in shapes
-            if name.removesuffix(".weight") not in self.layers
-            and name not in self._stored
-            and (self._rest is None or name not in self._rest)
+            if not self._is_imported(name) and name not in self._stored and not self._may_come_from_rest(name)
         ]
         if missing:
             raise CheckpointError(f"{self.folder} lacks {len(missing)} tensors ({first_five(missing)})")
         for name, shape in shapes.items():
-            layer = name.removesuffix(".weight")
-            found = self._shape(layer) if layer in self.layers and name != layer else tuple(self._dense(name).shape)
-            if found != shape:
+            imported = self._is_imported(name)
+            found = self._shape(name.removesuffix(".weight")) if imported else tuple(self._dense(name).shape)
+            if found != shape or not (imported or self._dense(name).dtype in WEIGHT_DTYPES):
                 raise CheckpointError(
-                    f"{name} is {list(found)} instead of {list(shape)}; the backbone belongs to another model"
+                    f"{name} in {self.folder} is {list(found)} where the model has {list(shape)}, or in a dtype that "
+                    "weights do not have; it belongs to another model"
                 )
+
+    def _is_imported(self, name: str) -> bool:
+        return name.endswith(".weight") and name.removesuffix(".weight") in self.layers
+
+    def _may_come_from_rest(self, name: str) -> bool:
+        """Not the decoder: half of one and half of another would be no model. Its head may, if the backbone is tied."""
+        return self._rest is not None and name in self._rest and (name == _HEAD or not name.startswith("decoder."))
 
     def _shape(self, layer: str) -> tuple[int, int]:
         return self.format.shape(layer, self.files.shape(self._stored[f"{layer}.{PARTS[self.format.method][0]}"]))

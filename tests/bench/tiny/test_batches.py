@@ -6,6 +6,7 @@ import torch
 
 from afnext.bench.tiny.batches import CLASSES, IGNORED, PREFIX, Batches, Stage
 from afnext.bench.tiny.tokenizer import build_tokenizer
+from afnext.bench.tiny.vocabulary import WORDS
 from afnext.bench.tiny.voices import VoiceBank
 
 TOKENIZER = build_tokenizer()
@@ -83,3 +84,24 @@ def test_a_silent_token_counts_as_many(bank_folder: Path) -> None:
     attention = torch.nn.functional.scaled_dot_product_attention
     copies = [0, 1, 2, 2, 2, 2, 3, 4]
     torch.testing.assert_close(attention(q, k, v, attn_mask=bias), attention(q, k[:, :, copies], v[:, :, copies]))
+
+
+def test_each_token_knows_what_came_last_before_it(bank: VoiceBank, seed: int) -> None:
+    """Between items, the last word and sound are those of the last stretches of tokens that lie in one."""
+    batch = batches(bank, seed, crops=1, batch=8, seconds=6.0)[0]
+    checked = 0
+    for classes, before in zip(batch["classes"].tolist(), batch["before"], strict=True):
+        last, quiet = {"word": 0, "sound": 0}, 0
+        for place, label in enumerate(classes):
+            quiet = 0 if label else quiet + 1
+            if label:
+                last["word" if CLASSES[label] in WORDS else "sound"] = label
+            elif quiet > 1:
+                assert before[place, :2].tolist() == [last["word"], last["sound"]]
+                checked += any(last.values())
+        assert before[-1, :2].tolist() == [last["word"], last["sound"]]
+        times = before[-1, 2:].view(3, 3)
+        assert (times[:, 0] == IGNORED).tolist() == [not last["word"], not last["sound"], not any(last.values())]
+        if last["word"] and last["sound"]:
+            assert int(times[2] @ torch.tensor([600, 10, 1])) == int((times[:2] @ torch.tensor([600, 10, 1])).max())
+    assert checked

@@ -163,6 +163,15 @@ def test_what_does_not_fit_is_named_and_nothing_is_left(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize("lost", ["layers.0.input_layernorm.weight", "layers.0.mlp.up_proj", "embed_tokens.weight"])
+def test_half_a_backbone_is_not_filled_up(folder: Path, tmp_path: Path, lost: str) -> None:
+    source, _ = foreign(folder, tmp_path / "source", "awq", backbone=True)
+    tensors = load_file(source / "model.safetensors")
+    save_file({name: value for name, value in tensors.items() if lost not in name}, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=lost):
+        quantize(folder, tmp_path / "out", REST, backbone=source)
+
+
 def test_a_backbone_alone_needs_the_rest(folder: Path, tmp_path: Path) -> None:
     source, _ = foreign(folder, tmp_path / "source", "gptq", backbone=True)
     with pytest.raises(ConfigError, match="backbone alone"):
