@@ -64,7 +64,7 @@ setup(
         "afnext.runtime.app",
         "afnext.bench.tiny",
     ],
-    package_data={"afnext": ["py.typed"], "afnext.bench": ["data/*"]},
+    package_data={"afnext": ["py.typed"], "afnext.bench": ["data/*"], "afnext.runtime.model": ["afnext_tiny/*"]},
     # Named so that sources and headers are in the source distribution and wheels are per platform.
     ext_modules=[
         Extension(

@@ -1,30 +1,30 @@
-"""What `make ask` runs: a question about the bundled recording, answered by a small checkpoint made on the spot."""
+"""What `make ask` runs: questions about a bundled recording, answered by the small model that comes with afnext."""
 
-import tempfile
+import os
 from pathlib import Path
 
 from rich.console import Console
 from typer.main import get_command
 
 from ..runtime.app.cli import app
-from .random_checkpoint import write_random_checkpoint
+from ..runtime.model.hub import BUNDLED
 
-RECORDING = Path(__file__).parent / "data" / "jfk.flac"
-QUESTION = "Transcribe the input speech."
+RECORDING = Path(__file__).parent / "data" / "scene.flac"
+QUESTIONS = (
+    "Describe the audio with timestamps.",
+    "What happens first? Please think and reason about the input audio before you respond.",
+)
 
 
 def main() -> None:
-    """Write a random checkpoint, say so, and ask it about the recording."""
-    console = Console(stderr=True, highlight=False)
-    with tempfile.TemporaryDirectory() as folder:
-        console.print(
-            "[yellow]This checkpoint has random weights[/yellow]: it shows every step from the file to an answer, "
-            "but the answer has no meaning. Give your own with AFNEXT_MODEL and `afnext ask`."
-        )
-        model = write_random_checkpoint(Path(folder))
-        command = ["ask", str(RECORDING), QUESTION, "--model", str(model), "--max-new-tokens", "24"]
-        console.print(f"$ afnext ask {RECORDING.name} '{QUESTION}' --model random-tiny")
-        get_command(app)(command, standalone_mode=False)
+    """Ask each question as the command line would, and show the command."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    model = os.environ.get("AFNEXT_MODEL", BUNDLED)
+    for number, question in enumerate(QUESTIONS):
+        if number:
+            console.print()
+        console.print(f"[bold]$ afnext ask {RECORDING.name} '{question}'[/bold]")
+        get_command(app)(["ask", str(RECORDING), question, "--model", model], standalone_mode=False)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from rich.table import Table
 from ..kernels.errors import BackendError
 from ..kernels.triton_language import AVAILABLE as TRITON_AVAILABLE
 from ..runtime.app.api import load
+from ..runtime.app.cli_options import DeviceOption, JsonOption, ModelOption
 from ..runtime.engine.kv_cache import KV_STORAGE
+from ..runtime.model.hub import BUNDLED
 from .quality_data import TASKS
 from .record import DENSE_SCHEMES, SCHEMES, Record, recipe_of
 
@@ -26,8 +28,6 @@ app = typer.Typer(no_args_is_help=True, help="Measure speed, memory and quality.
 OutOption = Annotated[
     Path, typer.Option(help="File of results (JSON lines) to append to; what it holds is not redone.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 
 
 @app.command(epilog="Example: [bold]afnext bench e2e --random full-width:2,2 --audio 30,300 --out results.jsonl[/bold]")
@@ -129,7 +129,7 @@ def serving(
 @app.command(epilog="Example: [bold]afnext bench quality librispeech/ -m CHECKPOINT --out wer.csv[/bold]")
 def quality(
     data: Annotated[Path, typer.Argument(help="A manifest (JSON lines, MMAU-style JSON) or the folder of one.")],
-    model: Annotated[str, typer.Option("--model", "-m", envvar="AFNEXT_MODEL", help="Checkpoint folder or Hub name.")],
+    model: ModelOption = BUNDLED,
     task: Annotated[str, typer.Option(help="asr, choice, perplexity, or auto by the manifest.")] = "auto",
     baseline: Annotated[str | None, typer.Option(help="For perplexity: the model to compare with.")] = None,
     baseline_scheme: Annotated[str | None, typer.Option(help="Its scheme; the checkpoint's by default.")] = None,

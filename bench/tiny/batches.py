@@ -72,7 +72,7 @@ class Batches(Dataset[dict[str, Any]]):
     def _recording(self, stage: Stage, rng: random.Random, from_start: bool) -> dict[str, Any]:
         tokens = round(stage.seconds / ROTE.frame_seconds)
         places = _places(rng, stage.crops, tokens, from_start)
-        conditions, density = random_conditions(rng), rng.choice((None, 1.0, 0.5))
+        conditions, density = random_conditions(rng), rng.choice((None, 0.5, 0.5))
         samples, items, classes, onsets = [], [], [], []
         margin = (0 if from_start else MARGIN) * RATE // 50
         for window, start in places:

@@ -87,6 +87,14 @@ PHASES = [
         ],
         encoder_rate=0.0,
     ),
+    Phase(
+        [
+            Stage(steps=800, seconds=10.0, crops=1, batch=8, questions=6),
+            Stage(steps=120, seconds=5.0, crops=2, batch=8, questions=6),
+            Stage(steps=80, seconds=10.0, crops=2, batch=4, questions=6),
+        ],
+        encoder_rate=0.0,
+    ),
 ]
 _WARMUP = 100
 _UNTIMED = 3.0  # by how much more tokens of answers without times count

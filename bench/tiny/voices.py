@@ -26,7 +26,8 @@ from .vocabulary import WORDS
 
 RATE = 16_000
 
-_ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-029", "en-us-nyc")
+# Not en-gb, with which espeak-ng 1.51 ignores variants.
+_ACCENTS = ("en-us", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-029", "en-us-nyc")
 _VARIANTS = re.findall(
     r"\w+",
     "m1 m2 m3 m4 m5 m7 m8 f1 f2 f3 f5 klatt klatt2 klatt3 klatt4 klatt5 klatt6 adam Alex Alicia Andy Annie "

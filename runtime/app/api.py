@@ -22,7 +22,7 @@ from ..io.prompt import PromptTemplate
 from ..io.tokenizer import Tokenizer
 from ..model.audio_flamingo import AudioFlamingo
 from ..model.checkpoint import open_with_config
-from ..model.hub import resolve
+from ..model.hub import BUNDLED, resolve
 from ..model.quantized import to_quantize
 from .answer import Answer
 from .context import Context
@@ -46,7 +46,7 @@ _log = logging.getLogger("afnext")
 
 
 def load(
-    model: str | PathLike[str],
+    model: str | PathLike[str] = BUNDLED,
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -64,14 +64,15 @@ def load(
     quant: str | Recipe | None = None,
     progress: Progress | None = None,
 ) -> "Model":
-    """Load a model from a checkpoint folder or the Hub.
+    """Load a model from the package, a checkpoint folder or the Hub.
 
-    model: a folder, or a name such as "nvidia/audio-flamingo-next-hf". device: "auto" (a GPU if there is one), or what
-    torch takes. dtype: "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32".
-    page_size, chunk_size, encode_batch, max_batch, kv, release_encoder, prefix_cache_bytes, encoder_cache_bytes,
-    draft_tokens: see `EngineOptions`. memory: what the model and its work may take, in bytes or as "8GB"; None for what
-    the device has free. quant: pack dense weights while they are read, by "int8", "int8-w8a8", "int4" or "nf4", a
-    spelling such as "int4-g32-zeros", or a recipe.
+    model: a folder, a name such as "nvidia/audio-flamingo-next-hf", or "afnext-tiny", the small model that comes with
+    the package and knows a closed vocabulary. device: "auto" (a GPU if there is one), or what torch takes. dtype:
+    "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32". page_size,
+    chunk_size, encode_batch, max_batch, kv, release_encoder, prefix_cache_bytes, encoder_cache_bytes, draft_tokens: see
+    `EngineOptions`. memory: what the model and its work may take, in bytes or as "8GB"; None for what the device has
+    free. quant: pack dense weights while they are read, by "int8", "int8-w8a8", "int4" or "nf4", a spelling such as
+    "int4-g32-zeros", or a recipe.
 
     Nothing is loaded that could not work: the memory plan (`afnext plan`) is made first, for the longest recording that
     there is room for, and the KV cache never outgrows it. Raises MemoryPlanError with advice when not even a short

@@ -1,4 +1,4 @@
-"""Where a model lies: a local folder, or a name on the Hugging Face Hub that is downloaded into its cache."""
+"""Where a model lies: in the package, in a local folder, or on the Hugging Face Hub, downloaded into its cache."""
 
 import os
 import re
@@ -12,6 +12,10 @@ from ..errors import CheckpointError
 # Weights and text only: neither pickle nor code ever reaches the disk.
 ALLOWED_FILES = ("*.safetensors", "*.json", "*.jinja")
 
+BUNDLED = "afnext-tiny"
+"""The model that comes with the package: AF-Next's architecture with 8 million parameters and a closed vocabulary."""
+
+_BUNDLED_FOLDER = Path(__file__).parent / "afnext_tiny"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -22,7 +26,8 @@ def resolve(
     offline: bool = False,
     files: Sequence[str] = ALLOWED_FILES,
 ) -> Path:
-    """The local folder of `model`: the folder that it names, or the snapshot of the Hub repository `org/name`.
+    """The local folder of `model`: the folder that it names, the package's own for `BUNDLED`, or the snapshot of the
+    Hub repository `org/name`.
 
     A folder that exists comes first; a path object, or a string that looks like a path, is never taken for a Hub name.
     `revision` is a branch, tag or commit on the Hub; `files` are patterns of what is downloaded from there. With
@@ -37,6 +42,10 @@ def resolve(
                 f"{folder} is a local folder, which has no revision {revision!r}; leave revision out."
             )
         return folder
+    if model == BUNDLED:
+        if revision is not None:
+            raise CheckpointError(f"{BUNDLED} comes with afnext and has no revision {revision!r}; leave revision out.")
+        return _BUNDLED_FOLDER
     if name and folder.exists():
         raise CheckpointError(f"{folder} is a file; give the folder that holds config.json and the weights.")
     if not isinstance(model, str) or not _HUB_NAME.fullmatch(name):

@@ -22,7 +22,7 @@ def test_half_of_the_trained_voices_are_invented_and_none_is_held_out(seed: int)
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")
 def test_invented_voices_speak_every_word_differently(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(voices, "WORDS", {word: WORDS[word] for word in ("seven", "stop")})
-    speakers = [voices.Voice("espeak", f"en-gb+invented{number}", 1.0, 1.0) for number in range(3)]
+    speakers = [voices.Voice("espeak", f"en-gb-scotland+invented{number}", 1.0, 1.0) for number in range(3)]
     voices._write_invented(tmp_path, speakers)
     spoken = [dict(voices._espeak(tmp_path, speaker)) for speaker in speakers]
     for word in ("seven", "stop"):

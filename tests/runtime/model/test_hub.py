@@ -12,7 +12,7 @@ from huggingface_hub import errors
 from huggingface_hub.utils._paths import filter_repo_objects
 
 from afnext.runtime.errors import CheckpointError
-from afnext.runtime.model.hub import resolve
+from afnext.runtime.model.hub import BUNDLED, resolve
 
 NAME = "nvidia/audio-flamingo-next-hf"
 
@@ -46,6 +46,17 @@ def test_a_folder_never_reaches_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
     assert resolve(str(tmp_path)) == tmp_path
     assert resolve("org/model") == Path("org/model")
     assert hub.calls == []
+
+
+def test_the_bundled_model_is_in_the_package_unless_a_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (resolve(BUNDLED) / "model.safetensors").is_file()
+    with pytest.raises(CheckpointError, match="no revision 'main'"):
+        resolve(BUNDLED, revision="main")
+    (tmp_path / BUNDLED).mkdir()
+    assert resolve(BUNDLED) == Path(BUNDLED)
 
 
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
