@@ -67,16 +67,16 @@ def main(folder: Path, count: int = 100) -> None:
         heard = Path(work, "recordings")
         heard.mkdir()
         write_calibration_set(VoiceBank(folder / "bank", "train"), heard)
-        runs = [(name, checkpoint, {"quant": None if name == "dense" else name}) for name in NEAREST]
-        runs.append(("dense, int8 KV", checkpoint, {"kv": "int8"}))
+        runs = [(name, checkpoint, None if name == "dense" else name, "auto") for name in NEAREST]
+        runs.append(("dense, int8 KV", checkpoint, None, "int8"))
         for name in CALIBRATED:
             packed = Path(work, name)
             calibrate(checkpoint, packed, recipe(name), heard)
-            runs.append((f"{name}, calibrated", packed, {}))
-        runs.append(("int4-g64, calibrated, int8 KV", Path(work, "int4-g64"), {"kv": "int8"}))
-        for name, source, options in runs:
+            runs.append((f"{name}, calibrated", packed, None, "auto"))
+        runs.append(("int4-g64, calibrated, int8 KV", Path(work, "int4-g64"), None, "int8"))
+        for name, source, quant, kv in runs:
             console.print(f"[bold]{name}[/bold]")
-            results[name] = score(load(source, dtype="float32", **options), held_out, count)
+            results[name] = score(load(source, dtype="float32", quant=quant, kv=kv), held_out, count)
     text = table(results)
     print(text)
     (folder / "schemes.md").write_text(text, encoding="utf-8")

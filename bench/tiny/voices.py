@@ -107,6 +107,7 @@ def _synthesize(
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     with tempfile.TemporaryDirectory() as folder:
         _write_invented(Path(folder), speakers)
+        engines: dict[str, Callable[[Voice], Iterator[tuple[str, np.ndarray]]]]
         engines = {"espeak": partial(_espeak, Path(folder)), "flite": _flite, "festival": _festival}
         for done, voice in enumerate(speakers):
             progress(split, done * len(WORDS), len(speakers) * len(WORDS))
