@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.foreign import as_awq, as_compressed, as_gptq, compressed_config, configs, example
+from support.foreign import as_compressed, as_gptq, compressed_config, configs, example, stored_as
 
 from afnext.quant.importers import ForeignFormat, ImportFormatError
 from afnext.quant.int4 import dequantize_int4, unpack_int4
@@ -16,12 +16,7 @@ from afnext.quant.int4 import dequantize_int4, unpack_int4
 @pytest.mark.parametrize("method", ["gptq", "gptq_v2", "awq", "compressed-tensors"])
 def test_every_weight_is_what_the_format_says(method: str, group: int, ours: int, symmetric: bool, seed: int) -> None:
     codes, scales, zeros = example(24, 512, group, symmetric)
-    if method == "awq":
-        tensors = as_awq(codes, scales, zeros)
-    elif method == "compressed-tensors":
-        tensors = as_compressed(codes, scales, None if symmetric else zeros)
-    else:
-        tensors = as_gptq(codes, scales, zeros, less=1 if method == "gptq" else 0)
+    tensors = stored_as(method, codes, scales, zeros, symmetric)
     packed, our_scales, our_zeros = ForeignFormat.from_config(configs(group)[method]).weight("layer", tensors)
     assert our_scales.shape == (24, 512 // ours)
     assert our_scales.dtype == torch.float16

@@ -52,6 +52,17 @@ def as_compressed(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | Non
     return tensors if zeros is None else {**tensors, "weight_zero_point": words(zeros, axis=0)}
 
 
+def stored_as(
+    method: str, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, symmetric: bool
+) -> dict[str, Tensor]:
+    """The tensors of a layer in the format `method`, as `configs` has them."""
+    if method == "awq":
+        return as_awq(codes, scales, zeros)
+    if method == "compressed-tensors":
+        return as_compressed(codes, scales, None if symmetric else zeros)
+    return as_gptq(codes, scales, zeros, less=1 if method == "gptq" else 0)
+
+
 def compressed_config(group: int, **changes: Any) -> dict[str, Any]:
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group, "symmetric": False, **changes}
     groups = {"group_0": {"weights": weights, "input_activations": None}}

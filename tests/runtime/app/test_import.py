@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.command_line import CommandLine
-from support.foreign import as_awq, as_compressed, as_gptq, configs, example
+from support.foreign import configs, example, stored_as
 from support.logits import last_logits, question
 
 import afnext
@@ -29,12 +29,7 @@ def packed(method: str, out: int, inputs: int, symmetric: bool) -> tuple[Weights
     """A random layer as the library stores it, and the weight that it stands for."""
     codes, scales, zeros = example(out, inputs, 32, symmetric)
     scales = (scales / 100).astype(np.float16)
-    if method == "awq":
-        tensors = as_awq(codes, scales, zeros)
-    elif method == "compressed-tensors":
-        tensors = as_compressed(codes, scales, None if symmetric else zeros)
-    else:
-        tensors = as_gptq(codes, scales, zeros, less=1 if method == "gptq" else 0)
+    tensors = stored_as(method, codes, scales, zeros, symmetric)
     weight = (codes - zeros.repeat(32, 1)) * scales.astype(np.float64).repeat(32, 1)
     return tensors, torch.from_numpy(weight).float()
 
