@@ -94,4 +94,6 @@ def test_an_event_deep_in_a_recording_is_found(kv: str) -> None:
     part = scene[round(5.7 * rate) : round(8.6 * rate)]
     samples[75 * rate : 75 * rate + len(part)] += part
     answer = afnext.load(kv=kv).ask((samples, rate), "When does the beep occur?")
-    assert answer.text == "01:15.2"
+    (time, _), *others = listed(f"[{answer.text}] beep")
+    assert not others
+    assert abs(time - 75.2) <= 0.15, answer.text
