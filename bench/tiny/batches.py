@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ...kernels.log_mel import log_mel
 from .model import MARGIN, MELS, ROTE
-from .scenes import Item, Question, make_scene, random_conditions, random_questions
+from .scenes import Item, Question, clock, make_scene, random_conditions, random_questions, tenths_of
 from .vocabulary import SOUNDS, WORDS
 from .voices import RATE, VoiceBank
 
@@ -142,17 +142,10 @@ def _before(items: list[Item], places: list[int]) -> Tensor:
             item = next(following)
         either = max(last.values(), key=lambda each: each.onset, default=None)
         labels = [CLASSES.index(last[word].label) if word in last else 0 for word in (True, False)]
-        times = [_clock(each) for each in (last.get(True), last.get(False), either)]
+        begun = (last.get(True), last.get(False), either)
+        times = [3 * (IGNORED,) if each is None else clock(tenths_of(each.onset)) for each in begun]
         rows.append([*labels, *times[0], *times[1], *times[2]])
     return torch.tensor(rows)
-
-
-def _clock(item: Item | None) -> tuple[int, int, int]:
-    """Minute, second and tenth at which the item begins."""
-    if item is None:
-        return IGNORED, IGNORED, IGNORED
-    tenths = int(item.onset * 10 + 1e-6)
-    return tenths // 600, tenths // 10 % 60, tenths % 10
 
 
 def _disturbed(mel: Tensor, rng: random.Random) -> Tensor:
@@ -191,7 +184,7 @@ def _questions_batch(questions: list[list[Question]], tokenizer: Tokenizer) -> d
             row["targets"] += [IGNORED] * (len(prompt) - 1) + answer + [IGNORED]
             row["question"] += [number] * len(prompt + answer)
             row["place"] += range(len(prompt + answer))
-            spoken = [int(onset * 10 + 1e-6) for onset in question.onsets]
+            spoken = [tenths_of(onset) for onset in question.onsets]
             row["spoken"] += [IGNORED] * len(prompt) + spoken + [IGNORED] * (len(answer) - len(spoken))
         rows.append(row)
     padding = {"inputs": tokenizer.token_to_id("[PAD]"), "targets": IGNORED, "question": -1, "place": 0}

@@ -50,6 +50,10 @@ class Row:
     values: dict[str, float] = field(default_factory=dict)
     stopped: int = 0
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"name": self.name, "clips": self.clips, "stopped": self.stopped, **self.values}
+
 
 def clips(bank: VoiceBank, kind: str, count: int, seed: str, **options: Any) -> list[Clip]:
     """`count` recordings of 10 s with a question of `kind` each. options: conditions, density, think."""
@@ -122,21 +126,34 @@ def _error_rate(texts: list[tuple[str, str]]) -> float:
 
 
 def _events(model: Model, asked: list[Clip], name: str) -> Row:
-    row, right, expected_total, found_total = Row(name, len(asked)), 0, 0, 0
+    return _event_row(name, list(answers(model, asked, name)))
+
+
+def _timed_words(model: Model, asked: list[Clip], name: str) -> Row:
+    """Like `_events`, with the errors in the words alone."""
+    heard = list(answers(model, asked, name))
+    row = _event_row(name, heard)
+    texts = [(_labels(clip.question.answer), _labels(answer.text)) for clip, answer in heard]
+    row.values = {"word error rate": _error_rate(texts), **row.values}
+    return row
+
+
+def _labels(text: str) -> str:
+    return " ".join(label for _, label in listed(text)) or "No speech."
+
+
+def _event_row(name: str, heard: list[tuple[Clip, Answer]]) -> Row:
+    row, right, expected_total, found_total = Row(name, len(heard)), 0, 0, 0
     times: list[float] = []
-    texts = []
-    for clip, answer in answers(model, asked, name):
+    for clip, answer in heard:
         expected, found = listed(clip.question.answer), listed(answer.text)
-        spoken, heard = (" ".join(label for _, label in lines) or "No speech." for lines in (expected, found))
-        texts.append((spoken, heard))
         errors = matched(expected, found)
         right += sum(error <= _NEAR for error in errors)
         times += errors
         expected_total += len(expected)
         found_total += len(found)
         row.stopped += answer.finish_reason == "stop"
-    row.values = {"word error rate": _error_rate(texts)} if asked[0].question.kind == "transcribe_times" else {}
-    row.values |= {"F1": 2 * right / max(1, expected_total + found_total), **_quantiles(times)}
+    row.values = {"F1": 2 * right / max(1, expected_total + found_total), **_quantiles(times)}
     return row
 
 
@@ -220,7 +237,7 @@ _SPEECH, _SOUNDS = {"density": 1.0}, {"density": 0.0}
 TESTS = (
     Test("words, clean", _words, "transcribe", "clean", _SPEECH),
     Test("words, 10 dB noise", _words, "transcribe", "noisy", {"conditions": NOISY, **_SPEECH}),
-    Test("words with times", _events, "transcribe_times", "times", _SPEECH),
+    Test("words with times", _timed_words, "transcribe_times", "times", _SPEECH),
     Test("sounds with times", _events, "sounds_times", "events", _SOUNDS),
     Test("sounds, 10 dB noise", _events, "sounds_times", "e10", {"conditions": NOISY, **_SOUNDS}),
     Test("words and sounds", _events, "describe", "describe"),
@@ -291,8 +308,8 @@ def main(
         text += f"\nTokens other than those of transformers (float32): {different} of {count} clips.\n"
     print(text)
     out.with_suffix(".md").write_text(text, encoding="utf-8")
-    record = [{"name": row.name, "clips": row.clips, "stopped": row.stopped, **row.values} for row in rows]
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = json.dumps([row.to_dict() for row in rows], indent=1)
+    out.with_suffix(".json").write_text(record + "\n", encoding="utf-8")
     print(f"{time.monotonic() - started:.0f} s")
 
 

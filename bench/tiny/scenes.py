@@ -2,13 +2,17 @@
 
 import random
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy.signal import butter, fftconvolve, sosfilt
+from torch import Tensor
 
 from . import vocabulary
 from .sounds import make_sound
 from .voices import RATE, VoiceBank
+
+_Tenths = TypeVar("_Tenths", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -108,10 +112,20 @@ def _background(length: int, kind: str, draw: np.random.Generator) -> np.ndarray
     return np.asarray(noise / noise.std())
 
 
+def tenths_of(seconds: float) -> int:
+    """The tenth of a second in which a moment lies."""
+    return int(seconds * 10 + 1e-6)
+
+
+def clock(tenths: _Tenths) -> tuple[_Tenths, _Tenths, _Tenths]:
+    """Minute, second and tenth, of an int or of a tensor."""
+    return tenths // 600, tenths // 10 % 60, tenths % 10
+
+
 def timestamp(seconds: float) -> str:
     """`mm:ss.d`, cut to the tenth of a second."""
-    tenths = int(seconds * 10 + 1e-6)
-    return f"{tenths // 600:02}:{tenths // 10 % 60:02}.{tenths % 10}"
+    minute, second, tenth = clock(tenths_of(seconds))
+    return f"{minute:02}:{second:02}.{tenth}"
 
 
 def lines(items: list[Item], quoted: bool = False) -> str:

@@ -80,10 +80,7 @@ def main(folder: Path, count: int = 100) -> None:
     text = table(results)
     print(text)
     (folder / "schemes.md").write_text(text, encoding="utf-8")
-    record = {
-        scheme: [{"name": row.name, "clips": row.clips, "stopped": row.stopped, **row.values} for row in rows]
-        for scheme, rows in results.items()
-    }
+    record = {scheme: [row.to_dict() for row in rows] for scheme, rows in results.items()}
     (folder / "schemes.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Subset
 from . import whisper
 from .batches import BEFORE, CLASSES, IGNORED, Batches, Stage
 from .model import DECODER, ENCODER, TinyModel
+from .scenes import clock
 from .tokenizer import build_tokenizer
 from .voices import VoiceBank, build_bank
 
@@ -46,7 +47,7 @@ class Phase:
     """
 
     stages: list[Stage]
-    encoder_rate: float
+    encoder_rate: float = 0.0
     rate: float = 1e-3
     restored: float = 0.0
     averaged: float = 0.0
@@ -65,7 +66,7 @@ PHASES = [
         ],
         encoder_rate=6e-4,
     ),
-    Phase([Stage(steps=1600, seconds=10.0, crops=1, batch=8, questions=4)], encoder_rate=0.0),
+    Phase([Stage(steps=1600, seconds=10.0, crops=1, batch=8, questions=4)]),
     # Above all the encoder, again: words by voices that it has not met.
     Phase(
         [Stage(steps=1200, seconds=3.0, crops=1, batch=24, questions=1)], encoder_rate=3e-4, restored=0.4, averaged=0.5
@@ -75,8 +76,7 @@ PHASES = [
         [
             Stage(steps=600, seconds=5.0, crops=1, batch=14, questions=6),
             Stage(steps=800, seconds=10.0, crops=1, batch=8, questions=8),
-        ],
-        encoder_rate=0.0,
+        ]
     ),
     Phase(
         [
@@ -84,16 +84,14 @@ PHASES = [
             Stage(steps=100, seconds=5.0, crops=2, batch=8, questions=8),
             Stage(steps=80, seconds=10.0, crops=2, batch=4, questions=8),
             Stage(steps=40, seconds=30.0, crops=2, batch=2, questions=8),
-        ],
-        encoder_rate=0.0,
+        ]
     ),
     Phase(
         [
             Stage(steps=800, seconds=10.0, crops=1, batch=8, questions=6),
             Stage(steps=120, seconds=5.0, crops=2, batch=8, questions=6),
             Stage(steps=80, seconds=10.0, crops=2, batch=4, questions=6),
-        ],
-        encoder_rate=0.0,
+        ]
     ),
 ]
 _WARMUP = 100
@@ -129,7 +127,7 @@ class Auxiliary(nn.Module):
         """Of tokens whose time is known."""
         known = tenths != IGNORED
         hidden, tenths = hidden[known], tenths[known]
-        heads = (self.minute, tenths // 600), (self.second, tenths // 10 % 60), (self.tenth, tenths % 10)
+        heads = zip((self.minute, self.second, self.tenth), clock(tenths), strict=True)
         losses = [F.cross_entropy(head(hidden).float(), wanted, reduction="sum") for head, wanted in heads]
         return torch.stack(losses).mean() / max(1, len(tenths))
 
