@@ -74,7 +74,7 @@ def quantize(
     begun = time.perf_counter()
     folder, target = resolve(source, revision=revision), Path(out)
     if backbone is not None or is_foreign(folder):
-        work = _import_work(folder, None if backbone is None else resolve(backbone), recipe, progress)
+        work = _import_work(folder, None if backbone is None else resolve(backbone), recipe, device, progress)
     else:
         work = _dense_work(folder, recipe, device, progress)
     _check_empty(target)
@@ -111,22 +111,28 @@ def _dense_work(
         raise ConfigError(f"{folder} is quantized already ({config.quantization.name}); give the dense weights")
     tensors = load_weights(checkpoint, config, device=device, dtype=None, quant=recipe, progress=progress)
     before = {name: checkpoint.tensor(name).nbytes for name in checkpoint.names}
-    return _Work(recipe, as_stored(checkpoint, to_quantize(config, recipe)), tensors, (checkpoint,), before)
+    stored = as_stored(lambda name: checkpoint.dtype(name) if name in checkpoint else None, to_quantize(config, recipe))
+    return _Work(recipe, stored, tensors, (checkpoint,), before)
 
 
 def _import_work(
-    folder: Path, backbone: Path | None, recipe: Recipe, progress: Callable[[int, int], None] | None
+    folder: Path,
+    backbone: Path | None,
+    recipe: Recipe,
+    device: torch.device | str,
+    progress: Callable[[int, int], None] | None,
 ) -> _Work:
     checkpoint = ForeignCheckpoint(folder) if backbone is None else ForeignCheckpoint(backbone, folder)
     whole = checkpoint.recipe(recipe)
-    tensors = checkpoint.tensors(whole, progress or (lambda done, total: None))
-    return _Work(whole, checkpoint.expected(whole), tensors, checkpoint.sources, checkpoint.sizes())
+    tensors = checkpoint.tensors(whole, torch.device(device), progress or (lambda done, total: None))
+    stored = as_stored(checkpoint.dtype, to_quantize(checkpoint.config, whole))
+    return _Work(whole, stored, tensors, checkpoint.sources, checkpoint.sizes())
 
 
-def as_stored(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Stored]:
-    """What a quantized checkpoint holds that is made from a dense one: one shape and one dtype for each tensor."""
+def as_stored(dtype: Callable[[str], torch.dtype | None], config: ModelConfig) -> dict[str, Stored]:
+    """What a quantized checkpoint holds: for each tensor one shape, and the one dtype that `dtype` tells, if any."""
     return {
-        name: Stored(stored.shape, (checkpoint.dtype(name),) if name in checkpoint else stored.dtypes[:1])
+        name: Stored(stored.shape, (dtype(name) or stored.dtypes[0],))
         for name, stored in expected_tensors(config).items()
     }
 

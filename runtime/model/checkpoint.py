@@ -11,7 +11,7 @@ the pages that it was copied from are released at once, so that loading peaks at
 import math
 import mmap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -173,9 +173,9 @@ def open_with_config(folder: Path) -> tuple[Checkpoint, ModelConfig]:
     return checkpoint, with_stored_head(ModelConfig.from_folder(folder), checkpoint)
 
 
-def with_stored_head(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """The config, untied where the checkpoint holds a head of its own: the reference uses it whatever the flag says."""
-    if not config.decoder.tie_word_embeddings or not any(name in checkpoint for name in LM_HEAD):
+def with_stored_head(config: ModelConfig, stored: Container[str]) -> ModelConfig:
+    """The config, untied where a head of its own is stored: the reference uses it whatever the flag says."""
+    if not config.decoder.tie_word_embeddings or not any(name in stored for name in LM_HEAD):
         return config
     return replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
 
@@ -246,15 +246,21 @@ def _weights(
     total = sum(_stored_bytes(checkpoint, name) for name in names)
     done = 0
     for name in names:
-        # No local name for the weight: the caller alone decides how long it lives.
-        scheme = schemes.get(name.removesuffix(".weight"))
-        if scheme is None:
-            yield name, _place(checkpoint, name, device(name), dtype)
-        else:
-            yield from _pack(checkpoint, name, scheme, device(name))
+        yield from weight_tensors(checkpoint, name, schemes.get(name.removesuffix(".weight")), device(name), dtype)
         done += _stored_bytes(checkpoint, name)
         if progress is not None:
             progress(done, total)
+
+
+def weight_tensors(
+    checkpoint: Checkpoint, name: str, scheme: Scheme | None, device: torch.device, dtype: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of one parameter, or, where there is a scheme, of what stands for it; see `load_weights`."""
+    if scheme is None:
+        # No local name for the weight: the caller alone decides how long it lives.
+        yield name, _place(checkpoint, name, device, dtype)
+    else:
+        yield from _pack(checkpoint, name, scheme, device)
 
 
 def _pack(

@@ -2,7 +2,8 @@
 
 The runtime's modules know only canonical names, such as `encoder.layers.0.fc1.weight`, `adaptor.linear_1.bias`,
 `decoder.layers.0.self_attn.q_proj.weight`, `decoder.lm_head.weight`. Checkpoints in the wild differ in the prefixes
-alone: `audio_tower` or `sound_tower`, with or without a leading `model.`, and so on.
+alone: `audio_tower` or `sound_tower`, with or without a leading `model.`, and so on. A Qwen2 backbone by itself has
+`model.` alone.
 """
 
 import re
@@ -20,6 +21,7 @@ _LAYOUTS = (
     (re.compile(r"sound_mm_projector\.layers\.2\."), "adaptor.linear_2."),
     (re.compile(r"((language_model|llm)\.)?lm_head\."), "decoder.lm_head."),
     (re.compile(r"llm\.model\.|model\.language_model\.(model\.)?|language_model\.(model\.){0,2}"), "decoder."),
+    (re.compile(r"model\.(?=layers\.|embed_tokens\.|norm\.)"), "decoder."),
 )
 # RoTE's frequencies, which follow from the config; the first conversions stored them.
 _IGNORED = re.compile(r"((model\.)?audio_tower|sound_tower(\.sound_tower)?)\.pos_emb\.freqs")
