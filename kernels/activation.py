@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from . import native
 from .dispatch import Operation
+from .strides import strided_rows
 from .triton_language import tl, triton
 
 _BLOCK = 1024  # elements a program: 16 bytes of bf16 a thread with 4 warps, on every GPU
@@ -73,23 +74,16 @@ def _gelu_triton(x: Tensor) -> Tensor:
 @_swiglu.implementation("triton")
 def _swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
     out = gate.new_empty(gate.shape)
-    gates, ups = _rows(gate), _rows(up)
+    gates, ups = strided_rows(gate), strided_rows(up)
     rows, columns = gates.shape
     grid = (rows * triton.cdiv(columns, _BLOCK),)
     _swiglu_kernel[grid](gates, ups, out, gates.stride(0), ups.stride(0), columns, BLOCK=_BLOCK, num_warps=4)
     return out
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as [rows, columns] with the columns next to each other: a view wherever its strides allow, as for the halves of
-    one product's output."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
 @_swiglu.implementation("native", native.misfit)
 def _swiglu_native(gate: Tensor, up: Tensor) -> Tensor:
-    out, gate, up = gate.new_empty(gate.shape), _rows(gate), _rows(up)
+    out, gate, up = gate.new_empty(gate.shape), strided_rows(gate), strided_rows(up)
     native.call("swiglu", gate, up, out, *gate.shape, gate.stride(0), up.stride(0), out.dtype)
     return out
 

@@ -34,6 +34,7 @@ from .native.attention import attend_natively
 from .pages import gather_pages, locate_tokens
 from .rotary import Rotation, check_rotation, load_turned, load_turns, rotary
 from .rotary import reference as rotary_reference
+from .strides import with_unit_stride
 from .triton_language import TensorDescriptor, tl, triton
 
 
@@ -270,7 +271,7 @@ def _triton(
     v_scales: Tensor | None = None,
     rotation: Rotation | None = None,
 ) -> Tensor:
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(with_unit_stride, (q, k, v))
     if page_table is not None and page_table.stride(-1) != 1:
         page_table = page_table.contiguous()
     batch, queries, heads, head_dim = q.shape

@@ -31,6 +31,7 @@ from .configs import Config, Configs, multiprocessors
 from .dispatch import Operation
 from .native.attention import attend_natively
 from .pages import locate_tokens
+from .strides import with_unit_stride
 from .triton_language import tl, triton
 
 MAX_NEW_TOKENS = 8
@@ -189,7 +190,7 @@ def _triton(
     v_scales: Tensor | None = None,
 ) -> Tensor:
     q, page_table, key_lengths = (x.contiguous() for x in (q, page_table, key_lengths))
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    k, v = map(with_unit_stride, (k, v))
     batch, new_tokens, heads, head_dim = q.shape
     page_size, kv_heads = k.shape[1:3]
     group = heads // kv_heads

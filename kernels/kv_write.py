@@ -35,6 +35,7 @@ from .rotary import (
     token_rows,
 )
 from .rotary import reference as rotary_reference
+from .strides import with_unit_stride
 from .triton_language import tl, triton
 
 
@@ -148,7 +149,7 @@ def _triton(
     slots: Tensor,
     rotation: Rotation,
 ) -> Tensor:
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(with_unit_stride, (q, k, v))
     batch, time, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     out = q.new_empty(q.shape)
@@ -201,10 +202,8 @@ def _native(
     slots: Tensor,
     rotation: Rotation,
 ) -> Tensor:
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    held = k_cache.shape[0] * k_cache.shape[1]
-    if slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < held:
-        raise IndexError(f"slots from {int(slots.min())} to {int(slots.max())} in caches of {held}")
+    k, v = map(with_unit_stride, (k, v))
+    native.check_indices("slots", slots, "caches", k_cache.shape[0] * k_cache.shape[1])
     cos, sin = rotation.cos_sin
     native.call(
         "kv_write",

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from . import native
 from .dispatch import Operation
+from .strides import strided_rows
 from .triton_language import tl, triton
 
 
@@ -112,8 +113,8 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | N
     """(normed,), or (normed, sum) with a residual; LayerNorm with a bias, RMSNorm without."""
     width = x.shape[-1]
     outputs = tuple(x.new_empty(x.shape) for _ in range(1 if residual is None else 2))
-    rows = _rows(x)
-    residual_rows = None if residual is None else _rows(residual)
+    rows = strided_rows(x)
+    residual_rows = None if residual is None else strided_rows(residual)
     _kernel[(len(rows),)](
         rows,
         residual_rows,
@@ -130,12 +131,6 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | N
         **row_blocks(width),
     )
     return outputs
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x as [rows, channels] with the channels next to each other: a view wherever its strides allow."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 @_layer_norm.implementation("triton")
@@ -165,8 +160,8 @@ def _add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float
 def _native(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
     """As `_launch`."""
     outputs = tuple(x.new_empty(x.shape) for _ in range(1 if residual is None else 2))
-    rows = _rows(x)
-    residual_rows = None if residual is None else _rows(residual)
+    rows = strided_rows(x)
+    residual_rows = None if residual is None else strided_rows(residual)
     native.call(
         "norm",
         rows,

@@ -25,6 +25,7 @@ from torch import Tensor
 from . import native
 from .configs import Config, Configs
 from .dispatch import Operation
+from .strides import with_unit_stride
 from .triton_language import tl, triton
 
 Pairing = Literal["half", "interleaved"]
@@ -157,7 +158,7 @@ def rotation_config(tokens: int, device: torch.device) -> Config:
 
 @_operation.implementation("triton")
 def _triton(x: Tensor, rotation: Rotation) -> Tensor:
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = with_unit_stride(x)
     batch, time, heads, head_dim = x.shape
     out = x.new_empty(x.shape)
     if x.numel() == 0:
@@ -186,7 +187,7 @@ def _triton(x: Tensor, rotation: Rotation) -> Tensor:
 
 @_operation.implementation("native", lambda x, _: native_misfit(x))
 def _native(x: Tensor, rotation: Rotation) -> Tensor:
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = with_unit_stride(x)
     out = x.new_empty(x.shape)
     cos, sin = rotation.cos_sin
     half = rotation.pairing == "half"

@@ -34,6 +34,7 @@ from . import native
 from .dispatch import Operation
 from .norm import layer_norm_reference, normalize_row, row_blocks
 from .rotary import rope_frequencies
+from .strides import with_unit_stride
 from .triton_language import tl, triton
 
 
@@ -173,8 +174,8 @@ def _kernel(  # type: ignore[no-untyped-def]
 def _triton(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, angles: Tensor | None, windows: Tensor | None
 ) -> Tensor:
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    angles = angles if angles is None or angles.stride(-1) == 1 else angles.contiguous()
+    x = with_unit_stride(x)
+    angles = None if angles is None else with_unit_stride(angles)
     batch, length, channels = x.shape[0], pooled_length(x.shape[1]), x.shape[2]
     out = x.new_empty(batch, length, channels)
     _kernel[(batch * length,)](
@@ -201,10 +202,10 @@ def _triton(
 def _native(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, angles: Tensor | None, windows: Tensor | None
 ) -> Tensor:
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    angles = angles if angles is None or angles.stride(-1) == 1 else angles.contiguous()
-    if angles is not None and windows is not None and not 0 <= int(windows.min()) <= int(windows.max()) < len(angles):
-        raise IndexError(f"windows from {int(windows.min())} to {int(windows.max())} in a table of {len(angles)}")
+    x = with_unit_stride(x)
+    angles = None if angles is None else with_unit_stride(angles)
+    if angles is not None and windows is not None:
+        native.check_indices("windows", windows, "a table", len(angles))
     batch, length, channels = x.shape[0], pooled_length(x.shape[1]), x.shape[2]
     out = x.new_empty(batch, length, channels)
     workspace = torch.empty(torch.get_num_threads(), channels + 16)

@@ -119,6 +119,12 @@ def _value(argument: Tensor | torch.dtype | int | float | None) -> int | float |
     return DTYPES[argument] if isinstance(argument, torch.dtype) else argument
 
 
+def check_indices(what: str, indices: Tensor, where: str, count: int) -> None:
+    """Raise IndexError, naming both, unless all `indices` are those of `count` entries: C would not notice."""
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < count:
+        raise IndexError(f"{what} from {int(indices.min())} to {int(indices.max())} in {where} of {count}")
+
+
 def misfit(*tensors: Tensor | None) -> str | None:
     """What keeps these tensors from a native kernel that takes one floating dtype, or None if nothing does.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..rotary import Rotation
+from ..strides import with_unit_stride
 from . import call
 
 
@@ -31,7 +32,7 @@ def attend_natively(
     part_keys: int | None = None,
 ) -> Tensor:
     """The native kernel, in tasks of `row_block` rows of a KV head and, if given, of `part_keys` keys."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(with_unit_stride, (q, k, v))
     batch, queries, heads, head_dim = q.shape
     page_size, kv_heads = k.shape[1:3]
     out = q.new_empty(q.shape)
@@ -44,8 +45,7 @@ def attend_natively(
         if keys > held:
             raise ValueError(f"sequences of up to {keys} tokens, and room for {held} in their keys or pages")
     if page_table is not None:
-        page_table = page_table.to(torch.int32)
-        page_table = page_table if page_table.stride(-1) == 1 else page_table.contiguous()
+        page_table = with_unit_stride(page_table.to(torch.int32))
     cos, sin = (None, None) if rotation is None else rotation.cos_sin
     parts, sums = None, None
     if part_keys is not None:
