@@ -283,22 +283,25 @@ float number(const void* values, int64_t at, int64_t kind) {
 // Rows of bfloat16 against the weights rounded to bfloat16.
 void product_by_tiles(const bfloat16* x, const Weight& weight, const Epilogue<bfloat16>& write, int64_t rows,
                       int64_t inner, int64_t group, int64_t threads) {
-  const int64_t groups = inner / group, pitch = 2 * inner;  // a multiple of 64 bytes, as groups are of 32 inputs
-  const auto weights = [&](int64_t n, uint8_t* panel) {
-    for (int64_t g = 0; g < 32 * groups; ++g) {
-      const int64_t at = n * groups + g;
-      const float scale = number(weight.scales, at, weight.kind);
-      const float zero_point = weight.zeros ? number(weight.zeros, at, weight.kind) : 8;
-      for (int64_t i = 0; i < group / 2; i += kLanes) {
-        const __m128i bytes = _mm_loadu_si128((const __m128i*)(weight.codes + at * group / 2 + i));
+  const int64_t groups = inner / group;
+  const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
+    for (int64_t i = 0; i < 32; ++i) {
+      float scale = 0, zero_point = 8;
+      for (int64_t s = 0; s < count; ++s) {
+        const int64_t k = (step + s) * 32, at = (n + i) * groups + k / group;
+        if (s == 0 || k % group == 0) {
+          scale = number(weight.scales, at, weight.kind);
+          if (weight.zeros) zero_point = number(weight.zeros, at, weight.kind);
+        }
+        const __m128i bytes = _mm_loadu_si128((const __m128i*)(weight.codes + ((n + i) * inner + k) / 2));
         const IntVec pairs = (IntVec)_mm512_cvtepu8_epi32(bytes);
-        store_pairs(panel + 2 * (g * group + 2 * i), (to_float(pairs & 15) - zero_point) * scale,
+        store_pairs(panel + (s * 32 + i) * 64, (to_float(pairs & 15) - zero_point) * scale,
                     (to_float(pairs >> 4) - zero_point) * scale);
       }
     }
-    return LeftOperand{panel, pitch, nullptr};
   };
-  for_tile_blocks<false>(PackedTokens(x, rows, pitch, threads), rows, write.columns, 32 * pitch, threads, weights, write);
+  for_tile_blocks<false>(PackedTokens(x, rows, 2 * inner, threads), rows, write.columns, threads,
+                         {weight.codes, inner / 2, 16}, weights, write.out, sizeof(bfloat16), write);
 }
 #endif
 

@@ -91,38 +91,41 @@ void product(const X* x, const float* row_scales, const Weight& weight, const We
 template <typename T>
 void product_by_tiles(const int8_t* codes, const float* row_scales, const Weight& weight, const Epilogue<T>& write,
                       int64_t rows, int64_t inner, int64_t threads) {
-  const int64_t rest = inner % 64;
-  const auto weights = [&](int64_t n, uint8_t* tail) {
-    const uint8_t* first = (const uint8_t*)weight.codes + n * inner;
-    if (!rest) return LeftOperand{first, inner, nullptr};
-    std::memset(tail, 0, 32 * 64);
-    for (int i = 0; i < 32; ++i) std::memcpy(tail + i * 64, first + (i + 1) * inner - rest, rest);
-    return LeftOperand{first, inner, tail};
+  const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
+    for (int64_t i = 0; i < 32; ++i) {
+      const int8_t* from = weight.codes + (n + i) * inner;
+      for (int64_t s = 0; s < count; ++s) {
+        const int64_t k = (step + s) * 64, width = std::min<int64_t>(64, inner - k);
+        uint8_t* to = panel + (s * 32 + i) * 64;
+        if (width < 64) std::memset(to, 0, 64);
+        std::memcpy(to, from + k, width);
+      }
+    }
   };
   const auto put = [&](int64_t row, int64_t n, int count, IntVec sums) {
     write(row, n, count, to_float(sums) * load_first(weight.scales + n, count) * row_scales[row]);
   };
-  for_tile_blocks<true>(PackedTokens(codes, rows, inner, threads), rows, write.columns, 32 * 64, threads, weights, put);
+  for_tile_blocks<true>(PackedTokens(codes, rows, inner, threads), rows, write.columns, threads, {weight.codes, inner, 64},
+                        weights, write.out, sizeof(T), put);
 }
 
 // Rows of bfloat16 against the codes as bfloat16, in which they are exact.
 void product_by_tiles(const bfloat16* x, const Weight& weight, const Epilogue<bfloat16>& write, int64_t rows,
                       int64_t inner, int64_t threads) {
-  const int64_t pitch = (2 * inner + 63) / 64 * 64;
-  const auto weights = [&](int64_t n, uint8_t* panel) {
-    for (int i = 0; i < 32; ++i) {
+  const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
+    for (int64_t i = 0; i < 32; ++i) {
       const int8_t* from = weight.codes + (n + i) * inner;
-      bfloat16* to = (bfloat16*)(panel + i * pitch);
-      int64_t k = 0;
-      for (; k + 32 <= inner; k += 32) store_halves(to + k, load(from + k), load(from + k + 16));
-      if (k < inner) store_halves(to + k, load(from + k), Vec{});
+      for (int64_t s = 0; s < count; ++s) {
+        const int64_t k = (step + s) * 32;
+        store_halves(panel + (s * 32 + i) * 64, load(from + k), k + 16 < inner ? load(from + k + 16) : Vec{});
+      }
     }
-    return LeftOperand{panel, pitch, nullptr};
   };
   const auto put = [&](int64_t row, int64_t n, int count, Vec sums) {
     write(row, n, count, sums * load_first(weight.scales + n, count));
   };
-  for_tile_blocks<false>(PackedTokens(x, rows, 2 * inner, threads), rows, write.columns, 32 * pitch, threads, weights, put);
+  for_tile_blocks<false>(PackedTokens(x, rows, 2 * inner, threads), rows, write.columns, threads, {weight.codes, inner, 32},
+                         weights, write.out, sizeof(bfloat16), put);
 }
 #endif
 
