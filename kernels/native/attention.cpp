@@ -82,6 +82,50 @@ struct Task {
   int64_t b, kv_head, part, first_row, rows, first_key, end_key;
 };
 
+// Where a token of a sequence lies, and the one after it.
+class Place {
+ public:
+  Place(const Problem& p, int64_t b, int64_t token)
+      : table_(p.page_table ? p.page_table + b * p.table_row : nullptr),
+        page_size_(p.page_size),
+        index_(table_ ? token / p.page_size : 0),
+        slot_(table_ ? token % p.page_size : token),
+        batch_(b) {}
+
+  int64_t page() const { return table_ ? table_[index_] : batch_; }
+  int64_t slot() const { return slot_; }
+  int64_t element(const Cache& cache) const { return page() * cache.page + slot_ * cache.slot; }
+
+  void next() {
+    if (++slot_ == page_size_ && table_) {
+      slot_ = 0;
+      ++index_;
+    }
+  }
+
+ private:
+  const int32_t* table_;
+  int64_t page_size_, index_, slot_, batch_;
+};
+
+// What a decoding thread reads next: while it works on one head of a part of the keys, its share of the next part, all
+// heads of a token at once, as memory gives more of what is contiguous.
+Fetch fetch_ahead(const Problem& p, const Task& task) {
+  const int64_t size = p.cache_dtype == kInt8 ? 1 : p.cache_dtype == kFloat32 ? 4 : 2;
+  Fetch fetch(p.kv_heads * p.head_dim * size);
+  if (!p.parts || p.keys.head != p.head_dim || p.values.head != p.head_dim) return fetch;
+  const int64_t share = (p.part_keys + p.kv_heads - 1) / p.kv_heads;
+  const int64_t first = task.first_key + p.part_keys + task.kv_head * share;
+  const int64_t end = std::min({first + share, task.first_key + 2 * p.part_keys, p.length(task.b)});
+  if (first >= end) return fetch;
+  Place place(p, task.b, first);
+  for (int64_t token = first; token < end; ++token, place.next()) {
+    fetch.add(p.keys.data + place.element(p.keys) * size);
+    fetch.add(p.values.data + place.element(p.values) * size);
+  }
+  return fetch;
+}
+
 // One row as `Element`, zeros behind its head_dim: the row itself where it is so already.
 template <typename Element, typename From>
 const Element* row_as(const From* from, float scale, int64_t head_dim, int64_t depth, Element* staged) {
@@ -100,7 +144,7 @@ void for_chunks(const Problem& p, const Cache& cache, const Task& task, int64_t 
   const int64_t depth = p.depth();
   Element* zeros = work.staged + kChunk * depth;
   std::memset((void*)zeros, 0, depth * sizeof(Element));
-  const int32_t* table = p.page_table ? p.page_table + task.b * p.table_row : nullptr;
+  Place place(p, task.b, first);
   for (int64_t start = 0; start < count; start += kChunk) {
     const Element* rows[kChunk];
     for (int64_t i = 0; i < kChunk; ++i) {
@@ -108,15 +152,13 @@ void for_chunks(const Problem& p, const Cache& cache, const Task& task, int64_t 
         rows[i] = zeros;
         continue;
       }
-      const int64_t token = first + start + i;
-      const int64_t page = table ? table[token / p.page_size] : task.b;
-      const int64_t slot = table ? token % p.page_size : token;
-      const From* from = (const From*)cache.data + page * cache.page + slot * cache.slot + task.kv_head * cache.head;
       float scale = 1;
       if constexpr (std::is_same_v<From, int8_t>) {
-        scale = cache.scales[(page * p.page_size + slot) * p.kv_heads + task.kv_head];
+        scale = cache.scales[(place.page() * p.page_size + place.slot()) * p.kv_heads + task.kv_head];
       }
+      const From* from = (const From*)cache.data + place.element(cache) + task.kv_head * cache.head;
       rows[i] = row_as(from, scale, p.head_dim, depth, work.staged + i * depth);
+      place.next();
     }
     put(rows, (int)(start / kChunk));
   }
@@ -124,13 +166,13 @@ void for_chunks(const Problem& p, const Cache& cache, const Task& task, int64_t 
 
 template <typename Products, typename From>
 void load_block(const Problem& p, const Task& task, int64_t first, int64_t count,
-                Workspace<typename Products::Element>& work) {
+                Workspace<typename Products::Element>& work, Fetch& fetch) {
   const int depth = p.depth();
   using Rows = const typename Products::Element* const*;
   for_chunks<typename Products::Element, From>(
-      p, p.keys, task, first, count, work, [&](Rows rows, int c) { Products::put_keys(rows, c, depth, work.keys); });
+      p, p.keys, task, first, count, work, [&](Rows rows, int c) { Products::put_keys(rows, c, depth, work.keys, fetch); });
   for_chunks<typename Products::Element, From>(
-      p, p.values, task, first, count, work, [&](Rows rows, int c) { Products::put_values(rows, c, depth, work.values); });
+      p, p.values, task, first, count, work, [&](Rows rows, int c) { Products::put_values(rows, c, depth, work.values, fetch); });
 }
 
 // The task's queries, rotated, in tiles of Products::kRows, and each row's last visible key.
@@ -163,7 +205,7 @@ void load_queries(const Problem& p, const Task& task, Workspace<typename Product
 // Weights of the block's scores, as the right operand of the second product; moves row_max, row_sum and sums on.
 template <typename Products, bool masked>
 void weigh(const Problem& p, const int32_t* last, int64_t first_key, int count, float* scores, float* row_max,
-           float* row_sum, typename Products::Element* weights, float* sums) {
+           float* row_sum, typename Products::Element* weights, float* sums, Fetch& fetch) {
   constexpr int W = Products::kRows / kLanes;
   for (int w = 0; w < W; ++w) {
     float* column = scores + w * kLanes;
@@ -190,6 +232,7 @@ void weigh(const Problem& p, const int32_t* last, int64_t first_key, int count, 
     for (int start = 0; start < count; start += kChunk) {  // each chunk by itself first, as in Floats::accumulate
       Vec even_sum{}, odd_sum{};
       for (int key = start; key < start + kChunk; key += 2) {
+        fetch(3);
         const Vec even = Products::power((load(column + key * Products::kRows) - now) * p.scale);
         const Vec odd = Products::power((load(column + (key + 1) * Products::kRows) - now) * p.scale);
         even_sum += even;
@@ -253,6 +296,7 @@ void attend(const Problem& p, const Task& task, float* memory) {
   constexpr int kRows = Products::kRows;
   Workspace<Element> work(p, memory);
   const int64_t depth = p.depth(), padded = (task.rows + kRows - 1) / kRows * kRows;
+  Fetch fetch = fetch_ahead(p, task);
   load_queries<Products>(p, task, work);
   std::fill_n(work.row_max, padded, kLowest);
   std::fill_n(work.row_sum, padded, 0.0f);
@@ -261,27 +305,27 @@ void attend(const Problem& p, const Task& task, float* memory) {
   for (int64_t first = task.first_key; first < end; first += kBlock) {
     const int64_t keys = std::min<int64_t>(kBlock, end - first);
     switch (p.cache_dtype) {
-      case kFloat32: load_block<Products, float>(p, task, first, keys, work); break;
-      case kBFloat16: load_block<Products, bfloat16>(p, task, first, keys, work); break;
-      case kFloat16: load_block<Products, float16>(p, task, first, keys, work); break;
-      case kInt8: load_block<Products, int8_t>(p, task, first, keys, work); break;
+      case kFloat32: load_block<Products, float>(p, task, first, keys, work, fetch); break;
+      case kBFloat16: load_block<Products, bfloat16>(p, task, first, keys, work, fetch); break;
+      case kFloat16: load_block<Products, float16>(p, task, first, keys, work, fetch); break;
+      case kInt8: load_block<Products, int8_t>(p, task, first, keys, work, fetch); break;
     }
     const int count = (keys + kChunk - 1) / kChunk * kChunk;
     for (int64_t tile = 0; tile < padded; tile += kRows) {
       int32_t* last = work.last + tile;
       if (last[kRows - 1] < first) continue;
       float* sums = work.sums + tile * depth;
-      Products::score(work.queries + tile * depth, work.keys, count, depth, work.scores);
+      Products::score(work.queries + tile * depth, work.keys, count, depth, work.scores, fetch);
       if (first + count - 1 <= std::min<int64_t>(last[0], end - 1)) {
         weigh<Products, false>(p, last, first, count, work.scores, work.row_max + tile, work.row_sum + tile, work.weights,
-                               sums);
+                               sums, fetch);
       } else {
         int32_t bounded[kRows];
         for (int i = 0; i < kRows; ++i) bounded[i] = std::min<int64_t>(last[i], end - 1);
         weigh<Products, true>(p, bounded, first, count, work.scores, work.row_max + tile, work.row_sum + tile,
-                              work.weights, sums);
+                              work.weights, sums, fetch);
       }
-      Products::accumulate(work.values, work.weights, count, depth, sums);
+      Products::accumulate(work.values, work.weights, count, depth, sums, fetch);
     }
   }
   finish<Products>(p, task, work);
@@ -374,7 +418,9 @@ AFNEXT_EXPORT void afnext_attention(
     TileConfiguration tiles;
 #endif
     float* memory = workspace + omp_get_thread_num() * workspace_row;
-#pragma omp for schedule(dynamic, 1)
+    // With parts, a thread has neighbouring ones, of which it fetches the next while it works on one.
+    const int64_t together = parts ? (tasks / kv_heads + threads - 1) / threads * kv_heads : 1;
+#pragma omp for schedule(dynamic, together)
     for (int64_t i = 0; i < tasks; ++i) {
       Task task;
       task.kv_head = i % kv_heads;

@@ -17,6 +17,34 @@ namespace afnext {
 constexpr int kChunk = 32;   // keys, and channels, that are handled at a time
 constexpr int kBlock = 256;  // keys of a block: their scores for one tile stay in the first-level cache
 
+// Rows of memory that are read soon, fetched a few lines at a time among the computations, whose pace memory then follows.
+class Fetch {
+ public:
+  explicit Fetch(int64_t bytes) : bytes_(bytes) {}
+
+  // Rows past kMost are left to be read when their time comes.
+  void add(const char* row) {
+    if (count_ < kMost) rows_[count_++] = row;
+  }
+
+  void operator()(int lines) {
+    for (; lines && row_ < count_; --lines) {
+      __builtin_prefetch(rows_[row_] + at_, 0, 2);
+      at_ += 64;
+      if (at_ >= bytes_) {
+        at_ = 0;
+        ++row_;
+      }
+    }
+  }
+
+ private:
+  static constexpr int kMost = 256;
+  const char* rows_[kMost];
+  int count_ = 0, row_ = 0;
+  int64_t at_ = 0, bytes_;
+};
+
 // out[j][i] = rows[i][j] for 32-bit elements; out has `width` elements a row.
 template <int width>
 inline void transpose(const uint32_t* const* rows, int columns, uint32_t* out) {
@@ -47,16 +75,17 @@ struct Floats {
     transpose<kRows>((const uint32_t* const*)rows, depth, (uint32_t*)queries);
   }
 
-  static void put_keys(const float* const* rows, int chunk, int depth, float* keys) {
+  static void put_keys(const float* const* rows, int chunk, int depth, float* keys, Fetch& fetch) {
+    fetch(128);
     for (int i = 0; i < kChunk; ++i)
       std::memcpy(keys + (int64_t)(chunk * kChunk + i) * depth, rows[i], depth * sizeof(float));
   }
 
-  static void put_values(const float* const* rows, int chunk, int depth, float* values) {
-    put_keys(rows, chunk, depth, values);
+  static void put_values(const float* const* rows, int chunk, int depth, float* values, Fetch& fetch) {
+    put_keys(rows, chunk, depth, values, fetch);
   }
 
-  static void score(const float* queries, const float* keys, int count, int depth, float* scores) {
+  static void score(const float* queries, const float* keys, int count, int depth, float* scores, Fetch&) {
     for (int key = 0; key < count; key += kStep) {
       Vec total[kStep][W] = {};
       const float* row = keys + (int64_t)key * depth;
@@ -80,7 +109,7 @@ struct Floats {
     store(weights + (key + 1) * kRows + w * kLanes, odd);
   }
 
-  static void accumulate(const float* values, const float* weights, int count, int depth, float* sums) {
+  static void accumulate(const float* values, const float* weights, int count, int depth, float* sums, Fetch&) {
     for (int d = 0; d < depth; d += kStep) {
       // Each chunk of keys by itself, then together: a long sum is not rounded at each of its terms.
       for (int first = 0; first < count; first += kChunk) {
@@ -127,17 +156,19 @@ struct Tiles {
   }
 
   // keys[d / 32][key][32]
-  static void put_keys(const bfloat16* const* rows, int chunk, int depth, bfloat16* keys) {
+  static void put_keys(const bfloat16* const* rows, int chunk, int depth, bfloat16* keys, Fetch& fetch) {
     for (int d = 0; d < depth; d += kChunk) {
+      fetch(8);
       bfloat16* to = keys + (int64_t)d * kBlock + chunk * kChunk * kChunk;
       for (int i = 0; i < kChunk; ++i) _mm512_storeu_si512(to + i * kChunk, _mm512_loadu_si512(rows[i] + d));
     }
   }
 
   // values[key / 32][d][32]: pairs of keys side by side, then 16 of these pairs for each channel.
-  static void put_values(const bfloat16* const* rows, int chunk, int depth, bfloat16* values) {
+  static void put_values(const bfloat16* const* rows, int chunk, int depth, bfloat16* values, Fetch& fetch) {
     uint32_t* to = (uint32_t*)(values + (int64_t)chunk * kChunk * depth);
     for (int d = 0; d < depth; d += 16) {
+      fetch(14);
       uint32_t pairs[16][16];
       for (int i = 0; i < 16; ++i) {
         const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[2 * i] + d)));
@@ -148,13 +179,14 @@ struct Tiles {
     }
   }
 
-  static void score(const bfloat16* queries, const bfloat16* keys, int count, int depth, float* scores) {
+  static void score(const bfloat16* queries, const bfloat16* keys, int count, int depth, float* scores, Fetch& fetch) {
     for (int key = 0; key < count; key += kChunk) {
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
       for (int d = 0; d < depth; d += kChunk) {
+        fetch(8);
         const bfloat16* left = keys + (int64_t)d * kBlock + key * kChunk;
         add_product(left, queries + d * kRows);
       }
@@ -162,7 +194,7 @@ struct Tiles {
     }
   }
 
-  static void accumulate(const bfloat16* values, const bfloat16* weights, int count, int depth, float* sums) {
+  static void accumulate(const bfloat16* values, const bfloat16* weights, int count, int depth, float* sums, Fetch& fetch) {
     for (int d = 0; d < depth; d += kChunk) {
       float* to = sums + d * kRows;
       _tile_loadd(0, to, kPitch);
@@ -172,6 +204,7 @@ struct Tiles {
         _tile_loadd(3, to + 16 * kRows + 16, kPitch);
       }
       for (int key = 0; key < count; key += kChunk) {
+        fetch(8);
         const bfloat16* left = values + (int64_t)key * depth + d * kChunk;
         add_product(left, weights + key * kRows);
       }
