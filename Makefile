@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 NATIVE := $(wildcard kernels/native/*.cpp kernels/native/*.h) kernels/native/build.py
 
-.PHONY: ask native test test-slow test-gpu sanitize lint clean
+.PHONY: ask native test test-slow test-gpu sanitize lint llama-cpp clean
 
 ask: native
 	$(BIN)/python -m afnext.bench.ask_demo
@@ -42,6 +42,21 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	rm -rf build/lint build/lib* && $(BIN)/pip install -q --no-deps --target build/lint .
 	cd build/lint && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p afnext
+
+# llama.cpp compiled for this machine, ten minutes of a core: for AFNEXT_LLAMA_CPP, see docs/benchmarks.md.
+# gcc takes _tile_loadconfig to read 8 of its 64 bytes and drops the rest of the configuration unless it escapes.
+llama-cpp: build/llama.cpp/bin/libmtmd.so
+
+build/llama.cpp/bin/libmtmd.so: | $(INSTALLED)
+	rm -rf build/llama.cpp && mkdir -p build/llama.cpp/source
+	$(BIN)/pip download -q --no-deps --no-binary xllamacpp -c constraints.txt -d build/llama.cpp xllamacpp
+	tar -xf build/llama.cpp/xllamacpp-*.tar.gz -C build/llama.cpp/source --strip-components 1
+	sed -i 's/^ *_tile_loadconfig(&tc);/asm volatile("" : : "r"(\&tc) : "memory");&/' \
+		build/llama.cpp/source/thirdparty/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp
+	cmake -S build/llama.cpp/source/thirdparty/llama.cpp -B build/llama.cpp -DCMAKE_BUILD_TYPE=Release \
+		-DBUILD_SHARED_LIBS=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
+		-DLLAMA_OPENSSL=OFF
+	cmake --build build/llama.cpp --target mtmd
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/native/*.so

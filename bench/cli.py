@@ -96,6 +96,37 @@ def kernels(
     show(records, as_json)
 
 
+@app.command(epilog="Example: [bold]afnext bench llama-cpp --random full-width:32,4 --depths 0,8192[/bold]")
+def llama_cpp(
+    random: Annotated[str, typer.Option(help="Shape of the random weights: full-width:ENC,DEC or full.")] = "full",
+    scheme: Annotated[str, typer.Option(help=f"Ours: {', '.join(SCHEMES)}; several with commas.")] = "int4",
+    kind: Annotated[str, typer.Option(help="llama.cpp's: q4_0, q8_0, bf16; several with commas.")] = "q4_0",
+    stages: Annotated[
+        str, typer.Option(help="encode, prefill, decode; several with commas.")
+    ] = "encode,prefill,decode",
+    depths: Annotated[str, typer.Option(help="Tokens before what is timed, with commas.")] = "0",
+    chunk: Annotated[int, typer.Option(help="Tokens of prefill.", min=1)] = 512,
+    repeats: Annotated[int, typer.Option(help="Rounds a case.", min=1)] = 5,
+    out: OutOption = Path("results.jsonl"),
+    as_json: JsonOption = False,
+) -> None:
+    """The encoder, prefill and decode beside llama.cpp, on random weights, at any depth."""
+    from .llama_cpp_comparison import STAGES, run_llama_cpp
+
+    records = run_llama_cpp(
+        out,
+        shape=random,
+        schemes=scheme.split(","),
+        kinds=kind.split(","),
+        stages=[choice(stage, STAGES, "--stages") for stage in stages.split(",")],
+        depths=[int(depth) for depth in numbers(depths, "--depths", least=0)],
+        chunk=chunk,
+        repeats=repeats,
+        quiet=as_json,
+    )
+    show(records, as_json)
+
+
 @app.command(epilog="Example: [bold]afnext bench serving --random full-width:1,1 --audio 1800[/bold]")
 def serving(
     random: Annotated[str, typer.Option(help="Shape of a random checkpoint: tiny, full-width:ENC,DEC or full.")],
@@ -292,14 +323,15 @@ def all(
     print(json.dumps([str(page) for page in pages]) if as_json else "\n".join(map(str, pages)))
 
 
-def numbers(text: str, option: str) -> list[float]:
-    """The numbers of a comma-separated option, all above 0. Raises typer.BadParameter."""
+def numbers(text: str, option: str, *, least: float | None = None) -> list[float]:
+    """The numbers of a comma-separated option, all above 0, or from `least` on. Raises typer.BadParameter."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{text!r} should be numbers with commas, as in 30,300", param_hint=option) from None
-    if min(values) <= 0:
-        raise typer.BadParameter(f"{text!r} holds a number that is not above 0", param_hint=option)
+    if min(values) <= 0 if least is None else min(values) < least:
+        bound = "above 0" if least is None else f"at least {least:g}"
+        raise typer.BadParameter(f"{text!r} holds a number that is not {bound}", param_hint=option)
     return values
 
 

@@ -11,7 +11,7 @@ byte-level one with the special tokens of Audio Flamingo Next.
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,25 @@ def write_random_checkpoint(
         (folder / "config.json").write_text(json.dumps(stated, indent=2), encoding="utf-8")
         _write_packed(folder, ModelConfig.from_dict(stated), quant, seed, progress or (lambda done, total: None))
         return folder
-    shapes = {_flat_name(name): size for name, size in expected_shapes(ModelConfig.from_dict(config)).items()}
+    shapes = flat_shapes(ModelConfig.from_dict(config))
     _write_safetensors(folder / "model.safetensors", shapes, seed, progress or (lambda done, total: None))
     return folder
+
+
+def flat_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The names of the flat layout, which `transformers` calls the tensors by, and their shapes."""
+    return {_flat_name(name): size for name, size in expected_shapes(config).items()}
+
+
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a random checkpoint in bfloat16, one by one in the order of `shapes` (see `flat_shapes`)."""
+    made: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+    for name, shape in shapes.items():
+        kind = ".".join(part for part in name.split(".") if not part.isdigit()), shape
+        if kind not in made:
+            made = made if ".layers." in name else {}
+            made[kind] = _random_tensor(name, shape, torch.Generator().manual_seed(seed + len(name)))
+        yield name, made[kind]
 
 
 def byte_tokenizer(texts: Iterable[str] = (), split: str = _WORD_SPLIT) -> Tokenizer:
@@ -165,15 +181,10 @@ def _write_safetensors(
         offset += size
     encoded = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     encoded += b" " * (-len(encoded) % 8)
-    made: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name, shape in shapes.items():
-            kind = ".".join(part for part in name.split(".") if not part.isdigit()), shape
-            if kind not in made:
-                made = made if ".layers." in name else {}
-                made[kind] = _random_tensor(name, shape, torch.Generator().manual_seed(seed + len(name)))
-            made[kind].view(torch.int16).numpy().tofile(file)
+        for _, tensor in random_tensors(shapes, seed):
+            tensor.view(torch.int16).numpy().tofile(file)
             progress(file.tell(), offset + 8 + len(encoded))
 
 

@@ -1,0 +1,192 @@
+"""Our runtime beside llama.cpp at full width: the encoder, a chunk of prefill, and a step of decode at any depth.
+
+Both hold random weights of the same shape in one process and take turns. Only the backbone and the encoder can be
+compared, since llama.cpp has no RoTE, which is part of our encoder. Outputs are not: packed weights
+are random codes on either side. That both compute the same function of the same weights is what the tests show.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ..kernels.errors import AfnextError
+from ..quant.recipe import recipe
+from ..runtime.app.api import Model, load
+from ..runtime.engine.kv_cache import KVCache, page_table, pages_for
+from .baselines import available
+from .e2e import recording
+from .llama_cpp import LlamaCpp, LlamaCppEncoder, LlamaCppModel, description, library
+from .machine import machine
+from .random_checkpoint import write_random_checkpoint
+from .record import SCHEMES, Record, append, recipe_of
+from .timing import Call, measure_interleaved
+
+STAGES = ("encode", "prefill", "decode")
+_WINDOW = 30.0  # seconds
+_ROUND_TIME = 150.0  # seconds a case may take before its last round starts
+_UNCOMPARED = "outputs are not compared: packed weights are random codes on either side"
+
+
+class Subject(Protocol):
+    """One implementation of the layers."""
+
+    name: str
+
+    def encode(self) -> Tensor:
+        """The audio tokens of a window: [tokens, hidden]."""
+
+    def hold(self, keys: list[Tensor], values: list[Tensor], room: int) -> None:
+        """Take a prefix, [depth, kv_heads, head_dim] a layer, and make room behind it for `room` tokens."""
+
+    def extend(self, x: Tensor) -> Tensor:
+        """Compute embeddings [1, time, hidden] behind the prefix, which stays as it is."""
+
+    def step(self, x: Tensor) -> Tensor:
+        """The scores after one embedding [1, 1, hidden] behind the prefix: [1, vocab] float32."""
+
+
+class Afnext:
+    """Our runtime, with the KV cache in the dtype that it computes in."""
+
+    def __init__(self, name: str, model: Model):
+        self.name, self._network, self._page_size = name, model.network, model.options.page_size
+        self._window = torch.from_numpy(recording(_WINDOW))
+        self._mel = self._network.log_mel([self._window])
+
+    @torch.inference_mode()
+    def encode(self) -> Tensor:
+        """See `Subject`."""
+        return self._network.encode(self._mel, [self._window.numel()], [0])[0]
+
+    @torch.inference_mode()
+    def hold(self, keys: list[Tensor], values: list[Tensor], room: int) -> None:
+        """See `Subject`."""
+        self._depth, network = len(keys[0]), self._network
+        pages = pages_for(self._depth + room, self._page_size)
+        self._cache = KVCache(
+            network.config.decoder, pages=pages, page_size=self._page_size, device=network.device, dtype=network.dtype
+        )
+        self._table = page_table([self._cache.allocate(self._depth + room)], network.device)
+        for pools, held in ((self._cache.keys, keys), (self._cache.values, values)):
+            for pool, x in zip(pools, held, strict=True):
+                pool.flatten(0, 1)[: self._depth] = x
+
+    @torch.inference_mode()
+    def extend(self, x: Tensor) -> Tensor:
+        """The last hidden states [1, time, hidden]. See `Subject`."""
+        positions = torch.arange(self._depth, self._depth + x.shape[1], device=x.device)[None]
+        return self._network.decoder(x, positions, self._cache.view(self._table, positions))
+
+    @torch.inference_mode()
+    def step(self, x: Tensor) -> Tensor:
+        """See `Subject`."""
+        return self._network.decoder.logits(self.extend(x)[:, -1])
+
+
+def run_llama_cpp(
+    out: Path,
+    *,
+    shape: str,
+    schemes: Sequence[str] = ("int4",),
+    kinds: Sequence[str] = ("q4_0",),
+    stages: Sequence[str] = STAGES,
+    depths: Sequence[int] = (0,),
+    chunk: int = 512,
+    repeats: int = 5,
+    quiet: bool = False,
+) -> list[Record]:
+    """Measure, append records to `out`, and return them.
+
+    shape: of a random checkpoint, "full-width:ENC,DEC"; schemes: ours, of SCHEMES; kinds: llama.cpp's, of
+    `random_gguf.KINDS`, whose encoder is bf16 beside bf16 and Q8_0 otherwise; depths: tokens before the chunk of
+    prefill and before the step of decode. Raises AfnextError for an unknown scheme and without llama.cpp.
+    """
+    if set(schemes) - set(SCHEMES):
+        raise AfnextError(f"unknown scheme among {', '.join(schemes)}; choose from {', '.join(SCHEMES)}")
+    if not available("gguf"):
+        raise AfnextError("the package gguf writes the weights; run `pip install 'afnext[llama-cpp]'`")
+    library()
+    console = Console(stderr=True, quiet=quiet)
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        subjects = list(_subjects(Path(folder), shape, schemes, kinds, encoders="encode" in stages))
+        for stage, depth in product(stages, depths):
+            if stage == "encode" and depth != depths[0]:
+                continue
+            case = _case(shape, stage, depth, chunk)
+            console.print(f"{stage}, {case['label']}")
+            for record in _measured(stage, case, subjects, repeats):
+                append(out, record)
+                records.append(record)
+    return records
+
+
+def _subjects(
+    folder: Path, shape: str, schemes: Sequence[str], kinds: Sequence[str], *, encoders: bool
+) -> Iterator[Subject]:
+    from .random_gguf import write_random_backbone, write_random_encoder  # needs the package gguf
+
+    for scheme in schemes:
+        packed = recipe_of(scheme)
+        checkpoint = write_random_checkpoint(folder / scheme, shape, quant=recipe(packed) if packed else None)
+        model = load(checkpoint, device="cpu", dtype=SCHEMES[scheme])
+        yield Afnext(f"afnext {scheme}", model)
+    config = model.network.config
+    for kind in kinds:
+        backbone = LlamaCppModel(write_random_backbone(folder / f"{kind}.gguf", config, kind))
+        encoder_kind = "bf16" if kind == "bf16" else "q8_0"
+        projector = folder / f"encoder-{encoder_kind}.gguf"
+        if encoders and not projector.exists():
+            write_random_encoder(projector, config, encoder_kind)
+        for flash, way in ((True, "flash"), (False, "no flash")):
+            encoder = LlamaCppEncoder(projector, backbone, recording(_WINDOW), flash=flash) if encoders else None
+            yield LlamaCpp(f"llama.cpp {kind}, {way}", backbone, encoder, flash=flash)
+
+
+def _case(shape: str, stage: str, depth: int, chunk: int) -> dict[str, Any]:
+    tokens = {"encode": 0, "prefill": chunk, "decode": 1}[stage]
+    label = "one window" if stage == "encode" else f"{tokens} {'tokens' if tokens > 1 else 'token'} after {depth}"
+    return {"label": label, "model": shape, "depth": depth, "tokens": tokens}
+
+
+def _measured(stage: str, case: dict[str, Any], subjects: Sequence[Subject], repeats: int) -> Iterator[Record]:
+    samples = measure_interleaved(_calls(stage, case, subjects), repeats=repeats, max_time=_ROUND_TIME)
+    theirs = {subject.name: samples[subject.name].median for subject in subjects if isinstance(subject, LlamaCpp)}
+    best, where = min(theirs, key=theirs.__getitem__), machine()
+    for subject in subjects:
+        taken = samples[subject.name]
+        values: dict[str, Any] = taken.values()
+        if case["tokens"]:
+            values["tokens_per_s"] = case["tokens"] / taken.median
+        if isinstance(subject, LlamaCpp):
+            values |= description()
+        else:
+            values |= {"speedup": theirs[best] / taken.median, "speedup_over": best, "note": _UNCOMPARED}
+        yield Record("llama-cpp", stage, subject.name, case, values, machine=where)
+
+
+def _calls(stage: str, case: dict[str, Any], subjects: Sequence[Subject]) -> dict[str, Call]:
+    if stage == "encode":
+        return {subject.name: subject.encode for subject in subjects}
+    ours = next(subject for subject in subjects if isinstance(subject, Afnext))
+    config, generator = ours._network.config.decoder, torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(ours._network.dtype)
+
+    size = case["depth"], config.kv_heads, config.head_dim
+    keys, values = ([normal(*size) for _ in range(config.layers)] for _ in range(2))
+    x = normal(1, case["tokens"], config.hidden_size)
+    for subject in subjects:
+        subject.hold(keys, values, case["tokens"])
+    return {subject.name: _bound(subject.extend if stage == "prefill" else subject.step, x) for subject in subjects}
+
+
+def _bound(method: Callable[[Tensor], Tensor], x: Tensor) -> Call:
+    return lambda: method(x)
