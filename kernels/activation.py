@@ -3,9 +3,9 @@
     gelu(x)          = x / 2 * (1 + erf(x / sqrt(2)))
     swiglu(gate, up) = gate / (1 + exp(-gate)) * up
 
-Memory-bound: gelu reads and writes each element once, swiglu reads two and writes one; so do the Triton kernels, with
-some 30 operations an element in float32. A bias before GELU belongs to the product that comes before it, whose library
-adds it for nothing; where none does, `conv_stem` fuses the two.
+Memory-bound: gelu reads and writes each element once, swiglu reads two and writes one; so do the Triton and the native
+kernels, with some 30 operations an element in float32. A bias before GELU belongs to the product that comes before it,
+whose library adds it for nothing; where none does, `conv_stem` fuses the two.
 Source: Hendrycks & Gimpel 2016 (GELU); Shazeer 2020, "GLU Variants Improve Transformer" (SwiGLU).
 """
 
@@ -78,6 +78,14 @@ def _swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
     rows, columns = gates.shape
     grid = (rows * triton.cdiv(columns, _BLOCK),)
     _swiglu_kernel[grid](gates, ups, out, gates.stride(0), ups.stride(0), columns, BLOCK=_BLOCK, num_warps=4)
+    return out
+
+
+@_gelu.implementation("native", native.misfit)
+def _gelu_native(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    native.call("gelu", x, out, x.numel(), x.dtype)
     return out
 
 

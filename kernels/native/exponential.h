@@ -6,14 +6,11 @@
 
 namespace afnext {
 
-// To float32's precision, for x <= 0: polynomial on [-1/2, 1/2] with 1 as its exact value at 0 (fitted by weighted least
-// squares towards the smallest largest relative error, 2e-9), times a power of two. Below 2^-126, zero.
-inline Vec exp2(Vec x) {
-  const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves no room for a fraction
-  const Vec least = splat(-126.0f);
-  const Vec bounded = x > least ? x : least;
-  const Vec whole = (bounded + shift) - shift;
-  const Vec r = bounded - whole;
+// To float32's precision, for |x| <= 126: polynomial on [-1/2, 1/2] with 1 as its exact value at 0 (fitted by weighted
+// least squares towards the smallest largest relative error, 2e-9), times a power of two.
+inline Vec exp2_bounded(Vec x) {
+  const Vec whole = round_even(x);
+  const Vec r = x - whole;
   Vec p = splat(1.5353361959569156e-4f);
   p = p * r + 1.3398873852565885e-3f;
   p = p * r + 9.61843691766262e-3f;
@@ -21,9 +18,13 @@ inline Vec exp2(Vec x) {
   p = p * r + 2.4022647738456726e-1f;
   p = p * r + 6.931471824645996e-1f;
   p = p * r + 1.0f;
-  const IntVec exponent = __builtin_convertvector(whole, IntVec) << 23;
-  const Vec scaled = (Vec)((IntVec)p + exponent);
-  return x >= least ? scaled : Vec{};
+  return (Vec)((IntVec)p + (to_int(whole) << 23));
+}
+
+// The same for x <= 0. Below 2^-126, zero.
+inline Vec exp2(Vec x) {
+  const Vec least = splat(-126.0f);
+  return x >= least ? exp2_bounded(x > least ? x : least) : Vec{};
 }
 
 // To 1e-4, which is enough for weights that are rounded to bfloat16 (4e-3).

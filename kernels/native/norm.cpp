@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "vec.h"
+#include "elementwise.h"
 
 namespace afnext {
 namespace {
@@ -20,8 +20,9 @@ double sum_row(const T* x, int64_t width, Term term) {
     Vec partial[2] = {};
     int64_t i = first;
     for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-      partial[0] += term(load(x + i));
-      partial[1] += term(load(x + i + kLanes));
+      const TwoVecs two = load_two(x + i);
+      partial[0] += term(two.first);
+      partial[1] += term(two.second);
     }
     total += sum(partial[0] + partial[1]);
     for (; i < end; ++i) total += term(splat(to_float(x[i])))[0];
@@ -33,25 +34,17 @@ double sum_row(const T* x, int64_t width, Term term) {
 template <typename T>
 void norm_row(const T* x, const T* residual, const T* weight, const T* bias, T* normed, T* hidden, int64_t width,
               float eps) {
-  const int64_t whole = width / kLanes * kLanes;
-  const int rest = (int)(width - whole);
   if (residual) {
-    for (int64_t i = 0; i < whole; i += kLanes) store(hidden + i, load(x + i) + load(residual + i));
-    if (rest) store_first(hidden + whole, load_first(x + whole, rest) + load_first(residual + whole, rest), rest);
+    map(hidden, width, [](Vec a, Vec b) { return a + b; }, x, residual);
     x = hidden;
   }
   const float mean = bias ? (float)(sum_row(x, width, [](Vec v) { return v; }) / width) : 0.0f;
   const double squares = sum_row(x, width, [mean](Vec v) { return (v - mean) * (v - mean); });
   const float factor = (float)(1 / std::sqrt(squares / width + eps));
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    Vec y = (load(x + i) - mean) * factor * load(weight + i);
-    if (bias) y += load(bias + i);
-    store(normed + i, y);
-  }
-  if (rest) {
-    Vec y = (load_first(x + whole, rest) - mean) * factor * load_first(weight + whole, rest);
-    if (bias) y += load_first(bias + whole, rest);
-    store_first(normed + whole, y, rest);
+  if (bias) {
+    map(normed, width, [=](Vec v, Vec w, Vec b) { return (v - mean) * factor * w + b; }, x, weight, bias);
+  } else {
+    map(normed, width, [=](Vec v, Vec w) { return v * factor * w; }, x, weight);
   }
 }
 

@@ -52,11 +52,15 @@ inline Vec load(const float16* p) {
 
 inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
 
-inline void store(bfloat16* p, Vec x) {
+// The upper halves are x in bfloat16.
+inline BitVec rounded_to_bfloat16(Vec x) {
   const BitVec bits = (BitVec)x;
-  const BitVec rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  const BitVec chosen = x == x ? rounded : BitVec{} + 0x7FC0;
-  const HalfVec half = __builtin_convertvector(chosen, HalfVec);
+  const BitVec rounded = bits + 0x7FFF + ((bits >> 16) & 1);
+  return x == x ? rounded : BitVec{} + 0x7FC00000;
+}
+
+inline void store(bfloat16* p, Vec x) {
+  const HalfVec half = __builtin_convertvector(rounded_to_bfloat16(x) >> 16, HalfVec);
   std::memcpy(p, &half, sizeof half);
 }
 

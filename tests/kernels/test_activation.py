@@ -55,6 +55,15 @@ def test_swiglu_accuracy(
     assert_accurate(actual, exactly(swiglu, gate, up), plain_swiglu(gate, up))
 
 
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize("backend", backends(activation._gelu))
+def test_gelu_accuracy_near_zero_and_far_from_it(backend: str, scale: float, seed: int, device: torch.device) -> None:
+    x = (scale * torch.randn(20_011)).to(device)
+    with poisoned(backend):
+        actual = gelu(x)
+    assert_accurate(actual, exactly(gelu, x), plain_gelu(x))
+
+
 @pytest.mark.parametrize("backend", backends(activation._gelu, activation._swiglu))
 def test_strided_inputs(backend: str, seed: int, device: torch.device) -> None:
     gate, up = torch.randn(5, 2 * 37).to(device).chunk(2, dim=-1)
@@ -71,6 +80,17 @@ def test_far_from_zero(backend: str, device: torch.device) -> None:
     with poisoned(backend):
         torch.testing.assert_close(gelu(x), x.clamp_min(0), rtol=0, atol=0)
         torch.testing.assert_close(swiglu(x, torch.ones_like(x)), x.clamp_min(0), rtol=0, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", backends(activation._gelu, activation._swiglu))
+def test_nan_stays_nan(backend: str, dtype: torch.dtype, seed: int, device: torch.device) -> None:
+    x = torch.randn(101).to(device, dtype)
+    nan = torch.rand(101).to(device) < 0.3
+    x[nan] = torch.nan
+    with poisoned(backend):
+        assert gelu(x).isnan().equal(nan)
+        assert swiglu(x, x).isnan().equal(nan)
 
 
 @pytest.mark.parametrize("backend", backends(activation._gelu, activation._swiglu))

@@ -13,7 +13,8 @@ from support.accuracy import DTYPES, native_backends, poisoned
 from support.guarded import guarded
 
 from afnext import kernels
-from afnext.kernels import native, norm
+from afnext.kernels import activation, native, norm
+from afnext.kernels.activation import gelu, swiglu
 from afnext.kernels.errors import BackendError
 from afnext.kernels.native import build
 from afnext.kernels.norm import add_layer_norm, rms_norm
@@ -116,3 +117,30 @@ def test_norms_stay_within_their_memory(
     with poisoned(backend):
         actual = rms_norm(x, weight), *add_layer_norm(x, residual, weight, bias)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", native_backends(activation._gelu, activation._swiglu))
+def test_activations_stay_within_their_memory(
+    backend: str, dtype: torch.dtype, threads: int, seed: int, restored_threads: None
+) -> None:
+    x, up = torch.randn(2, 7, 5003).to(dtype)
+    torch.set_num_threads(1)
+    with poisoned(backend):
+        expected = gelu(x), swiglu(x, up)
+    torch.set_num_threads(threads)
+    x, up = guarded(x), guarded(up)
+    with poisoned(backend):
+        actual = gelu(x), swiglu(x, up)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", native_backends(activation._gelu, activation._swiglu))
+def test_activations_of_more_than_32_megabytes(backend: str, seed: int) -> None:
+    """Their output is asked for in large pages."""
+    x = torch.randn(9, 1_000_003)
+    rows = torch.tensor([0, 4, 8])
+    with poisoned(backend):
+        torch.testing.assert_close(gelu(x)[rows], gelu(x[rows]))
+        torch.testing.assert_close(swiglu(x, x)[rows], swiglu(x[rows], x[rows]))
