@@ -31,7 +31,7 @@ class EngineMachine(RuleBasedStateMachine):
     """Requests of all kinds and ends, against a count of who should hold what."""
 
     @initialize(
-        room=st.sampled_from([None, 40, 90]),
+        room=st.sampled_from([None, 45, 90]),  # in whole pages still 40: a request takes up to 37
         page_size=st.integers(1, 9),
         max_batch=st.integers(1, 4),
         cached=st.sampled_from([0, 20_000, 1 << 30]),
