@@ -31,6 +31,8 @@ class BuildNative(build_ext):
 
     def run(self):
         folder = NATIVE if self.inplace else Path(self.build_lib, "afnext", NATIVE)
+        for library in self.get_outputs():  # of an earlier build, which this one may not replace
+            Path(library).unlink(missing_ok=True)
         try:
             native_build.build(folder, Path("build", "native"))
         except native_build.BuildError as error:
@@ -65,6 +67,7 @@ setup(
         "afnext.bench.tiny",
     ],
     package_data={"afnext": ["py.typed"], "afnext.bench": ["data/*"], "afnext.runtime.model": ["afnext_tiny/*"]},
+    exclude_package_data={"afnext.kernels.native": ["*.cpp", "*.h"]},
     # Named so that sources and headers are in the source distribution and wheels are per platform.
     ext_modules=[
         Extension(

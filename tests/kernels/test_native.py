@@ -20,10 +20,11 @@ from afnext.kernels.native import build
 from afnext.kernels.norm import add_layer_norm, rms_norm
 
 ROOT = Path(__file__).parents[2]
+COMPILERS = (os.environ.get("CXX") or os.environ.get("CC") or "c++ g++ clang++").split()
 needs_native = pytest.mark.skipif(not native.AVAILABLE, reason="the native kernels are not built")
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler on this machine")
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler on this machine")
 def test_they_are_built_where_there_is_a_compiler() -> None:
     assert native.AVAILABLE, "run `make native`"
     assert native.supported_levels()[0] == "portable"
@@ -55,6 +56,9 @@ def test_a_build_without_a_compiler_is_said_and_not_fatal(tmp_path: Path) -> Non
     for name in ("setup.py", "pyproject.toml", "README.md", "kernels"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = {**os.environ, "CC": "/bin/false", "CXX": ""}
+    earlier = tmp_path / "lib" / "afnext" / "kernels" / "native" / build.library_name("portable")
+    earlier.parent.mkdir(parents=True)
+    earlier.write_bytes(b"of other sources, which an installed package cannot tell")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=99)
     assert done.returncode == 0, done.stderr
     assert "the native kernels are not built, the CPU will run on torch" in done.stderr
@@ -81,6 +85,7 @@ def test_libraries_that_do_not_fit_leave_the_cpu_to_torch(
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
+        cwd=tmp_path,  # not where a folder is called afnext
         env={**os.environ, "AFNEXT_NATIVE": str(tmp_path), "AFNEXT_BACKEND": ""},
         capture_output=True,
         text=True,

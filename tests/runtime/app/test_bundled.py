@@ -1,7 +1,10 @@
 """The small model that comes with the package: it loads by default, hears, thinks, and stops by itself."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +77,28 @@ def test_it_thinks_before_it_counts(bundled: afnext.Model) -> None:
 )
 def test_it_tells_silence_from_sound(bundled: afnext.Model, question: str, answer: str) -> None:
     assert bundled.ask((np.zeros(5 * 16_000, np.float32), 16_000), question).text == answer
+
+
+def test_where_the_native_kernels_are_not_built_torch_gives_the_same_answer(
+    bundled: afnext.Model, tmp_path: Path
+) -> None:
+    def run(*arguments: object) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "afnext", *map(str, arguments), "--device", "cpu"],
+            cwd=tmp_path,
+            env={**os.environ, "AFNEXT_NATIVE": str(tmp_path), "AFNEXT_BACKEND": "", "AFNEXT_MODEL": ""},
+            capture_output=True,
+            text=True,
+            timeout=99,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    _, _, built, *operations = run("info", "--backend").splitlines()
+    assert "not built" in built
+    assert {line.split()[-1] for line in operations} == {"torch"}
+    question = "How many beeps are there?"
+    assert run("ask", RECORDING, question) == bundled.ask(RECORDING, question).text
 
 
 def test_it_says_which_model_answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
