@@ -127,6 +127,39 @@ def llama_cpp(
     show(records, as_json)
 
 
+@app.command(epilog="Example: [bold]afnext bench layers --random full-width:2,2 --scheme bf16,int8,int4[/bold]")
+def layers(
+    random: Annotated[str, typer.Option(help="Shape of a random checkpoint: tiny or full-width:ENC,DEC.")],
+    scheme: Annotated[
+        str, typer.Option(help=f"{', '.join(SCHEMES)}; '+kv8' behind one for an int8 KV cache.")
+    ] = "bf16",
+    stages: Annotated[
+        str, typer.Option(help="encode, prefill, decode; several with commas.")
+    ] = "encode,prefill,decode",
+    chunk: Annotated[int, typer.Option(help="Tokens of prefill.", min=1)] = 1024,
+    prefixes: Annotated[str, typer.Option(help="Tokens before those of prefill, with commas.")] = "0,16000",
+    depths: Annotated[str, typer.Option(help="Tokens before the one that is decoded, with commas.")] = "0,8192,45000",
+    repeats: Annotated[int, typer.Option(help="Rounds a case.", min=1)] = 7,
+    out: OutOption = Path("results.jsonl"),
+    as_json: JsonOption = False,
+) -> None:
+    """Every scheme's layers beside transformers, at depths that no recording needs to be heard for. On the CPU."""
+    from .layers import STAGES, run_layers
+
+    records = run_layers(
+        out,
+        shape=random,
+        schemes=scheme.split(","),
+        stages=[choice(stage, STAGES, "--stages") for stage in stages.split(",")],
+        chunk=chunk,
+        prefixes=[int(depth) for depth in numbers(prefixes, "--prefixes", least=0)],
+        depths=[int(depth) for depth in numbers(depths, "--depths", least=0)],
+        repeats=repeats,
+        quiet=as_json,
+    )
+    show(records, as_json)
+
+
 @app.command(epilog="Example: [bold]afnext bench serving --random full-width:1,1 --audio 1800[/bold]")
 def serving(
     random: Annotated[str, typer.Option(help="Shape of a random checkpoint: tiny, full-width:ENC,DEC or full.")],
