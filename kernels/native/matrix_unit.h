@@ -49,17 +49,18 @@ class TileConfiguration {
  public:
   TileConfiguration() {
     _tile_storeconfig(&before_);
+    asm volatile("" : "=m"(before_));  // gcc takes both instructions to touch 8 of the 64 bytes
     Layout tiles{};
     tiles.palette = 1;
     for (int i = 0; i < 8; ++i) {
       tiles.row_bytes[i] = 64;
       tiles.rows[i] = 16;
     }
-    _tile_loadconfig(&tiles);
+    load(tiles);
   }
   ~TileConfiguration() {
     if (before_.palette) {
-      _tile_loadconfig(&before_);
+      load(before_);
     } else {
       _tile_release();
     }
@@ -73,6 +74,12 @@ class TileConfiguration {
     uint16_t row_bytes[16];
     uint8_t rows[16];
   };
+
+  static void load(const Layout& tiles) {
+    asm volatile("" ::"m"(tiles));
+    _tile_loadconfig(&tiles);
+  }
+
   Layout before_;
 };
 
