@@ -340,6 +340,8 @@ void attend_narrow_or_wide(const Problem& p, const Task& task, float* memory) {
 void run(const Problem& p, const Task& task, float* memory) {
 #if defined(__AMX_BF16__)
   if (p.dtype == kBFloat16) return attend_narrow_or_wide<Tiles>(p, task, memory);
+#elif defined(__AVX512BF16__)
+  if (p.dtype == kBFloat16) return attend_narrow_or_wide<Pairs>(p, task, memory);
 #endif
   attend_narrow_or_wide<Floats>(p, task, memory);
 }

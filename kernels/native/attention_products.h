@@ -3,8 +3,8 @@
 // A tile has kRows rows (one query of one head each), which are the lanes of W vectors: what belongs to a row
 // is in one lane everywhere, so nothing is ever added up across lanes. Transposed, the products are
 //   scores[key][row] = sum_d keys[key][d] * queries[d][row],      sums[d][row] += sum_key values[key][d] * weights[key][row]
-// in which keys and values are broadcast one by one (Floats) or are the left operand of a matrix unit (Tiles). Dot
-// products of bfloat16 pairs (AVX512-BF16) are no faster than float32 on the CPUs that have no matrix unit beside them.
+// in which keys and values are broadcast one by one (Floats), in pairs (Pairs: dot products of bfloat16), or are the left
+// operand of a matrix unit (Tiles).
 // Keys and values come in chunks of kChunk, rows of `depth` elements (a multiple of kChunk, zeros behind the head's).
 
 #pragma once
@@ -134,6 +134,89 @@ struct Floats {
     }
   }
 };
+
+#if defined(__AVX512BF16__)
+
+// Dot products of bfloat16 pairs with float32 sums. Neighbours of the dimension summed over lie in one 32-bit lane.
+template <int W>
+struct Pairs {
+  using Element = bfloat16;
+  static constexpr int kRows = W * kLanes;
+  static constexpr int kStep = 16 / W;  // broadcast at a time: so many sums need not wait for each other
+
+  static Vec power(Vec x) { return exp2_coarse(x); }
+
+  static void put_queries(const bfloat16* const* rows, int depth, bfloat16* queries) {
+    transpose<kRows>((const uint32_t* const*)rows, depth / 2, (uint32_t*)queries);
+  }
+
+  static void put_weights(int key, int w, Vec even, Vec odd, bfloat16* weights) {
+    store_pairs(weights + key * kRows + 2 * w * kLanes, even, odd);
+  }
+
+  static void put_keys(const bfloat16* const* rows, int chunk, int depth, bfloat16* keys, Fetch& fetch) {
+    fetch(64);
+    for (int i = 0; i < kChunk; ++i)
+      std::memcpy((void*)(keys + (int64_t)(chunk * kChunk + i) * depth), rows[i], depth * sizeof(bfloat16));
+  }
+
+  // values[key / 2][d]: pairs of keys side by side.
+  static void put_values(const bfloat16* const* rows, int chunk, int depth, bfloat16* values, Fetch& fetch) {
+    fetch(64);
+    for (int i = 0; i < kChunk; i += 2) {
+      bfloat16* to = values + (int64_t)(chunk * kChunk + i) * depth;
+      for (int d = 0; d < depth; d += 16) {
+        const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[i] + d)));
+        const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[i + 1] + d)));
+        _mm512_storeu_si512(to + 2 * d, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      }
+    }
+  }
+
+  static void score(const bfloat16* queries, const bfloat16* keys, int count, int depth, float* scores, Fetch&) {
+    for (int key = 0; key < count; key += kStep) {
+      product(keys + (int64_t)key * depth, depth, 2, queries, depth / 2,
+              [&](int i, int w, __m512 total) { store(scores + (key + i) * kRows + w * kLanes, (Vec)total); });
+    }
+  }
+
+  static void accumulate(const bfloat16* values, const bfloat16* weights, int count, int depth, float* sums, Fetch&) {
+    for (int d = 0; d < depth; d += kStep) {
+      product(values + 2 * d, 2, 2 * depth, weights, count / 2, [&](int i, int w, __m512 total) {
+        float* at = sums + (d + i) * kRows + w * kLanes;
+        store(at, load(at) + (Vec)total);
+      });
+    }
+  }
+
+ private:
+  // put(i, w, sum) for kStep rows of the left operand: over `count` pairs, of which pair j of row i is at
+  // left + i * across + j * along, and of the right operand at right + j * 2 * kRows.
+  template <typename Put>
+  static void product(const bfloat16* left, int across, int along, const bfloat16* right, int count, Put put) {
+    __m512 total[kStep][W];
+    for (auto& row : total)
+      for (auto& sum : row) sum = _mm512_setzero_ps();
+    for (int j = 0; j < count; ++j) {
+      __m512bh by[W];
+      for (int w = 0; w < W; ++w) by[w] = (__m512bh)_mm512_loadu_si512(right + j * 2 * kRows + 2 * w * kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kStep; ++i) {
+        int32_t pair;
+        std::memcpy(&pair, left + i * across + j * along, sizeof pair);
+        const __m512bh all = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+        for (int w = 0; w < W; ++w) total[i][w] = _mm512_dpbf16_ps(total[i][w], all, by[w]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kStep; ++i)
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) put(i, w, total[i][w]);
+  }
+};
+
+#endif
 
 #if defined(__AMX_BF16__)
 

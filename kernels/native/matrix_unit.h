@@ -1,4 +1,5 @@
-// What every user of the matrix unit (AMX) shares: its configuration, and the layouts of its operands.
+// What the users of the matrix unit (AMX) and of dot products of bfloat16 pairs share: layouts of operands, and the
+// matrix unit's configuration.
 
 #pragma once
 
@@ -38,6 +39,18 @@ inline void transpose_16(Row row, uint32_t* out, int64_t pitch) {
 // One tile, rows and out contiguous.
 inline void transpose_tile(const uint32_t* rows, uint32_t* out) {
   transpose_16([rows](int i) { return rows + i * 16; }, out, 16);
+}
+
+#endif
+
+#if defined(__AVX512BF16__)
+
+// 32 neighbours in bfloat16, from the even ones and the odd ones.
+inline void store_pairs(void* p, Vec even, Vec odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
 }
 
 #endif
@@ -82,14 +95,6 @@ class TileConfiguration {
 
   Layout before_;
 };
-
-// 32 neighbours in bfloat16, from the even ones and the odd ones.
-inline void store_pairs(void* p, Vec even, Vec odd) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
-}
 
 #endif
 
