@@ -20,7 +20,7 @@ build/native/.built: $(INSTALLED) $(NATIVE)
 	mkdir -p build/native && touch $@
 
 # Threads that wait do not spin: the suite starts many processes, and often shares its cores with others.
-test test-slow test-gpu: export OMP_WAIT_POLICY = passive
+test test-slow test-gpu sanitize: export OMP_WAIT_POLICY = passive
 
 test: native
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,47 +1,46 @@
-"""Training batches: crops of recordings, questions about them, and the targets of all losses, as tensors."""
+"""Training batches: crops of recordings, questions about them, and where every head should look, as tensors."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from ...kernels.log_mel import log_mel
-from .model import MARGIN, MELS, ROTE
-from .scenes import Item, Question, clock, make_scene, random_conditions, random_questions, tenths_of
-from .vocabulary import SOUNDS, WORDS
-from .voices import RATE, VoiceBank
+from .attention import Looks, audio_looks, mentions, near_previous, question_looks
+from .features import Crop
+from .hearing import CLASSES
+from .model import ROTE
+from .scenes import Item, Question, clock, random_questions, tenths_of
 
 PREFIX = "<|im_start|>user\n<|sound_bos|>"
-CLASSES = ["", *WORDS, *SOUNDS]
-WINDOW_SECONDS = 30.0
-BEFORE = (len(CLASSES), len(CLASSES), *3 * (30, 60, 10))
-"""How many values each column of `_before` has."""
-_LAST_TOKEN = 45_000
 IGNORED = -100
+MOST_WORDS = 31
+_LAST_TOKEN = 45_000
+_WINDOW_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of the curriculum: crops of `seconds`, `crops` of them a recording, `batch` recordings a step."""
+    """A stretch of training: `batch` recordings a step, each asked `questions`. long: the share of steps whose
+    recordings are crops from up to 30 minutes."""
 
     steps: int
-    seconds: float
-    crops: int
     batch: int
-    questions: int = 4
+    questions: int
+    long: float = 0.0
+    crops: int = 3
 
 
 class Batches(Dataset[dict[str, Any]]):
     """Batch number i of a seed is always the same, so that training can stop and go on anywhere."""
 
-    def __init__(self, bank: VoiceBank, tokenizer: Tokenizer, stages: list[Stage], seed: int):
-        self._bank, self._tokenizer, self._seed = bank, tokenizer, seed
+    def __init__(
+        self, short: list[Crop], long: list[Crop], tokenizer: Tokenizer, stages: list[Stage], seed: int
+    ) -> None:
+        self._short, self._long, self._tokenizer, self._seed = short, long, tokenizer, seed
         self._stages = [stage for stage in stages for _ in range(stage.steps)]
         self._prefix = tokenizer.encode(PREFIX).ids
 
@@ -51,162 +50,124 @@ class Batches(Dataset[dict[str, Any]]):
     def __getitem__(self, step: int) -> dict[str, Any]:
         torch.set_num_threads(1)
         stage, rng = self._stages[step], random.Random(f"{self._seed}/{step}")
-        # Short recordings are the everyday case: they start at 0, where the convolutions see zero padding.
-        from_start = stage.crops == 1 and rng.random() < 0.35
-        recordings = [self._recording(stage, rng, from_start) for _ in range(stage.batch)]
-        margin = 0 if from_start else MARGIN
-        tensors = _questions_batch([r["questions"] for r in recordings], self._tokenizer)
-        tensors |= {
-            "mel": _disturbed(crop_log_mel(np.stack([crop for r in recordings for crop in r["samples"]])), rng),
-            "starts": torch.tensor([start for r in recordings for start in r["starts"]]),
-            "windows": torch.tensor([window for r in recordings for window in r["windows"]]),
-            "classes": torch.stack([r["classes"] for r in recordings]),
-            "onsets": torch.stack([r["onsets"] for r in recordings]),
-            "tenths": torch.stack([r["tenths"] for r in recordings]),
-            "before": torch.stack([r["before"] for r in recordings]),
-            "prefix": torch.tensor(self._prefix),
+        long = rng.random() < stage.long
+        recordings = [self._recording(long, stage, rng) for _ in range(stage.batch)]
+        tensors = {
+            name: torch.stack([r[name] for r in recordings])
+            for name in ("audio", "windows", "tokens", "classes", "onsets", "tenths", "before", "words")
         }
+        looks, shared = Looks(), len(self._prefix) + tensors["audio"].shape[1]
+        for row, recording in enumerate(recordings):
+            audio_looks(looks, row, len(self._prefix), recording["items"], recording["begins"])
+        tensors |= self._questions([r["questions"] for r in recordings], recordings, shared, looks)
+        tensors["prefix"] = torch.tensor(self._prefix)
         tensors |= _layout(tensors, recordings, rng)
-        return {**tensors, "margin": margin, "crops": stage.crops}
+        return {**tensors, "looks": looks.tensors()}
 
-    def _recording(self, stage: Stage, rng: random.Random, from_start: bool) -> dict[str, Any]:
-        tokens = round(stage.seconds / ROTE.frame_seconds)
-        places = _places(rng, stage.crops, tokens, from_start)
-        conditions, density = random_conditions(rng), rng.choice((None, 0.5, 0.5))
-        samples, items, classes, onsets = [], [], [], []
-        margin = (0 if from_start else MARGIN) * RATE // 50
-        for window, start in places:
-            empty = rng.random() < (0.04 if stage.crops == 1 else 0.15)
-            crop, inside = make_scene(self._bank, rng, stage.seconds, conditions, density=density, respeak=True)
-            if empty:
-                crop, inside = _silence(len(crop), rng), []
-            samples.append(np.pad(crop, (margin, MARGIN * RATE // 50)))
-            offset = window * WINDOW_SECONDS + start * ROTE.frame_seconds
-            items += [Item(i.label, i.is_word, i.onset + offset, i.end + offset, i.pitch) for i in inside]
-            marks = _marks(inside, tokens)
+    def _recording(self, long: bool, stage: Stage, rng: random.Random) -> dict[str, Any]:
+        crops = [rng.choice(self._long if long else self._short) for _ in range(stage.crops if long else 1)]
+        if long:
+            last = max(rng.choice((3, 6, 12, 30, 60, 60)), stage.crops)
+            windows = sorted(rng.sample(range(last), stage.crops))
+        else:
+            windows = [0 if rng.random() < 0.7 else rng.randrange(60)]
+        items, begins, classes, onsets, passed = [], [], [], [], 0
+        for window, crop in zip(windows, crops, strict=True):
+            offset, length = window * _WINDOW_SECONDS, len(crop.tokens)
+            marks = torch.zeros(length, dtype=torch.long), torch.zeros(length)
+            for item in crop.items:
+                first = int(item.onset / ROTE.frame_seconds) - crop.start
+                final = int(item.end / ROTE.frame_seconds) - crop.start
+                marks[0][first : final + 1] = CLASSES.index(item.label)
+                marks[1][first] = 1.0
+                begins.append((passed + first, min(passed + final, passed + length - 1)))
+                items.append(replace(item, onset=item.onset + offset, end=item.end + offset))
             classes.append(marks[0])
             onsets.append(marks[1])
-        windows, starts = zip(*places, strict=True)
-        first = torch.tensor([750 * w + s for w, s in places])[:, None] + torch.arange(tokens)
+            passed += length
+        tokens = torch.cat([crop.start + torch.arange(len(crop.tokens)) for crop in crops])
+        places = torch.cat([torch.full((len(c.tokens),), w) for w, c in zip(windows, crops, strict=True)])
+        absolute = 750 * places + tokens
         return {
-            "samples": samples,
-            "windows": windows,
-            "starts": starts,
+            "audio": torch.cat([crop.tokens for crop in crops]),
+            "windows": places,
+            "tokens": tokens,
             "classes": torch.cat(classes),
             "onsets": torch.cat(onsets),
-            "tenths": (first.flatten() * 4 // 10),
-            "before": _before(items, [*first.flatten().tolist(), _LAST_TOKEN]),
+            "tenths": absolute * 4 // 10,
+            **_preceding(items, begins, len(tokens)),
+            "items": items,
+            "begins": begins,
             "questions": random_questions(items, rng, stage.questions),
-            "end": int(first[-1, -1]) + 1 + (0 if rng.random() < 0.5 else rng.randrange(1, 750)),
+            "end": int(absolute[-1]) + 1 + (0 if not long or rng.random() < 0.3 else rng.randrange(1, 750)),
+            "long": long,
+        }
+
+    def _questions(
+        self, questions: list[list[Question]], recordings: list[dict[str, Any]], shared: int, looks: Looks
+    ) -> dict[str, Tensor]:
+        """The questions of each recording one after another, each [batch, time]: token ids, targets (none in padding
+        and prompts), which question a token belongs to (from 1), its place in it, the tenth of a second of the item
+        last written in an answer with times, and how many items an answer without has."""
+        rows = []
+        for number, (asked, recording) in enumerate(zip(questions, recordings, strict=True)):
+            row: dict[str, list[int]] = {"inputs": [], "targets": [], "question": [], "place": []}
+            row |= {"written": [], "ordinal": []}
+            for index, question in enumerate(asked, start=1):
+                text = f"<|sound_eos|>{question.prompt}<|im_end|>\n<|im_start|>assistant\n"
+                prompt = self._tokenizer.encode(text).ids
+                encoded = self._tokenizer.encode(question.answer + "<|im_end|>")
+                answer, begin = encoded.ids, shared + len(row["inputs"])
+                spoken = mentions(question, encoded.offsets)
+                evidence = [recording["items"].index(item) for item in question.evidence]
+                question_looks(looks, number, question, spoken, evidence, recording, shared, begin, begin + len(prompt))
+                row["inputs"] += prompt + answer
+                row["targets"] += [IGNORED] * (len(prompt) - 1) + answer + [IGNORED]
+                row["question"] += [index] * len(prompt + answer)
+                row["place"] += range(len(prompt + answer))
+                timed, plain = "[" in question.answer or "when" in question.kind, question.kind == "transcribe"
+                written = [
+                    tenths_of(question.evidence[k - 1].onset) if timed and k is not None and k > 0 else IGNORED
+                    for k in spoken
+                ]
+                ordinal = [min(k, MOST_WORDS) if plain and k is not None else IGNORED for k in spoken]
+                row["written"] += [IGNORED] * (len(prompt) - 1) + written + [IGNORED]
+                row["ordinal"] += [IGNORED] * (len(prompt) - 1) + ordinal + [IGNORED]
+            rows.append(row)
+        padding = {"inputs": self._tokenizer.token_to_id("[PAD]"), "targets": IGNORED, "question": -1, "place": 0}
+        padding |= {"written": IGNORED, "ordinal": IGNORED}
+        width = max(len(row["inputs"]) for row in rows)
+        return {
+            name: torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
+            for name, value in padding.items()
         }
 
 
-def _places(rng: random.Random, crops: int, tokens: int, from_start: bool) -> list[tuple[int, int]]:
-    """Where the crops lie: (window, first token in it), ascending, at most one a window."""
-    if from_start:
-        return [(0, 0)]
-    last = rng.choice((1, 2, 4, 10, 30, 60, 60))
-    windows = sorted(rng.sample(range(max(last, crops)), crops))
-    return [(window, rng.randrange(ROTE.frames - tokens + 1)) for window in windows]
-
-
-def _silence(length: int, rng: random.Random) -> np.ndarray:
-    level = rng.choice((0.0, 1e-4, 1e-3, 1e-2))
-    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(length)
-    return np.asarray(noise * level, np.float32)
-
-
-def _marks(items: list[Item], tokens: int) -> tuple[Tensor, Tensor]:
-    """For each token the class of the item it lies in, 0 for none, and whether an item begins in it."""
-    classes, onsets = torch.zeros(tokens, dtype=torch.long), torch.zeros(tokens)
-    for item in items:
-        first, last = int(item.onset / ROTE.frame_seconds), int(item.end / ROTE.frame_seconds)
-        classes[first : last + 1] = CLASSES.index(item.label)
-        onsets[first] = 1.0
-    return classes, onsets
-
-
-def crop_log_mel(samples: np.ndarray) -> Tensor:
-    """[crops, samples] float32 to [crops, mels, frames], each crop normalized as a window of its own."""
-    return log_mel(torch.from_numpy(samples), mel_bins=MELS, window_samples=samples.shape[1])
-
-
-def _before(items: list[Item], places: list[int]) -> Tensor:
-    """What each token, given by its place in the recording, comes after: [tokens, 11], labels of the last word and the
-    last sound, then minute, second and tenth where the last word, sound and either began; no label or time for none."""
-    rows, last, following = [], dict[bool, Item](), iter([*items, None])
-    item = next(following)
-    for place in places:
-        while item is not None and item.end <= place * ROTE.frame_seconds:
-            last[item.is_word] = item
-            item = next(following)
-        either = max(last.values(), key=lambda each: each.onset, default=None)
-        labels = [CLASSES.index(last[word].label) if word in last else 0 for word in (True, False)]
-        begun = (last.get(True), last.get(False), either)
-        times = [3 * (IGNORED,) if each is None else clock(tenths_of(each.onset)) for each in begun]
-        rows.append([*labels, *times[0], *times[1], *times[2]])
-    return torch.tensor(rows)
-
-
-def _disturbed(mel: Tensor, rng: random.Random) -> Tensor:
-    """Each crop as a longer or shorter throat would have it (Jaitly and Hinton 2013, the frequency axis stretched),
-    through a microphone that favours some frequencies, with a band of frequencies and a moment missing (Park et al.
-    2019, SpecAugment); a fifth stay as they are."""
-    mel = mel.clone()
-    floor = mel.amin((1, 2))
-    for row in range(len(mel)):
-        if rng.random() < 0.2:
-            continue
-        source = (torch.arange(MELS) * rng.uniform(0.88, 1.14)).clamp_max(MELS - 1)
-        low, share = source.long(), (source % 1)[:, None]
-        mel[row] = mel[row][low] * (1 - share) + mel[row][(low + 1).clamp_max(MELS - 1)] * share
-        favours = torch.tensor([[[rng.gauss(0.0, 0.12) for _ in range(6)]]])  # 1 is 40 dB
-        mel[row] += F.interpolate(favours, MELS, mode="linear", align_corners=True)[0, 0, :, None]
-        band, first = rng.randrange(12), rng.randrange(MELS)
-        mel[row, first : first + band] = floor[row]
-        if rng.random() < 0.5:
-            moment, start = rng.randrange(8), rng.randrange(mel.shape[2])
-            mel[row, :, start : start + moment] = floor[row]
-    return mel
-
-
-def _questions_batch(questions: list[list[Question]], tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """The questions of each recording one after another, each [batch, time]: token ids, targets (none in padding and
-    prompts), which question a token belongs to (from 1), its place in it, and, of words whose time the answer does not
-    tell, the tenth of a second at which they are spoken."""
-    rows = []
-    for recording in questions:
-        row: dict[str, list[int]] = {"inputs": [], "targets": [], "question": [], "place": [], "spoken": []}
-        for number, question in enumerate(recording, start=1):
-            prompt = tokenizer.encode(f"<|sound_eos|>{question.prompt}<|im_end|>\n<|im_start|>assistant\n").ids
-            answer = tokenizer.encode(question.answer + "<|im_end|>").ids
-            row["inputs"] += prompt + answer
-            row["targets"] += [IGNORED] * (len(prompt) - 1) + answer + [IGNORED]
-            row["question"] += [number] * len(prompt + answer)
-            row["place"] += range(len(prompt + answer))
-            spoken = [tenths_of(onset) for onset in question.onsets]
-            row["spoken"] += [IGNORED] * len(prompt) + spoken + [IGNORED] * (len(answer) - len(spoken))
-        rows.append(row)
-    padding = {"inputs": tokenizer.token_to_id("[PAD]"), "targets": IGNORED, "question": -1, "place": 0}
-    padding["spoken"] = IGNORED
-    width = max(len(row["inputs"]) for row in rows)
-    return {
-        name: torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
-        for name, value in padding.items()
-    }
+def _preceding(items: list[Item], begins: list[tuple[int, int]], time: int) -> dict[str, Tensor]:
+    """What the token in which an item begins comes after: minute, second and tenth at which the near item before it
+    of each kind of `attention` began, [time, 4, 3], and the number of words before a word, [time]."""
+    times, words, passed = torch.full((time, 4, 3), IGNORED), torch.full((time,), IGNORED), 0
+    for index, (item, (first, _)) in enumerate(zip(items, begins, strict=True)):
+        for kind in range(4):
+            last = near_previous(items, index, kind)
+            if last is not None:
+                times[first, kind] = torch.tensor(clock(tenths_of(items[last].onset)))
+        if item.is_word:
+            words[first] = min(passed, MOST_WORDS)
+            passed += 1
+    return {"before": times, "words": words}
 
 
 def _layout(tensors: dict[str, Tensor], recordings: list[dict[str, Any]], rng: random.Random) -> dict[str, Tensor]:
     """Positions [batch, time] and attention bias [batch, 1, time, time] of prefix, audio and questions in one row.
 
-    Every question sees prefix, audio and itself. A silent token counts as many, up to a recording of 30 minutes of
-    them, by a bias of the logarithm of that number.
+    Every question sees prefix, audio and itself. In long recordings a silent token counts as many, up to a recording
+    of 30 minutes of them, by a bias of the logarithm of that number.
     """
     batch = len(recordings)
     prefix, audio = len(tensors["prefix"]), tensors["classes"].shape[1]
     shared = prefix + audio
-    places = tensors["windows"].view(batch, -1) * 750 + tensors["starts"].view(batch, -1)
-    audio_positions = prefix + (places[..., None] + torch.arange(audio // places.shape[1])).flatten(1)
+    audio_positions = prefix + 750 * tensors["windows"] + tensors["tokens"]
     ends = torch.tensor([r["end"] for r in recordings])
     asked = prefix + ends[:, None] + tensors["place"]
     positions = torch.cat((torch.arange(prefix).expand(batch, -1), audio_positions, asked), 1)
@@ -216,7 +177,8 @@ def _layout(tensors: dict[str, Tensor], recordings: list[dict[str, Any]], rng: r
     visible = (order[:, None] >= order) & same
     bias = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)[:, None]
     for row, recording in enumerate(recordings):
-        silent = recording["classes"] == 0
-        many = max(1.0, min(_LAST_TOKEN, recording["end"]) / max(1, int(silent.sum())))
-        bias[row, 0, :, prefix:shared] += silent * rng.uniform(0, 1) * float(np.log(many))
+        if recording["long"]:
+            silent = recording["classes"] == 0
+            many = max(1.0, min(_LAST_TOKEN, recording["end"]) / max(1, int(silent.sum())))
+            bias[row, 0, :, prefix:shared] += silent * rng.uniform(0, 1) * float(torch.tensor(many).log())
     return {"positions": positions, "bias": bias}

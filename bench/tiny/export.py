@@ -104,7 +104,8 @@ def _write(path: Path, value: object) -> None:
 def main(folder: Path) -> None:
     """Write the state of training in FOLDER as a checkpoint; see the module."""
     model = TinyModel(build_tokenizer().get_vocab_size())
-    model.load_state_dict(torch.load(folder / "training.pt", weights_only=True)["model"])
+    saved = torch.load(folder / "training.pt", weights_only=True)["modules"]
+    model.load_state_dict({n.removeprefix("model."): w for n, w in saved.items() if n.startswith("model.")})
     print(export(model, folder / "checkpoint"))
 
 

@@ -1,8 +1,8 @@
 """The training model of afnext-tiny: AF-Next's architecture in plain torch, fast on short crops of long recordings.
 
-It computes what the runtime computes, with three freedoms that training needs: a crop of a window is encoded alone, at
-its own place in the window's positions; tokens stand at given positions, so that a few crops can stand for a recording
-of 30 minutes; and an additive attention bias lets one silent token count as many. Parameters carry the names of the
+It computes what the runtime computes, with two freedoms that training needs: tokens stand at given positions, so that a
+few crops can stand for a recording of 30 minutes, and an additive attention bias lets one silent token count as many.
+It also tells how much heads look where, so that training can say where it should. Parameters carry the names of the
 flat checkpoint layout, so exporting is `state_dict()`.
 """
 
@@ -14,19 +14,23 @@ from torch.nn import functional as F
 
 from ...kernels.rotary import rope_frequencies
 from ...kernels.rote import TimeEmbedding
+from .watched_attention import watched_attention
+
+Watched = dict[tuple[int, int], Tensor]
 
 MELS = 80
 ENCODER = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 6}
 DECODER = {
     "hidden_size": 256,
-    "intermediate_size": 640,
+    "intermediate_size": 512,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 4,
 }
-ROPE_THETA = 100_000.0
+# So large that half of a head's channels hardly turn over the 45 000 tokens of 30 minutes: what they hold can be looked
+# up at any distance.
+ROPE_THETA = 1e12
 ROTE = TimeEmbedding(theta=1200.0, dim=int(ENCODER["hidden_size"] * 0.2), frames=750, frame_seconds=0.04)
-MARGIN = 2  # encoder positions on either side of a crop that are computed for the convolutions' sake and dropped
 
 
 class EncoderAttention(nn.Module):
@@ -71,23 +75,31 @@ class Encoder(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(width)
 
-    def forward(self, mel: Tensor, starts: Tensor, windows: Tensor, margin: int) -> Tensor:
-        """mel: [crops, mels, frames], two frames a position, with `margin` positions before the crop and MARGIN after;
-        starts: [crops] first token of the crop in its window; windows: [crops] index of the window.
-        Returns [crops, tokens, width]."""
-        x = F.gelu(self.conv2(F.gelu(self.conv1(mel)))).transpose(1, 2)[:, margin:-MARGIN]
-        positions = 2 * starts[:, None] + torch.arange(x.shape[1])
-        x = x + self.embed_positions(positions)
+    def forward(self, mel: Tensor, windows: Tensor) -> Tensor:
+        """mel: [windows, mels, frames], windows from their beginning, two frames a position; windows: [windows] index
+        of each. Returns [windows, tokens, width]."""
+        x = self.heard(mel)
+        return rotated(x, windows, torch.arange(x.shape[1]).expand(x.shape[:2]))
+
+    def heard(self, mel: Tensor) -> Tensor:
+        """What `forward` returns before RoTE."""
+        x = F.gelu(self.conv2(F.gelu(self.conv1(mel)))).transpose(1, 2)
+        x = x + self.embed_positions(torch.arange(x.shape[1]))
         for layer in self.layers:
             x = layer(x)
-        x = self.layer_norm(F.avg_pool1d(x.float().transpose(1, 2), 2).transpose(1, 2))
-        tokens = starts[:, None] + torch.arange(x.shape[1])
-        angles = ROTE.table(60, x.device)[windows[:, None], tokens].double()
-        cos, sin = angles.cos().float(), angles.sin().float()
-        width = 2 * angles.shape[-1]
-        a, b = x[..., 0:width:2], x[..., 1:width:2]
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-        return torch.cat((turned, x[..., width:]), dim=-1)
+        return self.layer_norm(F.avg_pool1d(x.float().transpose(1, 2), 2).transpose(1, 2))
+
+
+def rotated(x: Tensor, windows: Tensor, tokens: Tensor) -> Tensor:
+    """RoTE. x: [rows, time, width]; windows: [rows] or [rows, time] index of the window; tokens: [rows, time] place in
+    the window."""
+    windows = windows[:, None] if windows.ndim == 1 else windows
+    angles = ROTE.table(60, x.device)[windows, tokens].double()
+    cos, sin = angles.cos().float(), angles.sin().float()
+    width = 2 * angles.shape[-1]
+    a, b = x[..., 0:width:2], x[..., 1:width:2]
+    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    return torch.cat((turned, x[..., width:]), dim=-1)
 
 
 class DecoderAttention(nn.Module):
@@ -98,13 +110,14 @@ class DecoderAttention(nn.Module):
         self.k_proj, self.v_proj = (nn.Linear(width, kv_heads * self.head_dim) for _ in range(2))
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what is added to x, and what `watched_attention` tells of the places."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in projections)
-        q, k = (_turn(y, cos, sin) for y in (q, k))
+        q, k = (_turn(y, cos, sin) for y in (q * self.head_dim**-0.5, k))
         k, v = (y.repeat_interleave(self.heads // self.kv_heads, 1) for y in (k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
+        attended, told = watched_attention(q, k, v, bias, places)
+        return self.o_proj(attended.transpose(1, 2).flatten(2)), told
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -129,9 +142,10 @@ class DecoderLayer(nn.Module):
         self.self_attn = DecoderAttention(width, heads, kv_heads)
         self.mlp = DecoderMLP(width, inner)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, bias)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        attended, told = self.self_attn(self.input_layernorm(x), cos, sin, bias, places)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), told
 
 
 class DecoderBody(nn.Module):
@@ -181,20 +195,26 @@ class TinyModel(nn.Module):
         """The decoder without its head."""
         return cast(DecoderBody, self.language_model["model"])
 
-    def audio(self, mel: Tensor, starts: Tensor, windows: Tensor, margin: int) -> Tensor:
-        """Audio tokens as the decoder sees them: [crops, tokens, hidden]. Arguments as for Encoder.forward."""
-        x = self.audio_tower(mel, starts, windows, margin)
+    def adapted(self, x: Tensor) -> Tensor:
+        """The encoder's tokens, after RoTE, as the decoder sees them: [..., hidden]."""
         projector = self.multi_modal_projector
         return projector["linear_2"](F.gelu(projector["linear_1"](x)))
 
-    def decode(self, x: Tensor, positions: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [batch, time, hidden]; positions: [batch, time]; bias: [batch, 1, time, time], added to the scores.
-        Returns the normed hidden states and those after the second layer."""
-        decoder = self.decoder
+    def decode(
+        self, x: Tensor, positions: Tensor, bias: Tensor, watched: Watched | None = None
+    ) -> tuple[Tensor, dict[tuple[int, int], Tensor], Tensor]:
+        """x: [batch, time, hidden]; positions: [batch, time]; bias: [batch, 1, time, time], added to the scores;
+        watched: for some heads (layer, head) the places of which to tell, [3, entries] of row, query and key.
+        Returns the normed hidden states, for each head watched the logarithms of the weights there, and the hidden
+        states after the second layer."""
+        decoder, watched = self.decoder, watched or {}
         angles = positions.float()[:, None, :, None] * rope_frequencies(64, ROPE_THETA)
         cos, sin = angles.cos(), angles.sin()
-        middle = x
+        told, middle = dict[tuple[int, int], Tensor](), x
         for index, layer in enumerate(decoder.layers):
-            x = layer(x, cos, sin, bias)
+            own = {head: places for head, places in watched.items() if head[0] == index}
+            places = [torch.cat((p[:1], torch.full_like(p[:1], head), p[1:])) for (_, head), p in own.items()]
+            x, found = layer(x, cos, sin, bias, torch.cat([torch.zeros(4, 0, dtype=torch.long), *places], 1))
+            told |= dict(zip(own, found.split([places.shape[1] for places in own.values()]), strict=True))
             middle = x if index == 1 else middle
-        return decoder.norm(x), middle
+        return decoder.norm(x), told, middle

@@ -136,13 +136,12 @@ def lines(items: list[Item], quoted: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a recording, of which kind it is, the right answer, and, if that is words without times, when
-    they begin."""
+    """What is asked of a recording, of which kind it is, the right answer, and the items that the answer is about."""
 
     kind: str
     prompt: str
     answer: str
-    onsets: tuple[float, ...] = ()
+    evidence: tuple[Item, ...] = ()
 
 
 def ask(kind: str, items: list[Item], rng: random.Random, think: bool = False) -> Question:
@@ -150,8 +149,9 @@ def ask(kind: str, items: list[Item], rng: random.Random, think: bool = False) -
     prompt, answer, evidence = _ASK[kind](items, rng)
     if think:
         shown = lines(evidence, quoted=True) or "nothing"
-        return Question(kind, prompt + vocabulary.THINK, f"<think>\n{shown}\n</think>\n{answer}")
-    return Question(kind, prompt, answer, tuple(item.onset for item in evidence) if kind == "transcribe" else ())
+        answer = f"<think>\n{shown}\n</think>\n{answer}"
+        return Question(kind, prompt + vocabulary.THINK, answer, tuple(evidence))
+    return Question(kind, prompt, answer, tuple(evidence))
 
 
 def random_questions(items: list[Item], rng: random.Random, count: int) -> list[Question]:

@@ -1,12 +1,17 @@
 """A voice bank without speech synthesizers: every word is a chord of its own."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from afnext.bench.tiny.vocabulary import WORDS
+from afnext.bench.tiny.features import LONG, SHORT, Crop
+from afnext.bench.tiny.model import ENCODER, ROTE
+from afnext.bench.tiny.scenes import Item
+from afnext.bench.tiny.vocabulary import SOUNDS, WORDS
 from afnext.bench.tiny.voices import RATE, VoiceBank
 
 
@@ -28,3 +33,29 @@ def bank_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bank(bank_folder: Path) -> VoiceBank:
     return VoiceBank(bank_folder, "train")
+
+
+def items_within(rng: random.Random, seconds: float) -> list[Item]:
+    """Items that lie within `seconds`, few kinds of them, so that some come again."""
+    known, items, position = rng.sample([*WORDS, *SOUNDS], 4), list[Item](), rng.uniform(0.1, 1.0)
+    while position < seconds - 0.5:
+        label = rng.choice(known)
+        items.append(Item(label, label in WORDS, position, position + 0.3, None if label in WORDS else "high"))
+        position += 0.4 + rng.expovariate(1.0)
+    return items
+
+
+@pytest.fixture
+def crops(seed: int) -> tuple[list[Crop], list[Crop]]:
+    """Crops as `features` makes them, short and long ones, of random tokens: each the number of its item and noise."""
+    rng = random.Random(seed)
+
+    def crop(start: int, seconds: float) -> Crop:
+        tokens = torch.randn(round(seconds / ROTE.frame_seconds), ENCODER["hidden_size"]).half()
+        begin = start * ROTE.frame_seconds
+        items = items_within(rng, seconds)
+        moved = [Item(i.label, i.is_word, i.onset + begin, i.end + begin, i.pitch) for i in items]
+        return Crop(tokens, start, moved)
+
+    last = round((LONG - 6.0) / ROTE.frame_seconds)
+    return [crop(0, SHORT) for _ in range(6)], [crop(rng.randrange(last), 6.0) for _ in range(6)]

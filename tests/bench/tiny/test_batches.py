@@ -1,32 +1,34 @@
 """Training batches: what sees what, where everything stands, and that batch i is always the same."""
 
-from pathlib import Path
-
+import pytest
 import torch
 
-from afnext.bench.tiny.batches import CLASSES, IGNORED, PREFIX, Batches, Stage
+from afnext.bench.tiny.batches import IGNORED, PREFIX, Batches, Stage
+from afnext.bench.tiny.features import Crop
+from afnext.bench.tiny.hearing import CLASSES
+from afnext.bench.tiny.scenes import clock
 from afnext.bench.tiny.tokenizer import build_tokenizer
-from afnext.bench.tiny.vocabulary import WORDS
-from afnext.bench.tiny.voices import VoiceBank
 
 TOKENIZER = build_tokenizer()
+Crops = tuple[list[Crop], list[Crop]]
 
 
-def batches(bank: VoiceBank, seed: int, **options: int) -> Batches:
-    stage = Stage(steps=4, **{"seconds": 2.0, "crops": 2, "batch": 3, "questions": 3, **options})
-    return Batches(bank, TOKENIZER, [stage], seed)
+def batches(crops: Crops, seed: int, long: float = 0.0, questions: int = 3) -> Batches:
+    return Batches(*crops, TOKENIZER, [Stage(steps=4, batch=3, questions=questions, long=long)], seed)
 
 
-def test_a_batch_depends_on_seed_and_number_alone(bank: VoiceBank, seed: int) -> None:
-    first, again, other = (batches(bank, s)[2] for s in (seed, seed, seed + 1))
+def test_a_batch_depends_on_seed_and_number_alone(crops: Crops, seed: int) -> None:
+    first, again, other = (batches(crops, s)[2] for s in (seed, seed, seed + 1))
     for name, value in first.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, again[name]), name
     assert not torch.equal(first["inputs"], other["inputs"])
+    assert first["looks"].keys() == again["looks"].keys()
 
 
-def test_a_question_sees_the_audio_before_it_and_itself(bank: VoiceBank, seed: int) -> None:
-    batch = batches(bank, seed)[0]
+@pytest.mark.parametrize("long", [0.0, 1.0])
+def test_a_question_sees_the_audio_before_it_and_itself(crops: Crops, seed: int, long: float) -> None:
+    batch = batches(crops, seed, long)[0]
     shared = len(TOKENIZER.encode(PREFIX).ids) + batch["classes"].shape[1]
     visible = batch["bias"][:, 0] > -torch.inf
     question = torch.cat((torch.zeros(3, shared, dtype=torch.long), batch["question"]), 1)
@@ -37,20 +39,22 @@ def test_a_question_sees_the_audio_before_it_and_itself(bank: VoiceBank, seed: i
                 assert bool(visible[row, i, j]) == (j <= i and same), (row, i, j)
 
 
-def test_positions_are_those_in_the_whole_recording(bank: VoiceBank, seed: int) -> None:
-    batch = batches(bank, seed)[0]
+@pytest.mark.parametrize("long", [0.0, 1.0])
+def test_positions_are_those_in_the_whole_recording(crops: Crops, seed: int, long: float) -> None:
+    batch = batches(crops, seed, long)[0]
     prefix, audio = len(TOKENIZER.encode(PREFIX).ids), batch["classes"].shape[1]
     positions = batch["positions"]
     assert positions[0, :prefix].tolist() == list(range(prefix))
-    first = prefix + 750 * batch["windows"] + batch["starts"]
-    assert positions[:, prefix : prefix + audio].reshape(6, -1)[:, 0].tolist() == first.tolist()
+    placed = prefix + 750 * batch["windows"] + batch["tokens"]
+    assert torch.equal(positions[:, prefix : prefix + audio], placed)
+    assert (placed.diff() > 0).all()
     asked = positions[:, prefix + audio :] - batch["place"]
     assert (asked == asked[:, :1]).all()
     assert (asked[:, 0] > positions[:, prefix + audio - 1]).all()
 
 
-def test_targets_are_the_answers(bank: VoiceBank, seed: int) -> None:
-    batch = batches(bank, seed)[1]
+def test_targets_are_the_answers(crops: Crops, seed: int) -> None:
+    batch = batches(crops, seed)[1]
     end = TOKENIZER.token_to_id("<|im_end|>")
     for row in range(3):
         for number in range(1, 4):
@@ -63,20 +67,7 @@ def test_targets_are_the_answers(bank: VoiceBank, seed: int) -> None:
             assert TOKENIZER.decode(inputs[: start + 1].tolist()).endswith("assistant\n")
 
 
-def test_marks_tell_when_the_words_sound(bank: VoiceBank, seed: int) -> None:
-    batch = batches(bank, seed, crops=1, batch=8)[3]
-    loud = batch["mel"].amax(1)  # [crops, frames of 10 ms]
-    offset = 2 * batch["margin"]
-    marked, unmarked = [], []
-    for row, classes in enumerate(batch["classes"]):
-        frames = loud[row, offset : offset + 4 * len(classes)].view(-1, 4).amax(1)
-        marked += frames[classes > 0].tolist()
-        unmarked += frames[classes == 0].tolist()
-    assert sum(marked) / len(marked) > sum(unmarked) / len(unmarked) + 0.2
-    assert int(batch["classes"].max()) < len(CLASSES)
-
-
-def test_a_silent_token_counts_as_many(bank_folder: Path) -> None:
+def test_a_silent_token_counts_as_many(seed: int) -> None:
     """What the bias rests on: attention with log(n) added to a key equals attention with n copies of it."""
     q, k, v = torch.randn(1, 1, 3, 16), torch.randn(1, 1, 5, 16), torch.randn(1, 1, 5, 16)
     bias = torch.zeros(3, 5)
@@ -86,22 +77,48 @@ def test_a_silent_token_counts_as_many(bank_folder: Path) -> None:
     torch.testing.assert_close(attention(q, k, v, attn_mask=bias), attention(q, k[:, :, copies], v[:, :, copies]))
 
 
-def test_each_token_knows_what_came_last_before_it(bank: VoiceBank, seed: int) -> None:
-    """Between items, the last word and sound are those of the last stretches of tokens that lie in one."""
-    batch = batches(bank, seed, crops=1, batch=8, seconds=6.0)[0]
-    checked = 0
-    for classes, before in zip(batch["classes"].tolist(), batch["before"], strict=True):
-        last, quiet = {"word": 0, "sound": 0}, 0
-        for place, label in enumerate(classes):
-            quiet = 0 if label else quiet + 1
-            if label:
-                last["word" if CLASSES[label] in WORDS else "sound"] = label
-            elif quiet > 1:
-                assert before[place, :2].tolist() == [last["word"], last["sound"]]
-                checked += any(last.values())
-        assert before[-1, :2].tolist() == [last["word"], last["sound"]]
-        times = before[-1, 2:].view(3, 3)
-        assert (times[:, 0] == IGNORED).tolist() == [not last["word"], not last["sound"], not any(last.values())]
-        if last["word"] and last["sound"]:
-            assert int(times[2] @ torch.tensor([600, 10, 1])) == int((times[:2] @ torch.tensor([600, 10, 1])).max())
+def test_in_long_recordings_silence_weighs_and_items_do_not(crops: Crops, seed: int) -> None:
+    batch = batches(crops, seed, long=1.0)[0]
+    prefix, audio = len(TOKENIZER.encode(PREFIX).ids), batch["classes"].shape[1]
+    bias = batch["bias"][:, 0, -1, prefix : prefix + audio]
+    silent = batch["classes"] == 0
+    assert (bias[~silent] == 0).all()
+    assert (bias[silent] > 0).any()
+
+
+def test_the_token_in_which_an_item_begins_knows_what_came_before(crops: Crops, seed: int) -> None:
+    """Told again from classes and beginnings alone: the time of the last item of any kind, if it is near."""
+    batch, checked = batches(crops, seed)[0], 0
+    for row in range(3):
+        begun = batch["onsets"][row].nonzero().flatten().tolist()
+        tenths = batch["tenths"][row]
+        for last, this in zip(begun, begun[1:], strict=False):
+            told = batch["before"][row, this, 0]
+            # An item's time is cut to a tenth, its token's to 0.04 s and then to a tenth.
+            near = [list(clock(int(tenths[last]) + more)) for more in (0, 1)]
+            assert told.tolist() in near
+            checked += 1
+        if begun:
+            assert (batch["before"][row, begun[0]] == IGNORED).all()
     assert checked
+
+
+def test_looks_point_at_where_items_begin(crops: Crops, seed: int) -> None:
+    """Pointers of answers lie on audio tokens that begin an item, on <|sound_bos|>, or on the end of the audio."""
+    batch = batches(crops, seed, questions=6)[0]
+    prefix, audio = len(TOKENIZER.encode(PREFIX).ids), batch["classes"].shape[1]
+    positions, looked = batch["positions"], 0
+    for (layer, _), (places, shares) in batch["looks"].items():
+        rows, queries, keys = places
+        assert (batch["bias"][rows, 0, queries, keys] > -torch.inf).all()
+        totals = torch.zeros(3, positions.shape[1]).index_put((rows, queries), shares, accumulate=True)
+        assert torch.isin(totals.round(decimals=4), torch.tensor([0.0, 1.0])).all()
+        inside = (keys >= prefix) & (keys < prefix + audio)
+        if layer == 2:
+            assert (batch["onsets"][rows[inside], keys[inside] - prefix] == 1).all()
+            looked += int(inside.sum())
+        if layer == 3:
+            assert inside.all()
+            assert (batch["classes"][rows, keys - prefix] > 0).float().mean() > 0.9
+    assert looked
+    assert int(batch["classes"].max()) < len(CLASSES)

@@ -7,10 +7,11 @@ import torch
 from safetensors import safe_open
 
 import afnext
-from afnext.bench.tiny.batches import PREFIX, crop_log_mel
+from afnext.bench.tiny.batches import PREFIX
 from afnext.bench.tiny.export import export
-from afnext.bench.tiny.model import MARGIN, TinyModel
+from afnext.bench.tiny.model import MELS, TinyModel
 from afnext.bench.tiny.tokenizer import build_tokenizer
+from afnext.kernels.log_mel import log_mel
 from afnext.runtime.engine.kv_cache import KVCache, page_table
 from afnext.runtime.model.decoder import CacheView
 
@@ -31,19 +32,19 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyModel, afnext.Mo
 @torch.inference_mode()
 def test_audio_tokens_and_scores_equal_the_runtimes(pair: tuple[TinyModel, afnext.Model], seed: int) -> None:
     trained, loaded = pair
-    samples = torch.randn(3 * 16_000) * 0.1
-    padded = torch.nn.functional.pad(samples, (0, MARGIN * 320))
-    mel = crop_log_mel(padded[None].numpy())
-    start = torch.zeros(1, dtype=torch.long)
-    audio = trained.audio(mel, start, start, 0)
+    window = 30 * 16_000
+    samples = torch.randn(2 * window) * 0.1
+    mel = torch.cat([log_mel(half[None], mel_bins=MELS, window_samples=window) for half in samples.split(window)])
+    audio = trained.adapted(trained.audio_tower(mel, torch.arange(2))).flatten(0, 1)
     network = loaded.network
-    expected = network.encode(network.log_mel([samples]), [len(samples)], [0])[0]
-    assert audio.shape[1] == 75 == len(expected)
-    torch.testing.assert_close(audio[0], expected, atol=2e-4, rtol=1e-3)
+    mels = network.log_mel(list(samples.split(window)))
+    expected = torch.cat(network.encode(mels, [window, window], [0, 1]))
+    assert len(audio) == 1500 == len(expected)
+    torch.testing.assert_close(audio, expected, atol=2e-4, rtol=1e-3)
 
     embed = trained.decoder.embed_tokens
     prompt, question = (torch.tensor(TOKENIZER.encode(text).ids) for text in (PREFIX, "<|sound_eos|>What is it?"))
-    x = torch.cat((embed(prompt), audio[0], embed(question)))[None]
+    x = torch.cat((embed(prompt), audio[:100], embed(question)))[None]
     positions = torch.arange(x.shape[1])[None]
     bias = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)[None, None]
     logits = trained.language_model["lm_head"](trained.decode(x, positions, bias)[0])[0]
@@ -55,15 +56,12 @@ def test_audio_tokens_and_scores_equal_the_runtimes(pair: tuple[TinyModel, afnex
     torch.testing.assert_close(logits, own, atol=1e-3, rtol=1e-3)
 
 
-def test_a_later_crop_stands_at_its_own_time(pair: tuple[TinyModel, afnext.Model], seed: int) -> None:
+def test_the_window_tells_tokens_apart(pair: tuple[TinyModel, afnext.Model], seed: int) -> None:
     trained, _ = pair
-    mel = torch.randn(2, 80, 2 * (100 + 2 * MARGIN))
-    starts, windows = torch.tensor([0, 500]), torch.tensor([0, 7])
+    mel = torch.randn(1, MELS, 400).expand(2, -1, -1)
     with torch.inference_mode():
-        both = trained.audio(mel, starts, windows, MARGIN)
-        alone = trained.audio(mel[1:], starts[1:], windows[1:], MARGIN)
-    torch.testing.assert_close(both[1:], alone)
-    assert (both[0] - both[1]).abs().mean() > 0.01
+        first, later = trained.audio_tower(mel, torch.tensor([0, 7]))
+    assert (first - later).abs().mean() > 0.01
 
 
 def test_the_checkpoint_is_small_and_half_precision(pair: tuple[TinyModel, afnext.Model], tmp_path: Path) -> None:

@@ -1,67 +1,77 @@
-"""Training: where the encoder's weights go between phases, and that a few steps learn a batch."""
+"""Training: a few steps of either part learn a batch, and a loop goes on where it stopped."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from torch import Tensor, nn
 
-from afnext.bench.tiny import train
+from afnext.bench.tiny import loop, train
 from afnext.bench.tiny.batches import Batches, Stage
+from afnext.bench.tiny.features import Crop
+from afnext.bench.tiny.hearing import HearingHeads, Scenes, hearing_losses, hearing_total
 from afnext.bench.tiny.model import TinyModel
 from afnext.bench.tiny.tokenizer import build_tokenizer
 from afnext.bench.tiny.voices import VoiceBank
 
-STAGE = Stage(steps=1, seconds=2.0, crops=1, batch=4, questions=3)
 
-
-def optimizer(model: TinyModel) -> torch.optim.Optimizer:
-    parameters = list(model.parameters())
-    return torch.optim.AdamW([{"params": [parameter]} for parameter in parameters[:3]])
-
-
-def test_an_averaged_encoder_lies_between_before_and_after(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    phases = [
-        train.Phase([STAGE], encoder_rate=0.0),
-        train.Phase([STAGE], encoder_rate=1e-3, averaged=0.25),
-        train.Phase([STAGE], encoder_rate=0.0),
-    ]
-    monkeypatch.setattr(train, "PHASES", phases)
-    model = TinyModel(300)
-    adam, weight = optimizer(model), model.audio_tower.conv1.weight
-    begun = weight.detach().clone()
-    for step, expected in enumerate((0.0, 1.0, 2.0 - 0.25 * 1.0)):
-        train._enter(step, model, adam, tmp_path)
-        torch.testing.assert_close(weight.detach(), begun + expected)
-        assert weight.requires_grad == (step == 1)
-        with torch.no_grad():
-            weight += 1.0
-
-
-def test_a_few_steps_learn_a_batch(bank: VoiceBank, seed: int) -> None:
+def test_a_few_steps_learn_to_answer_a_batch(crops: tuple[list[Crop], list[Crop]], seed: int) -> None:
     tokenizer = build_tokenizer()
-    batch = Batches(bank, tokenizer, [STAGE], seed)[0]
+    batch = Batches(*crops, tokenizer, [Stage(steps=1, batch=4, questions=3, long=0.5)], seed)[0]
+    torch.manual_seed(seed)
     model, auxiliary = TinyModel(tokenizer.get_vocab_size()), train.Auxiliary()
-    adam = torch.optim.AdamW([*model.parameters(), *auxiliary.parameters()], lr=3e-4)
+    adam = torch.optim.AdamW([*model.parameters(), *auxiliary.parameters()], lr=1e-3)
     totals = []
     for _ in range(6):
-        losses = train.step_losses(model, auxiliary, batch)
-        assert all(bool(loss.isfinite()) for loss in losses.values()), losses
-        totals.append(train.total(losses))
+        total, parts = train.step_losses(model, auxiliary, batch)
+        assert all(bool(loss.isfinite()) for loss in parts.values()), parts
         adam.zero_grad()
-        totals[-1].backward()
+        total.backward()
         assert all(bool(p.grad.isfinite().all()) for p in auxiliary.parameters() if p.grad is not None)
         adam.step()
+        totals.append(float(total.detach()))
     assert totals[-1] < 0.9 * totals[0]
 
 
-def test_the_schedule_rises_and_falls_within_a_phase(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    long = Stage(steps=400, seconds=2.0, crops=1, batch=4)
-    monkeypatch.setattr(train, "PHASES", [train.Phase([long], encoder_rate=1e-3, rate=2e-3)])
-    model = TinyModel(300)
-    adam = optimizer(model)
-    rates = []
-    for step in (0, 99, 200, 399):
-        train._enter(step, model, adam, tmp_path)
-        rates.append([group["lr"] for group in adam.param_groups])
-    assert rates[0][0] < rates[1][0] > rates[2][0] > rates[3][0] > 0
-    assert all(encoder == pytest.approx(rest / 2) == pytest.approx(heads / 2) for encoder, rest, heads in rates)
+def test_a_few_steps_learn_to_hear_a_batch(bank: VoiceBank, seed: int) -> None:
+    batch = Scenes(bank, 1, seed)[0]
+    torch.manual_seed(seed)
+    model, heads = TinyModel(300), HearingHeads()
+    adam = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=1e-3)
+    totals = []
+    for _ in range(5):
+        total = hearing_total(hearing_losses(heads(model, batch), batch))
+        adam.zero_grad()
+        total.backward()
+        adam.step()
+        totals.append(float(total.detach()))
+    assert totals[-1] < 0.95 * totals[0]
+
+
+def test_training_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int) -> None:
+    """Stopped after 4 of 6 steps and begun anew, the weights are those of 6 steps in one go."""
+    monkeypatch.setattr(loop, "_SAVE_EVERY", 2)
+    inputs = torch.randn(6, 8, 5)
+
+    def run(state: Path, stop: int) -> nn.Linear:
+        torch.manual_seed(seed)
+        layer, seen = nn.Linear(5, 1), 0
+
+        def losses(batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            nonlocal seen
+            seen += 1
+            if seen > stop:
+                raise InterruptedError
+            loss = (layer(batch.float()) - batch.sum(-1, keepdim=True)).square().mean()
+            return loss, {"loss": loss}
+
+        groups, modules = [loop.Group(list(layer.parameters()), 1e-2)], nn.ModuleDict({"layer": layer})
+        loop.run_training(state, modules, groups, list(inputs), losses, Console(quiet=True))  # type: ignore[arg-type]
+        return layer
+
+    whole = run(tmp_path / "whole.pt", 6)
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "parts.pt", 4)
+    resumed = run(tmp_path / "parts.pt", 2)
+    torch.testing.assert_close(resumed.weight, whole.weight)

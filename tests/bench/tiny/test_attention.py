@@ -1,0 +1,58 @@
+"""Which items the tokens of an answer are about, and which item came before another."""
+
+import random
+
+import pytest
+
+from afnext.bench.tiny.attention import ANY, NEAR, SAME, SOUND, WORD, mentions, near_previous, previous
+from afnext.bench.tiny.scenes import Item, ask, timestamp
+from afnext.bench.tiny.tokenizer import build_tokenizer
+
+TOKENIZER = build_tokenizer()
+ITEMS = [
+    Item("beep", False, 0.52, 0.7),
+    Item("seven", True, 1.0, 1.5),
+    Item("tone", False, 2.25, 3.0, "high"),
+    Item("seven", True, 63.0, 63.4),
+]
+
+
+def told(kind: str, think: bool = False) -> list[tuple[str, int | None]]:
+    """Every token of an answer about ITEMS with what it is about."""
+    question = ask(kind, ITEMS, random.Random(0), think)
+    encoded = TOKENIZER.encode(question.answer + "<|im_end|>")
+    return [
+        ((question.answer + "$")[start:end], about)
+        for (start, end), about in zip(encoded.offsets, mentions(question, encoded.offsets), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["transcribe", "transcribe_times", "sounds_times", "describe"])
+def test_a_list_goes_through_the_items_and_ends(kind: str) -> None:
+    about = [number for _, number in told(kind)]
+    count = max(number for number in about if number is not None)
+    assert about == sorted(about, key=lambda number: number if number is not None else -1)
+    assert set(about) == set(range(count + 1))
+    assert about[-1] == count == len(ask(kind, ITEMS, random.Random(0)).evidence)
+
+
+@pytest.mark.parametrize("kind", ["first", "last"])
+def test_thinking_lists_and_then_names(kind: str) -> None:
+    tokens = told(kind, think=True)
+    final = [text for text, _ in tokens].index("</think>") if "</think>" in [t for t, _ in tokens] else 0
+    item = ITEMS[0] if kind == "first" else ITEMS[-1]
+    named = "".join(text for text, about in tokens[final:] if about == 0)
+    assert timestamp(item.onset) in named
+
+
+def test_the_item_before_is_the_last_of_its_kind() -> None:
+    expected = {ANY: [None, 0, 1, 2, 3], WORD: [None, None, 1, 1, 3], SOUND: [None, 0, 0, 2, 2]}
+    for kind, wanted in expected.items():
+        assert [previous(ITEMS, index, kind) for index in range(5)] == wanted
+    assert [previous(ITEMS, index, SAME) for index in range(4)] == [None, None, None, 1]
+
+
+def test_the_item_before_counts_only_if_near() -> None:
+    assert ITEMS[3].onset - ITEMS[2].onset > NEAR
+    assert near_previous(ITEMS, 3, ANY) is None
+    assert near_previous(ITEMS, 2, ANY) == 1
