@@ -1,5 +1,7 @@
 """Training batches: what sees what, where everything stands, and that batch i is always the same."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -92,7 +94,7 @@ def test_the_token_in_which_an_item_begins_knows_what_came_before(crops: Crops, 
     for row in range(3):
         begun = batch["onsets"][row].nonzero().flatten().tolist()
         tenths = batch["tenths"][row]
-        for last, this in zip(begun, begun[1:], strict=False):
+        for last, this in pairwise(begun):
             told = batch["before"][row, this, 0]
             # An item's time is cut to a tenth, its token's to 0.04 s and then to a tenth.
             near = [list(clock(int(tenths[last]) + more)) for more in (0, 1)]
