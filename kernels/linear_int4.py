@@ -232,7 +232,7 @@ def _linear_native(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     rows, columns = as_rows(x), len(packed)
-    if len(rows) <= FEW_CPU_ROWS or products.on_tiles(rows, columns):
+    if len(rows) <= FEW_CPU_ROWS or products.in_panels(rows, columns):
         return products.int4_product(rows, (packed, scales, zeros), None, bias, residual).view(*x.shape[:-1], columns)
 
     def dense(tile: slice) -> Tensor:
@@ -264,7 +264,7 @@ def _swiglu_native(
     up_zeros: Tensor | None,
 ) -> Tensor:
     rows = as_rows(x)
-    if len(rows) <= FEW_CPU_ROWS and not products.on_tiles(rows, len(gate)):
+    if len(rows) <= FEW_CPU_ROWS and not products.in_panels(rows, len(gate)):
         y = products.int4_product(rows, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
         return y.view(*x.shape[:-1], len(gate))
     raised = _linear_native(x, up, up_scales, up_zeros, None, None)

@@ -411,7 +411,7 @@ def _misfit(x: Tensor, *_others: Tensor | None) -> str | None:
 @_linear.implementation("native", _misfit)
 def _linear_native(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     rows, columns = as_rows(x), len(weight)
-    if len(rows) <= FEW_CPU_ROWS or products.on_tiles(rows, columns):
+    if len(rows) <= FEW_CPU_ROWS or products.in_panels(rows, columns):
         return products.int8_product(rows, (weight, scales), None, bias, residual).view(*x.shape[:-1], columns)
     y = product_by_tiles(rows, columns, lambda tile: products.unpack_int8(weight[tile], scales[tile], x.dtype))
     return add_epilogue(y.view(*x.shape[:-1], columns), bias, residual)
@@ -420,7 +420,7 @@ def _linear_native(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | Non
 @_swiglu.implementation("native", _misfit)
 def _swiglu_native(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
     rows = as_rows(x)
-    if len(rows) <= FEW_CPU_ROWS and not products.on_tiles(rows, len(gate)):
+    if len(rows) <= FEW_CPU_ROWS and not products.in_panels(rows, len(gate)):
         y = products.int8_product(rows, (gate, gate_scales), (up, up_scales), None, None)
         return y.view(*x.shape[:-1], len(gate))
     raised = _linear_native(x, up, up_scales, None, None)
@@ -430,7 +430,7 @@ def _swiglu_native(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_
 @_w8a8.implementation("native", _misfit)
 def _w8a8_native(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     codes, row_scales = quantize_rows(as_rows(x))
-    if len(codes) > FEW_CPU_ROWS and not products.has_tiles():
+    if len(codes) > FEW_CPU_ROWS and not products.has_panels():
         y = _int_product(codes, weight).float() * row_scales[:, None] * scales.float()
         return add_epilogue(y.view(*x.shape[:-1], len(weight)), bias, residual).to(x.dtype)
     y = products.w8a8_product(codes, row_scales, (weight, scales), bias, residual, x.dtype)

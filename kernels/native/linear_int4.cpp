@@ -10,7 +10,7 @@
 
 #include "int_dot.h"
 #include "linear.h"
-#include "tiles.h"
+#include "panels.h"
 
 namespace afnext {
 namespace {
@@ -279,9 +279,9 @@ float number(const void* values, int64_t at, int64_t kind) {
   return x;
 }
 
-#if defined(__AMX_INT8__)
+#if defined(__AVX512BF16__)
 // Rows of bfloat16 against the weights rounded to bfloat16.
-void product_by_tiles(const bfloat16* x, const Weight& weight, const Epilogue<bfloat16>& write, int64_t rows,
+void product_in_panels(const bfloat16* x, const Weight& weight, const Epilogue<bfloat16>& write, int64_t rows,
                       int64_t inner, int64_t group, int64_t threads) {
   const int64_t groups = inner / group;
   const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
@@ -300,8 +300,8 @@ void product_by_tiles(const bfloat16* x, const Weight& weight, const Epilogue<bf
       }
     }
   };
-  for_tile_blocks<false>(PackedTokens(x, rows, 2 * inner, threads), rows, write.columns, threads,
-                         {weight.codes, inner / 2, 16}, weights, write.out, sizeof(bfloat16), write);
+  for_panels<false>(x, rows, inner, write.columns, threads, {weight.codes, inner / 2, 16}, weights, write.out, sizeof(bfloat16),
+                    write);
 }
 #endif
 
@@ -320,10 +320,10 @@ AFNEXT_EXPORT void afnext_linear_int4(const void* x, const uint8_t* weight, cons
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
-#if defined(__AMX_INT8__)
+#if defined(__AVX512BF16__)
     if constexpr (std::is_same<T, bfloat16>::value)
-      if (!up && takes_tiles(rows, columns))
-        return product_by_tiles((const T*)x, first, write, rows, inner, group, threads);
+      if (!up && takes_panels(rows, columns))
+        return product_in_panels((const T*)x, first, write, rows, inner, group, threads);
 #endif
 #if defined(__AVX2__)
     using Rows = std::conditional_t<std::is_same<T, bfloat16>::value, FixedRows, FloatRows>;

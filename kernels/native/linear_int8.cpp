@@ -2,7 +2,7 @@
 
 #include "int_dot.h"
 #include "linear.h"
-#include "tiles.h"
+#include "panels.h"
 
 namespace afnext {
 namespace {
@@ -86,10 +86,10 @@ void product(const X* x, const float* row_scales, const Weight& weight, const We
   });
 }
 
-#if defined(__AMX_INT8__)
+#if defined(__AVX512BF16__)
 // Rows of int8 against the weights as they lie.
 template <typename T>
-void product_by_tiles(const int8_t* codes, const float* row_scales, const Weight& weight, const Epilogue<T>& write,
+void product_in_panels(const int8_t* codes, const float* row_scales, const Weight& weight, const Epilogue<T>& write,
                       int64_t rows, int64_t inner, int64_t threads) {
   const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
     for (int64_t i = 0; i < 32; ++i) {
@@ -105,12 +105,12 @@ void product_by_tiles(const int8_t* codes, const float* row_scales, const Weight
   const auto put = [&](int64_t row, int64_t n, int count, IntVec sums) {
     write(row, n, count, to_float(sums) * load_first(weight.scales + n, count) * row_scales[row]);
   };
-  for_tile_blocks<true>(PackedTokens(codes, rows, inner, threads), rows, write.columns, threads, {weight.codes, inner, 64},
-                        weights, write.out, sizeof(T), put);
+  for_panels<true>(codes, rows, inner, write.columns, threads, {weight.codes, inner, 64}, weights, write.out, sizeof(T),
+                    put);
 }
 
 // Rows of bfloat16 against the codes as bfloat16, in which they are exact.
-void product_by_tiles(const bfloat16* x, const Weight& weight, const Epilogue<bfloat16>& write, int64_t rows,
+void product_in_panels(const bfloat16* x, const Weight& weight, const Epilogue<bfloat16>& write, int64_t rows,
                       int64_t inner, int64_t threads) {
   const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
     for (int64_t i = 0; i < 32; ++i) {
@@ -124,8 +124,8 @@ void product_by_tiles(const bfloat16* x, const Weight& weight, const Epilogue<bf
   const auto put = [&](int64_t row, int64_t n, int count, Vec sums) {
     write(row, n, count, sums * load_first(weight.scales + n, count));
   };
-  for_tile_blocks<false>(PackedTokens(x, rows, 2 * inner, threads), rows, write.columns, threads, {weight.codes, inner, 32},
-                         weights, write.out, sizeof(bfloat16), put);
+  for_panels<false>(x, rows, inner, write.columns, threads, {weight.codes, inner, 32}, weights, write.out, sizeof(bfloat16),
+                    put);
 }
 #endif
 
@@ -170,10 +170,10 @@ AFNEXT_EXPORT void afnext_linear_int8(const void* x, const int8_t* weight, const
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
-#if defined(__AMX_INT8__)
+#if defined(__AVX512BF16__)
     if constexpr (std::is_same<T, bfloat16>::value)
-      if (!up && takes_tiles(rows, columns))
-        return product_by_tiles((const T*)x, Weight{weight, scales}, write, rows, inner, threads);
+      if (!up && takes_panels(rows, columns))
+        return product_in_panels((const T*)x, Weight{weight, scales}, write, rows, inner, threads);
 #endif
     Scratch<float> wide(rows * inner);
     to_floats((const T*)x, wide, rows * inner);
@@ -190,9 +190,9 @@ AFNEXT_EXPORT void afnext_linear_w8a8(const int8_t* codes, const float* row_scal
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
-#if defined(__AMX_INT8__)
-    if (takes_tiles(rows, columns))
-      return product_by_tiles(codes, row_scales, Weight{weight, scales}, write, rows, inner, threads);
+#if defined(__AVX512BF16__)
+    if (takes_panels(rows, columns))
+      return product_in_panels(codes, row_scales, Weight{weight, scales}, write, rows, inner, threads);
 #endif
     product(codes, row_scales, Weight{weight, scales}, Weight{}, write, rows, inner, threads);
   });

@@ -15,14 +15,18 @@ Int4 = tuple[Tensor, Tensor, Tensor | None]
 """packed, scales, zeros"""
 
 
-def has_tiles() -> bool:
-    """Whether the level in use has a matrix unit, for which alone products of many rows are written here."""
-    return isa() == "amx"
+_MOST_FEW_ROWS = {"amx": 4, "avx512": 16}
+"""Up to here a product reads the weights once; more rows go past weights in panels, at the levels that have it."""
 
 
-def on_tiles(x: Tensor, columns: int) -> bool:
-    """Whether the product of x with a weight of so many columns, not a pair, is made on the matrix unit."""
-    return x.dtype == torch.bfloat16 and len(x) > 4 and columns >= 32 and has_tiles()
+def has_panels() -> bool:
+    """Whether the level in use has products of many rows: the matrix unit's, or those of AVX512-VNNI and -BF16."""
+    return isa() in _MOST_FEW_ROWS
+
+
+def in_panels(x: Tensor, columns: int) -> bool:
+    """Whether the product of x with a weight of so many columns, not a pair, is one of many rows."""
+    return x.dtype == torch.bfloat16 and has_panels() and len(x) > _MOST_FEW_ROWS[isa()] and columns >= 32
 
 
 def int8_product(x: Tensor, weight: Int8, up: Int8 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
