@@ -337,7 +337,95 @@ void attend_narrow_or_wide(const Problem& p, const Task& task, float* memory) {
   task.rows <= kLanes ? attend<Products<1>>(p, task, memory) : attend<Products<2>>(p, task, memory);
 }
 
+#if defined(__AVX512BF16__)
+
+constexpr int kFew = 8;  // rows: heads that share a KV head, of one new token
+
+bool are_few(const Problem& p) {
+  return p.rows() <= kFew && p.parts && p.part_keys <= kBlock && p.head_dim % 32 == 0 && p.dtype == kBFloat16;
+}
+
+// 32 elements of a row as bfloat16.
+inline __m512i load_32(const bfloat16* from, float) { return _mm512_loadu_si512(from); }
+inline __m512i load_32(const int8_t* from, float scale) {
+  const Vec first = load(from) * scale, last = load(from + kLanes) * scale;
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)last, (__m512)first);
+}
+
+// A part of the keys for a few rows: read where they lie, as laying them out costs more than so few products.
+template <typename From>
+void attend_few(const Problem& p, const Task& task, float* memory) {
+  using Products = Pairs<1>;
+  Workspace<bfloat16> work(p, memory);
+  Fetch fetch = fetch_ahead(p, task);
+  load_queries<Products>(p, task, work);
+  std::fill_n(work.row_max, Products::kRows, kLowest);
+  std::fill_n(work.row_sum, Products::kRows, 0.0f);
+  std::fill_n(work.sums, p.depth() * Products::kRows, 0.0f);
+  const int64_t end = std::min<int64_t>(task.end_key, work.last[Products::kRows - 1] + 1);
+  const int keys = (int)std::max<int64_t>(0, end - task.first_key), count = (keys + kChunk - 1) / kChunk * kChunk;
+  // What is past the last key is the last key again, and has no weight.
+  const From *key_rows[kBlock], *value_rows[kBlock];
+  float key_scales[kBlock], value_scales[kBlock];
+  Place place(p, task.b, task.first_key);
+  for (int i = 0; i < count; ++i) {
+    key_rows[i] = (const From*)p.keys.data + place.element(p.keys) + task.kv_head * p.keys.head;
+    value_rows[i] = (const From*)p.values.data + place.element(p.values) + task.kv_head * p.values.head;
+    if constexpr (std::is_same_v<From, int8_t>) {
+      const int64_t at = (place.page() * p.page_size + place.slot()) * p.kv_heads + task.kv_head;
+      key_scales[i] = p.keys.scales[at];
+      value_scales[i] = p.values.scales[at];
+    }
+    if (i + 1 < keys) place.next();
+  }
+  constexpr int kStep = Products::kStep;
+  for (int i = 0; i < count; i += kStep) {
+    fetch(3 * kStep);
+    const From* const* rows = key_rows + i;
+    float* scores = work.scores + i * Products::kRows;
+    if constexpr (std::is_same_v<From, bfloat16>) {
+      if (rows[kStep - 1] - rows[0] == (kStep - 1) * p.keys.slot) {  // all in one page
+        Products::score_step(work.queries, rows[0], p.keys.slot, p.head_dim, scores);
+        continue;
+      }
+    }
+    for (int k = 0; k < kStep; ++k)
+      for (int64_t d = 0; d < p.head_dim; d += 32)
+        _mm512_storeu_si512(work.staged + k * p.head_dim + d, load_32(rows[k] + d, key_scales[i + k]));
+    Products::score_step(work.queries, work.staged, p.head_dim, p.head_dim, scores);
+  }
+  int32_t bounded[Products::kRows];
+  for (int i = 0; i < Products::kRows; ++i) bounded[i] = std::min<int64_t>(work.last[i], end - 1);
+  weigh<Products, true>(p, bounded, task.first_key, count, work.scores, work.row_max, work.row_sum, work.weights,
+                        work.sums, fetch);
+  const int64_t first = ((task.b * p.kv_heads + task.kv_head) * p.part_count() + task.part) * p.rows();
+  float* out = p.parts + first * p.head_dim;
+  const auto value = [&](int key, int64_t d) { return load_32(value_rows[key] + d, value_scales[key]); };
+  const auto accumulate = [&](auto rows) {
+    accumulate_few<decltype(rows)::value>(work.weights, count, p.head_dim, value, out, p.head_dim, fetch);
+  };
+  switch (p.rows()) {
+    case 1: accumulate(std::integral_constant<int, 1>{}); break;
+    case 2: accumulate(std::integral_constant<int, 2>{}); break;
+    case 3: accumulate(std::integral_constant<int, 3>{}); break;
+    case 4: accumulate(std::integral_constant<int, 4>{}); break;
+    case 5: accumulate(std::integral_constant<int, 5>{}); break;
+    case 6: accumulate(std::integral_constant<int, 6>{}); break;
+    case 7: accumulate(std::integral_constant<int, 7>{}); break;
+    case 8: accumulate(std::integral_constant<int, 8>{}); break;
+  }
+  for (int64_t i = 0; i < p.rows(); ++i) {
+    p.statistics[(first + i) * 2] = work.row_max[i];
+    p.statistics[(first + i) * 2 + 1] = work.row_sum[i];
+  }
+}
+
+#endif
+
 void run(const Problem& p, const Task& task, float* memory) {
+#if defined(__AVX512BF16__)
+  if (are_few(p)) return p.cache_dtype == kInt8 ? attend_few<int8_t>(p, task, memory) : attend_few<bfloat16>(p, task, memory);
+#endif
 #if defined(__AMX_BF16__)
   if (p.dtype == kBFloat16) return attend_narrow_or_wide<Tiles>(p, task, memory);
 #elif defined(__AVX512BF16__)

@@ -142,7 +142,7 @@ template <int W>
 struct Pairs {
   using Element = bfloat16;
   static constexpr int kRows = W * kLanes;
-  static constexpr int kStep = 16 / W;  // broadcast at a time: so many sums need not wait for each other
+  static constexpr int kStep = 8;  // broadcast at a time: so many sums need not wait for each other
 
   static Vec power(Vec x) { return exp2_coarse(x); }
 
@@ -174,10 +174,14 @@ struct Pairs {
   }
 
   static void score(const bfloat16* queries, const bfloat16* keys, int count, int depth, float* scores, Fetch&) {
-    for (int key = 0; key < count; key += kStep) {
-      product(keys + (int64_t)key * depth, depth, 2, queries, depth / 2,
-              [&](int i, int w, __m512 total) { store(scores + (key + i) * kRows + w * kLanes, (Vec)total); });
-    }
+    for (int key = 0; key < count; key += kStep)
+      score_step(queries, keys + (int64_t)key * depth, depth, depth, scores + key * kRows);
+  }
+
+  // The scores of kStep keys, `pitch` elements apart.
+  static void score_step(const bfloat16* queries, const bfloat16* keys, int64_t pitch, int depth, float* scores) {
+    product(keys, pitch, 2, queries, depth / 2,
+            [&](int i, int w, __m512 total) { store(scores + i * kRows + w * kLanes, (Vec)total); });
   }
 
   static void accumulate(const bfloat16* values, const bfloat16* weights, int count, int depth, float* sums, Fetch&) {
@@ -193,14 +197,14 @@ struct Pairs {
   // put(i, w, sum) for kStep rows of the left operand: over `count` pairs, of which pair j of row i is at
   // left + i * across + j * along, and of the right operand at right + j * 2 * kRows.
   template <typename Put>
-  static void product(const bfloat16* left, int across, int along, const bfloat16* right, int count, Put put) {
+  static void product(const bfloat16* left, int64_t across, int64_t along, const bfloat16* right, int count, Put put) {
     __m512 total[kStep][W];
     for (auto& row : total)
       for (auto& sum : row) sum = _mm512_setzero_ps();
     for (int j = 0; j < count; ++j) {
       __m512bh by[W];
       for (int w = 0; w < W; ++w) by[w] = (__m512bh)_mm512_loadu_si512(right + j * 2 * kRows + 2 * w * kLanes);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int i = 0; i < kStep; ++i) {
         int32_t pair;
         std::memcpy(&pair, left + i * across + j * along, sizeof pair);
@@ -209,12 +213,42 @@ struct Pairs {
         for (int w = 0; w < W; ++w) total[i][w] = _mm512_dpbf16_ps(total[i][w], all, by[w]);
       }
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int i = 0; i < kStep; ++i)
 #pragma GCC unroll 2
       for (int w = 0; w < W; ++w) put(i, w, total[i][w]);
   }
 };
+
+// The second product for R rows, with channels as the lanes: out[r * pitch + d] = sum_key weights[key][r] * value(key)[d].
+// weights: of Pairs<1>; value(key, d): the bfloat16 of the channels d .. d + 31.
+template <int R, typename Value>
+inline void accumulate_few(const bfloat16* weights, int count, int64_t channels, Value value, float* out, int64_t pitch,
+                           Fetch& fetch) {
+  const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  const __m512i last = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
+  for (int64_t d = 0; d < channels; d += 32) {
+    __m512 low[R], high[R];  // of each eight channels the first four, and the last
+    for (int r = 0; r < R; ++r) low[r] = high[r] = _mm512_setzero_ps();
+    for (int key = 0; key < count; key += 2) {
+      fetch(2);
+      const __m512i even = value(key, d), odd = value(key + 1, d);
+      const __m512bh pairs[2] = {(__m512bh)_mm512_unpacklo_epi16(even, odd), (__m512bh)_mm512_unpackhi_epi16(even, odd)};
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, weights + key * kLanes + 2 * r, sizeof pair);
+        const __m512bh all = (__m512bh)_mm512_set1_epi32(pair);
+        low[r] = _mm512_dpbf16_ps(low[r], pairs[0], all);
+        high[r] = _mm512_dpbf16_ps(high[r], pairs[1], all);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      _mm512_storeu_ps(out + r * pitch + d, _mm512_permutex2var_ps(low[r], first, high[r]));
+      _mm512_storeu_ps(out + r * pitch + d + 16, _mm512_permutex2var_ps(low[r], last, high[r]));
+    }
+  }
+}
 
 #endif
 
