@@ -16,7 +16,9 @@
 
 namespace afnext {
 
-constexpr int kPrefetch = 4096;  // bytes ahead of the weights being read, which are one stream from memory
+// Bytes ahead of the weights being read, which are one stream from memory. They are fetched into the second-level cache:
+// more such reads may be on their way than into the first.
+constexpr int kPrefetch = 4096;
 
 // Aligned memory for one call.
 template <typename T>
@@ -129,14 +131,16 @@ inline void for_outputs(int64_t columns, int64_t work, int64_t scratch, int64_t 
 }
 
 // Cuts a block of `outputs` and all rows into what sums in registers: calls tile(C, R, n, row) with constants C outputs
-// from n and R rows. A single row takes its outputs one after another, one stream; several rows share what is loaded.
+// from n and R rows. Several rows share what is loaded of the weights. A single row takes its outputs one after another,
+// one stream; unless it is so long, of row_bytes, that the first-level cache would have to load it for each of them.
 template <typename Tile>
-inline void for_tiles(int64_t outputs, int64_t rows, Tile tile) {
+inline void for_tiles(int64_t outputs, int64_t rows, int64_t row_bytes, Tile tile) {
+  constexpr int64_t kShort = 16 << 10;
   const auto across = [&](auto height, int64_t row) {
-    constexpr int R = decltype(height)::value;
+    constexpr int R = decltype(height)::value, C = R > 1 ? 2 : 4;
     int64_t n = 0;
-    if constexpr (R > 1)
-      for (; n + 2 <= outputs; n += 2) tile(std::integral_constant<int, 2>{}, height, n, row);
+    if (R > 1 || row_bytes > kShort)
+      for (; n + C <= outputs; n += C) tile(std::integral_constant<int, C>{}, height, n, row);
     for (; n < outputs; ++n) tile(std::integral_constant<int, 1>{}, height, n, row);
   };
   int64_t row = 0;

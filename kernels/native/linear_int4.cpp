@@ -3,11 +3,10 @@
 // A lane holds the eight codes of a four-byte word, which are of one group. Sums are made with the codes as they are
 // stored or less 8, and what is missing to zeros[n, g] times the sum of the group's activations is subtracted at the end.
 //
-// float32 and float16 activations, and all without AVX2: codes become float32. bfloat16 activations on AVX2 and up: the
-// activations of a group become integers of 15 bits with one scale, stored as two bytes each, 128 * high + low, and the
-// sums are exact in int32. Rounding to 15 bits moves x by at most 2^-15 of the group's largest |x|; a bfloat16 result is
-// itself rounded to 2^-9.
+// float32 and float16 activations, and all without AVX2: codes become float32. bfloat16 activations on AVX2 and up: those
+// of a group become integers.
 
+#include "fixed_point.h"
 #include "int_dot.h"
 #include "linear.h"
 #include "panels.h"
@@ -86,6 +85,7 @@ class FloatRows {
   static constexpr int64_t kStep = kChunk;  // elements of a row's chunk
 
   const float* row(int64_t index) const { return values_ + index * pitch_; }
+  int64_t row_bytes() const { return pitch_ * sizeof(float); }
   int64_t pitch() const { return pitch_; }
 
   // sums[c][r] = codes * x in each lane, of the words of C outputs and a chunk of R rows `pitch` apart.
@@ -126,6 +126,7 @@ class FixedRows {
   static constexpr int64_t kStep = 2 * kChunk;
 
   const int8_t* row(int64_t index) const { return bytes_ + index * pitch_; }
+  int64_t row_bytes() const { return pitch_; }
   int64_t pitch() const { return pitch_; }
 
   template <int C, int R>
@@ -149,40 +150,19 @@ class FixedRows {
   Groups groups;
 
  private:
-  static constexpr int kLargest = 127 * 128 + 63;
-
   template <typename T>
   void round_group(const T* x, int64_t group, int64_t row, int64_t first) {
-    Vec most{};
-    for (int64_t i = 0; i < group; i += kLanes) {
-      const Vec v = load(x + i), size = v < 0 ? -v : v;
-      most = (size > most) | (size != size) ? size : most;
-    }
-    const float scale = largest(most) / kLargest, factor = scale > 0 ? 1 / scale : 0;
     alignas(64) int16_t codes[128];
-    IntVec total{};
-    for (int64_t i = 0; i < group; i += kLanes) {
-      const IntVec code = to_int(round_even(load(x + i) * factor));
-      total += code;
-      const auto narrow = __builtin_convertvector(code, HalfVec);
-      std::memcpy(codes + i, &narrow, sizeof narrow);
-    }
-    groups.scales(row)[first / group] = scale;
-    groups.sums(row)[first / group] = scale * sum(total);
+    const FixedPoint rounded = to_fixed_point(x, group, codes);
+    groups.scales(row)[first / group] = rounded.scale;
+    groups.sums(row)[first / group] = rounded.scale * rounded.total;
     for (int64_t i = 0; i < group; i += 2 * kLanes) {  // a lane holds a pair of neighbours
       const IntVec pairs = (IntVec)load_words((const uint8_t*)(codes + i), sizeof pairs);
       const int64_t k = first + i;
       int8_t* at = bytes_ + row * pitch_ + k / kChunk * 2 * kChunk + k % kChunk / 2;
-      put(pairs << 16 >> 16, at);
-      put(pairs >> 16, at + 2 * kBytes);
+      put_bytes(pairs << 16 >> 16, at, at + kBytes);
+      put_bytes(pairs >> 16, at + 2 * kBytes, at + 3 * kBytes);
     }
-  }
-
-  static void put(IntVec codes, int8_t* at) {
-    const IntVec high = (codes + 64) >> 7;
-    const ByteVec bytes[2] = {__builtin_convertvector(high, ByteVec), __builtin_convertvector(codes - (high << 7), ByteVec)};
-    std::memcpy(at, &bytes[0], sizeof bytes[0]);
-    std::memcpy(at + kBytes, &bytes[1], sizeof bytes[1]);
   }
 
   int64_t pitch_;
@@ -244,7 +224,7 @@ void dot(const Weight& weight, int64_t n, const Rows& x, int64_t row, int64_t co
   };
   const int64_t whole = 2 * half / kChunk, left = half - whole * kChunk / 2;
   for (int64_t chunk = 0; chunk < whole; ++chunk) {
-    for (int c = 0; c < C; ++c) __builtin_prefetch(codes + c * half + chunk * kChunk / 2 + kPrefetch);
+    for (int c = 0; c < C; ++c) __builtin_prefetch(codes + c * half + chunk * kChunk / 2 + kPrefetch, 0, 2);
     add(chunk, kChunk / 2);
   }
   if (left) add(whole, left);
@@ -260,7 +240,7 @@ void product(const Rows& x, const Weight& weight, const Weight& up, const Epilog
     float *y = scratch + own, *raised = y + block;
     std::memset(scratch, 0, own * sizeof(float));
     const auto multiply = [&](const Weight& by, float* to) {
-      for_tiles(outputs, rows, [&](auto width, auto height, int64_t i, int64_t row) {
+      for_tiles(outputs, rows, x.row_bytes(), [&](auto width, auto height, int64_t i, int64_t row) {
         constexpr int C = decltype(width)::value, R = decltype(height)::value;
         const auto run = group >= kChunk ? dot<true, C, R, Rows> : dot<false, C, R, Rows>;
         run(by, n + i, x, row, count, group, scratch, to + i * rows + row, rows);

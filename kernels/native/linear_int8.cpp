@@ -1,5 +1,6 @@
 // Products of a few rows with int8 weights, weight[n, k] * scales[n], read once from memory; rounding of rows to int8.
 
+#include "fixed_point.h"
 #include "int_dot.h"
 #include "linear.h"
 #include "panels.h"
@@ -14,7 +15,7 @@ void dot(const int8_t* weight, const float* x, int64_t inner, float* y, int64_t 
   Vec total[C][R][kSums] = {};
   int64_t k = 0;
   for (; k + 4 * kLanes <= inner; k += 4 * kLanes) {
-    for (int c = 0; c < C; ++c) __builtin_prefetch(weight + c * inner + k + kPrefetch);
+    for (int c = 0; c < C; ++c) __builtin_prefetch(weight + c * inner + k + kPrefetch, 0, 2);
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) {
       Vec w[C];
@@ -43,7 +44,7 @@ void dot(const int8_t* weight, const int8_t* x, int64_t inner, float* y, int64_t
   IntVec total[C][R] = {};
   for (; k + kBytes <= inner; k += kBytes) {
     for (int c = 0; c < C; ++c) {
-      __builtin_prefetch(weight + c * inner + k + kPrefetch);
+      __builtin_prefetch(weight + c * inner + k + kPrefetch, 0, 2);
       const SignedBytes w((Bytes)load_bytes(weight + c * inner + k));
       for (int r = 0; r < R; ++r) total[c][r] = w.add_dot(total[c][r], (Bytes)load_bytes(x + r * inner + k));
     }
@@ -60,21 +61,122 @@ void dot(const int8_t* weight, const int8_t* x, int64_t inner, float* y, int64_t
     }
 }
 
+#if defined(__AVX512VNNI__)
+
+// Rows of bfloat16 as integers, a scale for each kShared inputs. Weights take part with 128 added, as the instruction wants
+// one side unsigned, and the sums begin with minus 128 times those of the row's codes.
+class FixedRows {
+ public:
+  static constexpr int64_t kShared = 4 * kBytes;
+
+  FixedRows(const bfloat16* x, int64_t rows, int64_t inner)
+      : inner_(inner), groups_((inner + kShared - 1) / kShared), bytes_(rows * groups_ * 2 * kShared), scales_(rows * groups_),
+        begin_(rows * groups_) {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t g = 0; g < groups_; ++g) {
+        alignas(64) int16_t codes[kShared] = {};
+        const int64_t at = row * groups_ + g, first = g * kShared;
+        const FixedPoint rounded = to_fixed_point(x + row * inner + first, std::min(kShared, inner - first), codes);
+        scales_[at] = rounded.scale;
+        begin_[at] = -128 * rounded.total;
+        for (int64_t i = 0; i < kShared; i += kLanes) {
+          const IntVec wide = (IntVec)_mm512_cvtepi16_epi32(_mm256_load_si256((const __m256i*)(codes + i)));
+          put_bytes(wide, bytes_ + at * 2 * kShared + i, bytes_ + at * 2 * kShared + kShared + i);
+        }
+      }
+  }
+
+  int64_t row_bytes() const { return groups_ * 2 * kShared; }
+
+  // y[c, r] = sum_k x[row + r, k] * weight[c, k] for C outputs and R rows, y `pitch` apart.
+  template <int C, int R>
+  void dot(const int8_t* weight, int64_t row, float* y, int64_t pitch) const {
+    Vec total[C][R] = {};
+    for (int64_t g = 0; g < groups_; ++g, weight += kShared) {
+      const bool whole = (g + 1) * kShared <= inner_;
+      if (whole) {
+        for (int c = 0; c < C; ++c)
+          for (int64_t line = 0; line < kShared; line += 64) __builtin_prefetch(weight + c * inner_ + line + kPrefetch, 0, 2);
+      }
+      whole ? add_group<false>(weight, row * groups_ + g, total) : add_group<true>(weight, row * groups_ + g, total);
+    }
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) y[c * pitch + r] = sum(total[c][r]);
+  }
+
+ private:
+  template <bool CUT, int C, int R>
+  void add_group(const int8_t* weight, int64_t at, Vec (&total)[C][R]) const {
+    const int64_t left = inner_ - at % groups_ * kShared;
+    __m512i high[C][R], low[C][R];
+    for (int r = 0; r < R; ++r) {
+      const __m512i begin = _mm512_zextsi128_si512(_mm_cvtsi32_si128(begin_[at + r * groups_]));
+      for (int c = 0; c < C; ++c) high[c][r] = _mm512_setzero_si512(), low[c][r] = begin;
+    }
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kShared; k += kBytes) {
+      __m512i codes[C];
+      for (int c = 0; c < C; ++c) {
+        const int8_t* from = weight + c * inner_ + k;
+        if constexpr (CUT) {
+          const int64_t count = std::min<int64_t>(kBytes, left - k);
+          codes[c] = _mm512_maskz_loadu_epi8(count <= 0 ? 0 : ~0ull >> (kBytes - count), from);
+        } else {
+          codes[c] = _mm512_loadu_si512(from);
+        }
+        codes[c] = _mm512_xor_si512(codes[c], _mm512_set1_epi8(-128));
+      }
+      for (int r = 0; r < R; ++r) {
+        const int8_t* bytes = bytes_ + (at + r * groups_) * 2 * kShared + k;
+        const __m512i upper = _mm512_loadu_si512(bytes), lower = _mm512_loadu_si512(bytes + kShared);
+        for (int c = 0; c < C; ++c) {
+          high[c][r] = _mm512_dpbusd_epi32(high[c][r], codes[c], upper);
+          low[c][r] = _mm512_dpbusd_epi32(low[c][r], codes[c], lower);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c)
+        total[c][r] += to_float((IntVec)high[c][r] * 128 + (IntVec)low[c][r]) * scales_[at + r * groups_];
+  }
+
+  int64_t inner_, groups_;
+  Scratch<int8_t> bytes_;
+  Scratch<float> scales_;
+  Scratch<int32_t> begin_;
+};
+
+#endif
+
 struct Weight {
   const int8_t* codes;  // or null
   const float* scales;
 };
 
-// x: [rows, inner] of float or int8; row_scales: of int8 rows, or null; up: of a SwiGLU pair, or of nulls.
+// Rows of float or int8 as they are.
+template <typename X>
+struct PlainRows {
+  const X* x;
+  int64_t inner;
+
+  int64_t row_bytes() const { return inner * sizeof(X); }
+
+  template <int C, int R>
+  void dot(const int8_t* weight, int64_t row, float* y, int64_t pitch) const {
+    afnext::dot<C, R>(weight, x + row * inner, inner, y, pitch);
+  }
+};
+
+// row_scales: of int8 rows, or null; up: of a SwiGLU pair, or of nulls.
 template <typename X, typename T>
-void product(const X* x, const float* row_scales, const Weight& weight, const Weight& up, const Epilogue<T>& write,
+void product(const X& x, const float* row_scales, const Weight& weight, const Weight& up, const Epilogue<T>& write,
              int64_t rows, int64_t inner, int64_t threads) {
   const int64_t block = kOutputBlock * rows;
   for_outputs(write.columns, rows * write.columns * inner, 2 * block, threads, [&](int64_t n, int64_t outputs, float* y) {
     const auto multiply = [&](const Weight& by, float* to) {
-      for_tiles(outputs, rows, [&](auto width, auto height, int64_t i, int64_t row) {
-        dot<decltype(width)::value, decltype(height)::value>(by.codes + (n + i) * inner, x + row * inner, inner,
-                                                             to + i * rows + row, rows);
+      for_tiles(outputs, rows, x.row_bytes(), [&](auto width, auto height, int64_t i, int64_t row) {
+        x.template dot<decltype(width)::value, decltype(height)::value>(by.codes + (n + i) * inner, row, to + i * rows + row,
+                                                                        rows);
       });
       for (int64_t i = 0; i < outputs; ++i)
         for (int64_t row = 0; row < rows; ++row)
@@ -175,10 +277,15 @@ AFNEXT_EXPORT void afnext_linear_int8(const void* x, const int8_t* weight, const
       if (!up && takes_panels(rows, columns))
         return product_in_panels((const T*)x, Weight{weight, scales}, write, rows, inner, threads);
 #endif
+#if defined(__AVX512VNNI__)
+    if constexpr (std::is_same<T, bfloat16>::value)
+      return product(FixedRows((const T*)x, rows, inner), nullptr, Weight{weight, scales}, Weight{up, up_scales}, write, rows,
+                     inner, threads);
+#endif
     Scratch<float> wide(rows * inner);
     to_floats((const T*)x, wide, rows * inner);
-    product((const float*)wide, nullptr, Weight{weight, scales}, Weight{up, up_scales}, write, rows,
-            inner, threads);
+    product(PlainRows<float>{wide, inner}, nullptr, Weight{weight, scales}, Weight{up, up_scales}, write, rows, inner,
+            threads);
   });
 }
 
@@ -194,7 +301,7 @@ AFNEXT_EXPORT void afnext_linear_w8a8(const int8_t* codes, const float* row_scal
     if (takes_panels(rows, columns))
       return product_in_panels(codes, row_scales, Weight{weight, scales}, write, rows, inner, threads);
 #endif
-    product(codes, row_scales, Weight{weight, scales}, Weight{}, write, rows, inner, threads);
+    product(PlainRows<int8_t>{codes, inner}, row_scales, Weight{weight, scales}, Weight{}, write, rows, inner, threads);
   });
 }
 

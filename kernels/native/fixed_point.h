@@ -1,0 +1,44 @@
+// Activations as integers of 15 bits with one scale, each two bytes, 128 * high + low: products with integer weights are
+// then exact in int32. Rounding moves x by at most 2^-15 of the largest |x| that shares its scale; a bfloat16 result is
+// itself rounded to 2^-9.
+
+#pragma once
+
+#include "vec.h"
+
+namespace afnext {
+
+struct FixedPoint {
+  float scale;
+  int32_t total;  // of the codes
+};
+
+// codes[i] = x[i] / scale for i < count, a multiple of kLanes.
+template <typename T>
+inline FixedPoint to_fixed_point(const T* x, int64_t count, int16_t* codes) {
+  constexpr int kLargest = 127 * 128 + 63;
+  Vec most{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec v = load(x + i), size = v < 0 ? -v : v;
+    most = (size > most) | (size != size) ? size : most;
+  }
+  const float scale = largest(most) / kLargest, factor = scale > 0 ? 1 / scale : 0;
+  IntVec total{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const IntVec code = to_int(round_even(load(x + i) * factor));
+    total += code;
+    const auto narrow = __builtin_convertvector(code, HalfVec);
+    std::memcpy(codes + i, &narrow, sizeof narrow);
+  }
+  return {scale, sum(total)};
+}
+
+// The two bytes of each lane's code.
+inline void put_bytes(IntVec codes, int8_t* high, int8_t* low) {
+  const IntVec upper = (codes + 64) >> 7;
+  const ByteVec bytes[2] = {__builtin_convertvector(upper, ByteVec), __builtin_convertvector(codes - (upper << 7), ByteVec)};
+  std::memcpy(high, &bytes[0], sizeof bytes[0]);
+  std::memcpy(low, &bytes[1], sizeof bytes[1]);
+}
+
+}  // namespace afnext
