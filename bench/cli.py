@@ -111,7 +111,8 @@ def llama_cpp(
     as_json: JsonOption = False,
 ) -> None:
     """The encoder, prefill and decode beside llama.cpp, on random weights, at any depth."""
-    from .llama_cpp_comparison import STAGES, run_llama_cpp
+    from .layers import STAGES
+    from .llama_cpp_comparison import run_llama_cpp
 
     records = run_llama_cpp(
         out,

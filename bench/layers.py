@@ -75,22 +75,22 @@ class Afnext:
     """Our runtime in one scheme."""
 
     def __init__(self, name: str, model: Model, kv_dtype: torch.dtype):
-        self.name, self._network, self._page_size = name, model.network, model.options.page_size
+        self.name, self.network, self._page_size = name, model.network, model.options.page_size
         self._kv_dtype = kv_dtype
         self._window = torch.from_numpy(recording(_WINDOW))
-        self._mel = self._network.log_mel([self._window])
+        self._mel = self.network.log_mel([self._window])
 
     @torch.inference_mode()
     def encode(self) -> Tensor:
         """See `Subject`."""
-        return self._network.encode(self._mel, [self._window.numel()], [0])[0]
+        return self.network.encode(self._mel, [self._window.numel()], [0])[0]
 
     @torch.inference_mode()
     def hold(self, keys: list[Tensor], values: list[Tensor], room: int) -> None:
         """See `Subject`."""
         self._depth = len(keys[0])
-        count, device = pages_for(self._depth + room, self._page_size), self._network.device
-        config = self._network.config.decoder
+        count, device = pages_for(self._depth + room, self._page_size), self.network.device
+        config = self.network.config.decoder
         self._cache = KVCache(config, pages=count, page_size=self._page_size, device=device, dtype=self._kv_dtype)
         self._table = page_table([self._cache.allocate(self._depth + room)], device)
         pools = (self._cache.keys, self._cache.k_scales), (self._cache.values, self._cache.v_scales)
@@ -105,16 +105,17 @@ class Afnext:
     def extend(self, x: Tensor) -> Tensor:
         """See `Subject`."""
         positions = torch.arange(self._depth, self._depth + x.shape[1], device=x.device)[None]
-        return self._network.decoder(x, positions, self._cache.view(self._table, positions))
+        return self.network.decoder(x, positions, self._cache.view(self._table, positions))
 
+    @torch.inference_mode()
     def step(self, x: Tensor) -> Tensor:
         """See `Subject`."""
-        return self._network.decoder.logits(self.extend(x)[:, -1])
+        return self.network.decoder.logits(self.extend(x)[:, -1])
 
     @property
     def weight_bytes(self) -> int:
         """What a step of decode reads of the weights."""
-        decoder = self._network.decoder
+        decoder = self.network.decoder
         head = decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head
         return sum(buffer.nbytes for module in (decoder.layers, decoder.norm, head) for buffer in module.buffers())
 
@@ -254,7 +255,7 @@ def _measured(case: Case, subjects: list[Subject], shape: str, repeats: int) -> 
 def _calls(case: Case, subjects: list[Subject]) -> dict[str, Callable[[], Tensor]]:
     if case.stage == "encode":
         return {subject.name: subject.encode for subject in subjects}
-    config = next(subject for subject in subjects if isinstance(subject, Afnext))._network.config.decoder
+    config = next(subject for subject in subjects if isinstance(subject, Afnext)).network.config.decoder
     generator = torch.Generator().manual_seed(case.depth)
 
     def normal(*size: int) -> Tensor:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,76 +17,19 @@ from torch import Tensor
 
 from ..kernels.errors import AfnextError
 from ..quant.recipe import recipe
-from ..runtime.app.api import Model, load
-from ..runtime.engine.kv_cache import KVCache, page_table, pages_for
+from ..runtime.app.api import load
 from .baselines import available
 from .e2e import recording
+from .layers import STAGES, Afnext, Subject
 from .llama_cpp import LlamaCpp, LlamaCppEncoder, LlamaCppModel, description, library
 from .machine import machine
 from .random_checkpoint import write_random_checkpoint
 from .record import SCHEMES, Record, append, recipe_of
 from .timing import Call, measure_interleaved
 
-STAGES = ("encode", "prefill", "decode")
 _WINDOW = 30.0  # seconds
 _ROUND_TIME = 150.0  # seconds a case may take before its last round starts
 _UNCOMPARED = "outputs are not compared: packed weights are random codes on either side"
-
-
-class Subject(Protocol):
-    """One implementation of the layers."""
-
-    name: str
-
-    def encode(self) -> Tensor:
-        """The audio tokens of a window: [tokens, hidden]."""
-
-    def hold(self, keys: list[Tensor], values: list[Tensor], room: int) -> None:
-        """Take a prefix, [depth, kv_heads, head_dim] a layer, and make room behind it for `room` tokens."""
-
-    def extend(self, x: Tensor) -> Tensor:
-        """Compute embeddings [1, time, hidden] behind the prefix, which stays as it is."""
-
-    def step(self, x: Tensor) -> Tensor:
-        """The scores after one embedding [1, 1, hidden] behind the prefix: [1, vocab] float32."""
-
-
-class Afnext:
-    """Our runtime, with the KV cache in the dtype that it computes in."""
-
-    def __init__(self, name: str, model: Model):
-        self.name, self._network, self._page_size = name, model.network, model.options.page_size
-        self._window = torch.from_numpy(recording(_WINDOW))
-        self._mel = self._network.log_mel([self._window])
-
-    @torch.inference_mode()
-    def encode(self) -> Tensor:
-        """See `Subject`."""
-        return self._network.encode(self._mel, [self._window.numel()], [0])[0]
-
-    @torch.inference_mode()
-    def hold(self, keys: list[Tensor], values: list[Tensor], room: int) -> None:
-        """See `Subject`."""
-        self._depth, network = len(keys[0]), self._network
-        pages = pages_for(self._depth + room, self._page_size)
-        self._cache = KVCache(
-            network.config.decoder, pages=pages, page_size=self._page_size, device=network.device, dtype=network.dtype
-        )
-        self._table = page_table([self._cache.allocate(self._depth + room)], network.device)
-        for pools, held in ((self._cache.keys, keys), (self._cache.values, values)):
-            for pool, x in zip(pools, held, strict=True):
-                pool.flatten(0, 1)[: self._depth] = x
-
-    @torch.inference_mode()
-    def extend(self, x: Tensor) -> Tensor:
-        """The last hidden states [1, time, hidden]. See `Subject`."""
-        positions = torch.arange(self._depth, self._depth + x.shape[1], device=x.device)[None]
-        return self._network.decoder(x, positions, self._cache.view(self._table, positions))
-
-    @torch.inference_mode()
-    def step(self, x: Tensor) -> Tensor:
-        """See `Subject`."""
-        return self._network.decoder.logits(self.extend(x)[:, -1])
 
 
 def run_llama_cpp(
@@ -136,7 +79,7 @@ def _subjects(
         packed = recipe_of(scheme)
         checkpoint = write_random_checkpoint(folder / scheme, shape, quant=recipe(packed) if packed else None)
         model = load(checkpoint, device="cpu", dtype=SCHEMES[scheme])
-        yield Afnext(f"afnext {scheme}", model)
+        yield Afnext(f"afnext {scheme}", model, model.network.dtype)
     config = model.network.config
     for kind in kinds:
         backbone = LlamaCppModel(write_random_backbone(folder / f"{kind}.gguf", config, kind))
@@ -175,10 +118,10 @@ def _calls(stage: str, case: dict[str, Any], subjects: Sequence[Subject]) -> dic
     if stage == "encode":
         return {subject.name: subject.encode for subject in subjects}
     ours = next(subject for subject in subjects if isinstance(subject, Afnext))
-    config, generator = ours._network.config.decoder, torch.Generator().manual_seed(0)
+    config, generator = ours.network.config.decoder, torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(ours._network.dtype)
+        return torch.randn(*size, generator=generator).to(ours.network.dtype)
 
     size = case["depth"], config.kv_heads, config.head_dim
     keys, values = ([normal(*size) for _ in range(config.layers)] for _ in range(2))

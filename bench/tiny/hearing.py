@@ -40,7 +40,8 @@ class Scenes(Dataset[dict[str, Any]]):
         made = [self._scene(rng) for _ in range(BATCH)]
         samples = torch.stack([torch.from_numpy(samples) for samples, _ in made])
         windows = torch.tensor([rng.randrange(60) for _ in made])
-        return {"windows": windows, **heard_batch(samples, [items for _, items in made])}
+        batch = heard_batch(samples, [items for _, items in made])
+        return {**batch, "windows": windows, "mel": torch.stack([varied(mel, rng) for mel in batch["mel"]])}
 
     def _scene(self, rng: random.Random) -> tuple[Any, list[Item]]:
         density = rng.choice((1.0, 1.0, 0.7, 0.3))
@@ -62,6 +63,27 @@ def heard_batch(samples: Tensor, scenes: list[list[Item]]) -> dict[str, Tensor]:
             onsets[row, first] = 1.0
             spans.append((row, first, after, label))
     return {"mel": mel, "classes": classes, "onsets": onsets, "items": torch.tensor(spans).view(-1, 4)}
+
+
+def varied(mel: Tensor, rng: random.Random) -> Tensor:
+    """A log-mel spectrogram, [mels, frames], of another throat and microphone, with gaps, so that voices that training
+    has not heard are less of a surprise: the mel axis stretched, its loudness bent, some of its bands and frames taken
+    out. Source: Jaitly and Hinton 2013 (vocal tract length perturbation); Park et al. 2019 (SpecAugment)."""
+    bands, frames = mel.shape
+    places = (torch.arange(bands) * rng.uniform(0.86, 1.16)).clamp(max=bands - 1)
+    below = places.floor().long().clamp(max=bands - 2)
+    mel = torch.lerp(mel[below], mel[below + 1], (places - below)[:, None])
+    knots = torch.tensor([rng.gauss(0, 0.12) for _ in range(6)])
+    mel = mel + F.interpolate(knots[None, None], bands, mode="linear", align_corners=True)[0, 0, :, None]
+    floor = mel.min()
+    for _ in range(2):
+        width = rng.randrange(12)
+        first = rng.randrange(bands - width)
+        mel[first : first + width] = floor
+        width = rng.randrange(12)
+        first = rng.randrange(frames - width)
+        mel[:, first : first + width] = floor
+    return mel
 
 
 @dataclass
