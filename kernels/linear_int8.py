@@ -17,9 +17,10 @@ Few rows leave few blocks, so the inner dimension is split too: each split write
 adds them in a fixed order (results do not depend on timing); that moves splits * rows * out * 8 bytes through L2.
 W8A8 does 2 * rows * out * in int8 operations, at twice the 16-bit rate, and moves rows * in more bytes for codes.
 
-Native, on a CPU: up to 16 rows read the weights once from memory. W8A16 turns codes into float32 in registers, W8A8
-multiplies integers. More rows go to the matrix unit (AMX) where there is one, and elsewhere to torch's products, W8A16
-with weights made dense a tile at a time.
+Native, on a CPU: up to 16 rows read the weights once from memory. W8A8 multiplies integers, and so does W8A16 from
+AVX512-VNNI on, with 256 neighbouring activations as integers of 15 bits with one scale; elsewhere codes become float32
+in registers. More rows go past weights made in the first-level cache, by the matrix unit (AMX) or AVX512-VNNI and
+-BF16, and below those to torch's products, W8A16 with weights made dense a tile at a time.
 
 Source: Dettmers et al. 2022, arXiv:2208.07339 (per-token, per-channel int8); Osama et al. 2023, arXiv:2301.03598
 (split-K).

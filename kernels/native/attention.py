@@ -4,8 +4,8 @@ A task is a block of rows (queries and the heads of one KV head), of one sequenc
 of them. It converts and lays out a block of 256 keys and values once for all its rows, whose softmax is online, in
 float32 and in base 2. Rows are the lanes of its vectors, so nothing is added up across lanes. bfloat16 is multiplied by
 the matrix unit where there is one (AMX), else in pairs where the CPU can (AVX512-BF16), everything else in float32.
-Parts of the keys are merged by the maxima and sums of their softmax (Flash-Decoding). Results do not depend on the
-number of threads.
+The few rows of a decoded token read bfloat16 and int8 keys where they lie. Parts of the keys are merged by the maxima
+and sums of their softmax (Flash-Decoding). Results do not depend on the number of threads.
 Source: Dao 2023 (FlashAttention-2); Dao et al. 2023 (Flash-Decoding).
 """
 
