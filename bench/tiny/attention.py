@@ -3,12 +3,15 @@
 - First layer: from the token in which an item begins, to that of the item before it, of any kind, of the words, of
   the sounds (a head each). Second layer: to the one of the same label, and to all words before it, whose number is
   then known. Where there is none near, to <|sound_bos|>. The end of the audio looks for the last ones likewise.
+  Answer tokens: in the first layer, to the label in the question; in the second, where words are listed without their
+  times, to the words written so far and to the token before the answer, whose share tells their number.
 - Third layer: the answer token about to write an item, to where it begins: the item whose predecessor is the one that
   was written last. A head for each kind of list. At the end of a list, to the end of the audio. Before a number, to all
   that is counted, and to <|sound_bos|>, so that the share of each tells the number.
 - Fourth layer: the same token, to all tokens of the item, which tell its label.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .scenes import Item, Question
+from .vocabulary import PLURALS, SOUNDS
 
 ANY, WORD, SOUND, SAME = range(4)
 NEAR = 15.0  # seconds; what lies farther back than this is found from the answer alone
@@ -35,6 +39,7 @@ _LIST = {
 }
 _PREVIOUS = {ANY: (0, 0), WORD: (0, 1), SOUND: (0, 2), SAME: (1, 0)}
 _EARLIER_WORDS = (1, 1)
+_ASKED = (0, 3)
 _ITEM = (3, 0)
 
 
@@ -124,11 +129,23 @@ def _in_pieces(text: str, count: int, separator: str, skipped: int) -> list[int 
     return told + [count] * (len(text) - len(told))
 
 
+_LABELS = "|".join((*PLURALS.values(), *SOUNDS))
+
+
+def asked_label(question: Question) -> tuple[int, int] | None:
+    """Where in the prompt the label stands that a question is about, (first character, after the last), if any does."""
+    if _LIST[question.kind] != SAME:
+        return None
+    found = re.search(r'(?<=")[^"]+(?=")' if question.kind == "when_word" else rf"\b(?:{_LABELS})\b", question.prompt)
+    return found.span() if found else None
+
+
 def question_looks(
     looks: Looks,
     row: int,
     question: Question,
     spoken: list[int | None],
+    label: list[int],
     evidence: list[int],
     recording: dict[str, Any],
     shared: int,
@@ -137,8 +154,8 @@ def question_looks(
 ) -> None:
     """What the tokens of a question and its answer look at.
 
-    spoken: see `mentions`; evidence: numbers of the items; shared: tokens of prefix and audio; begin, answer: where
-    question and answer begin.
+    spoken: see `mentions`; label: the question's tokens of `asked_label`, counted from its first; evidence: numbers of
+    the items; shared: tokens of prefix and audio; begin, answer: where question and answer begin.
     """
     items, begins = recording["items"], recording["begins"]
     prefix = shared - len(recording["classes"])
@@ -149,8 +166,15 @@ def question_looks(
             near = last is not None and recording["end"] * 0.04 - items[last].onset < NEAR
             looks.add(head, row, begin, [prefix + begins[last][0] if near and last is not None else prefix - 1])
     pointer = (2, kind)
+    written = [answer - 1]
     for place, mention in enumerate(spoken):
         query = answer + place - 1
+        if label:
+            looks.add(_ASKED, row, query, [begin + token for token in label])
+        if question.kind == "transcribe" and mention is not None:
+            if len(written) <= _MOST_COUNTED:
+                looks.add(_EARLIER_WORDS, row, query, list(written))
+            written.append(answer + place)
         if mention is None:
             continue
         if mention >= len(evidence):

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .attention import Looks, audio_looks, mentions, near_previous, question_looks
+from .attention import Looks, asked_label, audio_looks, mentions, near_previous, question_looks
 from .features import Crop
 from .hearing import CLASSES
 from .model import ROTE
@@ -114,13 +114,22 @@ class Batches(Dataset[dict[str, Any]]):
             row: dict[str, list[int]] = {"inputs": [], "targets": [], "question": [], "place": []}
             row |= {"written": [], "ordinal": []}
             for index, question in enumerate(asked, start=1):
-                text = f"<|sound_eos|>{question.prompt}<|im_end|>\n<|im_start|>assistant\n"
-                prompt = self._tokenizer.encode(text).ids
+                start = "<|sound_eos|>"
+                asking = self._tokenizer.encode(f"{start}{question.prompt}<|im_end|>\n<|im_start|>assistant\n")
+                prompt = asking.ids
                 encoded = self._tokenizer.encode(question.answer + "<|im_end|>")
                 answer, begin = encoded.ids, shared + len(row["inputs"])
                 spoken = mentions(question, encoded.offsets)
                 evidence = [recording["items"].index(item) for item in question.evidence]
-                question_looks(looks, number, question, spoken, evidence, recording, shared, begin, begin + len(prompt))
+                span = asked_label(question)
+                label = [
+                    token
+                    for token, (first, after) in enumerate(asking.offsets)
+                    if span and first < len(start) + span[1] and after > len(start) + span[0]
+                ]
+                question_looks(
+                    looks, number, question, spoken, label, evidence, recording, shared, begin, begin + len(prompt)
+                )
                 row["inputs"] += prompt + answer
                 row["targets"] += [IGNORED] * (len(prompt) - 1) + answer + [IGNORED]
                 row["question"] += [index] * len(prompt + answer)

@@ -32,8 +32,8 @@ from .tokenizer import build_tokenizer
 from .voices import VoiceBank, build_bank
 
 STAGES = [
-    Stage(steps=800, batch=12, questions=4, long=0.1),
-    Stage(steps=2700, batch=12, questions=5, long=0.35),
+    Stage(steps=1000, batch=12, questions=4, long=0.1),
+    Stage(steps=2200, batch=12, questions=5, long=0.35),
 ]
 SHORT, LONG = 3000, 1200  # recordings of 10 s, and windows of long ones
 HEARING, HEARING_RATES = 2200, (5e-4, 1e-3)  # steps; rates of the encoder and of all else
