@@ -4,9 +4,22 @@ import random
 
 import pytest
 
-from afnext.bench.tiny.attention import ANY, NEAR, SAME, SOUND, WORD, mentions, near_previous, previous
+from afnext.bench.tiny.attention import (
+    ANY,
+    NEAR,
+    SAME,
+    SOUND,
+    WORD,
+    Looks,
+    asked_label,
+    mentions,
+    near_previous,
+    previous,
+    question_looks,
+)
 from afnext.bench.tiny.scenes import Item, ask, timestamp
 from afnext.bench.tiny.tokenizer import build_tokenizer
+from afnext.bench.tiny.vocabulary import SOUNDS, WORDS
 
 TOKENIZER = build_tokenizer()
 ITEMS = [
@@ -56,3 +69,32 @@ def test_the_item_before_counts_only_if_near() -> None:
     assert ITEMS[3].onset - ITEMS[2].onset > NEAR
     assert near_previous(ITEMS, 3, ANY) is None
     assert near_previous(ITEMS, 2, ANY) == 1
+
+
+@pytest.mark.parametrize("kind", ["when_sound", "count_sound", "when_word", "pitch"])
+def test_the_label_asked_about_is_found_in_the_question(kind: str) -> None:
+    for number in range(20):
+        question = ask(kind, ITEMS, random.Random(number))
+        span = asked_label(question)
+        assert span is not None
+        label = question.prompt[slice(*span)].removesuffix("es" if "buzz" in question.prompt else "s")
+        assert label in WORDS or label in SOUNDS or label + "s" in WORDS
+        if question.evidence:
+            assert question.evidence[0].label.startswith(label)
+
+
+def test_other_questions_are_about_no_label() -> None:
+    assert asked_label(ask("transcribe", ITEMS, random.Random(0))) is None
+
+
+def test_the_number_of_words_written_is_looked_for() -> None:
+    """Before word k the head spreads over the k words before and one token more."""
+    question = ask("transcribe", ITEMS, random.Random(0))
+    encoded = TOKENIZER.encode(question.answer + "<|im_end|>")
+    looks, recording = Looks(), {"items": ITEMS, "begins": [(5, 6), (10, 12), (20, 22), (40, 42)], "classes": [0] * 60}
+    spoken = mentions(question, encoded.offsets)
+    question_looks(looks, 0, question, spoken, [], [1, 3], {**recording, "end": 60}, 70, 70, 80)
+    places, shares = looks.tensors()[1, 1]
+    assert places[1].tolist() == [79, 80, 80, 81, 81, 81]
+    assert places[2].tolist() == [79, 79, 80, 79, 80, 81]
+    assert shares.tolist() == pytest.approx([1, 1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3])
