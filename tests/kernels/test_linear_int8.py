@@ -176,14 +176,26 @@ def test_native_stays_within_its_memory(
 @pytest.mark.parametrize("backend", backends(module._w8a8))
 def test_w8a8_of_the_largest_codes(backend: str, rows: int, seed: int, device: torch.device) -> None:
     """Sums of products of -128 and +-127, which overflow 16 bits when two are added, are exact."""
-    codes = torch.full((5, 256), -128, dtype=torch.int8)
+    codes = torch.full((40, 256), -128, dtype=torch.int8)
     codes[1:, ::2] = 127
     x = torch.full((rows, 256), 127.0)
     x[:, 1::3] = -127
-    ones = torch.ones(5)
+    ones = torch.ones(40)
     with poisoned(backend):
         actual = linear_w8a8(x.to(device), codes.to(device), ones.to(device))
     assert torch.equal(actual.double().cpu(), x.double() @ codes.double().T)
+
+
+@pytest.mark.parametrize("backend", native_backends(module._w8a8, module._linear))
+def test_tokens_and_outputs_for_several_rounds(backend: str, seed: int) -> None:
+    """More tokens, outputs and inputs than any cache is given at a time."""
+    x, (codes, scales) = torch.randn(1100, 1296).bfloat16(), weights(333, 1296, torch.device("cpu"))
+    rows, row_scales = rows_module.reference(x)
+    exact = (rows.double() @ codes.double().T) * row_scales.double()[:, None] * scales.double()
+    with poisoned(backend):
+        torch.testing.assert_close(linear_w8a8(x, codes, scales).double(), exact, rtol=2**-8, atol=1e-6)
+        y = linear_int8(x, codes, scales)
+    torch.testing.assert_close(y.double(), x.double() @ dense(codes, scales, torch.float64).T, rtol=2**-7, atol=5e-3)
 
 
 @pytest.mark.parametrize("backend", backends(module._linear))
