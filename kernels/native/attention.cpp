@@ -345,6 +345,21 @@ bool are_few(const Problem& p) {
   return p.rows() <= kFew && p.parts && p.part_keys <= kBlock && p.head_dim % 32 == 0 && p.dtype == kBFloat16;
 }
 
+// Calls body(N) with the constant N = rows.
+template <typename Body>
+void with_rows(int64_t rows, Body body) {
+  switch (rows) {
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+    case 5: return body(std::integral_constant<int, 5>{});
+    case 6: return body(std::integral_constant<int, 6>{});
+    case 7: return body(std::integral_constant<int, 7>{});
+    case 8: return body(std::integral_constant<int, 8>{});
+  }
+}
+
 // 32 elements of a row as bfloat16.
 inline __m512i load_32(const bfloat16* from, float) { return _mm512_loadu_si512(from); }
 inline __m512i load_32(const int8_t* from, float scale) {
@@ -378,22 +393,15 @@ void attend_few(const Problem& p, const Task& task, float* memory) {
     }
     if (i + 1 < keys) place.next();
   }
-  constexpr int kStep = Products::kStep;
-  for (int i = 0; i < count; i += kStep) {
-    fetch(3 * kStep);
-    const From* const* rows = key_rows + i;
-    float* scores = work.scores + i * Products::kRows;
-    if constexpr (std::is_same_v<From, bfloat16>) {
-      if (rows[kStep - 1] - rows[0] == (kStep - 1) * p.keys.slot) {  // all in one page
-        Products::score_step(work.queries, rows[0], p.keys.slot, p.head_dim, scores);
-        continue;
-      }
+  const bfloat16* queries = work.keys;  // the rows that load_queries laid out
+  const auto score = [&](auto rows) {
+    for (int i = 0; i < count; i += 2) {
+      fetch(6);
+      const auto key = [&](int k, int64_t d) { return load_32(key_rows[i + k] + d, key_scales[i + k]); };
+      score_few<decltype(rows)::value>(queries, p.head_dim, key, work.scores + i * Products::kRows);
     }
-    for (int k = 0; k < kStep; ++k)
-      for (int64_t d = 0; d < p.head_dim; d += 32)
-        _mm512_storeu_si512(work.staged + k * p.head_dim + d, load_32(rows[k] + d, key_scales[i + k]));
-    Products::score_step(work.queries, work.staged, p.head_dim, p.head_dim, scores);
-  }
+  };
+  with_rows(p.rows(), score);
   int32_t bounded[Products::kRows];
   for (int i = 0; i < Products::kRows; ++i) bounded[i] = std::min<int64_t>(work.last[i], end - 1);
   weigh<Products, true>(p, bounded, task.first_key, count, work.scores, work.row_max, work.row_sum, work.weights,
@@ -404,16 +412,7 @@ void attend_few(const Problem& p, const Task& task, float* memory) {
   const auto accumulate = [&](auto rows) {
     accumulate_few<decltype(rows)::value>(work.weights, count, p.head_dim, value, out, p.head_dim, fetch);
   };
-  switch (p.rows()) {
-    case 1: accumulate(std::integral_constant<int, 1>{}); break;
-    case 2: accumulate(std::integral_constant<int, 2>{}); break;
-    case 3: accumulate(std::integral_constant<int, 3>{}); break;
-    case 4: accumulate(std::integral_constant<int, 4>{}); break;
-    case 5: accumulate(std::integral_constant<int, 5>{}); break;
-    case 6: accumulate(std::integral_constant<int, 6>{}); break;
-    case 7: accumulate(std::integral_constant<int, 7>{}); break;
-    case 8: accumulate(std::integral_constant<int, 8>{}); break;
-  }
+  with_rows(p.rows(), accumulate);
   for (int64_t i = 0; i < p.rows(); ++i) {
     p.statistics[(first + i) * 2] = work.row_max[i];
     p.statistics[(first + i) * 2 + 1] = work.row_sum[i];

@@ -174,14 +174,10 @@ struct Pairs {
   }
 
   static void score(const bfloat16* queries, const bfloat16* keys, int count, int depth, float* scores, Fetch&) {
-    for (int key = 0; key < count; key += kStep)
-      score_step(queries, keys + (int64_t)key * depth, depth, depth, scores + key * kRows);
-  }
-
-  // The scores of kStep keys, `pitch` elements apart.
-  static void score_step(const bfloat16* queries, const bfloat16* keys, int64_t pitch, int depth, float* scores) {
-    product(keys, pitch, 2, queries, depth / 2,
-            [&](int i, int w, __m512 total) { store(scores + i * kRows + w * kLanes, (Vec)total); });
+    for (int key = 0; key < count; key += kStep) {
+      product(keys + (int64_t)key * depth, depth, 2, queries, depth / 2,
+              [&](int i, int w, __m512 total) { store(scores + (key + i) * kRows + w * kLanes, (Vec)total); });
+    }
   }
 
   static void accumulate(const bfloat16* values, const bfloat16* weights, int count, int depth, float* sums, Fetch&) {
@@ -197,7 +193,7 @@ struct Pairs {
   // put(i, w, sum) for kStep rows of the left operand: over `count` pairs, of which pair j of row i is at
   // left + i * across + j * along, and of the right operand at right + j * 2 * kRows.
   template <typename Put>
-  static void product(const bfloat16* left, int64_t across, int64_t along, const bfloat16* right, int count, Put put) {
+  static void product(const bfloat16* left, int across, int along, const bfloat16* right, int count, Put put) {
     __m512 total[kStep][W];
     for (auto& row : total)
       for (auto& sum : row) sum = _mm512_setzero_ps();
@@ -219,6 +215,42 @@ struct Pairs {
       for (int w = 0; w < W; ++w) put(i, w, total[i][w]);
   }
 };
+
+// The sums of the lanes of sixteen vectors.
+inline __m512 sums_of_lanes(__m512 (&x)[16]) {
+  for (int i = 0; i < 8; ++i)
+    x[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[i], x[i + 8]), _mm512_unpackhi_ps(x[i], x[i + 8]));
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(x[i]), b = _mm512_castps_pd(x[i + 4]);
+    x[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  // Each four lanes now hold partial sums of x[i], x[i + 8], x[i + 4], x[i + 12].
+  for (int i = 0; i < 2; ++i)
+    x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[i], x[i + 2], 0x88), _mm512_shuffle_f32x4(x[i], x[i + 2], 0xdd));
+  const __m512 last = _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88), _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
+  const __m512i order = _mm512_set_epi32(15, 7, 11, 3, 13, 5, 9, 1, 14, 6, 10, 2, 12, 4, 8, 0);
+  return _mm512_permutexvar_ps(order, last);
+}
+
+// The first product for R rows and two keys, with channels as the lanes: scores[k * kLanes + r], the lanes behind R zero.
+// queries: [R][channels]; key(k, d): the bfloat16 of the channels d .. d + 31.
+template <int R, typename Key>
+inline void score_few(const bfloat16* queries, int64_t channels, Key key, float* scores) {
+  __m512 total[16];
+  for (int i = 0; i < 16; ++i) total[i] = _mm512_setzero_ps();
+  for (int64_t d = 0; d < channels; d += 32) {
+    const __m512bh first = (__m512bh)key(0, d), second = (__m512bh)key(1, d);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m512bh query = (__m512bh)_mm512_loadu_si512(queries + r * channels + d);
+      total[r] = _mm512_dpbf16_ps(total[r], query, first);
+      total[8 + r] = _mm512_dpbf16_ps(total[8 + r], query, second);
+    }
+  }
+  const __m512 sums = sums_of_lanes(total);
+  _mm512_storeu_ps(scores, _mm512_maskz_mov_ps(0x00ff, sums));
+  _mm512_storeu_ps(scores + kLanes, _mm512_maskz_compress_ps(0xff00, sums));
+}
 
 // The second product for R rows, with channels as the lanes: out[r * pitch + d] = sum_key weights[key][r] * value(key)[d].
 // weights: of Pairs<1>; value(key, d): the bfloat16 of the channels d .. d + 31.
