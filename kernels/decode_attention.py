@@ -36,7 +36,9 @@ from .triton_language import tl, triton
 
 MAX_NEW_TOKENS = 8
 MAX_ROWS = 64  # of a tile: 8 new tokens of a group of 8 heads
-PART_KEYS = 256  # of a task of the native kernel: long enough to stream, short enough for every thread to have some
+# Keys of a task of the native kernel: two tasks, of which one is fetched while the other is worked on, fit into a second-
+# level cache of 1 MB, and every thread has some.
+PART_KEYS = 128
 PROGRAMS = 2  # of a multiprocessor at a time: their loads in flight cover the memory's latency
 
 
