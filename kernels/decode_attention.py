@@ -36,8 +36,8 @@ from .triton_language import tl, triton
 
 MAX_NEW_TOKENS = 8
 MAX_ROWS = 64  # of a tile: 8 new tokens of a group of 8 heads
-# Keys of a task of the native kernel: two tasks, of which one is fetched while the other is worked on, fit into a second-
-# level cache of 1 MB, and every thread has some.
+# Keys of a task of the native kernel: two tasks, of which one is fetched while the other is worked on, fit into a
+# second-level cache of 1 MB, and every thread has some.
 PART_KEYS = 128
 PROGRAMS = 2  # of a multiprocessor at a time: their loads in flight cover the memory's latency
 

@@ -60,7 +60,7 @@ def _short(bank: VoiceBank, encoder: Encoder, rng: random.Random) -> Crop:
 def _long(bank: VoiceBank, encoder: Encoder, rng: random.Random) -> Crop:
     level = rng.choice((0.0, 1e-4, 1e-4, 1e-3))
     noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(round(LONG * RATE))
-    samples, items = np.asarray(noise * level, np.float32), []
+    samples, items = np.asarray(noise * level, np.float32), list[Item]()
     first = rng.randrange(ROTE.frames - round(_CROP / ROTE.frame_seconds))
     begin = first * ROTE.frame_seconds + rng.uniform(0, 0.9)
     if rng.random() > 0.16:

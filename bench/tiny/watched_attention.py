@@ -47,5 +47,5 @@ def watched_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, places: Ten
     places: [4, entries] of row, head, query and key. Returns the attention's output, and of every entry the logarithm
     of its weight, float32.
     """
-    out, told = _WatchedAttention.apply(q, k, v, bias.to(q.dtype), places)
+    out, told = _WatchedAttention.apply(q, k, v, bias.to(q.dtype), places)  # type: ignore[no-untyped-call]
     return out, told
