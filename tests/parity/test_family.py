@@ -53,7 +53,9 @@ def test_tied_embeddings_without_a_stored_head(one_checkpoint: SavedCheckpoint, 
     write(tied.folder, {name: tensor for name, tensor in flat.items() if name != head})
     messages = question(speech_like(1.0, seed), "?")
     expected = last_logits(afnext.load(stored_twice.folder, dtype="float32"), messages)
-    assert torch.equal(last_logits(afnext.load(tied.folder, dtype="float32"), messages), expected)
+    # Equal to rounding only: on some CPUs torch's products depend on where in a file its mapped weights begin.
+    actual = last_logits(afnext.load(tied.folder, dtype="float32"), messages)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +94,12 @@ def test_every_layout_gives_the_same_logits(
     else:
         write(folder, {LAYOUTS[layout](name): tensor for name, tensor in flat.items()}, shards)
     messages = question(speech_like(2.0, seed), "?")
-    expected = last_logits(afnext.load(one_checkpoint.folder, dtype="float32"), messages)
-    assert torch.equal(last_logits(afnext.load(folder, dtype="float32"), messages), expected)
+    expected, model = afnext.load(one_checkpoint.folder, dtype="float32"), afnext.load(folder, dtype="float32")
+    tensors = model.network.state_dict()
+    for name, tensor in expected.network.state_dict().items():
+        assert torch.equal(tensors.pop(name), tensor), name
+    assert not tensors
+    torch.testing.assert_close(last_logits(model, messages), last_logits(expected, messages), rtol=1e-5, atol=1e-5)
 
 
 def test_audio_flamingo_3(tmp_path: Path, seed: int) -> None:
