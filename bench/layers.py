@@ -10,8 +10,9 @@ one.
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from .e2e import PACKED_TOLERANCE, TOLERANCE, recording
 from .machine import machine
 from .random_checkpoint import write_random_checkpoint
 from .record import SCHEMES, Record, append, recipe_of
-from .timing import Samples, clock_for, compare_outputs, measure_interleaved, speedup
+from .timing import Call, Samples, clock_for, compare_outputs, measure_interleaved, speedup
 
 KV8 = "+kv8"
 """After a scheme: with the KV cache in int8."""
@@ -225,7 +226,7 @@ def _subjects(folder: Path, schemes: Iterable[str]) -> Iterator[Subject]:
 
 
 def _measured(case: Case, subjects: list[Subject], shape: str, repeats: int) -> Iterator[Record]:
-    calls = _calls(case, subjects)
+    calls = stage_calls(case.stage, case.depth, case.tokens, subjects)
     outputs = {name: call() for name, call in calls.items()}
     samples = measure_interleaved(
         calls, repeats=repeats, warmup=0, max_time=120.0, clock=clock_for(torch.device("cpu"))
@@ -252,25 +253,25 @@ def _measured(case: Case, subjects: list[Subject], shape: str, repeats: int) -> 
         yield Record("layers", case.stage, subject.name, label, values, machine=where)
 
 
-def _calls(case: Case, subjects: list[Subject]) -> dict[str, Callable[[], Tensor]]:
-    if case.stage == "encode":
+def stage_calls(stage: str, depth: int, tokens: int, subjects: Sequence[Subject]) -> dict[str, Call]:
+    """What does one of STAGES, by the subject's name, on random embeddings behind a random prefix of `depth` tokens.
+
+    One subject at least is `Afnext`.
+    """
+    if stage == "encode":
         return {subject.name: subject.encode for subject in subjects}
-    config = next(subject for subject in subjects if isinstance(subject, Afnext)).network.config.decoder
-    generator = torch.Generator().manual_seed(case.depth)
+    network = next(subject for subject in subjects if isinstance(subject, Afnext)).network
+    config, generator = network.config.decoder, torch.Generator().manual_seed(depth)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).bfloat16()
+        return torch.randn(*size, generator=generator).to(network.dtype)
 
-    prefix = [[normal(case.depth, config.kv_heads, config.head_dim) for _ in range(config.layers)] for _ in range(2)]
-    x = normal(1, case.tokens, config.hidden_size)
+    keys, values = ([normal(depth, config.kv_heads, config.head_dim) for _ in range(config.layers)] for _ in range(2))
+    x = normal(1, tokens, config.hidden_size)
     for subject in subjects:
-        subject.hold(prefix[0], prefix[1], case.tokens + _FURTHER_TOKENS)
-    stage = "extend" if case.stage == "prefill" else "step"
-    return {subject.name: _bound(getattr(subject, stage), x) for subject in subjects}
-
-
-def _bound(method: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-    return lambda: method(x)
+        subject.hold(keys, values, tokens + _FURTHER_TOKENS)
+    method = "extend" if stage == "prefill" else "step"
+    return {subject.name: partial(getattr(subject, method), x) for subject in subjects}
 
 
 def _traffic(subject: Afnext, samples: Samples) -> dict[str, float]:

@@ -6,26 +6,24 @@ are random codes on either side. That both compute the same function of the same
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
 from ..kernels.errors import AfnextError
 from ..quant.recipe import recipe
 from ..runtime.app.api import load
 from .baselines import available
 from .e2e import recording
-from .layers import STAGES, Afnext, Subject
+from .layers import STAGES, Afnext, Subject, stage_calls
 from .llama_cpp import LlamaCpp, LlamaCppEncoder, LlamaCppModel, description, library
 from .machine import machine
 from .random_checkpoint import write_random_checkpoint
 from .record import SCHEMES, Record, append, recipe_of
-from .timing import Call, measure_interleaved
+from .timing import measure_interleaved
 
 _WINDOW = 30.0  # seconds
 _ROUND_TIME = 150.0  # seconds a case may take before its last round starts
@@ -99,7 +97,9 @@ def _case(shape: str, stage: str, depth: int, chunk: int) -> dict[str, Any]:
 
 
 def _measured(stage: str, case: dict[str, Any], subjects: Sequence[Subject], repeats: int) -> Iterator[Record]:
-    samples = measure_interleaved(_calls(stage, case, subjects), repeats=repeats, max_time=_ROUND_TIME)
+    samples = measure_interleaved(
+        stage_calls(stage, case["depth"], case["tokens"], subjects), repeats=repeats, max_time=_ROUND_TIME
+    )
     theirs = {subject.name: samples[subject.name].median for subject in subjects if isinstance(subject, LlamaCpp)}
     best, where = min(theirs, key=theirs.__getitem__), machine()
     for subject in subjects:
@@ -112,24 +112,3 @@ def _measured(stage: str, case: dict[str, Any], subjects: Sequence[Subject], rep
         else:
             values |= {"speedup": theirs[best] / taken.median, "speedup_over": best, "note": _UNCOMPARED}
         yield Record("llama-cpp", stage, subject.name, case, values, machine=where)
-
-
-def _calls(stage: str, case: dict[str, Any], subjects: Sequence[Subject]) -> dict[str, Call]:
-    if stage == "encode":
-        return {subject.name: subject.encode for subject in subjects}
-    ours = next(subject for subject in subjects if isinstance(subject, Afnext))
-    config, generator = ours.network.config.decoder, torch.Generator().manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(ours.network.dtype)
-
-    size = case["depth"], config.kv_heads, config.head_dim
-    keys, values = ([normal(*size) for _ in range(config.layers)] for _ in range(2))
-    x = normal(1, case["tokens"], config.hidden_size)
-    for subject in subjects:
-        subject.hold(keys, values, case["tokens"])
-    return {subject.name: _bound(subject.extend if stage == "prefill" else subject.step, x) for subject in subjects}
-
-
-def _bound(method: Callable[[Tensor], Tensor], x: Tensor) -> Call:
-    return lambda: method(x)

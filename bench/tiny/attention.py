@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .model import ROTE
 from .scenes import Item, Question
 from .vocabulary import PLURALS, SOUNDS
 
@@ -37,6 +38,7 @@ _LIST = {
     "count_sound": SAME,
     "pitch": SAME,
 }
+_LINES = ("transcribe_times", "sounds_times", "describe")  # answered by a line an item
 _PREVIOUS = {ANY: (0, 0), WORD: (0, 1), SOUND: (0, 2), SAME: (1, 0)}
 _EARLIER_WORDS = (1, 1)
 _ASKED = (0, 3)
@@ -99,9 +101,9 @@ def mentions(question: Question, offsets: list[tuple[int, int]]) -> list[int | N
     answer, count = question.answer, len(question.evidence)
     listed, _, rest = answer.rpartition("</think>\n")
     told: list[int | None] = []
-    if listed or question.kind in ("transcribe_times", "sounds_times", "describe"):
+    if listed or question.kind in _LINES:
         told += _in_pieces(listed or answer, count, "\n", len("<think>\n") if listed else 0)
-    if not listed and question.kind in ("transcribe_times", "sounds_times", "describe"):
+    if not listed and question.kind in _LINES:
         spans = told
     else:
         skipped = len(answer) - len(rest)
@@ -114,9 +116,8 @@ def mentions(question: Question, offsets: list[tuple[int, int]]) -> list[int | N
             spans = told + [None] * len(rest)
         else:
             spans = told + [0] * len(rest)
-    ended = question.kind in ("transcribe", "transcribe_times", "sounds_times", "describe") or "when" in question.kind
-    final = [count if ended else None]
-    return [spans[start] if start < len(answer) else final[0] for start, _ in offsets]
+    ended = question.kind in ("transcribe", *_LINES) or question.kind.startswith("when")
+    return [spans[start] if start < len(answer) else count if ended else None for start, _ in offsets]
 
 
 def _in_pieces(text: str, count: int, separator: str, skipped: int) -> list[int | None]:
@@ -160,11 +161,11 @@ def question_looks(
     items, begins = recording["items"], recording["begins"]
     prefix = shared - len(recording["classes"])
     kind = _LIST[question.kind]
-    for of, head in _PREVIOUS.items():
-        last = previous(items, len(items), of) if items and of != SAME else None
-        if of != SAME:
-            near = last is not None and recording["end"] * 0.04 - items[last].onset < NEAR
-            looks.add(head, row, begin, [prefix + begins[last][0] if near and last is not None else prefix - 1])
+    end = recording["end"] * ROTE.frame_seconds
+    for of in (ANY, WORD, SOUND):
+        last = previous(items, len(items), of) if items else None
+        near = last is not None and end - items[last].onset < NEAR
+        looks.add(_PREVIOUS[of], row, begin, [prefix + begins[last][0] if near and last is not None else prefix - 1])
     pointer = (2, kind)
     written = [answer - 1]
     for place, mention in enumerate(spoken):

@@ -1,6 +1,8 @@
 """Training batches: crops of recordings, questions about them, and where every head should look, as tensors."""
 
+import math
 import random
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,17 +11,32 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .attention import Looks, asked_label, audio_looks, mentions, near_previous, question_looks
+from .attention import WORD, Looks, asked_label, audio_looks, mentions, near_previous, question_looks
 from .features import Crop
-from .hearing import CLASSES
-from .model import ROTE
+from .hearing import CLASSES, marked
 from .scenes import Item, Question, clock, random_questions, tenths_of
+from .vocabulary import SINGULARS
 
 PREFIX = "<|im_start|>user\n<|sound_bos|>"
 IGNORED = -100
 MOST_WORDS = 31
 _LAST_TOKEN = 45_000
 _WINDOW_SECONDS = 30.0
+_SCATTERED = 120
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Of one window some tokens, their audio, [tokens, width], and the items there, in seconds of the window."""
+
+    window: int
+    audio: Tensor
+    tokens: Tensor
+    items: list[Item]
+
+    @classmethod
+    def of(cls, window: int, crop: Crop) -> "_Piece":
+        return cls(window, crop.tokens, crop.start + torch.arange(len(crop.tokens)), crop.items)
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,7 @@ class Batches(Dataset[dict[str, Any]]):
     ) -> None:
         self._short, self._long, self._tokenizer, self._seed = short, long, tokenizer, seed
         self._stages = [stage for stage in stages for _ in range(stage.steps)]
+        self._silent = [crop for crop in long if not crop.items]
         self._prefix = tokenizer.encode(PREFIX).ids
 
     def __len__(self) -> int:
@@ -54,7 +72,7 @@ class Batches(Dataset[dict[str, Any]]):
         recordings = [self._recording(long, stage, rng) for _ in range(stage.batch)]
         tensors = {
             name: torch.stack([r[name] for r in recordings])
-            for name in ("audio", "windows", "tokens", "classes", "onsets", "tenths", "before", "words")
+            for name in ("audio", "windows", "tokens", "classes", "onsets", "tenths", "before", "follows", "words")
         }
         looks, shared = Looks(), len(self._prefix) + tensors["audio"].shape[1]
         for row, recording in enumerate(recordings):
@@ -65,31 +83,28 @@ class Batches(Dataset[dict[str, Any]]):
         return {**tensors, "looks": looks.tensors()}
 
     def _recording(self, long: bool, stage: Stage, rng: random.Random) -> dict[str, Any]:
-        crops = [rng.choice(self._long if long else self._short) for _ in range(stage.crops if long else 1)]
         if long:
-            last = max(rng.choice((3, 6, 12, 30, 60, 60)), stage.crops)
+            last = max(rng.choice((6, 12, 30, 60, 60)), stage.crops + 1)
             windows = sorted(rng.sample(range(last), stage.crops))
+            pieces = [_Piece.of(window, rng.choice(self._long)) for window in windows]
+            pieces += self._silence([window for window in range(last) if window not in windows], rng)
+            pieces.sort(key=lambda piece: piece.window)
         else:
-            windows = [0 if rng.random() < 0.7 else rng.randrange(60)]
+            pieces = [_Piece.of(0 if rng.random() < 0.7 else rng.randrange(60), rng.choice(self._short))]
         items, begins, classes, onsets, passed = [], [], [], [], 0
-        for window, crop in zip(windows, crops, strict=True):
-            offset, length = window * _WINDOW_SECONDS, len(crop.tokens)
-            marks = torch.zeros(length, dtype=torch.long), torch.zeros(length)
-            for item in crop.items:
-                first = int(item.onset / ROTE.frame_seconds) - crop.start
-                final = int(item.end / ROTE.frame_seconds) - crop.start
-                marks[0][first : final + 1] = CLASSES.index(item.label)
-                marks[1][first] = 1.0
-                begins.append((passed + first, min(passed + final, passed + length - 1)))
-                items.append(replace(item, onset=item.onset + offset, end=item.end + offset))
+        for piece in pieces:
+            offset = piece.window * _WINDOW_SECONDS
+            *marks, spans = marked(piece.items, len(piece.audio), int(piece.tokens[0]))
+            items += [replace(item, onset=item.onset + offset, end=item.end + offset) for item in piece.items]
+            begins += [(passed + first, passed + after - 1) for first, after in spans]
             classes.append(marks[0])
             onsets.append(marks[1])
-            passed += length
-        tokens = torch.cat([crop.start + torch.arange(len(crop.tokens)) for crop in crops])
-        places = torch.cat([torch.full((len(c.tokens),), w) for w, c in zip(windows, crops, strict=True)])
+            passed += len(piece.audio)
+        tokens = torch.cat([piece.tokens for piece in pieces])
+        places = torch.cat([torch.full_like(piece.tokens, piece.window) for piece in pieces])
         absolute = 750 * places + tokens
         return {
-            "audio": torch.cat([crop.tokens for crop in crops]),
+            "audio": torch.cat([piece.audio for piece in pieces]),
             "windows": places,
             "tokens": tokens,
             "classes": torch.cat(classes),
@@ -103,16 +118,28 @@ class Batches(Dataset[dict[str, Any]]):
             "long": long,
         }
 
+    def _silence(self, windows: list[int], rng: random.Random) -> list["_Piece"]:
+        """_SCATTERED silent tokens of random windows, standing for all there are."""
+        pieces = []
+        for window, count in sorted(Counter(rng.choices(windows, k=_SCATTERED)).items()):
+            crop = rng.choice(self._silent)
+            kept = torch.tensor(sorted(rng.sample(range(len(crop.tokens)), count)))
+            pieces.append(_Piece(window, crop.tokens[kept], crop.start + kept, []))
+        return pieces
+
     def _questions(
         self, questions: list[list[Question]], recordings: list[dict[str, Any]], shared: int, looks: Looks
     ) -> dict[str, Tensor]:
         """The questions of each recording one after another, each [batch, time]: token ids, targets (none in padding
-        and prompts), which question a token belongs to (from 1), its place in it, the tenth of a second of the item
-        last written in an answer with times, and how many items an answer without has."""
+        and prompts) and their weights, so that an answer weighs as the square root of its length, which question a
+        token belongs to (from 1), its place in it; of the tokens of an answer the class that is asked about, with
+        times the tenth of a second of the item last written, and without them the class of the word last written and
+        how many are."""
+        padding = {"inputs": self._tokenizer.token_to_id("[PAD]"), "question": -1, "place": 0, "weights": 0.0}
+        padding |= dict.fromkeys(("targets", "named", "written", "last", "ordinal"), IGNORED)
         rows = []
         for number, (asked, recording) in enumerate(zip(questions, recordings, strict=True)):
-            row: dict[str, list[int]] = {"inputs": [], "targets": [], "question": [], "place": []}
-            row |= {"written": [], "ordinal": []}
+            row: dict[str, list[Any]] = {name: [] for name in padding}
             for index, question in enumerate(asked, start=1):
                 start = "<|sound_eos|>"
                 asking = self._tokenizer.encode(f"{start}{question.prompt}<|im_end|>\n<|im_start|>assistant\n")
@@ -131,20 +158,15 @@ class Batches(Dataset[dict[str, Any]]):
                     looks, number, question, spoken, label, evidence, recording, shared, begin, begin + len(prompt)
                 )
                 row["inputs"] += prompt + answer
-                row["targets"] += [IGNORED] * (len(prompt) - 1) + answer + [IGNORED]
                 row["question"] += [index] * len(prompt + answer)
                 row["place"] += range(len(prompt + answer))
-                timed, plain = "[" in question.answer or "when" in question.kind, question.kind == "transcribe"
-                written = [
-                    tenths_of(question.evidence[k - 1].onset) if timed and k is not None and k > 0 else IGNORED
-                    for k in spoken
-                ]
-                ordinal = [min(k, MOST_WORDS) if plain and k is not None else IGNORED for k in spoken]
-                row["written"] += [IGNORED] * (len(prompt) - 1) + written + [IGNORED]
-                row["ordinal"] += [IGNORED] * (len(prompt) - 1) + ordinal + [IGNORED]
+                asked_for = question.prompt[slice(*span)] if span else None
+                named = CLASSES.index(SINGULARS.get(asked_for, asked_for)) if asked_for else IGNORED
+                told = {"targets": answer, "weights": [len(answer) ** -0.5] * len(answer)}
+                told |= {"named": [named] * len(answer), **_written(question, spoken)}
+                for name, values in told.items():
+                    row[name] += [padding[name]] * (len(prompt) - 1) + values + [padding[name]]
             rows.append(row)
-        padding = {"inputs": self._tokenizer.token_to_id("[PAD]"), "targets": IGNORED, "question": -1, "place": 0}
-        padding |= {"written": IGNORED, "ordinal": IGNORED}
         width = max(len(row["inputs"]) for row in rows)
         return {
             name: torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
@@ -152,26 +174,41 @@ class Batches(Dataset[dict[str, Any]]):
         }
 
 
+def _written(question: Question, spoken: list[int | None]) -> dict[str, list[int]]:
+    """What an answer has said before each of its tokens, see `_questions`. spoken: see `mentions`."""
+    listed, plain = question.evidence, question.kind == "transcribe"
+    timed = "[" in question.answer or question.kind.startswith("when")
+    return {
+        "written": [tenths_of(listed[k - 1].onset) if timed and k else IGNORED for k in spoken],
+        "last": [IGNORED if k is None or not plain else CLASSES.index(listed[k - 1].label) if k else 0 for k in spoken],
+        "ordinal": [min(k, MOST_WORDS) if plain and k is not None else IGNORED for k in spoken],
+    }
+
+
 def _preceding(items: list[Item], begins: list[tuple[int, int]], time: int) -> dict[str, Tensor]:
     """What the token in which an item begins comes after: minute, second and tenth at which the near item before it
-    of each kind of `attention` began, [time, 4, 3], and the number of words before a word, [time]."""
+    of each kind of `attention` began, [time, 4, 3], the class of the near word before it, [time], and the number of
+    words before a word, [time]."""
     times, words, passed = torch.full((time, 4, 3), IGNORED), torch.full((time,), IGNORED), 0
+    follows = torch.zeros(time, dtype=torch.long)
     for index, (item, (first, _)) in enumerate(zip(items, begins, strict=True)):
         for kind in range(4):
             last = near_previous(items, index, kind)
             if last is not None:
                 times[first, kind] = torch.tensor(clock(tenths_of(items[last].onset)))
+                if kind == WORD:
+                    follows[first] = CLASSES.index(items[last].label)
         if item.is_word:
             words[first] = min(passed, MOST_WORDS)
             passed += 1
-    return {"before": times, "words": words}
+    return {"before": times, "follows": follows, "words": words}
 
 
 def _layout(tensors: dict[str, Tensor], recordings: list[dict[str, Any]], rng: random.Random) -> dict[str, Tensor]:
     """Positions [batch, time] and attention bias [batch, 1, time, time] of prefix, audio and questions in one row.
 
-    Every question sees prefix, audio and itself. In long recordings a silent token counts as many, up to a recording
-    of 30 minutes of them, by a bias of the logarithm of that number.
+    Every question sees prefix, audio and itself. In long recordings a silent token counts as many, mostly as all that
+    it stands for, by a bias of the logarithm of that number.
     """
     batch = len(recordings)
     prefix, audio = len(tensors["prefix"]), tensors["classes"].shape[1]
@@ -189,5 +226,6 @@ def _layout(tensors: dict[str, Tensor], recordings: list[dict[str, Any]], rng: r
         if recording["long"]:
             silent = recording["classes"] == 0
             many = max(1.0, min(_LAST_TOKEN, recording["end"]) / max(1, int(silent.sum())))
-            bias[row, 0, :, prefix:shared] += silent * rng.uniform(0, 1) * float(torch.tensor(many).log())
+            weight = 1.0 if rng.random() < 0.6 else rng.random()
+            bias[row, 0, :, prefix:shared] += silent * weight * math.log(many)
     return {"positions": positions, "bias": bias}

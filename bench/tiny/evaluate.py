@@ -10,6 +10,7 @@ import json
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,8 @@ from rich.progress import track
 from ...runtime.app.answer import Answer
 from ...runtime.app.api import Model, load
 from ..quality import word_errors
-from .scenes import Conditions, Item, Question, ask, lines, make_scene
+from .scenes import Conditions, Item, Question, ask, lines, make_scene, timestamp
+from .vocabulary import WHEN_SOUND, WHEN_WORD
 from .voices import RATE, VoiceBank
 
 CLEAN, NOISY = Conditions(None), Conditions(10.0)
@@ -194,28 +196,58 @@ def long_recording(bank: VoiceBank, seed: int, minutes: float = 30.0) -> tuple[n
 
 
 def _long(model: Model, bank: VoiceBank, recordings: int) -> list[Row]:
-    """Everything in recordings of 30 minutes, listed in one answer; a row a tenth of their length."""
-    rows = [Row(f"minutes {3 * part} to {3 * part + 3} of 30", recordings) for part in range(10)]
-    times: list[list[float]] = [[] for _ in rows]
-    expected_count, found_count = [0] * 10, [0] * 10
-    for number in track(range(recordings), description="30 minutes"):
-        samples, items = long_recording(bank, number)
-        question = Question("describe", "Describe the audio with timestamps.", lines(items, quoted=True))
-        clip = Clip(samples, items, question)
-        answer = model.chat([[{"role": "user", "content": _parts(clip)}]], temperature=0.0, max_new_tokens=1000)[0]
-        expected, found = listed(question.answer), listed(answer.text)
-        for part, row in enumerate(rows):
-            here = [pair for pair in expected if 180 * part <= pair[0] < 180 * part + 180]
-            said = [pair for pair in found if 180 * part <= pair[0] < 180 * part + 180]
-            times[part] += matched(here, said)
-            expected_count[part] += len(here)
-            found_count[part] += len(said)
-            row.stopped += answer.finish_reason == "stop"
-    for part, row in enumerate(rows):
-        right = sum(error <= _NEAR for error in times[part])
-        row.values = {"F1": 2 * right / max(1, expected_count[part] + found_count[part])}
-        row.values |= _quantiles(times[part]) if times[part] else {}
+    """Recordings of 30 minutes, a row a tenth of their length: when what happens once in them does, and how much of
+    everything is in one list."""
+    heard = [
+        _heard_long(model, *long_recording(bank, number))
+        for number in track(range(recordings), description="30 minutes")
+    ]
+    rows = []
+    for part in range(10):
+        asked, lists = [], []
+        for times, expected, found in heard:
+            asked += [(clip, answer) for clip, answer in times if _tenth(clip.question.evidence[0].onset) == part]
+            lists.append([[pair for pair in pairs if _tenth(pair[0]) == part] for pairs in (expected, found)])
+        row = Row(f"when, minutes {3 * part} to {3 * part + 3} of 30", len(asked))
+        row.stopped = sum(answer.finish_reason == "stop" for _, answer in asked)
+        right = [_alike(clip.question.answer, answer.text) for clip, answer in asked]
+        errors = [_first_error(clip.question.evidence[0].onset, answer.text) for clip, answer in asked]
+        listed_right = sum(error <= _NEAR for pairs in lists for error in matched(*pairs))
+        listed_all = sum(len(pairs) for both in lists for pairs in both)
+        row.values = {"accuracy": sum(right) / len(right), **_quantiles(errors)} if asked else {}
+        row.values["F1 of the list"] = 2 * listed_right / max(1, listed_all)
+        rows.append(row)
     return rows
+
+
+_Heard = tuple[list[tuple[Clip, Answer]], list[tuple[float, str]], list[tuple[float, str]]]
+
+
+def _heard_long(model: Model, samples: np.ndarray, items: list[Item]) -> _Heard:
+    """Of a long recording the answers about times of what is in it once, and everything there is and was listed."""
+    labels = Counter(item.label for item in items)
+    with model.listen((samples, RATE)) as context:
+        listing = context.ask("Describe the audio with timestamps.", temperature=0.0, max_new_tokens=1000)
+        times = []
+        for item in items:
+            if labels[item.label] == 1:
+                prompt = (WHEN_WORD if item.is_word else WHEN_SOUND)[0].format(item.label)
+                kind = "when_word" if item.is_word else "when_sound"
+                question = Question(kind, prompt, timestamp(item.onset), (item,))
+                answer = context.ask(prompt, temperature=0.0, max_new_tokens=100)
+                times.append((Clip(samples, items, question), answer))
+    return times, listed(lines(items)), listed(listing.text)
+
+
+def _tenth(onset: float) -> int:
+    return min(9, int(onset / 180))
+
+
+def _first_error(onset: float, text: str) -> float:
+    """How far the first time in an answer is from the right one, to the tenth of a second; without a time, as far as
+    the recording is long."""
+    said = _STAMP.search(text)
+    return abs(seconds(said[0]) - seconds(timestamp(onset))) if said else 1800.0
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
     python -m afnext.bench.tiny.export FOLDER
 
-FOLDER is that of `train`; the checkpoint goes to FOLDER/checkpoint. Weights are stored in
-float16 and computed in float32.
+FOLDER is that of `train`; the checkpoint goes to FOLDER/checkpoint. Weights are stored as
+`model.storage_dtype` says and computed in float32.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from .model import DECODER, ENCODER, MELS, ROPE_THETA, ROTE, TinyModel
+from .model import DECODER, ENCODER, MELS, ROPE_THETA, ROTE, TinyModel, storage_dtype
 from .tokenizer import build_tokenizer
 
 CHAT_TEMPLATE = """\
@@ -63,7 +63,7 @@ def export(model: TinyModel, folder: Path) -> Path:
         },
     }
     _write(folder / "processor_config.json", processor)
-    weights = {name: value.to(torch.float16).contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.to(storage_dtype(name, value)) for name, value in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ...kernels.log_mel import log_mel
-from .model import DECODER, MELS, ROTE, TinyModel, rotated
+from .model import DECODER, MELS, ROTE, TinyModel
 from .scenes import Item, make_scene, random_conditions
 from .vocabulary import SOUNDS, WORDS
 from .voices import VoiceBank
@@ -52,17 +52,27 @@ def heard_batch(samples: Tensor, scenes: list[list[Item]]) -> dict[str, Tensor]:
     """Log-mel, [batch, mels, frames], of samples, [batch, samples]; of every token its class and whether an item
     begins there, [batch, tokens]; the items as row, first token, token after the last, class: [items, 4]."""
     mel = torch.cat([log_mel(row[None], mel_bins=MELS, window_samples=len(row)) for row in samples])
-    tokens = mel.shape[-1] // 4
-    classes, onsets = torch.zeros(len(mel), tokens, dtype=torch.long), torch.zeros(len(mel), tokens)
-    spans = []
-    for row, items in enumerate(scenes):
-        for item in items:
-            first, last = (int(time / ROTE.frame_seconds) for time in (item.onset, item.end))
-            after, label = min(last + 1, tokens), CLASSES.index(item.label)
-            classes[row, first:after] = label
-            onsets[row, first] = 1.0
-            spans.append((row, first, after, label))
-    return {"mel": mel, "classes": classes, "onsets": onsets, "items": torch.tensor(spans).view(-1, 4)}
+    marks = [marked(items, mel.shape[-1] // 4) for items in scenes]
+    items = [
+        (row, first, after, int(classes[first]))
+        for row, (classes, _, spans) in enumerate(marks)
+        for first, after in spans
+    ]
+    classes, onsets = (torch.stack([mark[part] for mark in marks]) for part in (0, 1))
+    return {"mel": mel, "classes": classes, "onsets": onsets, "items": torch.tensor(items).view(-1, 4)}
+
+
+def marked(items: list[Item], tokens: int, start: int = 0) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    """Of `tokens` tokens of a window from number `start` on, the class of each and whether an item begins there; of
+    every item its first token and the one after its last."""
+    classes, onsets, spans = torch.zeros(tokens, dtype=torch.long), torch.zeros(tokens), []
+    for item in items:
+        first, last = (int(time / ROTE.frame_seconds) - start for time in (item.onset, item.end))
+        after = min(last + 1, tokens)
+        classes[first:after] = CLASSES.index(item.label)
+        onsets[first] = 1.0
+        spans.append((first, after))
+    return classes, onsets, spans
 
 
 def varied(mel: Tensor, rng: random.Random) -> Tensor:
@@ -106,9 +116,7 @@ class HearingHeads(nn.Module):
 
     def forward(self, model: TinyModel, batch: dict[str, Any]) -> Heard:
         """Encoder, adaptor and heads on a batch of `Scenes`."""
-        x = model.audio_tower.heard(batch["mel"])
-        x = rotated(x.float(), batch["windows"], torch.arange(x.shape[1]).expand(x.shape[:2]))
-        adapted = model.adapted(x)
+        adapted = model.adapted(model.audio_tower(batch["mel"], batch["windows"]))
         sums = F.pad(adapted.float().cumsum(1), (0, 0, 1, 0))
         rows, first, after, _ = batch["items"].T
         means = (sums[rows, after] - sums[rows, first]) / (after - first)[:, None]

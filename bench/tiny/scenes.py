@@ -37,8 +37,8 @@ class Conditions:
 
 
 def random_conditions(rng: random.Random) -> Conditions:
-    """What training hears: half of it clean, the rest down to 5 dB, some of it in rooms or over a telephone."""
-    snr = None if rng.random() < 0.4 else rng.uniform(5, 30)
+    """What training hears: a third of it clean, the rest down to 4 dB, some of it in rooms or over a telephone."""
+    snr = None if rng.random() < 0.33 else rng.uniform(4, 24)
     reverberation = rng.uniform(0.1, 0.5) if rng.random() < 0.3 else 0.0
     return Conditions(snr, rng.choice(("white", "pink", "brown")), reverberation, rng.random() < 0.1)
 

@@ -9,9 +9,11 @@ First the encoder learns to hear single items (`hearing.py`). Then it stays as i
 from its outputs (`features.py`). Besides the answers, this second part tells designated heads where to look (see
 `attention.py`), without which pointing at items of a list is found late or never, and linear heads read what tokens
 should know: of the adaptor's output the word or sound in which a token lies, whether one begins, and its time; after
-the second layer what came before it and when. The linear heads are not part of the checkpoint.
+the second layer what came before it and when, and of an answer's tokens what is asked about and what was written last.
+The linear heads are not part of the checkpoint.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from .features import load_crops, long_crops, short_crops
 from .hearing import CLASSES, HearingHeads, Scenes, hearing_losses, hearing_total
 from .loop import Group, run_training
 from .model import DECODER, ENCODER, TinyModel, Watched, rotated
+from .scenes import clock
 from .tokenizer import build_tokenizer
 from .voices import VoiceBank, build_bank
 
@@ -51,6 +54,8 @@ class Auxiliary(nn.Module):
         self.time, self.written = nn.Linear(width, sum(_CLOCK)), nn.Linear(width, sum(_CLOCK))
         self.before = nn.ModuleList(nn.Linear(width, sum(_CLOCK)) for _ in range(4))
         self.words, self.ordinal = nn.Linear(width, MOST_WORDS + 1), nn.Linear(width, MOST_WORDS + 1)
+        # One head for what is asked and for where it may be found, so that the two are written alike.
+        self.label, self.follows = nn.Linear(width, len(CLASSES)), nn.Linear(width, len(CLASSES))
 
     def loss(self, adapted: Tensor, audio: Tensor, asked: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         """adapted: adaptor's output, [batch, audio, hidden]; audio: the same tokens after the second decoder layer;
@@ -67,16 +72,16 @@ class Auxiliary(nn.Module):
             "class": _cross_entropy(self.classes(adapted), batch["classes"])
             + _cross_entropy(self.classes(adapted[begun]), batch["classes"][begun]),
             "onset": F.binary_cross_entropy_with_logits(onset, batch["onsets"], pos_weight=positive),
-            "time": _clock_loss(self.time(adapted[begun]), _clock(tenths)),
-            "written": _clock_loss(self.written(asked[told]), _clock(written[told])),
+            "label": _cross_entropy(self.label(audio[begun]), batch["classes"][begun])
+            + _cross_entropy(self.label(asked), batch["named"]),
+            "follows": _cross_entropy(self.follows(audio[begun]), batch["follows"][begun])
+            + _cross_entropy(self.follows(asked), batch["last"]),
+            "time": _clock_loss(self.time(adapted[begun]), torch.stack(clock(tenths), -1)),
+            "written": _clock_loss(self.written(asked[told]), torch.stack(clock(written[told]), -1)),
             "before": before.mean(),
             "ordinal": _cross_entropy(self.words(audio[begun]), batch["words"][begun])
             + _cross_entropy(self.ordinal(asked), batch["ordinal"]),
         }
-
-
-def _clock(tenths: Tensor) -> Tensor:
-    return torch.stack((tenths // 600, tenths // 10 % 60, tenths % 10), -1)
 
 
 def _clock_loss(scores: Tensor, wanted: Tensor) -> Tensor:
@@ -113,10 +118,11 @@ def step_losses(model: TinyModel, auxiliary: Auxiliary, batch: dict[str, Any]) -
     logits = model.language_model["lm_head"](hidden[:, end:][answered]).float()
     losses = auxiliary.loss(adapted, middle[:, start:end], middle[:, end:], batch)
     looking = looking_losses(told, batch["looks"])
-    answer = F.cross_entropy(logits, targets[answered])
+    weights = batch["weights"][answered]
+    answer = (F.cross_entropy(logits, targets[answered], reduction="none") * weights).sum() / weights.sum()
     right = (logits.argmax(-1) == targets[answered]).float()
     auxiliaries = losses["class"] + 0.3 * losses["onset"] + 0.5 * (losses["time"] + losses["written"])
-    auxiliaries = auxiliaries + 0.5 * (losses["before"] + losses["ordinal"])
+    auxiliaries = auxiliaries + 0.5 * (losses["before"] + losses["ordinal"] + losses["label"] + losses["follows"])
     total = 2 * answer + 0.5 * auxiliaries + torch.stack(list(looking.values())).sum() * 0.3
     return total, {"answer": answer, "accuracy": right.mean(), **losses, **looking}
 
@@ -136,6 +142,8 @@ def hear(folder: Path, seed: int, console: Console, model: TinyModel) -> None:
     modules = nn.ModuleDict({"encoder": model.audio_tower, "adaptor": model.multi_modal_projector, "heads": heads})
     groups = [Group(encoder, HEARING_RATES[0]), Group(rest, HEARING_RATES[1])]
     run_training(folder / "hearing.pt", modules, groups, Scenes(bank, HEARING, seed), losses, console)
+    # What the decoder learns to read has to be what the checkpoint's encoder will say.
+    model.round_as_stored("audio_tower.")
 
 
 def answer(folder: Path, seed: int, console: Console, model: TinyModel, tokenizer: Tokenizer) -> None:
@@ -143,14 +151,10 @@ def answer(folder: Path, seed: int, console: Console, model: TinyModel, tokenize
     auxiliary, bank, encoder = Auxiliary(), VoiceBank(folder / "bank", "train"), model.audio_tower.requires_grad_(False)
     short = load_crops(folder / "short.pt", lambda: short_crops(bank, encoder, seed, SHORT))
     long = load_crops(folder / "long.pt", lambda: long_crops(bank, encoder, seed, LONG))
-
-    def losses(batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        return step_losses(model, auxiliary, batch)
-
     modules = nn.ModuleDict({"model": model, "auxiliary": auxiliary})
     groups = [Group([p for p in modules.parameters() if p.requires_grad], RATE)]
     batches = Batches(short, long, tokenizer, STAGES, seed)
-    run_training(folder / "training.pt", modules, groups, batches, losses, console)
+    run_training(folder / "training.pt", modules, groups, batches, partial(step_losses, model, auxiliary), console)
 
 
 def build_model(folder: Path, vocabulary: int, seed: int) -> TinyModel:

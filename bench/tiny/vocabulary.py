@@ -49,6 +49,7 @@ WORDS: dict[str, str] = {
 SOUNDS = ("beep", "tone", "chirp", "click", "noise", "knock", "siren", "bell", "buzz")
 PITCHES = ("low", "medium", "high")
 PLURALS = {sound: "buzzes" if sound == "buzz" else f"{sound}s" for sound in SOUNDS}
+SINGULARS = {plural: sound for sound, plural in PLURALS.items()}
 
 TRANSCRIBE = ("Transcribe the input speech.", "What words are spoken?", "Write down what is said.")
 TRANSCRIBE_TIMES = (

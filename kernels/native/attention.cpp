@@ -202,9 +202,10 @@ void load_queries(const Problem& p, const Task& task, Workspace<typename Product
   }
 }
 
-// Weights of the block's scores, as the right operand of the second product; moves row_max, row_sum and sums on.
+// Weights of the block's scores, as the right operand of the second product; moves row_max, row_sum and sums, of `depth`
+// channels, on.
 template <typename Products, bool masked>
-void weigh(const Problem& p, const int32_t* last, int64_t first_key, int count, float* scores, float* row_max,
+void weigh(const Problem& p, int64_t depth, const int32_t* last, int64_t first_key, int count, float* scores, float* row_max,
            float* row_sum, typename Products::Element* weights, float* sums, Fetch& fetch) {
   constexpr int W = Products::kRows / kLanes;
   for (int w = 0; w < W; ++w) {
@@ -244,8 +245,7 @@ void weigh(const Problem& p, const int32_t* last, int64_t first_key, int count, 
     store(row_max + w * kLanes, now);
     store(row_sum + w * kLanes, sum);
     if (any(now != before)) {
-      const int depth = p.depth();
-      for (int d = 0; d < depth; ++d) {
+      for (int64_t d = 0; d < depth; ++d) {
         float* at = sums + d * Products::kRows + w * kLanes;
         store(at, load(at) * decay);
       }
@@ -317,12 +317,12 @@ void attend(const Problem& p, const Task& task, float* memory) {
       float* sums = work.sums + tile * depth;
       Products::score(work.queries + tile * depth, work.keys, count, depth, work.scores, fetch);
       if (first + count - 1 <= std::min<int64_t>(last[0], end - 1)) {
-        weigh<Products, false>(p, last, first, count, work.scores, work.row_max + tile, work.row_sum + tile, work.weights,
+        weigh<Products, false>(p, depth, last, first, count, work.scores, work.row_max + tile, work.row_sum + tile, work.weights,
                                sums, fetch);
       } else {
         int32_t bounded[kRows];
         for (int i = 0; i < kRows; ++i) bounded[i] = std::min<int64_t>(last[i], end - 1);
-        weigh<Products, true>(p, bounded, first, count, work.scores, work.row_max + tile, work.row_sum + tile,
+        weigh<Products, true>(p, depth, bounded, first, count, work.scores, work.row_max + tile, work.row_sum + tile,
                               work.weights, sums, fetch);
       }
       Products::accumulate(work.values, work.weights, count, depth, sums, fetch);
@@ -376,7 +376,6 @@ void attend_few(const Problem& p, const Task& task, float* memory) {
   load_queries<Products>(p, task, work);
   std::fill_n(work.row_max, Products::kRows, kLowest);
   std::fill_n(work.row_sum, Products::kRows, 0.0f);
-  std::fill_n(work.sums, p.depth() * Products::kRows, 0.0f);
   const int64_t end = std::min<int64_t>(task.end_key, work.last[Products::kRows - 1] + 1);
   const int keys = (int)std::max<int64_t>(0, end - task.first_key), count = (keys + kChunk - 1) / kChunk * kChunk;
   // What is past the last key is the last key again, and has no weight.
@@ -404,8 +403,8 @@ void attend_few(const Problem& p, const Task& task, float* memory) {
   with_rows(p.rows(), score);
   int32_t bounded[Products::kRows];
   for (int i = 0; i < Products::kRows; ++i) bounded[i] = std::min<int64_t>(work.last[i], end - 1);
-  weigh<Products, true>(p, bounded, task.first_key, count, work.scores, work.row_max, work.row_sum, work.weights,
-                        work.sums, fetch);
+  weigh<Products, true>(p, 0, bounded, task.first_key, count, work.scores, work.row_max, work.row_sum, work.weights,
+                        nullptr, fetch);
   const int64_t first = ((task.b * p.kv_heads + task.kv_head) * p.part_count() + task.part) * p.rows();
   float* out = p.parts + first * p.head_dim;
   const auto value = [&](int key, int64_t d) { return load_32(value_rows[key] + d, value_scales[key]); };

@@ -137,12 +137,12 @@ struct Floats {
 
 #if defined(__AVX512BF16__)
 
-// Dot products of bfloat16 pairs with float32 sums. Neighbours of the dimension summed over lie in one 32-bit lane.
+// What the two ways to multiply bfloat16 share: right operands, in which neighbours of the dimension summed over lie in
+// one 32-bit lane.
 template <int W>
-struct Pairs {
+struct BFloat16Rows {
   using Element = bfloat16;
   static constexpr int kRows = W * kLanes;
-  static constexpr int kStep = 8;  // broadcast at a time: so many sums need not wait for each other
 
   static Vec power(Vec x) { return exp2_coarse(x); }
 
@@ -153,6 +153,20 @@ struct Pairs {
   static void put_weights(int key, int w, Vec even, Vec odd, bfloat16* weights) {
     store_pairs(weights + key * kRows + 2 * w * kLanes, even, odd);
   }
+
+  // Sixteen channels of two keys side by side.
+  static __m512i side_by_side(const bfloat16* even, const bfloat16* odd) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)even));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)odd));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
+};
+
+// Dot products of bfloat16 pairs with float32 sums.
+template <int W>
+struct Pairs : BFloat16Rows<W> {
+  using BFloat16Rows<W>::kRows;
+  static constexpr int kStep = 8;  // broadcast at a time: so many sums need not wait for each other
 
   static void put_keys(const bfloat16* const* rows, int chunk, int depth, bfloat16* keys, Fetch& fetch) {
     fetch(64);
@@ -165,11 +179,8 @@ struct Pairs {
     fetch(64);
     for (int i = 0; i < kChunk; i += 2) {
       bfloat16* to = values + (int64_t)(chunk * kChunk + i) * depth;
-      for (int d = 0; d < depth; d += 16) {
-        const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[i] + d)));
-        const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[i + 1] + d)));
-        _mm512_storeu_si512(to + 2 * d, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-      }
+      for (int d = 0; d < depth; d += 16)
+        _mm512_storeu_si512(to + 2 * d, Pairs::side_by_side(rows[i] + d, rows[i + 1] + d));
     }
   }
 
@@ -287,22 +298,11 @@ inline void accumulate_few(const bfloat16* weights, int count, int64_t channels,
 #if defined(__AMX_BF16__)
 
 // The matrix unit: 16 x 32 times 32 x 16 at once, in bfloat16 with float32 sums. Both left operands are laid out in
-// tiles of one kilobyte. In right operands, neighbours of the dimension summed over lie in one 32-bit lane.
+// tiles of one kilobyte.
 template <int W>
-struct Tiles {
-  using Element = bfloat16;
-  static constexpr int kRows = W * kLanes;
+struct Tiles : BFloat16Rows<W> {
+  using BFloat16Rows<W>::kRows;
   static constexpr int kPitch = kRows * 4;  // bytes from one row of a right operand or a result to the next
-
-  static Vec power(Vec x) { return exp2_coarse(x); }
-
-  static void put_queries(const bfloat16* const* rows, int depth, bfloat16* queries) {
-    transpose<kRows>((const uint32_t* const*)rows, depth / 2, (uint32_t*)queries);
-  }
-
-  static void put_weights(int key, int w, Vec even, Vec odd, bfloat16* weights) {
-    store_pairs(weights + key * kRows + 2 * w * kLanes, even, odd);
-  }
 
   // keys[d / 32][key][32]
   static void put_keys(const bfloat16* const* rows, int chunk, int depth, bfloat16* keys, Fetch& fetch) {
@@ -319,11 +319,8 @@ struct Tiles {
     for (int d = 0; d < depth; d += 16) {
       fetch(14);
       uint32_t pairs[16][16];
-      for (int i = 0; i < 16; ++i) {
-        const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[2 * i] + d)));
-        const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[2 * i + 1] + d)));
-        _mm512_storeu_si512(pairs[i], _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-      }
+      for (int i = 0; i < 16; ++i)
+        _mm512_storeu_si512(pairs[i], Tiles::side_by_side(rows[2 * i] + d, rows[2 * i + 1] + d));
       transpose_tile(pairs[0], to + d * 16);
     }
   }

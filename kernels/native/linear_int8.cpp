@@ -93,12 +93,13 @@ class FixedRows {
   void dot(const int8_t* weight, int64_t row, float* y, int64_t pitch) const {
     Vec total[C][R] = {};
     for (int64_t g = 0; g < groups_; ++g, weight += kShared) {
-      const bool whole = (g + 1) * kShared <= inner_;
-      if (whole) {
-        for (int c = 0; c < C; ++c)
-          for (int64_t line = 0; line < kShared; line += 64) __builtin_prefetch(weight + c * inner_ + line + kPrefetch, 0, 2);
+      if ((g + 1) * kShared > inner_) {
+        add_group<true>(weight, row * groups_ + g, total);
+        continue;
       }
-      whole ? add_group<false>(weight, row * groups_ + g, total) : add_group<true>(weight, row * groups_ + g, total);
+      for (int c = 0; c < C; ++c)
+        for (int64_t line = 0; line < kShared; line += 64) __builtin_prefetch(weight + c * inner_ + line + kPrefetch, 0, 2);
+      add_group<false>(weight, row * groups_ + g, total);
     }
     for (int c = 0; c < C; ++c)
       for (int r = 0; r < R; ++r) y[c * pitch + r] = sum(total[c][r]);

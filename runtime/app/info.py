@@ -25,7 +25,7 @@ def describe(model: str | PathLike[str]) -> dict[str, Any]:
     checkpoint, config = open_with_config(folder)
     parts: Counter[str] = Counter()
     for name in checkpoint.names:
-        parts[part_of(name)] += math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize
+        parts[part_of(name)] += checkpoint.stored_bytes(name)
     stored = config.quantization
     schemes: dict[str, set[str]] = {}
     for layer, scheme in layer_schemes(config).items():

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ...quant.convert import TORCH_DTYPES, spelled
+from ...quant.convert import TORCH_DTYPES
 from ...quant.recipe import Recipe
 from ...quant.scheme import PARTS, Scheme
 from ..errors import CheckpointError
@@ -31,6 +31,8 @@ from .safetensors_header import StoredTensor, parse_header_and_metadata, shown_s
 
 __all__ = ["Checkpoint", "check_fit", "expected_shapes", "load_weights"]
 
+# Every 8-bit float is one of float16's, too. Scaled ones come with tensors of scales, which do not fit a config.
+_READ_AS = {torch.float8_e4m3fn: torch.float16, torch.float8_e5m2: torch.float16}
 # A tied model stores neither of these.
 LM_HEAD = ("decoder.lm_head.weight", "decoder.lm_head.weight_codes")
 
@@ -125,14 +127,19 @@ class Checkpoint:
         return self._entry(name).stored.shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype in which the parameter is stored. Raises CheckpointError for one that torch lacks."""
-        entry = self._entry(name)
-        try:
-            return TORCH_DTYPES[entry.stored.dtype]
-        except KeyError:
+        """The dtype of `tensor(name)`: the stored one, float16 for 8-bit floats. Raises CheckpointError for one that
+        torch lacks."""
+        stored = TORCH_DTYPES.get(self.stored_dtype(name))
+        if stored is None:
             raise CheckpointError(
-                f"{self.origin(name)} is stored in {entry.stored.dtype}, which this runtime does not read."
-            ) from None
+                f"{self.origin(name)} is stored in {self.stored_dtype(name)}, which this runtime does not read."
+            )
+        return _READ_AS.get(stored, stored)
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of the parameter in its file."""
+        stored = self._entry(name).stored
+        return stored.end - stored.start
 
     def origin(self, name: str) -> str:
         """File and stored name of the parameter, for error messages."""
@@ -140,21 +147,24 @@ class Checkpoint:
         return f"{entry.file.label}: tensor {shown(entry.stored_name)}"
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The parameter on the CPU, in the stored dtype: a view of the mapped file (a copy if it lies unaligned there).
+        """The parameter on the CPU: a view of the mapped file (a copy if it lies unaligned there), or 8-bit floats as
+        float16, which holds each of them.
 
         The memory is read-only: writing into the tensor ends the process, so clone it first.
         Raises CheckpointError when there is no such parameter.
         """
-        entry, dtype = self._entry(name), self.dtype(name)
+        wanted, entry = self.dtype(name), self._entry(name)
+        dtype = TORCH_DTYPES[entry.stored.dtype]
         flat = entry.file.bytes[entry.stored.start : entry.stored.end]
         if entry.stored.start % dtype.itemsize:
             flat = flat.clone()
-        return flat.view(dtype).view(entry.stored.shape)
+        return flat.view(dtype).view(entry.stored.shape).to(wanted)
 
     def release(self, name: str, nbytes: int | None = None) -> None:
         """Give the memory behind `tensor(name)`, or its first bytes, back; reading that again reads the file again."""
         entry = self._entry(name)
-        entry.file.release(entry.stored.start, entry.stored.end if nbytes is None else entry.stored.start + nbytes)
+        end = entry.stored.end if nbytes is None else min(entry.stored.end, entry.stored.start + nbytes)
+        entry.file.release(entry.stored.start, end)
 
     def stored_dtype(self, name: str) -> str:
         """The dtype of the parameter as the file spells it, such as BF16."""
@@ -197,8 +207,10 @@ def check_fit(checkpoint: Checkpoint, config: ModelConfig) -> None:
         ],
     }
     for name in common:
-        if TORCH_DTYPES.get(checkpoint.stored_dtype(name)) not in expected[name].dtypes:
-            kind = f"in a dtype other than {', '.join(map(spelled, expected[name].dtypes))}"
+        wanted = expected[name].dtypes
+        usable = [kind for kind, stored in TORCH_DTYPES.items() if _READ_AS.get(stored, stored) in wanted]
+        if checkpoint.stored_dtype(name) not in usable:
+            kind = f"in a dtype other than {', '.join(usable)}"
             problems.setdefault(kind, []).append(f"{checkpoint.origin(name)} {checkpoint.stored_dtype(name)}")
     found = [f"{len(items)} {kind} ({first_five(items)})" for kind, items in problems.items() if items]
     if found:
@@ -243,11 +255,11 @@ def _weights(
     dtype: torch.dtype | None,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    total = sum(_stored_bytes(checkpoint, name) for name in names)
+    total = sum(map(checkpoint.stored_bytes, names))
     done = 0
     for name in names:
         yield from weight_tensors(checkpoint, name, schemes.get(name.removesuffix(".weight")), device(name), dtype)
-        done += _stored_bytes(checkpoint, name)
+        done += checkpoint.stored_bytes(name)
         if progress is not None:
             progress(done, total)
 
@@ -297,10 +309,6 @@ def _place(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch
         raise CheckpointError(f"{checkpoint.origin(name)} has values beyond float16's 65504; load it in bfloat16.")
     checkpoint.release(name)
     return weight
-
-
-def _stored_bytes(checkpoint: Checkpoint, name: str) -> int:
-    return math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize
 
 
 def _check_index(label: str, listed: set[str], stored: set[str]) -> None:

@@ -50,12 +50,13 @@ def crops(seed: int) -> tuple[list[Crop], list[Crop]]:
     """Crops as `features` makes them, short and long ones, of random tokens: each the number of its item and noise."""
     rng = random.Random(seed)
 
-    def crop(start: int, seconds: float) -> Crop:
+    def crop(start: int, seconds: float, silent: bool = False) -> Crop:
         tokens = torch.randn(round(seconds / ROTE.frame_seconds), ENCODER["hidden_size"]).half()
         begin = start * ROTE.frame_seconds
-        items = items_within(rng, seconds)
+        items = [] if silent else items_within(rng, seconds)
         moved = [Item(i.label, i.is_word, i.onset + begin, i.end + begin, i.pitch) for i in items]
         return Crop(tokens, start, moved)
 
     last = round((LONG - 6.0) / ROTE.frame_seconds)
-    return [crop(0, SHORT) for _ in range(6)], [crop(rng.randrange(last), 6.0) for _ in range(6)]
+    long = [crop(rng.randrange(last), 6.0, silent=number > 4) for number in range(7)]
+    return [crop(0, SHORT) for _ in range(6)], long

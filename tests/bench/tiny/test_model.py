@@ -1,5 +1,6 @@
 """The training model computes what the runtime computes on the checkpoint exported from it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyModel, afnext.Mo
     """A training model with random weights, and the runtime's model of its export."""
     torch.manual_seed(0)
     model = TinyModel(TOKENIZER.get_vocab_size())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.half().float())
+    model.round_as_stored()
     return model.eval(), afnext.load(export(model, tmp_path_factory.mktemp("tiny")))
 
 
@@ -64,8 +63,11 @@ def test_the_window_tells_tokens_apart(pair: tuple[TinyModel, afnext.Model], see
     assert (first - later).abs().mean() > 0.01
 
 
-def test_the_checkpoint_is_small_and_half_precision(pair: tuple[TinyModel, afnext.Model], tmp_path: Path) -> None:
+def test_the_checkpoint_is_small_and_of_two_precisions(pair: tuple[TinyModel, afnext.Model], tmp_path: Path) -> None:
     folder = export(pair[0], tmp_path)
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 16_000_000
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+        dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert set(dtypes.values()) == {torch.float16, torch.float8_e4m3fn}
+    small = [name for name, dtype in dtypes.items() if dtype == torch.float8_e4m3fn]
+    assert all(re.fullmatch(r"audio_tower\.layers\.\d\.[\w.]+\.weight", name) for name in small)

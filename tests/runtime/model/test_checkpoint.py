@@ -151,6 +151,24 @@ def test_full_size_names_and_shapes(shared_data: Path) -> None:
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 8_267_215_360
 
 
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bit_floats_lose_nothing(stored: torch.dtype, copied: Saved) -> None:
+    """They load as what they stand for, also as `transformers` does, and are told by the bytes they take."""
+    import transformers
+
+    packed = {name: tensor.to(stored) if tensor.ndim == 2 else tensor for name, tensor in copied.flat.items()}
+    write(copied.folder, packed)
+    checkpoint = Checkpoint.open(copied.folder)
+    loaded = dict(load_weights(checkpoint, copied.config, device="cpu", dtype=torch.float32))
+    for name, tensor in packed.items():
+        assert torch.equal(loaded[canonical_name(name)], tensor.float()), name
+    assert checkpoint.nbytes == sum(tensor.nbytes for tensor in packed.values())
+    reference = transformers.MusicFlamingoForConditionalGeneration.from_pretrained(copied.folder, dtype=torch.float32)
+    state = {canonical_name(name): tensor for name, tensor in reference.state_dict().items()}
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, state[name]), name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_loading_converts_exactly_as_torch_does(dtype: torch.dtype, saved: Saved) -> None:
     calls: list[tuple[int, int]] = []
@@ -235,7 +253,7 @@ def test_what_does_not_fit_is_listed_at_once(copied: Saved) -> None:
         del weights[name]
     weights["audio_tower.conv1.bias"] = torch.zeros(3, 2, dtype=torch.bfloat16)
     weights["audio_tower.conv2.bias"] = torch.zeros(40, dtype=torch.int8)
-    weights["audio_tower.layer_norm.bias"] = torch.zeros(40).to(torch.float8_e4m3fn)
+    weights["audio_tower.layer_norm.bias"] = torch.zeros(40, dtype=torch.bool)
     write(copied.folder, weights)
     with pytest.raises(CheckpointError) as caught:
         load_weights(Checkpoint.open(copied.folder), copied.config, device="cpu", dtype=torch.bfloat16)
@@ -244,9 +262,9 @@ def test_what_does_not_fit_is_listed_at_once(copied: Saved) -> None:
     assert "7 unexpected (" in message
     assert message.count("vision_tower") == 5
     assert "1 misshapen (model.safetensors: tensor 'audio_tower.conv1.bias' [3, 2] instead of [40])" in message
-    assert "2 in a dtype other than BF16, F16, F32, F64 (" in message
+    assert "2 in a dtype other than F8_E4M3, F8_E5M2, F16, BF16, F32, F64 (" in message
     assert "'audio_tower.conv2.bias' I8" in message
-    assert "'audio_tower.layer_norm.bias' F8_E4M3" in message
+    assert "'audio_tower.layer_norm.bias' BOOL" in message
 
 
 def test_a_config_of_another_size(saved: Saved) -> None:
