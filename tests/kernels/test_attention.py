@@ -137,9 +137,10 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("case", [case for case in CASES if case.page_size], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_int8_cache(backend: str, case: Case, dtype: torch.dtype, seed: int, device: torch.device) -> None:
-    """Scales differ a thousandfold from token to token and head to head."""
+    """Scales differ a thousandfold from token to token and head to head. With larger ones a near tie of two huge scores
+    would decide about all of the error."""
     q, k, v = case.tensors(dtype, device)
-    k, v = (x * 10 ** torch.empty(*x.shape[:3], 1, device=device).uniform_(-2, 1).to(dtype) for x in (k, v))
+    k, v = (x * 10 ** torch.empty(*x.shape[:3], 1, device=device).uniform_(-3, 0).to(dtype) for x in (k, v))
     (k, k_scales), (v, v_scales) = quantized(k), quantized(v)
     lengths, page_size = list(case.lengths), case.page_size or 0
     k_pool, v_pool, table = paged(torch.cat((k, k_scales), -1), torch.cat((v, v_scales), -1), lengths, page_size)

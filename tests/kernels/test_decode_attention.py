@@ -83,7 +83,7 @@ def test_int8_cache(backend: str, shape: Shape, dtype: torch.dtype, seed: int, d
     """Magnitudes differ a thousandfold from token to token and head to head, and some vectors are zero."""
     lengths, _, _, page_size = shape
     q, k, v = tensors(shape, 3, dtype, device)
-    k, v = (x.float() * 10 ** torch.empty(*x.shape[:3], 1, device=device).uniform_(-2, 1) for x in (k, v))
+    k, v = (x.float() * 10 ** torch.empty(*x.shape[:3], 1, device=device).uniform_(-3, 0) for x in (k, v))
     k[:, ::7] = v[:, ::5] = 0
     k_pool, v_pool, table = paged(k, v, list(lengths), page_size)
     (k_pool, k_scales), (v_pool, v_scales) = quantized(k_pool), quantized(v_pool)
