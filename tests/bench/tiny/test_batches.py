@@ -88,6 +88,53 @@ def test_in_long_recordings_silence_weighs_and_items_do_not(crops: Crops, seed: 
     assert (bias[silent] > 0).any()
 
 
+def test_long_recordings_have_silence_from_everywhere(crops: Crops, seed: int) -> None:
+    """Besides the three crops, silent tokens of other windows, all in order of time."""
+    batch = batches(crops, seed, long=1.0)[0]
+    for windows, tokens, classes in zip(batch["windows"], batch["tokens"], batch["classes"], strict=True):
+        assert ((750 * windows + tokens).diff() > 0).all()
+        counts = windows.bincount()
+        whole = (counts == 150).nonzero().flatten()
+        assert len(whole) == 3
+        elsewhere = ~torch.isin(windows, whole)
+        assert (classes[elsewhere] == 0).all()
+        assert elsewhere.sum() == len(windows) - 450 > 0
+
+
+def test_answers_know_what_is_asked_and_what_was_written_last(crops: Crops, seed: int) -> None:
+    """Told again from the texts: the label stands in the prompt; the word written last is the token before."""
+    named, followed = 0, 0
+    for number in range(3):
+        batch = batches(crops, seed, questions=8)[number]
+        for row in range(3):
+            for question in range(1, 9):
+                own = batch["question"][row] == question
+                text = TOKENIZER.decode(batch["inputs"][row][own].tolist())
+                prompt = text.partition("assistant\n")[0]
+                asked = batch["named"][row][own]
+                labels = {CLASSES[label] for label in asked.tolist() if label != IGNORED}
+                if labels:
+                    assert len(labels) == 1
+                    assert labels.pop() in prompt
+                    named += 1
+                place = batch["last"][row][own]
+                for before, label in zip(batch["inputs"][row][own].tolist(), place.tolist(), strict=True):
+                    if label > 0:
+                        assert TOKENIZER.decode([before]).strip() == CLASSES[label]
+                        followed += 1
+    assert named
+    assert followed
+
+
+def test_an_answer_weighs_as_the_square_root_of_its_length(crops: Crops, seed: int) -> None:
+    batch = batches(crops, seed)[0]
+    for row in range(3):
+        for question in range(1, 4):
+            own = (batch["question"][row] == question) & (batch["targets"][row] != IGNORED)
+            assert float(batch["weights"][row][own].sum()) == pytest.approx(float(own.sum()) ** 0.5)
+    assert (batch["weights"][batch["targets"] == IGNORED] == 0).all()
+
+
 def test_the_token_in_which_an_item_begins_knows_what_came_before(crops: Crops, seed: int) -> None:
     """Told again from classes and beginnings alone: the time of the last item of any kind, if it is near."""
     batch, checked = batches(crops, seed)[0], 0

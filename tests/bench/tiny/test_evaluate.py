@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afnext.bench.tiny.evaluate import Row, _alike, listed, matched, seconds, table
+from afnext.bench.tiny.evaluate import Row, _alike, _first_error, listed, matched, seconds, table
 from afnext.bench.tiny.scenes import Item, lines
 from afnext.bench.tiny.voices import voices
 
@@ -40,6 +40,12 @@ def test_order_does_not_matter(found: list[tuple[float, str]]) -> None:
 )
 def test_an_answer_is_right_if_words_agree_and_times_are_near(said: str, alike: bool) -> None:
     assert _alike("A beep at 00:01.0.", said) is alike
+
+
+def test_the_first_time_said_counts_and_none_is_the_worst() -> None:
+    assert _first_error(61.27, "01:01.2") == 0
+    assert _first_error(61.27, "00:59.2, 01:01.2") == pytest.approx(2.0)
+    assert _first_error(61.27, "It does not occur.") == 1800
 
 
 def test_timestamps_are_seconds() -> None:
