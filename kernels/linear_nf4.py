@@ -3,9 +3,13 @@
     y[m, n] = sum_k x[m, k] * scales[n, k // 64] * LEVELS[code[n, k]] + bias[n] + residual[m, n]
 
 x: [rows, in] float16, bfloat16 or float32; codes: [out, in / 2] uint8, the even input in a byte's HIGH four bits;
-scales: [out, in / 64] float32; the layout of bitsandbytes. The format is here for weights that exist in it: products
-unpack a tile of channels, two levels a byte by table, and are dense. They read out * in * (1/2 + 1/16) bytes, and write
-and read out * in * 2 more; int4 in groups is smaller, as exact, and faster.
+scales: [out, in / 64] float32; the layout of bitsandbytes. The format is here for weights that exist in it; int4 in
+groups is smaller and as exact.
+
+The native kernels read out * in * (1/2 + 1/16) bytes once for up to 16 rows: levels come from registers, 16 or, as
+bfloat16, 32 at a time, and are scaled after they are summed. More rows go past weights unpacked in panels, where the
+level has them, and otherwise, as on torch, in tiles of channels made dense, which write and read out * in * 2 bytes
+more.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314.
 """
@@ -13,8 +17,10 @@ Source: Dettmers et al. 2023, arXiv:2305.14314.
 import torch
 from torch import Tensor
 
+from . import native
 from .dispatch import Operation
-from .linear_int8 import add_epilogue, as_rows, check_epilogue, product_by_tiles
+from .linear_int8 import FEW_CPU_ROWS, add_epilogue, as_rows, check_epilogue, product_by_tiles
+from .native import products
 
 BLOCK_SIZE = 64
 LEVELS = (
@@ -43,6 +49,19 @@ def linear_nf4_reference(
 
 
 _linear = Operation("linear_nf4", linear_nf4_reference)
+
+
+def _misfit(x: Tensor, *_others: Tensor | None) -> str | None:
+    return native.misfit(x)
+
+
+@_linear.implementation("native", _misfit)
+def _linear_native(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    rows, columns, scales = as_rows(x), len(codes), scales.contiguous()
+    if len(rows) <= FEW_CPU_ROWS or products.in_panels(rows, columns):
+        return products.nf4_product(rows, codes, scales, bias, residual).view(*x.shape[:-1], columns)
+    y = product_by_tiles(rows, columns, lambda tile: products.unpack_nf4(codes[tile], scales[tile], x.dtype))
+    return add_epilogue(y.view(*x.shape[:-1], columns), bias, residual)
 
 
 @_linear.implementation("torch")

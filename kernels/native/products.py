@@ -1,7 +1,7 @@
 """Calls of the native products with packed weights: tensors in, tensors out.
 
-Arguments are those of `linear_int8.linear_int8` and `linear_int4.linear_int4`, checked already, with x as contiguous
-rows [rows, in]; results are [rows, out] in the dtype of x.
+Arguments are those of `linear_int8`, `linear_int4` and `linear_nf4`, checked already, with x as contiguous rows
+[rows, in]; results are [rows, out] in the dtype of x.
 """
 
 import torch
@@ -89,6 +89,15 @@ def int4_product(x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, 
     return out
 
 
+def nf4_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """x W^T + bias + residual. Reads the weights once for up to 16 rows."""
+    out = x.new_empty(len(x), len(codes))
+    call(
+        "linear_nf4", x, codes, scales.float(), *_epilogue(bias, residual), out, len(x), len(codes), x.shape[1], x.dtype
+    )
+    return out
+
+
 def unpack_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """scales * weight, [out, in] in `dtype`, rounded once."""
     out = torch.empty(weight.shape, dtype=dtype)
@@ -101,6 +110,14 @@ def unpack_int4(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: tor
     columns, inner = len(packed), 2 * packed.shape[1]
     out = torch.empty(columns, inner, dtype=dtype)
     call("unpack_int4", packed, scales, zeros, out, columns, inner, inner // scales.shape[1], scales.dtype, dtype)
+    return out
+
+
+def unpack_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """scales * levels, [out, in] in `dtype`, rounded once."""
+    columns, inner = len(codes), 2 * codes.shape[1]
+    out = torch.empty(columns, inner, dtype=dtype)
+    call("unpack_nf4", codes, scales.float(), out, columns, inner, dtype)
     return out
 
 

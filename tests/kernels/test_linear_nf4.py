@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from support.accuracy import DTYPES, assert_accurate, backends, exactly, poisoned
+from support.accuracy import DTYPES, assert_accurate, backends, exactly, native_backends, poisoned
+from support.guarded import guarded
 from torch import Tensor
 from torch.nn import functional as F
 
 from afnext.kernels import linear_nf4 as module
+from afnext.kernels.linear_int8 import FEW_CPU_ROWS
 from afnext.kernels.linear_nf4 import LEVELS, linear_nf4
 
 
@@ -20,7 +22,7 @@ def dense(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 128, 33), (5, 192, 16), (40, 64, 1)])
+@pytest.mark.parametrize("shape", [(1, 128, 33), (5, 192, 16), (40, 64, 1), (19, 192, 33), (70, 320, 129)])
 @pytest.mark.parametrize("backend", backends(module._linear))
 def test_accuracy(
     backend: str, shape: tuple[int, int, int], dtype: torch.dtype, seed: int, device: torch.device
@@ -34,6 +36,37 @@ def test_accuracy(
         actual = linear_nf4(x, codes, scales, bias, residual)
     exact = exactly(linear_nf4, x, codes, scales, bias, residual)
     assert_accurate(actual, exact, F.linear(x, dense(codes, scales).to(dtype), bias) + residual)
+
+
+@pytest.mark.parametrize("backend", backends(module._linear))
+def test_strided_and_empty_inputs(backend: str, seed: int, device: torch.device) -> None:
+    x = torch.randn(5, 2, 256).to(device)[..., :128]
+    codes, scales = torch.randint(0, 256, (20, 64), dtype=torch.uint8).to(device), torch.rand(2, 20).to(device).T
+    with poisoned(backend):
+        assert torch.equal(linear_nf4(x, codes, scales), linear_nf4(x.contiguous(), codes, scales.contiguous()))
+        assert linear_nf4(x[:0], codes, scales).shape == (0, 2, 20)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 7, 19, 50])
+@pytest.mark.parametrize("backend", native_backends(module._linear))
+def test_native_stays_within_its_memory(
+    backend: str, rows: int, threads: int, seed: int, restored_threads: None
+) -> None:
+    """Tensors that end where readable memory ends, aligned to nothing; and any number of threads gives the same.
+
+    Many rows may be added up by torch, whose order depends on the threads.
+    """
+    tolerance = {"rtol": 0, "atol": 0 if rows <= FEW_CPU_ROWS else 0.05}
+    codes, scales = torch.randint(0, 256, (53, 96), dtype=torch.uint8), torch.rand(53, 3) / 10
+    x, bias, residual = torch.randn(rows, 192).bfloat16(), torch.randn(53), torch.randn(rows, 53).bfloat16()
+    torch.set_num_threads(1)
+    with poisoned(backend):
+        expected = linear_nf4(x, codes, scales, bias, residual)
+    torch.set_num_threads(threads)
+    arguments = map(guarded, (x, codes, scales, bias, residual))
+    with poisoned(backend):
+        torch.testing.assert_close(linear_nf4(*arguments), expected, **tolerance)
 
 
 def test_reference_is_the_dense_product(seed: int) -> None:
