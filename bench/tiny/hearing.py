@@ -58,7 +58,7 @@ def heard_batch(samples: Tensor, scenes: list[list[Item]]) -> dict[str, Tensor]:
         for row, (classes, _, spans) in enumerate(marks)
         for first, after in spans
     ]
-    classes, onsets = (torch.stack([mark[part] for mark in marks]) for part in (0, 1))
+    classes, onsets = torch.stack([mark[0] for mark in marks]), torch.stack([mark[1] for mark in marks])
     return {"mel": mel, "classes": classes, "onsets": onsets, "items": torch.tensor(items).view(-1, 4)}
 
 
