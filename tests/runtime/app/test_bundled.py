@@ -58,13 +58,17 @@ def test_it_hears_a_scene_and_places_it_in_time(bundled: afnext.Model) -> None:
     assert sum(label == expected for (_, label), expected in zip(heard, SCENE.values(), strict=True)) >= 8, answer.text
 
 
-def test_it_thinks_before_it_counts(bundled: afnext.Model) -> None:
-    question = "How many beeps are there? Please think and reason about the input audio before you respond."
+def test_it_thinks_before_it_answers(bundled: afnext.Model) -> None:
+    """What it lists first is what is there, and what it then answers with."""
+    question = "When does the beep occur? Please think and reason about the input audio before you respond."
     answer = bundled.ask(RECORDING, question)
     assert answer.thinking is not None
     evidence = listed(answer.thinking)
     assert {label for _, label in evidence} == {"beep"}
-    assert answer.text == str(len(evidence))
+    assert np.allclose(
+        [time for time, _ in evidence], [time for time, label in SCENE.items() if label == "beep"], atol=0.15
+    )
+    assert re.findall(r"\[(.+?)\]", answer.thinking) == answer.text.split(", ")
 
 
 @pytest.mark.parametrize(
