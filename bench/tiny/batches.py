@@ -176,11 +176,11 @@ class Batches(Dataset[dict[str, Any]]):
 
 def _written(question: Question, spoken: list[int | None]) -> dict[str, list[int]]:
     """What an answer has said before each of its tokens, see `_questions`. spoken: see `mentions`."""
-    listed, plain = question.evidence, question.kind == "transcribe"
-    timed = "[" in question.answer or question.kind.startswith("when")
+    plain, timed = question.kind == "transcribe", "[" in question.answer or question.kind.startswith("when")
+    labels = ["", *(item.label for item in question.evidence)]
     return {
-        "written": [tenths_of(listed[k - 1].onset) if timed and k else IGNORED for k in spoken],
-        "last": [IGNORED if k is None or not plain else CLASSES.index(listed[k - 1].label) if k else 0 for k in spoken],
+        "written": [tenths_of(question.evidence[k - 1].onset) if timed and k else IGNORED for k in spoken],
+        "last": [CLASSES.index(labels[k]) if plain and k is not None else IGNORED for k in spoken],
         "ordinal": [min(k, MOST_WORDS) if plain and k is not None else IGNORED for k in spoken],
     }
 

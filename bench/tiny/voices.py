@@ -117,7 +117,7 @@ def _synthesize(
                 yield voice.engine, word, samples
 
 
-def invented_variant(name: str) -> str:
+def _invented_variant(name: str) -> str:
     """A variant file of espeak-ng: another throat (all formants higher or lower, and each a little by itself, louder or
     softer, wider or narrower), another source."""
     rng = random.Random(name)
@@ -138,9 +138,9 @@ def _espeak(data: Path, voice: Voice) -> Iterator[tuple[str, np.ndarray]]:
     espeak-ng gives every one the same sound."""
     speed, pitch = str(round(150 * voice.speed)), str(round(50 * voice.pitch))
     variant = voice.name.partition("+")[2]
-    file = data / "voices" / "!v" / variant
-    if variant.startswith(_INVENTED):
-        file.write_text(invented_variant(variant))
+    file, invented = data / "voices" / "!v" / variant, variant.startswith(_INVENTED)
+    if invented:
+        file.write_text(_invented_variant(variant))
 
     def speak(spelling: str) -> np.ndarray:
         with tempfile.NamedTemporaryFile(suffix=".wav") as sound:
@@ -153,7 +153,7 @@ def _espeak(data: Path, voice: Voice) -> Iterator[tuple[str, np.ndarray]]:
 
     with ThreadPoolExecutor(3) as pool:
         yield from zip(WORDS, pool.map(speak, WORDS.values()), strict=True)
-    if variant.startswith(_INVENTED):
+    if invented:
         file.unlink()
 
 

@@ -317,8 +317,8 @@ void attend(const Problem& p, const Task& task, float* memory) {
       float* sums = work.sums + tile * depth;
       Products::score(work.queries + tile * depth, work.keys, count, depth, work.scores, fetch);
       if (first + count - 1 <= std::min<int64_t>(last[0], end - 1)) {
-        weigh<Products, false>(p, depth, last, first, count, work.scores, work.row_max + tile, work.row_sum + tile, work.weights,
-                               sums, fetch);
+        weigh<Products, false>(p, depth, last, first, count, work.scores, work.row_max + tile, work.row_sum + tile,
+                               work.weights, sums, fetch);
       } else {
         int32_t bounded[kRows];
         for (int i = 0; i < kRows; ++i) bounded[i] = std::min<int64_t>(last[i], end - 1);

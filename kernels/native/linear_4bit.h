@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include "linear.h"
+#include "panels.h"
 
 namespace afnext {
 
@@ -61,8 +61,12 @@ class Groups {
   Scratch<float> scales_, sums_;
 };
 
+// Bits below the code of the t-th input in a word, whose even inputs stand above as many as `even` bits of their byte.
+constexpr int shift_of(int t, int even) { return 8 * (t / 2) + (t % 2 ? 4 - even : even); }
+
 // Activations as float32: word w of a chunk holds the inputs 8 w .. 8 w + 7, the t-th of which stands in vector t.
-// Codes::number(words, t): what the code of input t in each word stands for, before zeros and scales.
+// Codes::number(codes): what the lowest four bits of each lane stand for, before zeros and scales; Codes::kEven: bits
+// below the code of a byte's even input.
 template <typename Codes>
 class FloatRows {
  public:
@@ -95,7 +99,7 @@ class FloatRows {
 #pragma GCC unroll 8
     for (int t = 0; t < 8; ++t)
       for (int c = 0; c < C; ++c) {
-        const Vec numbers = Codes::number(words[c], t);
+        const Vec numbers = Codes::number(words[c] >> shift_of(t, Codes::kEven));
         for (int r = 0; r < R; ++r) sums[c][r] += numbers * load(x + r * pitch + t * kLanes);
       }
   }
@@ -188,6 +192,63 @@ void product(const Rows& x, const Weight& weight, const Weight& up, const Epilog
     write(n, outputs, rows, y, up.codes ? raised : nullptr);
   };
   for_outputs(write.columns, rows * write.columns * inner, own + 2 * block, threads, body);
+}
+
+#if defined(__AVX512BF16__)
+// Rows of bfloat16 against the weights rounded to bfloat16. group_of(index), of output and group: what gives the
+// weights, of codes in the lowest four bits of each lane, or `one` of a code.
+template <typename Codes, typename GroupOf>
+void product_in_panels(const bfloat16* x, const uint8_t* codes, GroupOf group_of, const Epilogue<bfloat16>& write,
+                       int64_t rows, int64_t inner, int64_t group, int64_t threads) {
+  const int64_t groups = inner / group;
+  const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
+    for (int64_t i = 0; i < 32; ++i) {
+      const int64_t first = (n + i) * groups;
+      auto numbers = group_of(first + step * 32 / group);
+      for (int64_t s = 0; s < count; ++s) {
+        const int64_t k = (step + s) * 32;
+        if (k % group == 0) numbers = group_of(first + k / group);
+        const __m128i bytes = _mm_loadu_si128((const __m128i*)(codes + ((n + i) * inner + k) / 2));
+        const BitVec pairs = (BitVec)_mm512_cvtepu8_epi32(bytes);
+        store_pairs(panel + (s * 32 + i) * 64, numbers(pairs >> shift_of(0, Codes::kEven)),
+                    numbers(pairs >> shift_of(1, Codes::kEven)));
+      }
+    }
+  };
+  for_panels<false>(x, rows, inner, write.columns, threads, {codes, inner / 2, 16}, weights, write.out, sizeof(bfloat16),
+                    write);
+}
+#endif
+
+// Rows: activations for few rows; up: of a SwiGLU pair, or of nulls; group_of: of `weight`, see above.
+template <typename Codes, typename Rows, typename T, typename GroupOf>
+void multiply_4bit(const T* x, const Weight& weight, const Weight& up, GroupOf group_of, const Epilogue<T>& write,
+                   int64_t rows, int64_t inner, int64_t group, int64_t threads) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same<T, bfloat16>::value)
+    if (!up.codes && takes_panels(rows, write.columns))
+      return product_in_panels<Codes>(x, weight.codes, group_of, write, rows, inner, group, threads);
+#endif
+  product(Rows(x, rows, inner, group), weight, up, write, rows, inner, group, threads);
+}
+
+// The weights as numbers, [columns, inner], rounded once; group_of: see above.
+template <typename Codes, typename T, typename GroupOf>
+void unpack_4bit(const uint8_t* codes, GroupOf group_of, T* out, int64_t columns, int64_t inner, int64_t group,
+                 int64_t threads) {
+  const int64_t groups = inner / group;
+  for_outputs(columns, columns * inner, 0, threads, [&](int64_t n, int64_t outputs, float*) {
+    for (int64_t g = n * groups; g < (n + outputs) * groups; ++g) {
+      const auto numbers = group_of(g);
+      float wide[128];
+      const uint8_t* from = codes + g * group / 2;
+      for (int64_t i = 0; i < group / 2; ++i) {
+        wide[2 * i] = numbers.one(from[i] >> shift_of(0, Codes::kEven) & 15);
+        wide[2 * i + 1] = numbers.one(from[i] >> shift_of(1, Codes::kEven) & 15);
+      }
+      for (int64_t i = 0; i < group; i += kLanes) store(out + g * group + i, load(wide + i));
+    }
+  });
 }
 
 }  // namespace afnext

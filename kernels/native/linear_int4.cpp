@@ -6,15 +6,14 @@
 #include "fixed_point.h"
 #include "int_dot.h"
 #include "linear_4bit.h"
-#include "panels.h"
 
 namespace afnext {
 namespace {
 
 // The even input is in a byte's low four bits. Eight is taken from each code, so that less cancels out.
 struct Integers {
-  static constexpr int kOffset = 8;
-  static Vec number(BitVec words, int t) { return to_float((IntVec)((words >> (4 * t)) & 15) - kOffset); }
+  static constexpr int kOffset = 8, kEven = 0;
+  static Vec number(BitVec codes) { return to_float((IntVec)(codes & 15) - kOffset); }
 };
 
 #if defined(__AVX2__)
@@ -85,31 +84,15 @@ float number(const void* values, int64_t at, int64_t kind) {
   return x;
 }
 
-#if defined(__AVX512BF16__)
-// Rows of bfloat16 against the weights rounded to bfloat16.
-void product_in_panels(const bfloat16* x, const Weight& weight, const Epilogue<bfloat16>& write, int64_t rows,
-                      int64_t inner, int64_t group, int64_t threads) {
-  const int64_t groups = inner / group;
-  const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
-    for (int64_t i = 0; i < 32; ++i) {
-      float scale = 0, zero_point = 8;
-      for (int64_t s = 0; s < count; ++s) {
-        const int64_t k = (step + s) * 32, at = (n + i) * groups + k / group;
-        if (s == 0 || k % group == 0) {
-          scale = number(weight.scales, at, weight.kind);
-          if (weight.zeros) zero_point = number(weight.zeros, at, weight.kind);
-        }
-        const __m128i bytes = _mm_loadu_si128((const __m128i*)(weight.codes + ((n + i) * inner + k) / 2));
-        const IntVec pairs = (IntVec)_mm512_cvtepu8_epi32(bytes);
-        store_pairs(panel + (s * 32 + i) * 64, (to_float(pairs & 15) - zero_point) * scale,
-                    (to_float(pairs >> 4) - zero_point) * scale);
-      }
-    }
-  };
-  for_panels<false>(x, rows, inner, write.columns, threads, {weight.codes, inner / 2, 16}, weights, write.out, sizeof(bfloat16),
-                    write);
+struct Group {
+  float scale, zero;
+  Vec operator()(BitVec codes) const { return (to_float((IntVec)(codes & 15)) - zero) * scale; }
+  float one(int code) const { return (code - zero) * scale; }
+};
+
+Group group_of(const Weight& weight, int64_t at) {
+  return {number(weight.scales, at, weight.kind), weight.zeros ? number(weight.zeros, at, weight.kind) : 8};
 }
-#endif
 
 }  // namespace
 }  // namespace afnext
@@ -125,18 +108,14 @@ AFNEXT_EXPORT void afnext_linear_int4(const void* x, const uint8_t* weight, cons
   const Weight first{weight, scales, zeros, group_dtype}, second{up, up_scales, up_zeros, group_dtype};
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
-#if defined(__AVX512BF16__)
-    if constexpr (std::is_same<T, bfloat16>::value)
-      if (!up && takes_panels(rows, columns))
-        return product_in_panels((const T*)x, first, write, rows, inner, group, threads);
-#endif
 #if defined(__AVX2__)
     using Rows = std::conditional_t<std::is_same<T, bfloat16>::value, FixedRows, FloatRows<Integers>>;
 #else
     using Rows = FloatRows<Integers>;
 #endif
-    product(Rows((const T*)x, rows, inner, group), first, second, write, rows, inner, group, threads);
+    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
+    const auto group_of_first = [&](int64_t at) { return group_of(first, at); };
+    multiply_4bit<Integers, Rows>((const T*)x, first, second, group_of_first, write, rows, inner, group, threads);
   });
 }
 
@@ -145,21 +124,9 @@ AFNEXT_EXPORT void afnext_unpack_int4(const uint8_t* weight, const void* scales,
                                       int64_t columns, int64_t inner, int64_t group, int64_t group_dtype, int64_t dtype,
                                       int64_t threads) {
   using namespace afnext;
-  const int64_t groups = inner / group;
+  const Weight packed{weight, scales, zeros, group_dtype};
   with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    for_outputs(columns, columns * inner, 0, threads, [&](int64_t n, int64_t outputs, float*) {
-      for (int64_t g = n * groups; g < (n + outputs) * groups; ++g) {
-        const float scale = number(scales, g, group_dtype), zero_point = zeros ? number(zeros, g, group_dtype) : 8;
-        T* to = (T*)out + g * group;
-        const uint8_t* from = weight + g * group / 2;
-        float wide[128];
-        for (int i = 0; i < group / 2; ++i) {
-          wide[2 * i] = scale * ((from[i] & 15) - zero_point);
-          wide[2 * i + 1] = scale * ((from[i] >> 4) - zero_point);
-        }
-        for (int i = 0; i < group; i += kLanes) store(to + i, load(wide + i));
-      }
-    });
+    const auto group_of_packed = [&](int64_t at) { return group_of(packed, at); };
+    unpack_4bit<Integers>(weight, group_of_packed, (decltype(zero)*)out, columns, inner, group, threads);
   });
 }

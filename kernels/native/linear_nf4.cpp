@@ -4,7 +4,6 @@
 // bfloat16 activations, with AVX512-BF16: codes become bfloat16 levels by a lookup of 32 at once. All else: float32.
 
 #include "linear_4bit.h"
-#include "panels.h"
 
 namespace afnext {
 namespace {
@@ -47,7 +46,14 @@ inline Vec level(BitVec codes) {
 
 struct Levels {
   static constexpr int kOffset = 8;  // the symmetric zero point: nothing to subtract
-  static Vec number(BitVec words, int t) { return level(words >> (t % 2 ? 4 * (t - 1) : 4 * (t + 1))); }
+  static constexpr int kEven = 4;
+  static Vec number(BitVec codes) { return level(codes); }
+};
+
+struct Group {
+  float scale;
+  Vec operator()(BitVec codes) const { return level(codes) * scale; }
+  float one(int code) const { return kLevels[code] * scale; }
 };
 
 #if defined(__AVX512BF16__)
@@ -100,24 +106,6 @@ class PairRows {
 };
 #endif
 
-#if defined(__AVX512BF16__)
-// Rows of bfloat16 against the weights rounded to bfloat16.
-void product_in_panels(const bfloat16* x, const uint8_t* codes, const float* scales, const Epilogue<bfloat16>& write,
-                       int64_t rows, int64_t inner, int64_t threads) {
-  const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
-    for (int64_t i = 0; i < 32; ++i)
-      for (int64_t s = 0; s < count; ++s) {
-        const int64_t at = (n + i) * inner + (step + s) * 32;
-        const BitVec pairs = (BitVec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + at / 2)));
-        const float scale = scales[at / kGroup];
-        store_pairs(panel + (s * 32 + i) * 64, level(pairs >> 4) * scale, level(pairs) * scale);
-      }
-  };
-  for_panels<false>(x, rows, inner, write.columns, threads, {codes, inner / 2, 16}, weights, write.out, sizeof(bfloat16),
-                    write);
-}
-#endif
-
 }  // namespace
 }  // namespace afnext
 
@@ -129,17 +117,15 @@ AFNEXT_EXPORT void afnext_linear_nf4(const void* x, const uint8_t* weight, const
   using namespace afnext;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
 #if defined(__AVX512BF16__)
-    if constexpr (std::is_same<T, bfloat16>::value)
-      if (takes_panels(rows, columns))
-        return product_in_panels((const T*)x, weight, scales, write, rows, inner, threads);
     using Rows = std::conditional_t<std::is_same<T, bfloat16>::value, PairRows, FloatRows<Levels>>;
 #else
     using Rows = FloatRows<Levels>;
 #endif
-    product(Rows((const T*)x, rows, inner, kGroup), {weight, scales, nullptr, kFloat32}, {}, write, rows, inner, kGroup,
-            threads);
+    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
+    const auto group_of = [&](int64_t at) { return Group{scales[at]}; };
+    multiply_4bit<Levels, Rows>((const T*)x, {weight, scales, nullptr, kFloat32}, {}, group_of, write, rows, inner, kGroup,
+                                threads);
   });
 }
 
@@ -148,18 +134,7 @@ AFNEXT_EXPORT void afnext_unpack_nf4(const uint8_t* weight, const float* scales,
                                      int64_t dtype, int64_t threads) {
   using namespace afnext;
   with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    for_outputs(columns, columns * inner, 0, threads, [&](int64_t n, int64_t outputs, float*) {
-      const int64_t groups = inner / kGroup;
-      for (int64_t g = n * groups; g < (n + outputs) * groups; ++g) {
-        const uint8_t* from = weight + g * kGroup / 2;
-        float wide[kGroup];
-        for (int i = 0; i < kGroup / 2; ++i) {
-          wide[2 * i] = scales[g] * kLevels[from[i] >> 4];
-          wide[2 * i + 1] = scales[g] * kLevels[from[i] & 15];
-        }
-        for (int i = 0; i < kGroup; i += kLanes) store((T*)out + g * kGroup + i, load(wide + i));
-      }
-    });
+    const auto group_of = [&](int64_t at) { return Group{scales[at]}; };
+    unpack_4bit<Levels>(weight, group_of, (decltype(zero)*)out, columns, inner, kGroup, threads);
   });
 }

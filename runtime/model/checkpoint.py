@@ -32,7 +32,7 @@ from .safetensors_header import StoredTensor, parse_header_and_metadata, shown_s
 __all__ = ["Checkpoint", "check_fit", "expected_shapes", "load_weights"]
 
 # Every 8-bit float is one of float16's, too. Scaled ones come with tensors of scales, which do not fit a config.
-_READ_AS = {torch.float8_e4m3fn: torch.float16, torch.float8_e5m2: torch.float16}
+_READ_AS = {**TORCH_DTYPES, "F8_E4M3": torch.float16, "F8_E5M2": torch.float16}
 # A tied model stores neither of these.
 LM_HEAD = ("decoder.lm_head.weight", "decoder.lm_head.weight_codes")
 
@@ -112,7 +112,7 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all parameters as stored."""
-        return sum(entry.stored.end - entry.stored.start for entry in self._entries.values())
+        return sum(map(self.stored_bytes, self._entries))
 
     @property
     def parameter_count(self) -> int:
@@ -129,12 +129,13 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of `tensor(name)`: the stored one, float16 for 8-bit floats. Raises CheckpointError for one that
         torch lacks."""
-        stored = TORCH_DTYPES.get(self.stored_dtype(name))
-        if stored is None:
+        stored = self.stored_dtype(name)
+        try:
+            return _READ_AS[stored]
+        except KeyError:
             raise CheckpointError(
-                f"{self.origin(name)} is stored in {self.stored_dtype(name)}, which this runtime does not read."
-            )
-        return _READ_AS.get(stored, stored)
+                f"{self.origin(name)} is stored in {stored}, which this runtime does not read."
+            ) from None
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of the parameter in its file."""
@@ -208,9 +209,8 @@ def check_fit(checkpoint: Checkpoint, config: ModelConfig) -> None:
     }
     for name in common:
         wanted = expected[name].dtypes
-        usable = [kind for kind, stored in TORCH_DTYPES.items() if _READ_AS.get(stored, stored) in wanted]
-        if checkpoint.stored_dtype(name) not in usable:
-            kind = f"in a dtype other than {', '.join(usable)}"
+        if _READ_AS.get(checkpoint.stored_dtype(name)) not in wanted:
+            kind = f"in a dtype other than {', '.join(kind for kind, dtype in _READ_AS.items() if dtype in wanted)}"
             problems.setdefault(kind, []).append(f"{checkpoint.origin(name)} {checkpoint.stored_dtype(name)}")
     found = [f"{len(items)} {kind} ({first_five(items)})" for kind, items in problems.items() if items]
     if found:

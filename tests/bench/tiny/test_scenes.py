@@ -51,7 +51,9 @@ def test_sound_is_where_the_items_are(bank: VoiceBank, seed: int) -> None:
 @pytest.mark.parametrize("noise", ["white", "pink", "brown"])
 def test_noise_has_the_ratio_asked_for(bank: VoiceBank, seed: int, noise: str) -> None:
     rng = random.Random(seed)
-    samples, items = make_scene(bank, rng, 90.0, Conditions(10.0, noise), density=1.0)
+    scenes = (make_scene(bank, rng, 90.0, Conditions(10.0, noise), density=1.0) for _ in range(100))
+    # A scene may end early; the noise under a few words may be louder or softer than elsewhere.
+    samples, items = next((samples, items) for samples, items in scenes if len(items) >= 20)
     inside = np.zeros(len(samples), bool)
     for item in items:
         inside[round(item.onset * RATE) : round(item.end * RATE)] = True
