@@ -70,7 +70,7 @@ def _pool_norm_rotate(arguments: Arguments, context: int) -> Work:
 
 def _linear(arguments: Arguments, context: int) -> Work:
     x = arguments["x"]
-    weight = arguments["packed"] if "packed" in arguments else arguments["weight"]
+    weight = next(arguments[name] for name in ("packed", "codes", "weight") if name in arguments)
     return Work(2 * x.numel() * len(weight), _dtype(x))
 
 
@@ -104,4 +104,6 @@ _FORMULAS: dict[str, Callable[[Arguments, int], Work]] = {
     "linear_w8a8": _linear_w8a8,
     "linear_int4": _linear,
     "linear_int4_swiglu": _linear_swiglu,
+    "linear_nf4": _linear,
+    "linear_nf4_swiglu": _linear_swiglu,
 }

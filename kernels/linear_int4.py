@@ -95,23 +95,29 @@ def linear_int4_swiglu_reference(
 
 
 @triton.jit
-def _add_group(acc, tokens, codes, scales, zeros, at, group, SCALE_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_group(acc, tokens, codes, scales, zeros, levels, at, group, SCALE_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """acc + the product of a tile of weights, whose codes begin at codes + at and lie in one group, with tokens."""
     packed = tl.load(codes + at).to(tl.int32)
-    low = ((packed & 0x0F) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0  # 2^23 + 8
-    high = ((packed & 0xF0) | 0x49000000).to(tl.float32, bitcast=True) - 524296.0  # 2^19 + 8
+    if levels is not None:
+        # Rows of levels, because gather wants them; a compiled kernel holds one level in a lane and shuffles.
+        table = tl.broadcast_to(tl.load(levels + tl.arange(0, 16))[None, :], (packed.shape[0], 16))
+        even = tl.gather(table, packed >> 4, 1)
+        odd = tl.gather(table, packed & 0x0F, 1)
+    else:
+        even = ((packed & 0x0F) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0  # 2^23 + 8
+        odd = ((packed & 0xF0) | 0x49000000).to(tl.float32, bitcast=True) - 524296.0  # 2^19 + 8
     if zeros is not None:
         shift = tl.load(zeros + group).to(tl.float32)[:, None] - 8.0
-        low -= shift
-        high -= shift
+        even -= shift
+        odd -= shift
     scale = tl.load(scales + group).to(tl.float32)[:, None]
     if SCALE_WEIGHTS:
-        low *= scale
-        high *= scale
-        weights = tl.interleave(low.to(DTYPE), high.to(DTYPE))
+        even *= scale
+        odd *= scale
+        weights = tl.interleave(even.to(DTYPE), odd.to(DTYPE))
         acc = tl.dot(weights, tokens, acc, input_precision="ieee")
     else:
-        weights = tl.interleave(low.to(DTYPE), high.to(DTYPE))
+        weights = tl.interleave(even.to(DTYPE), odd.to(DTYPE))
         acc += tl.dot(weights, tokens, input_precision="ieee") * scale
     return acc
 
@@ -132,13 +138,16 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
     columns,
     inner,
     steps,
+    levels,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    """levels: [16] float32, what nf4's codes stand for, the even input above the odd one; or null, for int4's."""
     SCALE_WEIGHTS: tl.constexpr = BLOCK_M > 64
+    DTYPE: tl.constexpr = x.dtype.element_ty
     m, n = block_of(rows, columns, BLOCK_M, BLOCK_N)
     channel = tl.minimum(n, columns - 1).to(tl.int64)
     xs = x + m[None, :].to(tl.int64) * inner + tl.arange(0, BLOCK_K)[:, None]
@@ -150,9 +159,9 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
     for k in range(start, tl.minimum(start + steps * BLOCK_K, inner), BLOCK_K):
         tokens = tl.load(xs + k, mask=m[None, :] < rows, other=0)
         here, group = at + k // 2, groups + k // GROUP
-        acc = _add_group(acc, tokens, codes, scales, zeros, here, group, SCALE_WEIGHTS, x.dtype.element_ty)
+        acc = _add_group(acc, tokens, codes, scales, zeros, levels, here, group, SCALE_WEIGHTS, DTYPE)
         if up is not None:
-            up_acc = _add_group(up_acc, tokens, up, up_scales, up_zeros, here, group, SCALE_WEIGHTS, x.dtype.element_ty)
+            up_acc = _add_group(up_acc, tokens, up, up_scales, up_zeros, levels, here, group, SCALE_WEIGHTS, DTYPE)
     if up is not None:
         if SPLITS > 1:
             store_block(up_acc, out + SPLITS * rows.to(tl.int64) * columns, None, None, m, n, rows, columns, SPLITS)
@@ -186,17 +195,18 @@ def config_of(rows: int, group: int, pair: bool, device: torch.device) -> Config
     return Config({**config.blocks, "BLOCK_K": block_k}, config.num_warps, config.num_stages)
 
 
-def _w4a16_triton(
+def w4a16_triton(
     x: Tensor,
     weight: tuple[Tensor, Tensor, Tensor | None],
     up: tuple[Tensor | None, Tensor | None, Tensor | None],
     bias: Tensor | None,
     residual: Tensor | None,
+    levels: Tensor | None = None,
 ) -> Tensor:
-    """weight, up: (packed, scales, zeros)."""
+    """The product on a GPU. weight, up: (packed, scales, zeros); levels: see `linear_nf4`."""
     group = x.shape[-1] // weight[1].shape[1]
     config = config_of(x.shape[:-1].numel(), group, up[0] is not None, x.device)
-    return launch_product(_w4a16_kernel, x, weight, up, bias, residual, config, GROUP=group)
+    return launch_product(_w4a16_kernel, x, weight, up, bias, residual, config, levels=levels, GROUP=group)
 
 
 _linear = Operation("linear_int4", linear_int4_reference)
@@ -207,7 +217,7 @@ _swiglu = Operation("linear_int4_swiglu", linear_int4_swiglu_reference)
 def _linear_triton(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    return _w4a16_triton(x, (packed, scales, zeros), (None, None, None), bias, residual)
+    return w4a16_triton(x, (packed, scales, zeros), (None, None, None), bias, residual)
 
 
 @_swiglu.implementation("triton")
@@ -220,7 +230,7 @@ def _swiglu_triton(
     gate_zeros: Tensor | None,
     up_zeros: Tensor | None,
 ) -> Tensor:
-    return _w4a16_triton(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
+    return w4a16_triton(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
 
 
 def _misfit(x: Tensor, _packed: Tensor, scales: Tensor, zeros: Tensor | None, *_others: Tensor | None) -> str | None:

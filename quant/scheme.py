@@ -24,7 +24,7 @@ from torch import Tensor
 from ..kernels.errors import AfnextError
 from ..kernels.linear_int4 import GROUP_SIZES, linear_int4, linear_int4_swiglu, prepare_int4
 from ..kernels.linear_int8 import linear_int8, linear_int8_swiglu, linear_w8a8
-from ..kernels.linear_nf4 import linear_nf4
+from ..kernels.linear_nf4 import linear_nf4, linear_nf4_swiglu
 from .int4 import dequantize_int4, fit_int4
 from .int8 import dequantize_int8, quantize_int8
 from .nf4 import BLOCK_SIZE, dequantize_nf4, quantize_nf4
@@ -227,6 +227,10 @@ class NF4(Scheme):
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         """See `Scheme`."""
         return linear_nf4(x, packed.codes, packed.scales, bias)
+
+    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor | None:
+        """See `Scheme`."""
+        return linear_nf4_swiglu(x, gate.codes, gate.scales, up.codes, up.scales)
 
     def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
         return Packed(*quantize_nf4(rows))

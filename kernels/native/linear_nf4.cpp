@@ -109,11 +109,11 @@ class PairRows {
 }  // namespace
 }  // namespace afnext
 
-// x: [rows, inner] of dtype; weight: [columns, inner / 2]; scales: [columns, inner / 64] float32; bias: [columns] float32 or
-// null; residual, null or, and out: [rows, columns] of dtype.
-AFNEXT_EXPORT void afnext_linear_nf4(const void* x, const uint8_t* weight, const float* scales, const float* bias,
-                                     const void* residual, void* out, int64_t rows, int64_t columns, int64_t inner,
-                                     int64_t dtype, int64_t threads) {
+// x: [rows, inner] of dtype; weight, up: [columns, inner / 2]; scales: [columns, inner / 64] float32; up: of a SwiGLU
+// pair, or null; bias: [columns] float32 or null; residual, null or, and out: [rows, columns] of dtype.
+AFNEXT_EXPORT void afnext_linear_nf4(const void* x, const uint8_t* weight, const float* scales, const uint8_t* up,
+                                     const float* up_scales, const float* bias, const void* residual, void* out,
+                                     int64_t rows, int64_t columns, int64_t inner, int64_t dtype, int64_t threads) {
   using namespace afnext;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -124,8 +124,8 @@ AFNEXT_EXPORT void afnext_linear_nf4(const void* x, const uint8_t* weight, const
 #endif
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
     const auto group_of = [&](int64_t at) { return Group{scales[at]}; };
-    multiply_4bit<Levels, Rows>((const T*)x, {weight, scales, nullptr, kFloat32}, {}, group_of, write, rows, inner, kGroup,
-                                threads);
+    const Weight first{weight, scales, nullptr, kFloat32}, second{up, up_scales, nullptr, kFloat32};
+    multiply_4bit<Levels, Rows>((const T*)x, first, second, group_of, write, rows, inner, kGroup, threads);
   });
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import call, isa
 
-Int8 = tuple[Tensor, Tensor]
+Int8 = NF4 = tuple[Tensor, Tensor]
 """codes, scales"""
 Int4 = tuple[Tensor, Tensor, Tensor | None]
 """packed, scales, zeros"""
@@ -89,11 +89,21 @@ def int4_product(x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, 
     return out
 
 
-def nf4_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """x W^T + bias + residual. Reads the weights once for up to 16 rows."""
-    out = x.new_empty(len(x), len(codes))
+def nf4_product(x: Tensor, weight: NF4, up: NF4 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """As `int8_product`."""
+    out = x.new_empty(len(x), len(weight[0]))
     call(
-        "linear_nf4", x, codes, scales.float(), *_epilogue(bias, residual), out, len(x), len(codes), x.shape[1], x.dtype
+        "linear_nf4",
+        x,
+        weight[0],
+        weight[1].float(),
+        up and up[0],
+        up and up[1].float(),
+        *_epilogue(bias, residual),
+        out,
+        *out.shape,
+        x.shape[1],
+        x.dtype,
     )
     return out
 

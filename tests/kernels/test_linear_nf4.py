@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from afnext.kernels import linear_nf4 as module
 from afnext.kernels.linear_int8 import FEW_CPU_ROWS
-from afnext.kernels.linear_nf4 import LEVELS, linear_nf4
+from afnext.kernels.linear_nf4 import LEVELS, linear_nf4, linear_nf4_swiglu
 
 
 def dense(codes: Tensor, scales: Tensor) -> Tensor:
@@ -38,18 +38,36 @@ def test_accuracy(
     assert_accurate(actual, exact, F.linear(x, dense(codes, scales).to(dtype), bias) + residual)
 
 
-@pytest.mark.parametrize("backend", backends(module._linear))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 192, 33), (5, 128, 16), (19, 64, 70)])
+@pytest.mark.parametrize("backend", backends(module._swiglu))
+def test_swiglu_accuracy(
+    backend: str, shape: tuple[int, int, int], dtype: torch.dtype, seed: int, device: torch.device
+) -> None:
+    rows, inner, columns = shape
+    x = torch.randn(rows, inner).to(device, dtype)
+    gate, up = (torch.randint(0, 256, (columns, inner // 2), dtype=torch.uint8).to(device) for _ in range(2))
+    gate_scales, up_scales = ((torch.rand(columns, inner // 64) / inner**0.5).to(device) for _ in range(2))
+    arguments = (x, gate, gate_scales, up, up_scales)
+    with poisoned(backend):
+        actual = linear_nf4_swiglu(*arguments)
+    gated, raised = (F.linear(x, dense(*weight).to(dtype)) for weight in ((gate, gate_scales), (up, up_scales)))
+    assert_accurate(actual, exactly(linear_nf4_swiglu, *arguments), F.silu(gated) * raised)
+
+
+@pytest.mark.parametrize("backend", backends(module._linear, module._swiglu))
 def test_strided_and_empty_inputs(backend: str, seed: int, device: torch.device) -> None:
     x = torch.randn(5, 2, 256).to(device)[..., :128]
     codes, scales = torch.randint(0, 256, (20, 64), dtype=torch.uint8).to(device), torch.rand(2, 20).to(device).T
     with poisoned(backend):
         assert torch.equal(linear_nf4(x, codes, scales), linear_nf4(x.contiguous(), codes, scales.contiguous()))
         assert linear_nf4(x[:0], codes, scales).shape == (0, 2, 20)
+        assert linear_nf4_swiglu(x[:0], codes, scales, codes, scales).shape == (0, 2, 20)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("rows", [1, 7, 19, 50])
-@pytest.mark.parametrize("backend", native_backends(module._linear))
+@pytest.mark.parametrize("backend", native_backends(module._linear, module._swiglu))
 def test_native_stays_within_its_memory(
     backend: str, rows: int, threads: int, seed: int, restored_threads: None
 ) -> None:
@@ -63,10 +81,12 @@ def test_native_stays_within_its_memory(
     torch.set_num_threads(1)
     with poisoned(backend):
         expected = linear_nf4(x, codes, scales, bias, residual)
+        pair = linear_nf4_swiglu(x, codes, scales, codes, scales)
     torch.set_num_threads(threads)
-    arguments = map(guarded, (x, codes, scales, bias, residual))
+    x, codes, scales, bias, residual = map(guarded, (x, codes, scales, bias, residual))
     with poisoned(backend):
-        torch.testing.assert_close(linear_nf4(*arguments), expected, **tolerance)
+        torch.testing.assert_close(linear_nf4(x, codes, scales, bias, residual), expected, **tolerance)
+        torch.testing.assert_close(linear_nf4_swiglu(x, codes, scales, codes, scales), pair, **tolerance)
 
 
 def test_reference_is_the_dense_product(seed: int) -> None:
@@ -83,6 +103,8 @@ def test_refusals() -> None:
         (lambda: linear_nf4(x, codes.char(), scales), "uint8"),
         (lambda: linear_nf4(x, codes, scales[:4]), "scales"),
         (lambda: linear_nf4(x, codes, scales, torch.zeros(4)), "bias"),
+        (lambda: linear_nf4_swiglu(x, codes, scales, codes[:4], scales[:4]), "one shape"),
+        (lambda: linear_nf4_swiglu(x, codes, scales, codes, scales[:4]), "scales"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
