@@ -4,7 +4,7 @@
     prefill              a chunk of the prompt, at its start and behind 45 000 tokens
     decode               one step at 45 000 tokens, one and four sequences
     choose               the next token from the scores
-    W8A16, W8A8, W4A16, NF4
+    W8A16, W8A8, W4A16, W4A8, NF4
                          the decoder's matrix products with weights of that scheme, at the rows of decode and prefill
 
 each that touches the KV cache with a cache in bfloat16 and in int8.
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..kernels.linear_int4 import linear_int4, linear_int4_swiglu
 from ..kernels.linear_int8 import linear_int8, linear_int8_swiglu, linear_w8a8
 from ..kernels.linear_nf4 import BLOCK_SIZE, linear_nf4, linear_nf4_swiglu
+from ..kernels.linear_w4a8 import linear_w4a8
 from ..kernels.log_mel import WINDOW_SAMPLES
 from ..kernels.sampling import SamplingRows, greedy, penalize, sample
 from ..quant.linear import Linear
@@ -154,6 +155,15 @@ def _w4a16_pair(x: Tensor, gate: Linear, up: Linear) -> None:
     linear_int4_swiglu(x, *_int4(gate), *_int4(up))
 
 
+def _w4a8(x: Tensor, linear: Linear) -> None:
+    linear_w4a8(x, *_int4(linear), bias=linear.bias)
+
+
+def _w4a8_pair(x: Tensor, gate: Linear, up: Linear) -> None:
+    _w4a8(x, gate)
+    _w4a8(x, up)
+
+
 def _nf4(linear: Linear) -> tuple[Tensor, Tensor]:
     outputs, inputs = linear.weight.shape
     return torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=_META), _float(outputs, inputs // BLOCK_SIZE)
@@ -171,6 +181,7 @@ _SCHEMES = (
     ("W8A16", _w8a16, _w8a16_pair),
     ("W8A8", _w8a8, _w8a8_pair),
     ("W4A16", _w4a16, _w4a16_pair),
+    ("W4A8", _w4a8, _w4a8_pair),
     ("NF4", _nf4_product, _nf4_pair),
 )
 

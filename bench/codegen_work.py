@@ -104,6 +104,7 @@ _FORMULAS: dict[str, Callable[[Arguments, int], Work]] = {
     "linear_w8a8": _linear_w8a8,
     "linear_int4": _linear,
     "linear_int4_swiglu": _linear_swiglu,
+    "linear_w4a8": _linear_w8a8,
     "linear_nf4": _linear,
     "linear_nf4_swiglu": _linear_swiglu,
 }

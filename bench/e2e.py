@@ -35,7 +35,7 @@ FULL_LAYERS, FULL_WIDTH = (32, 28), (1280, 3584)
 # Relative RMS within which two runs of one random model agree: rounding alone, at the given dtype and over many layers.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.08, "float16": 0.02}
 # The same for packed weights against dense ones: what rounding them does to the scores of a random model.
-PACKED_TOLERANCE = {"int8": 0.15, "int8-w8a8": 0.25, "int4": 0.7, "nf4": 0.7}
+PACKED_TOLERANCE = {"int8": 0.15, "int8-w8a8": 0.25, "int4": 0.7, "int4-w4a8": 0.7, "nf4": 0.7}
 _STAGES = ("log-mel", "encode", "prefill", "decode", "first token", "total")
 _LAYERED = ("encode", "prefill", "decode")
 

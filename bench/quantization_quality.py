@@ -35,7 +35,7 @@ METHODS: dict[str, Calibration | None] = {
     "both": Calibration(),
 }
 SCHEMES = (
-    *("int8", "int8-w8a8", "nf4"),
+    *("int8", "int8-w8a8", "nf4", "int4-g64-w4a8"),
     *(f"int4-g{group}{zeros}" for zeros in ("", "-zeros") for group in (32, 64, 128)),
 )
 _LAYER = Fold("norm", ("layer",))

@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 QUICKLY = os.environ.get("AFNEXT_BENCH_SIZES") == "quick"
 WIDTH, KEYS, INNER = (256, 64, 512) if QUICKLY else (3584, 512, 18944)
 SHAPES = [(WIDTH, WIDTH), (WIDTH, KEYS), (WIDTH, KEYS), (WIDTH, WIDTH), (WIDTH, INNER), (WIDTH, INNER), (INNER, WIDTH)]
-SCHEMES = ("dense", "int8", "int8-w8a8", "int4-g64", "int4-g128", "int4-g64-zeros", "nf4")
+SCHEMES = ("dense", "int8", "int8-w8a8", "int4-g64", "int4-g128", "int4-g64-zeros", "int4-g64-w4a8", "nf4")
 
 
 @lru_cache(maxsize=1)  # one scheme's layers at a time

@@ -361,7 +361,7 @@ def linear_int4(
     like scales, or None for 8; bias: [out]; residual: [..., out] in the dtype of x. Returns [..., out] like x.
     Raises ValueError for shapes or dtypes that do not fit.
     """
-    _check(x, packed, scales, zeros)
+    check_int4(x, packed, scales, zeros)
     check_epilogue(x, len(packed), bias, residual)
     return _linear.on(x.device)(x, packed, scales, zeros, bias, residual)
 
@@ -379,8 +379,8 @@ def linear_int4_swiglu(
 
     Both have zeros or neither. Raises ValueError otherwise.
     """
-    _check(x, gate, gate_scales, gate_zeros)
-    _check(x, up, up_scales, up_zeros)
+    check_int4(x, gate, gate_scales, gate_zeros)
+    check_int4(x, up, up_scales, up_zeros)
     if gate.shape != up.shape or gate_scales.shape != up_scales.shape or (gate_zeros is None) != (up_zeros is None):
         raise ValueError(
             f"gate {tuple(gate.shape)} with scales {tuple(gate_scales.shape)} and up {tuple(up.shape)} with scales "
@@ -389,7 +389,8 @@ def linear_int4_swiglu(
     return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales, gate_zeros, up_zeros)
 
 
-def _check(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+def check_int4(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+    """Raise ValueError unless x [..., in] and a weight packed in groups fit."""
     if packed.dtype != torch.uint8 or packed.ndim != 2 or not packed.is_contiguous():
         raise ValueError(f"packed must be contiguous uint8 [out, in / 2], got {packed.dtype} {tuple(packed.shape)}")
     inner = 2 * packed.shape[1]

@@ -8,6 +8,7 @@ layer decides, and a layer that none matches stays dense. Layers are named as th
     int8       int8             int8                           int8
     int8-w8a8  int8-w8a8        int8                           int8-w8a8
     int4       int4, groups     int8                           int8
+    int4-w4a8  int4-w4a8        int8                           int8-w8a8
     nf4        nf4              int8                           int8
 
 Convolutions, norms, biases and the encoder's positions are always dense: together they are 0.2 % of the weights. The
@@ -16,14 +17,14 @@ embeddings only the rows looked up are read, so fewer bits would save no time.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from .scheme import Int4, Scheme, SchemeError, parse_scheme
 
 FORMAT_VERSION = 1
-RECIPES = ("int8", "int8-w8a8", "int4", "nf4")
+RECIPES = ("int8", "int8-w8a8", "int4", "int4-w4a8", "nf4")
 _ALWAYS_INT8 = ("decoder.lm_head", "decoder.embed_tokens", "adaptor.*")
 
 
@@ -84,15 +85,16 @@ def recipe(
     ("decoder.layers.0.*", "dense"). Raises SchemeError for unknown names and for options that the recipe does not have.
     """
     if name not in RECIPES and not name.startswith("int4-"):
-        raise SchemeError(f"unknown recipe {name[:80]!r}; choose from {', '.join(RECIPES)}, or as in int4-g32-zeros")
+        known = ", ".join(RECIPES)
+        raise SchemeError(f"unknown recipe {name[:80]!r}; choose from {known}, or as in int4-g32-zeros-w4a8")
     scheme = parse_scheme(name)
-    if name == "int4":
-        scheme = Int4(**({} if group_size is None else {"group_size": group_size}), symmetric=symmetric)
+    if isinstance(scheme, Int4) and name in RECIPES:
+        scheme = replace(scheme, **({} if group_size is None else {"group_size": group_size}), symmetric=symmetric)
     elif group_size is not None or not symmetric:
-        raise SchemeError(f"{name} has no group size or zero points to choose; only int4 does")
+        raise SchemeError(f"{name} has no group size or zero points to choose; only int4 and int4-w4a8 do")
     first = tuple((pattern, parse_scheme(text)) for pattern, text in rules)
     eight = parse_scheme("int8")
-    encoder = scheme if name.startswith("int8") else eight
+    encoder = parse_scheme("int8-w8a8" if name.endswith("a8") else "int8")
     own = [*((pattern, eight) for pattern in _ALWAYS_INT8), ("encoder.layers.*", encoder), ("decoder.layers.*", scheme)]
     return Recipe(_spelled(scheme), (*first, *own))
 

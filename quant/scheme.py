@@ -5,11 +5,12 @@
     int8-w8a8     the same; inputs of the product are rounded to int8 too, a scale a token
     int4          [out, in / 2] uint8      [out, in / group] 16 bits   none                4 + 16 / group
     int4, zeros   the same                 the same                    like scales         4 + 32 / group
+    int4, w4a8    the same, with zeros or without; inputs of the product are rounded to int8 too, a scale a group
     nf4           [out, in / 2] uint8      [out, in / 64] float32      none                4.5
 
 The byte layouts are in `int8`, `int4` and `nf4`. In a file the tensors of the layer X are X.weight_codes,
 X.weight_scales and X.weight_zeros; X.bias stays as it is. A scheme is spelled as its name, for int4 followed by the
-group and, where there are zero points, by "zeros": int4-g64, int4-g128-zeros.
+group, by "zeros" where there are zero points, and by "w4a8": int4-g64, int4-g128-zeros, int4-g32-w4a8.
 """
 
 import re
@@ -25,6 +26,7 @@ from ..kernels.errors import AfnextError
 from ..kernels.linear_int4 import GROUP_SIZES, linear_int4, linear_int4_swiglu, prepare_int4
 from ..kernels.linear_int8 import linear_int8, linear_int8_swiglu, linear_w8a8
 from ..kernels.linear_nf4 import linear_nf4, linear_nf4_swiglu
+from ..kernels.linear_w4a8 import linear_w4a8
 from .int4 import dequantize_int4, fit_int4
 from .int8 import dequantize_int8, quantize_int8
 from .nf4 import BLOCK_SIZE, dequantize_nf4, quantize_nf4
@@ -156,17 +158,20 @@ class Int8(Scheme):
 
 @dataclass(frozen=True)
 class Int4(Scheme):
-    """One scale, and if not symmetric one zero point, for each `group_size` inputs of a channel."""
+    """One scale, and if not symmetric one zero point, for each `group_size` inputs of a channel. int8_inputs: round the
+    product's inputs to int8 as well, in the same groups (W4A8)."""
 
     group_size: int = 64
     symmetric: bool = True
+    int8_inputs: bool = False
 
     def __post_init__(self) -> None:
         if self.group_size not in GROUP_SIZES:
             raise SchemeError(f"int4 has groups of {', '.join(map(str, GROUP_SIZES))} inputs, not {self.group_size}")
 
     def __str__(self) -> str:
-        return f"int4-g{self.group_size}" + ("" if self.symmetric else "-zeros")
+        zeros, inputs = "" if self.symmetric else "-zeros", "-w4a8" if self.int8_inputs else ""
+        return f"int4-g{self.group_size}{zeros}{inputs}"
 
     def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
         """See `Scheme`."""
@@ -186,15 +191,19 @@ class Int4(Scheme):
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         """See `Scheme`."""
-        return linear_int4(x, *packed, bias)
+        product = linear_w4a8 if self.int8_inputs else linear_int4
+        return product(x, *packed, bias)
 
     def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor | None:
         """See `Scheme`."""
+        if self.int8_inputs:
+            return None
         return linear_int4_swiglu(x, gate.codes, gate.scales, up.codes, up.scales, gate.zeros, up.zeros)
 
     def prepare(self, packed: Packed, dtype: torch.dtype) -> None:
         """See `Scheme`."""
-        prepare_int4(*packed, dtype)
+        if not self.int8_inputs:
+            prepare_int4(*packed, dtype)
 
     def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
         return Packed(*fit_int4(rows, self.group_size, self.symmetric, importance=importance))
@@ -237,7 +246,7 @@ class NF4(Scheme):
 
 
 def parse_scheme(text: str) -> Scheme | None:
-    """The scheme that `text` spells, None for "dense": str(scheme) backwards, and "int4" for its default.
+    """The scheme that `text` spells, None for "dense": str(scheme) backwards, and int4 without a group for the default.
 
     Raises SchemeError for anything else.
     """
@@ -246,17 +255,18 @@ def parse_scheme(text: str) -> Scheme | None:
         "int8": Int8(),
         "int8-w8a8": Int8(int8_inputs=True),
         "int4": Int4(),
+        "int4-w4a8": Int4(int8_inputs=True),
         "nf4": NF4(),
     }
     if text in plain:
         return plain[text]
-    match = re.fullmatch(r"int4-g(\d{1,4})(-zeros)?", text, re.ASCII)
+    match = re.fullmatch(r"int4-g(\d{1,4})(-zeros)?(-w4a8)?", text, re.ASCII)
     if match is None:
         raise SchemeError(
             f"unknown scheme {text[:80]!r}; choose from {', '.join(plain)}, or int4 with a group, as in int4-g32 or "
             "int4-g128-zeros"
         )
-    return Int4(int(match[1]), symmetric=match[2] is None)
+    return Int4(int(match[1]), symmetric=match[2] is None, int8_inputs=match[3] is not None)
 
 
 def _matrix(shape: tuple[int, ...], scheme: Scheme) -> tuple[int, int]:

@@ -22,7 +22,10 @@ from .evaluate import TESTS, Row
 from .scenes import ask, make_scene, random_conditions
 from .voices import RATE, VoiceBank
 
-NEAREST = ("dense", "int8", "int8-w8a8", "int4-g32", "int4-g64", "int4-g128", "int4-g64-zeros", "nf4")
+NEAREST = (
+    *("dense", "int8", "int8-w8a8", "int4-g32", "int4-g64", "int4-g128"),
+    *("int4-g64-zeros", "int4-g64-w4a8", "nf4"),
+)
 CALIBRATED = ("int8", "int4-g32", "int4-g64", "int4-g128")
 _SHOWN = ("words, clean", "words, 10 dB noise", "words with times", "sounds with times", "counting sounds")
 _QUESTIONS = ("transcribe", "transcribe_times", "sounds_times", "describe", "count_sound")

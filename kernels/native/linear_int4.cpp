@@ -4,6 +4,7 @@
 // of a group become integers, and sums are made with the codes as they are stored.
 
 #include "fixed_point.h"
+#include "group_panels.h"
 #include "int_dot.h"
 #include "linear_4bit.h"
 
@@ -76,6 +77,55 @@ class FixedRows {
   int64_t pitch_;
   Scratch<int8_t> bytes_;
 };
+
+// Activations of int8 with a scale a group: of each chunk the even inputs, then the odd ones.
+class ByteRows {
+ public:
+  static constexpr int kOffset = 0;
+
+  ByteRows(const int8_t* x, const float* scales, int64_t rows, int64_t inner, int64_t group)
+      : groups(rows, inner / group), pitch_((inner + kChunk - 1) / kChunk * kChunk), bytes_(rows * pitch_) {
+    std::memset(bytes_, 0, rows * pitch_);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t first = 0; first < inner; first += group) {
+        const int8_t* from = x + row * inner + first;
+        int8_t* to = bytes_ + row * pitch_ + first / kChunk * kChunk + first % kChunk / 2;
+        int32_t total = 0;
+        for (int64_t i = 0; i < group; i += 2) {
+          const int64_t at = i / kChunk * kChunk + i % kChunk / 2;
+          to[at] = from[i];
+          to[at + kBytes] = from[i + 1];
+          total += from[i] + from[i + 1];
+        }
+        const float scale = scales[row * (inner / group) + first / group];
+        groups.scales(row)[first / group] = scale;
+        groups.sums(row)[first / group] = scale * total;
+      }
+  }
+
+  static constexpr int64_t kStep = kChunk;
+
+  const int8_t* row(int64_t index) const { return bytes_ + index * pitch_; }
+  int64_t row_bytes() const { return pitch_; }
+  int64_t pitch() const { return pitch_; }
+
+  template <int C, int R>
+  static void dot(const BitVec* words, const int8_t* x, int64_t pitch, Vec (*sums)[R]) {
+    for (int r = 0; r < R; ++r) {
+      const Bytes even = (Bytes)load_bytes(x + r * pitch), odd = (Bytes)load_bytes(x + r * pitch + kBytes);
+      for (int c = 0; c < C; ++c) {
+        const IntVec first = add_dot(IntVec{}, (UBytes)(words[c] & 0x0F0F0F0F), even);
+        sums[c][r] = to_float(add_dot(first, (UBytes)((words[c] >> 4) & 0x0F0F0F0F), odd));
+      }
+    }
+  }
+
+  Groups groups;
+
+ private:
+  int64_t pitch_;
+  Scratch<int8_t> bytes_;
+};
 #endif
 
 float number(const void* values, int64_t at, int64_t kind) {
@@ -93,6 +143,34 @@ struct Group {
 Group group_of(const Weight& weight, int64_t at) {
   return {number(weight.scales, at, weight.kind), weight.zeros ? number(weight.zeros, at, weight.kind) : 8};
 }
+
+#if defined(__AVX512BF16__)
+template <bool ZEROS, typename T>
+void product_in_group_panels(const int8_t* x, const TokenGroups& tokens, const Weight& weight, const Epilogue<T>& write,
+                             int64_t rows, int64_t inner, int64_t group, int64_t threads) {
+  const int64_t groups = inner / group, parts = tokens.parts;
+  const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
+    for (int64_t i = 0; i < 32; ++i) {
+      for (int64_t s = 0; s < count; ++s) {
+        const int64_t k = (step + s) * 64, bytes = std::min<int64_t>(32, (inner - k) / 2);
+        const __mmask32 there = ~0u >> (32 - bytes);
+        const __m256i packed = _mm256_maskz_loadu_epi8(there, weight.codes + ((n + i) * inner + k) / 2);
+        const __m512i wide = _mm512_cvtepu8_epi16(packed);  // a byte's upper code goes to the byte above
+        const __m512i codes = _mm512_or_si512(wide, _mm512_slli_epi16(wide, 4));
+        _mm512_storeu_si512(panel + (s * 32 + i) * 64, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
+      }
+      for (int64_t part = 0; part < count * parts; ++part) {
+        const int64_t k = (step * parts + part) * 64 / parts;
+        const Group by = k < inner ? group_of(weight, (n + i) * groups + k / group) : Group{0, 0};
+        GroupUnit<ZEROS>::scales(panel, part)[i] = by.scale;
+        GroupUnit<ZEROS>::scales(panel, part)[32 + i] = by.scale * (by.zero - 8);
+      }
+    }
+  };
+  for_panels<Vec>(GroupUnit<ZEROS>{tokens}, x, rows, inner, write.columns, threads, {weight.codes, inner / 2, 32}, weights,
+                  write.out, sizeof(T), write);
+}
+#endif
 
 }  // namespace
 }  // namespace afnext
@@ -116,6 +194,35 @@ AFNEXT_EXPORT void afnext_linear_int4(const void* x, const uint8_t* weight, cons
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
     const auto group_of_first = [&](int64_t at) { return group_of(first, at); };
     multiply_4bit<Integers, Rows>((const T*)x, first, second, group_of_first, write, rows, inner, group, threads);
+  });
+}
+
+// As afnext_linear_int4 for rows of int8 of -127 .. 127 and their scales, [rows, inner / group]; dtype is that of residual
+// and out.
+AFNEXT_EXPORT void afnext_linear_w4a8(const int8_t* x, const float* x_scales, const uint8_t* weight, const void* scales,
+                                      const void* zeros, const float* bias, const void* residual, void* out, int64_t rows,
+                                      int64_t columns, int64_t inner, int64_t group, int64_t group_dtype, int64_t dtype,
+                                      int64_t threads) {
+  using namespace afnext;
+  const Weight packed{weight, scales, zeros, group_dtype};
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
+#if defined(__AVX512BF16__)
+    if (takes_panels(rows, columns)) {
+      const TokenGroups tokens(x, x_scales, rows, inner, group, threads);
+      const auto run = zeros ? product_in_group_panels<true, T> : product_in_group_panels<false, T>;
+      return run(x, tokens, packed, write, rows, inner, group, threads);
+    }
+#endif
+#if defined(__AVX2__)
+    product(ByteRows(x, x_scales, rows, inner, group), packed, Weight{}, write, rows, inner, group, threads);
+#else
+    Scratch<float> wide(rows * inner);
+    for (int64_t i = 0; i < rows * inner; ++i) wide[i] = x[i] * x_scales[i / group];
+    product(FloatRows<Integers>((const float*)wide, rows, inner, group), packed, Weight{}, write, rows, inner, group,
+            threads);
+#endif
   });
 }
 

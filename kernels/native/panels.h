@@ -26,16 +26,16 @@ constexpr int64_t kTokens = 512;  // a multiple of 32
 // hint to pass it by, as they would drive the panel out of it.
 template <bool INT8>
 struct Unit {
-  static constexpr int64_t kSteps = 16, kPanels = 16;
+  static constexpr int64_t kSteps = 16, kPanels = 16, kPanelBytes = kSteps * 2048;
   using Configuration = TileConfiguration;
 
   static void arrange_weights(uint8_t*) {}
   static void arrange_tokens(const uint8_t* rows, uint8_t* out, int32_t*) { transpose_tile((const uint32_t*)rows, (uint32_t*)out); }
 
   // sums[i][j]: 16 outputs by 16 tokens of int32 or float32, of outputs 16 i .. of the panel and the tokens of tiles[j], to
-  // which `count` steps are added, or with which they begin if `fresh`.
-  static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t count, bool fresh,
-                       int32_t* to) {
+  // which `count` steps are added, or with which they begin if `fresh`. The two integers: see for_panels.
+  static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t, int64_t, int64_t count,
+                       bool fresh, int32_t* to) {
     auto* sums = (int32_t(*)[2][256])to;
     if (fresh) {
       _tile_zero(0);
@@ -88,7 +88,7 @@ struct Unit {
 // the token's bytes is subtracted.
 template <bool INT8>
 struct Unit {
-  static constexpr int64_t kSteps = 8, kPanels = 8;
+  static constexpr int64_t kSteps = 8, kPanels = 8, kPanelBytes = kSteps * 2048;
   struct Configuration {
     Configuration() {}
   };
@@ -113,8 +113,8 @@ struct Unit {
   }
 
   // sums: [32 tokens][32 outputs].
-  static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t* begin, int64_t count, bool fresh,
-                       int32_t* sums) {
+  static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t* begin, int64_t, int64_t,
+                       int64_t count, bool fresh, int32_t* sums) {
     for (int token = 0; token < 32; token += kRows)
       multiply_rows(panel, tiles[token / 16] + token % 16 * 64, begin + token, count, fresh, sums + token * 32);
   }
@@ -250,13 +250,11 @@ struct Waiting;
 // outputs n .. n + 31 for `count` steps: 64 bytes of each output, one output after another, zeros past the last input;
 // they are made of `source`. put(row, n, count, sums) takes sums of `count` outputs of a row, int32 or float32, and writes
 // to `out`, [rows, columns] of `size` bytes each. The last block of outputs begins so early that it is whole, and is put
-// where the one before it ends.
-template <bool INT8, typename Weights, typename Put>
-void for_panels(const void* tokens, int64_t rows, int64_t inner, int64_t columns, int64_t threads, Rows source,
-                Weights weights, const void* out, int64_t size, Put put) {
-  using Sums = std::conditional_t<INT8, IntVec, Vec>;
-  using Unit = afnext::Unit<INT8>;
-  const PackedTokens<Unit> x(tokens, rows, inner * (INT8 ? 1 : 2), threads);
+// where the one before it ends. unit.multiply also gets the number of the first token and that of the first step.
+template <typename Sums, typename Unit, typename Weights, typename Put>
+void for_panels(const Unit& unit, const void* tokens, int64_t rows, int64_t bytes, int64_t columns, int64_t threads,
+                Rows source, Weights weights, const void* out, int64_t size, Put put) {
+  const PackedTokens<Unit> x(tokens, rows, bytes, threads);
   const Rows results{out, columns * size, 0};
   const int64_t passes = (x.blocks + kTokens / 16 - 1) / (kTokens / 16);
   const int64_t pass = ((x.blocks + passes - 1) / passes + 1) / 2 * 2;  // blocks of tokens
@@ -269,7 +267,7 @@ void for_panels(const void* tokens, int64_t rows, int64_t inner, int64_t columns
 #pragma omp parallel num_threads(threads)
     {
       const typename Unit::Configuration configured;
-      const Scratch<uint8_t> panel(Unit::kSteps * 32 * 64);
+      const Scratch<uint8_t> panel(Unit::kPanelBytes);
       int32_t* const waiting = (int32_t*)kept_memory<Waiting>(panels * pass * 2048);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t group = 0; group < groups; ++group) {
@@ -291,7 +289,7 @@ void for_panels(const void* tokens, int64_t rows, int64_t inner, int64_t columns
                              std::min(x.stretch, x.steps - next_step));
               if (last) results.fetch_to_write(token * 16, std::min(token * 16 + 32, rows), n * size);
               const uint8_t* tiles[2] = {x.tile(token, step), x.tile(token + 1, step)};
-              Unit::multiply(panel, tiles, x.begin(token), count, stretch == 0, sums);
+              unit.multiply(panel, tiles, x.begin(token), token * 16, step, count, stretch == 0, sums);
               if (last) put_sums<Unit, Sums>(sums, n, skip, token * 16, rows, put);
             }
           }
@@ -299,6 +297,14 @@ void for_panels(const void* tokens, int64_t rows, int64_t inner, int64_t columns
       }
     }
   }
+}
+
+// The same for tokens of `inner` int8 or bfloat16 and a unit that needs to know no more.
+template <bool INT8, typename Weights, typename Put>
+void for_panels(const void* tokens, int64_t rows, int64_t inner, int64_t columns, int64_t threads, Rows source,
+                Weights weights, const void* out, int64_t size, Put put) {
+  for_panels<std::conditional_t<INT8, IntVec, Vec>>(Unit<INT8>(), tokens, rows, inner * (INT8 ? 1 : 2), columns, threads,
+                                                    source, weights, out, size, put);
 }
 
 // 32 neighbours in bfloat16, from the first 16 and the last.

@@ -1,7 +1,7 @@
 """Calls of the native products with packed weights: tensors in, tensors out.
 
-Arguments are those of `linear_int8`, `linear_int4` and `linear_nf4`, checked already, with x as contiguous rows
-[rows, in]; results are [rows, out] in the dtype of x.
+Arguments are those of `linear_int8`, `linear_int4`, `linear_w4a8` and `linear_nf4`, checked already, with x as
+contiguous rows [rows, in]; results are [rows, out] in the dtype of x.
 """
 
 import torch
@@ -85,6 +85,29 @@ def int4_product(x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, 
         inner // groups,
         weight[1].dtype,
         x.dtype,
+    )
+    return out
+
+
+def w4a8_product(
+    codes: Tensor, x_scales: Tensor, weight: Int4, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """As `int8_product` for rows of int8, -127 .. 127, a scale a group; returns `dtype`, that of the residual."""
+    (rows, inner), columns = codes.shape, len(weight[0])
+    out = torch.empty(rows, columns, dtype=dtype)
+    call(
+        "linear_w4a8",
+        codes,
+        x_scales,
+        *weight,
+        *_epilogue(bias, residual),
+        out,
+        rows,
+        columns,
+        inner,
+        inner // weight[1].shape[1],
+        weight[1].dtype,
+        dtype,
     )
     return out
 

@@ -71,8 +71,8 @@ def load(
     "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32". page_size,
     chunk_size, encode_batch, max_batch, kv, release_encoder, prefix_cache_bytes, encoder_cache_bytes, draft_tokens: see
     `EngineOptions`. memory: what the model and its work may take, in bytes or as "8GB"; None for what the device has
-    free. quant: pack dense weights while they are read, by "int8", "int8-w8a8", "int4" or "nf4", a spelling such as
-    "int4-g32-zeros", or a recipe.
+    free. quant: pack dense weights while they are read, by "int8", "int8-w8a8", "int4", "int4-w4a8" or "nf4", a
+    spelling such as "int4-g32-zeros", or a recipe.
 
     Nothing is loaded that could not work: the memory plan (`afnext plan`) is made first, for the longest recording that
     there is room for, and the KV cache never outgrows it. Raises MemoryPlanError with advice when not even a short

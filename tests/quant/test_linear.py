@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from afnext.quant.linear import Embedding, Linear, gated
 from afnext.quant.scheme import Scheme, SchemeError, parse_scheme
 
-SPELLINGS = ("int8", "int8-w8a8", "int4-g32", "int4-g64-zeros", "nf4")
+SPELLINGS = ("int8", "int8-w8a8", "int4-g32", "int4-g64-zeros", "int4-g32-w4a8", "nf4")
 
 
 def scheme_of(spelling: str) -> Scheme:

@@ -16,6 +16,8 @@ def test_the_default_recipes() -> None:
     assert recipe("int4").scheme(MLP) == Int4(64)
     assert recipe("int4", group_size=32, symmetric=False).scheme(MLP) == Int4(32, symmetric=False)
     assert recipe("int4-g128-zeros").scheme(MLP) == Int4(128, symmetric=False)
+    assert recipe("int4-w4a8").scheme(MLP) == Int4(64, int8_inputs=True)
+    assert recipe("int4-w4a8", group_size=32).scheme(MLP) == Int4(32, int8_inputs=True)
     assert recipe("nf4").scheme(MLP) == NF4()
     for name in RECIPES:
         for layer in ("decoder.lm_head", "decoder.embed_tokens", "adaptor.linear_2"):
@@ -23,7 +25,8 @@ def test_the_default_recipes() -> None:
         for layer in ("encoder.conv1", "encoder.embed_positions", "decoder.norm"):
             assert recipe(name).scheme(layer) is None
     assert recipe("int4").scheme("encoder.layers.3.fc1") == Int8()
-    assert recipe("int8-w8a8").scheme("encoder.layers.3.fc1") == Int8(int8_inputs=True)
+    for name in ("int8-w8a8", "int4-w4a8", "int4-g32-zeros-w4a8"):
+        assert recipe(name).scheme("encoder.layers.3.fc1") == Int8(int8_inputs=True)
 
 
 def test_rules_given_come_first() -> None:

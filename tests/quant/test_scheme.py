@@ -12,6 +12,7 @@ from afnext.quant.scheme import Int4, Scheme, SchemeError, parse_scheme
 SPELLINGS = (
     *("int8", "int8-w8a8", "nf4"),
     *(f"int4-g{group}{zeros}" for group in (32, 64, 128) for zeros in ("", "-zeros")),
+    *("int4-g32-w4a8", "int4-g64-zeros-w4a8"),
 )
 # RMS of the error over that of normal weights, with room for small samples.
 ERRORS = {"int8": 0.012, "nf4": 0.11, "int4-g32": 0.09, "int4-g64": 0.10, "int4-g128": 0.11}
@@ -31,11 +32,23 @@ def test_spelling_round_trip(spelling: str) -> None:
 def test_dense_and_defaults() -> None:
     assert parse_scheme("dense") is None
     assert parse_scheme("int4") == Int4()
+    assert parse_scheme("int4-w4a8") == Int4(int8_inputs=True)
 
 
 @pytest.mark.parametrize(
     "spelling",
-    ["", "int5", "INT8", "int4-", "int4-g48", "int4-g64-zero", "int4-g\u0663\u0662", "int4-g99999", "nf4-g64"],
+    [
+        "",
+        "int5",
+        "INT8",
+        "int4-",
+        "int4-g48",
+        "int4-g64-zero",
+        "int4-g\u0663\u0662",
+        "int4-g99999",
+        "nf4-g64",
+        "int4-w4a8-g32",
+    ],
 )
 def test_unknown_schemes_are_refused_by_name(spelling: str) -> None:
     with pytest.raises(SchemeError, match=r"int4|groups"):
@@ -85,7 +98,7 @@ def test_products_are_those_of_the_restored_weight(spelling: str, rows: int, dty
     gate, up = (scheme.quantize(torch.randn(64, 256) / 16) for _ in range(2))
     x, bias = torch.randn(2, rows, 256).to(dtype), torch.randn(64).to(dtype)
     exact = [x.double() @ scheme.dequantize(packed, torch.float64).T for packed in (gate, up)]
-    loose = 0.02 if spelling == "int8-w8a8" else 0.01 if dtype == torch.bfloat16 else 1e-5
+    loose = 0.02 if spelling.endswith("a8") else 0.01 if dtype == torch.bfloat16 else 1e-5
     assert_near(scheme.linear(x, gate, bias), exact[0] + bias.double(), loose)
     fused = scheme.swiglu(x, gate, up)
     if fused is not None:

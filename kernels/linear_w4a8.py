@@ -1,0 +1,194 @@
+"""Linear layers with int4 weights in groups and int8 activations in the same groups (W4A8).
+
+    q[m, g], s[m, g] = x[m, g] rounded to int8, one scale for each token and group (`quantize_rows`)
+    y[m, n] = sum_g s[m, g] * scales[n, g] * sum_{k in g} q[m, k] * (code[n, k] - zeros[n, g])
+              + bias[n] + residual[m, n]
+
+packed, scales, zeros: as in `linear_int4`; x: [rows, in] float16, bfloat16 or float32. Products within a group are
+exact in int32, all else is float32 and is rounded to the dtype of x once. Rounding x costs 0.6 % of a product's size
+where the activations of a group are normally distributed, and more the larger one of them is than the rest;
+llama.cpp's Q4_0 does the same in groups of 32.
+
+Many rows, bound by arithmetic: 2 * rows * out * in int8 operations, at twice the 16-bit rate, and for each token,
+output and group three float32 ones. Few rows, bound by memory: out * in * (1/2 + 2 / group) bytes as in `linear_int4`,
+and on a CPU half the multiplications of its 15-bit activations.
+
+Native: up to 16 rows read the weights once; more go past panels of them (`group_panels.h`, AVX512-VNNI), or, without
+that, as on torch, past weights unpacked a tile at a time, with activations rounded to int8 first. Triton: a block takes
+one group a step, because the sums of two cannot share an accumulator.
+
+Source: Lin et al. 2024, arXiv:2405.04532 (W4A8).
+"""
+
+import torch
+from torch import Tensor
+
+from . import native
+from .configs import Config, Configs
+from .dispatch import Operation
+from .linear_int4 import check_int4, linear_int4_reference, unpacked
+from .linear_int8 import (
+    FEW_CPU_ROWS,
+    add_epilogue,
+    as_rows,
+    block_of,
+    blocks,
+    check_epilogue,
+    config_for,
+    product_by_tiles,
+    store_block,
+    tile_config,
+)
+from .native import products
+from .quantize_rows import quantize_rows
+from .quantize_rows import reference as quantize_rows_reference
+from .triton_language import tl, triton
+
+
+def linear_w4a8_reference(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """The specification of `linear_w4a8`: groups of x rounded as by `quantize_rows`, the rest in float64."""
+    codes, group_scales = quantize_rows_reference(x.unflatten(-1, (scales.shape[1], -1)))
+    rounded = (codes.double() * group_scales.double()[..., None]).flatten(-2)
+    y = linear_int4_reference(rounded, packed, scales, zeros, None, None)
+    return add_epilogue(y, bias, residual).to(x.dtype)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _w4a8_kernel(  # type: ignore[no-untyped-def]
+    x,
+    x_scales,
+    codes,
+    scales,
+    zeros,
+    bias,
+    residual,
+    out,
+    rows,
+    columns,
+    inner,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    m, n = block_of(rows, columns, BLOCK_M, BLOCK_N)
+    row = tl.minimum(m, rows - 1).to(tl.int64)
+    channel = tl.minimum(n, columns - 1).to(tl.int64)
+    groups = inner // GROUP
+    tokens_at = x + row[None, :] * inner + tl.arange(0, BLOCK_K)[:, None]
+    codes_at = codes + channel[:, None] * (inner // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in range(0, inner, BLOCK_K):
+        packed = tl.load(codes_at + k // 2)
+        weights = tl.interleave((packed & 0x0F).to(tl.int8), (packed >> 4).to(tl.int8))
+        tokens = tl.load(tokens_at + k)
+        group = k // GROUP
+        scale = tl.load(scales + channel * groups + group).to(tl.float32)
+        by = tl.load(x_scales + row * groups + group)
+        if zeros is None:
+            dot = tl.dot(weights - 8, tokens, out_dtype=tl.int32).to(tl.float32)
+        else:
+            zero = tl.load(zeros + channel * groups + group).to(tl.float32)
+            total = tl.sum(tokens.to(tl.int32), 0).to(tl.float32)
+            dot = tl.dot(weights, tokens, out_dtype=tl.int32).to(tl.float32) - zero[:, None] * total[None, :]
+        acc += dot * (scale[:, None] * by[None, :])
+    store_block(acc, out, bias, residual, m, n, rows, columns, 1)
+
+
+# By the most rows that a config is for; the last also serves more. BLOCK_K is cut to the group.
+_W4A8 = {
+    32: Configs("linear_w4a8_32", tile_config(32, 64, 128, 4, 4)),
+    128: Configs("linear_w4a8_128", tile_config(64, 128, 128, 8, 3)),
+}
+
+_linear = Operation("linear_w4a8", linear_w4a8_reference)
+
+
+@_linear.implementation("triton")
+def _linear_triton(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    codes, x_scales = _rounded(x, scales.shape[1])
+    (rows, inner), columns = codes.shape, len(packed)
+    out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    group = inner // scales.shape[1]
+    config = config_for(_W4A8, rows, x.device)
+    block_k = min(group, config.blocks["BLOCK_K"])
+    config = Config({**config.blocks, "BLOCK_K": block_k}, config.num_warps, config.num_stages)
+    _w4a8_kernel[(blocks(config, rows, columns),)](
+        codes,
+        x_scales,
+        packed,
+        scales,
+        zeros,
+        bias,
+        None if residual is None else as_rows(residual),
+        out,
+        rows,
+        columns,
+        inner,
+        GROUP=group,
+        **config.options(),
+    )
+    return out
+
+
+def _misfit(x: Tensor, _packed: Tensor, scales: Tensor, zeros: Tensor | None, *_others: Tensor | None) -> str | None:
+    return native.misfit(x) or native.misfit(scales, zeros)
+
+
+@_linear.implementation("native", _misfit)
+def _linear_native(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    codes, x_scales = _rounded(x, scales.shape[1])
+    if len(codes) <= FEW_CPU_ROWS or products.has_panels():
+        y = products.w4a8_product(codes, x_scales, (packed, scales, zeros), bias, residual, x.dtype)
+        return y.view(*x.shape[:-1], len(packed))
+
+    def dense(tile: slice) -> Tensor:
+        return products.unpack_int4(packed[tile], scales[tile], None if zeros is None else zeros[tile], x.dtype)
+
+    y = product_by_tiles(_dense(codes, x_scales, x.dtype), len(packed), dense)
+    return add_epilogue(y.view(*x.shape[:-1], len(packed)), bias, residual)
+
+
+@_linear.implementation("torch")
+def _linear_torch(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    def dense(tile: slice) -> Tensor:
+        return unpacked(packed[tile], scales[tile], None if zeros is None else zeros[tile]).to(x.dtype)
+
+    y = product_by_tiles(_dense(*_rounded(x, scales.shape[1]), x.dtype), len(packed), dense)
+    return add_epilogue(y.view(*x.shape[:-1], len(packed)), bias, residual)
+
+
+def _rounded(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """x as contiguous int8 codes [rows, in] and scales [rows, groups]."""
+    rows = as_rows(x)
+    codes, scales = quantize_rows(rows.unflatten(-1, (groups, -1)))
+    return codes.view_as(rows), scales
+
+
+def _dense(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """What codes and scales stand for."""
+    return (codes.unflatten(-1, (scales.shape[1], -1)) * scales[..., None]).flatten(1).to(dtype)
+
+
+def linear_w4a8(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As `linear_int4`, with each group of x rounded to int8 on the way (W4A8): faster for many rows, less exact."""
+    check_int4(x, packed, scales, zeros)
+    check_epilogue(x, len(packed), bias, residual)
+    return _linear.on(x.device)(x, packed, scales, zeros, bias, residual)
