@@ -238,9 +238,10 @@ def _misfit(x: Tensor, _packed: Tensor, scales: Tensor, zeros: Tensor | None, *_
 
 
 @_linear.implementation("native", _misfit)
-def _linear_native(
+def linear_int4_native(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
+    """The product by the native kernels, for what they cover."""
     rows, columns = as_rows(x), len(packed)
     if len(rows) <= FEW_CPU_ROWS or products.in_panels(rows, columns):
         return products.int4_product(rows, (packed, scales, zeros), None, bias, residual).view(*x.shape[:-1], columns)
@@ -277,14 +278,15 @@ def _swiglu_native(
     if len(rows) <= FEW_CPU_ROWS and not products.in_panels(rows, len(gate)):
         y = products.int4_product(rows, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
         return y.view(*x.shape[:-1], len(gate))
-    raised = _linear_native(x, up, up_scales, up_zeros, None, None)
-    return activation.swiglu(_linear_native(x, gate, gate_scales, gate_zeros, None, None), raised)
+    raised = linear_int4_native(x, up, up_scales, up_zeros, None, None)
+    return activation.swiglu(linear_int4_native(x, gate, gate_scales, gate_zeros, None, None), raised)
 
 
 @_linear.implementation("torch")
-def _linear_torch(
+def linear_int4_torch(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
+    """The product by torch's operations."""
     rows, columns = as_rows(x), len(packed)
     copy = _copies.get(packed) if len(rows) <= MOST_ROWS_INTERLEAVED else None
     if copy is not None and copy[1].dtype == x.dtype:
@@ -334,8 +336,8 @@ def _swiglu_torch(
     gate_zeros: Tensor | None,
     up_zeros: Tensor | None,
 ) -> Tensor:
-    gated = _linear_torch(x, gate, gate_scales, gate_zeros, None, None)
-    return activation.swiglu(gated, _linear_torch(x, up, up_scales, up_zeros, None, None))
+    gated = linear_int4_torch(x, gate, gate_scales, gate_zeros, None, None)
+    return activation.swiglu(gated, linear_int4_torch(x, up, up_scales, up_zeros, None, None))
 
 
 def prepare_int4(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> None:
@@ -343,7 +345,7 @@ def prepare_int4(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: to
 
     That is a copy as large as `packed` where torch multiplies on a CPU, and nothing elsewhere.
     """
-    if _linear.on(packed.device) is _linear_torch and on_cpu(packed) and len(packed) % 16 == 0:
+    if _linear.on(packed.device) is linear_int4_torch and on_cpu(packed) and len(packed) % 16 == 0:
         _copies[packed] = _interleaved(packed, scales, zeros, dtype)
 
 

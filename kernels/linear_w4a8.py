@@ -13,8 +13,8 @@ Many rows, bound by arithmetic: 2 * rows * out * in int8 operations, at twice th
 output and group three float32 ones. Few rows, bound by memory: out * in * (1/2 + 2 / group) bytes as in `linear_int4`,
 and on a CPU half the multiplications of its 15-bit activations.
 
-Native: up to 16 rows read the weights once; more go past panels of them (`group_panels.h`, AVX512-VNNI), or, without
-that, as on torch, past weights unpacked a tile at a time, with activations rounded to int8 first. Triton: a block takes
+Native: up to 16 rows read the weights once; more go past panels of them (`group_panels.h`, AVX512-VNNI). Without that,
+and on torch, `linear_int4` multiplies what the rounded activations stand for. Triton: a block takes
 one group a step, because the sums of two cannot share an accumulator.
 
 Source: Lin et al. 2024, arXiv:2405.04532 (W4A8).
@@ -26,7 +26,7 @@ from torch import Tensor
 from . import native
 from .configs import Config, Configs
 from .dispatch import Operation
-from .linear_int4 import check_int4, linear_int4_reference, unpacked
+from .linear_int4 import check_int4, linear_int4_native, linear_int4_reference, linear_int4_torch
 from .linear_int8 import (
     FEW_CPU_ROWS,
     add_epilogue,
@@ -35,7 +35,6 @@ from .linear_int8 import (
     blocks,
     check_epilogue,
     config_for,
-    product_by_tiles,
     store_block,
     tile_config,
 )
@@ -149,23 +148,15 @@ def _linear_native(
     if len(codes) <= FEW_CPU_ROWS or products.has_panels():
         y = products.w4a8_product(codes, x_scales, (packed, scales, zeros), bias, residual, x.dtype)
         return y.view(*x.shape[:-1], len(packed))
-
-    def dense(tile: slice) -> Tensor:
-        return products.unpack_int4(packed[tile], scales[tile], None if zeros is None else zeros[tile], x.dtype)
-
-    y = product_by_tiles(_dense(codes, x_scales, x.dtype), len(packed), dense)
-    return add_epilogue(y.view(*x.shape[:-1], len(packed)), bias, residual)
+    return linear_int4_native(_restored(x, codes, x_scales), packed, scales, zeros, bias, residual)
 
 
 @_linear.implementation("torch")
 def _linear_torch(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    def dense(tile: slice) -> Tensor:
-        return unpacked(packed[tile], scales[tile], None if zeros is None else zeros[tile]).to(x.dtype)
-
-    y = product_by_tiles(_dense(*_rounded(x, scales.shape[1]), x.dtype), len(packed), dense)
-    return add_epilogue(y.view(*x.shape[:-1], len(packed)), bias, residual)
+    rounded = _restored(x, *_rounded(x, scales.shape[1]))
+    return linear_int4_torch(rounded, packed, scales, zeros, bias, residual)
 
 
 def _rounded(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -175,9 +166,9 @@ def _rounded(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return codes.view_as(rows), scales
 
 
-def _dense(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """What codes and scales stand for."""
-    return (codes.unflatten(-1, (scales.shape[1], -1)) * scales[..., None]).flatten(1).to(dtype)
+def _restored(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """What codes and scales stand for, like x."""
+    return (codes.unflatten(-1, (scales.shape[1], -1)) * scales[..., None]).view(x.shape).to(x.dtype)
 
 
 def linear_w4a8(

@@ -202,8 +202,7 @@ class Int4(Scheme):
 
     def prepare(self, packed: Packed, dtype: torch.dtype) -> None:
         """See `Scheme`."""
-        if not self.int8_inputs:
-            prepare_int4(*packed, dtype)
+        prepare_int4(*packed, dtype)
 
     def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
         return Packed(*fit_int4(rows, self.group_size, self.symmetric, importance=importance))

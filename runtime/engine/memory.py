@@ -380,14 +380,12 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> Mapping[tuple[str, 
 
 @lru_cache(maxsize=16)
 def int4_code_bytes(config: ModelConfig) -> int:
-    """Bytes of the codes of all weights in int4, of which W4A16 on torch keeps a copy."""
-    copied = {
-        layer for layer, scheme in layer_schemes(config).items() if isinstance(scheme, Int4) and not scheme.int8_inputs
-    }
+    """Bytes of the codes of all weights in int4."""
+    schemes = layer_schemes(config)
     return sum(
         math.prod(stored.shape)
         for name, stored in expected_tensors(config).items()
-        if name.endswith(PACKED_PARTS[0]) and name.rpartition(".")[0] in copied
+        if name.endswith(PACKED_PARTS[0]) and isinstance(schemes[name.rpartition(".")[0]], Int4)
     )
 
 
