@@ -89,7 +89,9 @@ def recipe(
         raise SchemeError(f"unknown recipe {name[:80]!r}; choose from {known}, or as in int4-g32-zeros-w4a8")
     scheme = parse_scheme(name)
     if isinstance(scheme, Int4) and name in RECIPES:
-        scheme = replace(scheme, **({} if group_size is None else {"group_size": group_size}), symmetric=symmetric)
+        scheme = replace(
+            scheme, group_size=scheme.group_size if group_size is None else group_size, symmetric=symmetric
+        )
     elif group_size is not None or not symmetric:
         raise SchemeError(f"{name} has no group size or zero points to choose; only int4 and int4-w4a8 do")
     first = tuple((pattern, parse_scheme(text)) for pattern, text in rules)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from . import call, isa
 
-Int8 = NF4 = tuple[Tensor, Tensor]
+Int8 = tuple[Tensor, Tensor]
+"""codes, scales"""
+NF4 = tuple[Tensor, Tensor]
 """codes, scales"""
 Int4 = tuple[Tensor, Tensor, Tensor | None]
 """packed, scales, zeros"""
