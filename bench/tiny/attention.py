@@ -4,15 +4,16 @@
   the sounds (a head each). Second layer: to the one of the same label, and to all words before it, whose number is
   then known. Where there is none near, to <|sound_bos|>. The end of the audio looks for the last ones likewise.
   Answer tokens: in the first layer, to the label in the question; in the second, where words are listed without their
-  times, to the words written so far and to the token before the answer, whose share tells their number.
+  times, to the words written so far and to the token before the answer, whose share tells their number; before a
+  number of a numbered list, or of how many there are, to the number before it.
 - Third layer: the answer token about to write an item, to where it begins: the item whose predecessor is the one that
-  was written last. A head for each kind of list. At the end of a list, to the end of the audio. Before a number, to all
-  that is counted, and to <|sound_bos|>, so that the share of each tells the number.
+  was written last. A head for each kind of list. At the end of a list, to the end of the audio.
 - Fourth layer: the same token, to all tokens of the item, which tell its label.
 """
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ _LIST = {
 _LINES = ("transcribe_times", "sounds_times", "describe")  # answered by a line an item
 _PREVIOUS = {ANY: (0, 0), WORD: (0, 1), SOUND: (0, 2), SAME: (1, 0)}
 _EARLIER_WORDS = (1, 1)
+_NUMBER_BEFORE = (1, 2)
 _ASKED = (0, 3)
 _ITEM = (3, 0)
 
@@ -113,7 +115,9 @@ def mentions(question: Question, offsets: list[tuple[int, int]]) -> list[int | N
         elif question.kind == "transcribe":
             spans = told + _in_pieces(rest, count, " ", 0)
         elif question.kind.startswith("count"):
-            spans = told + [None] * len(rest)
+            items, _, _ = rest.rpartition(": ")
+            spans = told + (_in_pieces(items, count, ", ", 0) if items else [])
+            spans += [None if listed else count] * (len(answer) - len(spans))
         else:
             spans = told + [0] * len(rest)
     ended = question.kind in ("transcribe", *_LINES) or question.kind.startswith("when")
@@ -128,6 +132,15 @@ def _in_pieces(text: str, count: int, separator: str, skipped: int) -> list[int 
     for index, piece in enumerate(text[skipped:].split(separator)[:count]):
         told += [index] * (len(piece) + (len(separator) if index else 0))
     return told + [count] * (len(text) - len(told))
+
+
+_NUMBERS = re.compile(r"^\d+(?=\. \[|$)|\d+(?= at )|(?<=: )\d+$", re.MULTILINE)
+
+
+def numbers(question: Question, offsets: list[tuple[int, int]]) -> list[int]:
+    """Which tokens of an answer number what it lists, or tell how many there are, in order. offsets: see `mentions`."""
+    starts = {found.start() for found in _NUMBERS.finditer(question.answer)}
+    return [token for token, (start, after) in enumerate(offsets) if start in starts and start < after]
 
 
 _LABELS = "|".join((*PLURALS.values(), *SOUNDS))
@@ -146,6 +159,7 @@ def question_looks(
     row: int,
     question: Question,
     spoken: list[int | None],
+    numbered: list[int],
     label: list[int],
     evidence: list[int],
     recording: dict[str, Any],
@@ -155,8 +169,9 @@ def question_looks(
 ) -> None:
     """What the tokens of a question and its answer look at.
 
-    spoken: see `mentions`; label: the question's tokens of `asked_label`, counted from its first; evidence: numbers of
-    the items; shared: tokens of prefix and audio; begin, answer: where question and answer begin.
+    spoken: see `mentions`; numbered: see `numbers`; label: the question's tokens of `asked_label`, counted from its
+    first; evidence: numbers of the items; shared: tokens of prefix and audio; begin, answer: where question and answer
+    begin.
     """
     items, begins = recording["items"], recording["begins"]
     prefix = shared - len(recording["classes"])
@@ -184,6 +199,5 @@ def question_looks(
         first, last = begins[evidence[mention]]
         looks.add(pointer, row, query, [prefix + first])
         looks.add(_ITEM, row, query, list(range(prefix + first, prefix + last + 1)))
-    if question.kind.startswith("count") and len(evidence) <= _MOST_COUNTED:
-        number = answer + len(spoken) - 3  # the token before the number, which is the last before the end token
-        looks.add(pointer, row, number, [prefix - 1, *(prefix + begins[index][0] for index in evidence)])
+    for before, number in pairwise([-1, *numbered]):
+        looks.add(_NUMBER_BEFORE, row, answer + number - 1, [answer + before])

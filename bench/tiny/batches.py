@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .attention import WORD, Looks, asked_label, audio_looks, mentions, near_previous, question_looks
+from .attention import WORD, Looks, asked_label, audio_looks, mentions, near_previous, numbers, question_looks
 from .features import Crop
 from .hearing import CLASSES, marked
 from .scenes import Item, Question, clock, random_questions, tenths_of
@@ -154,8 +154,10 @@ class Batches(Dataset[dict[str, Any]]):
                     for token, (first, after) in enumerate(asking.offsets)
                     if span and first < len(start) + span[1] and after > len(start) + span[0]
                 ]
+                numbered = numbers(question, encoded.offsets)
+                after = begin + len(prompt)
                 question_looks(
-                    looks, number, question, spoken, label, evidence, recording, shared, begin, begin + len(prompt)
+                    looks, number, question, spoken, numbered, label, evidence, recording, shared, begin, after
                 )
                 row["inputs"] += prompt + answer
                 row["question"] += [index] * len(prompt + answer)
@@ -176,7 +178,8 @@ class Batches(Dataset[dict[str, Any]]):
 
 def _written(question: Question, spoken: list[int | None]) -> dict[str, list[int]]:
     """What an answer has said before each of its tokens, see `_questions`. spoken: see `mentions`."""
-    plain, timed = question.kind == "transcribe", "[" in question.answer or question.kind.startswith("when")
+    plain = question.kind == "transcribe"
+    timed = "[" in question.answer or question.kind.startswith(("when", "count"))
     labels = ["", *(item.label for item in question.evidence)]
     return {
         "written": [tenths_of(question.evidence[k - 1].onset) if timed and k else IGNORED for k in spoken],

@@ -128,10 +128,11 @@ def timestamp(seconds: float) -> str:
     return f"{minute:02}:{second:02}.{tenth}"
 
 
-def lines(items: list[Item], quoted: bool = False) -> str:
-    """One line an item, `[mm:ss.d] label`, words in quotation marks if asked for."""
+def lines(items: list[Item], quoted: bool = False, numbered: bool = False) -> str:
+    """One line an item, `[mm:ss.d] label`, words in quotation marks and each line after its number if asked for."""
     labels = [f'"{item.label}"' if quoted and item.is_word else item.label for item in items]
-    return "\n".join(f"[{timestamp(item.onset)}] {label}" for item, label in zip(items, labels, strict=True))
+    told = [f"[{timestamp(item.onset)}] {label}" for item, label in zip(items, labels, strict=True)]
+    return "\n".join(f"{number}. {line}" if numbered else line for number, line in enumerate(told, start=1))
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,19 @@ class Question:
 
 
 def ask(kind: str, items: list[Item], rng: random.Random, think: bool = False) -> Question:
-    """A question of `kind` (one of KINDS) about a recording with these items."""
+    """A question of `kind` (one of KINDS) about a recording with these items.
+
+    Whatever is counted is told one by one before the number: this many steps are more than a model so small can do
+    between two tokens.
+    """
     prompt, answer, evidence = _ASK[kind](items, rng)
     if think:
-        shown = lines(evidence, quoted=True) or "nothing"
+        shown = lines(evidence, quoted=True, numbered=True) or "nothing"
         answer = f"<think>\n{shown}\n</think>\n{answer}"
         return Question(kind, prompt + vocabulary.THINK, answer, tuple(evidence))
+    if kind.startswith("count") and evidence:
+        told = [f"{number} at {timestamp(item.onset)}" for number, item in enumerate(evidence, start=1)]
+        answer = f"{', '.join(told)}: {answer}"
     return Question(kind, prompt, answer, tuple(evidence))
 
 
@@ -253,9 +261,9 @@ KINDS = {
     "transcribe_times": 4,
     "sounds_times": 4,
     "describe": 2,
-    "when_sound": 3,
-    "when_word": 3,
-    "count_sound": 3,
+    "when_sound": 5,
+    "when_word": 5,
+    "count_sound": 5,
     "count_words": 3,
     "first": 1,
     "last": 1,

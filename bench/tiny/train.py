@@ -9,7 +9,8 @@ First the encoder learns to hear single items (`hearing.py`). Then it stays as i
 from its outputs (`features.py`). Besides the answers, this second part tells designated heads where to look (see
 `attention.py`), without which pointing at items of a list is found late or never, and linear heads read what tokens
 should know: of the adaptor's output the word or sound in which a token lies, whether one begins, and its time; after
-the second layer what came before it and when, and of an answer's tokens what is asked about and what was written last.
+the second layer its time again, which takes more than the adaptor, what came before it and when, and of an answer's
+tokens what is asked about and what was written last.
 The linear heads are not part of the checkpoint.
 """
 
@@ -36,7 +37,7 @@ from .voices import VoiceBank, build_bank
 
 STAGES = [
     Stage(steps=1000, batch=12, questions=4, long=0.1),
-    Stage(steps=2200, batch=12, questions=5, long=0.35),
+    Stage(steps=2200, batch=12, questions=5, long=0.5),
 ]
 SHORT, LONG = 3000, 1200  # recordings of 10 s, and windows of long ones
 HEARING, HEARING_RATES = 2400, (1.5e-4, 1e-3)  # steps; rates of the encoder and of all else
@@ -54,7 +55,7 @@ class Auxiliary(nn.Module):
         super().__init__()
         width = DECODER["hidden_size"]
         self.classes, self.onset = nn.Linear(width, len(CLASSES)), nn.Linear(width, 1)
-        self.time, self.written = nn.Linear(width, sum(_CLOCK)), nn.Linear(width, sum(_CLOCK))
+        self.time, self.clock, self.written = (nn.Linear(width, sum(_CLOCK)) for _ in range(3))
         self.before = nn.ModuleList(nn.Linear(width, sum(_CLOCK)) for _ in range(4))
         self.words, self.ordinal = nn.Linear(width, MOST_WORDS + 1), nn.Linear(width, MOST_WORDS + 1)
         # One head for what is asked and for where it may be found, so that the two are written alike.
@@ -66,7 +67,7 @@ class Auxiliary(nn.Module):
         begun = batch["onsets"] > 0
         positive = torch.tensor(5.0)
         onset = self.onset(adapted).squeeze(-1).float()
-        tenths, written = batch["tenths"][begun], batch["written"]
+        time, written = torch.stack(clock(batch["tenths"]), -1), batch["written"]
         told = written != IGNORED
         before = torch.stack(
             [_clock_loss(head(audio[begun]), batch["before"][begun][:, kind]) for kind, head in enumerate(self.before)]
@@ -79,7 +80,8 @@ class Auxiliary(nn.Module):
             + _cross_entropy(self.label(asked), batch["named"]),
             "follows": _cross_entropy(self.follows(audio[begun]), batch["follows"][begun])
             + _cross_entropy(self.follows(asked), batch["last"]),
-            "time": _clock_loss(self.time(adapted[begun]), torch.stack(clock(tenths), -1)),
+            "time": _clock_loss(self.time(adapted), time),
+            "clock": _clock_loss(self.clock(audio), time) + _clock_loss(self.clock(audio[begun]), time[begun]),
             "written": _clock_loss(self.written(asked[told]), torch.stack(clock(written[told]), -1)),
             "before": before.mean(),
             "ordinal": _cross_entropy(self.words(audio[begun]), batch["words"][begun])
@@ -124,7 +126,9 @@ def step_losses(model: TinyModel, auxiliary: Auxiliary, batch: dict[str, Any]) -
     weights = batch["weights"][answered]
     answer = (F.cross_entropy(logits, targets[answered], reduction="none") * weights).sum() / weights.sum()
     right = (logits.argmax(-1) == targets[answered]).float()
-    auxiliaries = losses["class"] + 0.3 * losses["onset"] + 0.5 * (losses["time"] + losses["written"])
+    auxiliaries = (
+        losses["class"] + 0.3 * losses["onset"] + 0.5 * (losses["time"] + losses["written"]) + 2 * losses["clock"]
+    )
     auxiliaries = auxiliaries + 0.5 * (losses["before"] + losses["ordinal"] + losses["label"] + losses["follows"])
     total = 2 * answer + 0.5 * auxiliaries + torch.stack(list(looking.values())).sum() * 0.3
     return total, {"answer": answer, "accuracy": right.mean(), **losses, **looking}

@@ -14,6 +14,7 @@ from afnext.bench.tiny.attention import (
     asked_label,
     mentions,
     near_previous,
+    numbers,
     previous,
     question_looks,
 )
@@ -40,13 +41,35 @@ def told(kind: str, think: bool = False) -> list[tuple[str, int | None]]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["transcribe", "transcribe_times", "sounds_times", "describe"])
+@pytest.mark.parametrize("kind", ["transcribe", "transcribe_times", "sounds_times", "describe", "count_words"])
 def test_a_list_goes_through_the_items_and_ends(kind: str) -> None:
     about = [number for _, number in told(kind)]
+    if kind == "count_words":
+        assert about.pop() is None
     count = max(number for number in about if number is not None)
     assert about == sorted(about, key=lambda number: number if number is not None else -1)
     assert set(about) == set(range(count + 1))
     assert about[-1] == count == len(ask(kind, ITEMS, random.Random(0)).evidence)
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_before_a_number_the_one_before_it_is_looked_for(think: bool) -> None:
+    question = ask("count_words", ITEMS, random.Random(0), think)
+    encoded = TOKENIZER.encode(question.answer + "<|im_end|>")
+    numbered = numbers(question, encoded.offsets)
+    assert [encoded.tokens[token] for token in numbered] == ["1", "2", "2"]
+    looks, recording = Looks(), {"items": ITEMS, "begins": [(5, 6), (10, 12), (20, 22), (40, 42)], "classes": [0] * 60}
+    spoken = mentions(question, encoded.offsets)
+    question_looks(looks, 0, question, spoken, numbered, [], [1, 3], {**recording, "end": 60}, 70, 70, 80)
+    places, _ = looks.tensors()[1, 2]
+    assert (places[1] + 1 - 80).tolist() == numbered
+    assert (places[2] - 80).tolist() == [-1, *numbered[:-1]]
+
+
+@pytest.mark.parametrize("kind", ["when_sound", "first", "pitch", "transcribe_times"])
+def test_times_are_no_numbers(kind: str) -> None:
+    question = ask(kind, ITEMS, random.Random(0))
+    assert numbers(question, TOKENIZER.encode(question.answer).offsets) == []
 
 
 @pytest.mark.parametrize("kind", ["first", "last"])
@@ -93,7 +116,7 @@ def test_the_number_of_words_written_is_looked_for() -> None:
     encoded = TOKENIZER.encode(question.answer + "<|im_end|>")
     looks, recording = Looks(), {"items": ITEMS, "begins": [(5, 6), (10, 12), (20, 22), (40, 42)], "classes": [0] * 60}
     spoken = mentions(question, encoded.offsets)
-    question_looks(looks, 0, question, spoken, [], [1, 3], {**recording, "end": 60}, 70, 70, 80)
+    question_looks(looks, 0, question, spoken, [], [], [1, 3], {**recording, "end": 60}, 70, 70, 80)
     places, shares = looks.tensors()[1, 1]
     assert places[1].tolist() == [79, 80, 80, 81, 81, 81]
     assert places[2].tolist() == [79, 79, 80, 79, 80, 81]

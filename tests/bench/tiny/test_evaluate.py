@@ -1,11 +1,15 @@
 """The scores of the evaluation, on answers whose worth is known."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afnext.bench.tiny.evaluate import Row, _alike, _first_error, listed, matched, seconds, table
-from afnext.bench.tiny.scenes import Item, lines
+from afnext.bench.tiny import evaluate
+from afnext.bench.tiny.evaluate import Clip, Row, _alike, _first_error, listed, matched, seconds, table
+from afnext.bench.tiny.scenes import Item, Question, lines
 from afnext.bench.tiny.voices import voices
 
 EXPECTED = [(1.0, "beep"), (2.0, "beep"), (5.5, "seven")]
@@ -13,7 +17,8 @@ EXPECTED = [(1.0, "beep"), (2.0, "beep"), (5.5, "seven")]
 
 def test_lines_are_read_back() -> None:
     items = [Item("beep", False, 1.03, 1.2), Item("seven", True, 605.5, 606)]
-    assert listed(lines(items, quoted=True)) == [(1.0, "beep"), (605.5, "seven")]
+    for numbered in (False, True):
+        assert listed(lines(items, quoted=True, numbered=numbered)) == [(1.0, "beep"), (605.5, "seven")]
     assert listed("[00:01.0] beep\nnonsense\n[0:1] x") == [(1.0, "beep")]
 
 
@@ -40,6 +45,17 @@ def test_order_does_not_matter(found: list[tuple[float, str]]) -> None:
 )
 def test_an_answer_is_right_if_words_agree_and_times_are_near(said: str, alike: bool) -> None:
     assert _alike("A beep at 00:01.0.", said) is alike
+
+
+@pytest.mark.parametrize(
+    ("said", "right"), [("1 at 00:01.0, 2 at 00:09.9: 2", 1), ("2", 1), ("1 at 00:01.0: 1", 0), ("", 0)]
+)
+def test_a_count_is_right_if_it_ends_in_the_number(said: str, right: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = Clip(np.zeros(1), [], Question("count_sound", "", "1 at 00:01.0, 2 at 00:03.0: 2"))
+    answer = SimpleNamespace(text=said, finish_reason="stop")
+    monkeypatch.setattr(evaluate, "answers", lambda *_: [(clip, answer)])
+    row = evaluate._counts(None, [clip], "counting")  # type: ignore[arg-type]
+    assert (row.values, row.stopped) == ({"accuracy": right}, 1)
 
 
 def test_the_first_time_said_counts_and_none_is_the_worst() -> None:

@@ -76,7 +76,7 @@ ITEMS = [
         ("transcribe_times", "[00:01.0] seven\n[01:03.0] seven"),
         ("sounds_times", "[00:00.5] beep\n[01:01.2] tone"),
         ("describe", '[00:00.5] beep\n[00:01.0] "seven"\n[01:01.2] tone\n[01:03.0] "seven"'),
-        ("count_words", "2"),
+        ("count_words", "1 at 00:01.0, 2 at 01:03.0: 2"),
         ("first", "A beep at 00:00.5."),
         ("last", 'The word "seven" at 01:03.0.'),
         ("pitch", "High."),
@@ -91,7 +91,9 @@ def test_questions_about_one_label_count_and_time_that_label(seed: int) -> None:
     for _ in range(40):
         question = ask("count_sound", ITEMS, rng)
         asked = [sound for sound in vocabulary.SOUNDS if sound in question.prompt.replace("buzzes", "buzz")]
-        assert question.answer == str(sum(item.label == asked[0] for item in ITEMS))
+        times = [timestamp(item.onset) for item in ITEMS if item.label == asked[0]]
+        told = ", ".join(f"{number} at {time}" for number, time in enumerate(times, start=1))
+        assert question.answer == (f"{told}: {len(times)}" if times else "0")
         question = ask("when_word", ITEMS, rng)
         found = "00:01.0, 01:03.0" if '"seven"' in question.prompt else "It is not spoken."
         assert question.answer == found
@@ -100,7 +102,7 @@ def test_questions_about_one_label_count_and_time_that_label(seed: int) -> None:
 def test_thinking_lists_the_evidence_before_the_answer(seed: int) -> None:
     question = ask("count_words", ITEMS, random.Random(seed), think=True)
     assert question.prompt.endswith(vocabulary.THINK)
-    assert question.answer == '<think>\n[00:01.0] "seven"\n[01:03.0] "seven"\n</think>\n2'
+    assert question.answer == '<think>\n1. [00:01.0] "seven"\n2. [01:03.0] "seven"\n</think>\n2'
     silent = ask("count_words", [], random.Random(seed), think=True)
     assert silent.answer == "<think>\nnothing\n</think>\n0"
 

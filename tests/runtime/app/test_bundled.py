@@ -59,16 +59,16 @@ def test_it_hears_a_scene_and_places_it_in_time(bundled: afnext.Model) -> None:
 
 
 def test_it_thinks_before_it_answers(bundled: afnext.Model) -> None:
-    """What it lists first is what is there, and what it then answers with."""
-    question = "When does the beep occur? Please think and reason about the input audio before you respond."
+    """What it lists first is what is there, and it counts what it listed."""
+    question = "How many beeps are there? Please think and reason about the input audio before you respond."
     answer = bundled.ask(RECORDING, question)
     assert answer.thinking is not None
-    evidence = listed(answer.thinking)
+    evidence = listed(re.sub(r"^\d+\. ", "", answer.thinking, flags=re.MULTILINE))
     assert {label for _, label in evidence} == {"beep"}
     assert np.allclose(
         [time for time, _ in evidence], [time for time, label in SCENE.items() if label == "beep"], atol=0.15
     )
-    assert re.findall(r"\[(.+?)\]", answer.thinking) == answer.text.split(", ")
+    assert answer.text == str(len(evidence))
 
 
 @pytest.mark.parametrize(
