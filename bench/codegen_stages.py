@@ -136,11 +136,6 @@ def _w8a8(x: Tensor, linear: Linear) -> None:
     linear_w8a8(x, *_int8(linear), linear.bias)
 
 
-def _w8a8_pair(x: Tensor, gate: Linear, up: Linear) -> None:
-    _w8a8(x, gate)
-    _w8a8(x, up)
-
-
 def _int4(linear: Linear) -> tuple[Tensor, Tensor]:
     outputs, inputs = linear.weight.shape
     scales = torch.empty(outputs, inputs // GROUP, dtype=torch.bfloat16, device=_META)
@@ -159,11 +154,6 @@ def _w4a8(x: Tensor, linear: Linear) -> None:
     linear_w4a8(x, *_int4(linear), bias=linear.bias)
 
 
-def _w4a8_pair(x: Tensor, gate: Linear, up: Linear) -> None:
-    _w4a8(x, gate)
-    _w4a8(x, up)
-
-
 def _nf4(linear: Linear) -> tuple[Tensor, Tensor]:
     outputs, inputs = linear.weight.shape
     return torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=_META), _float(outputs, inputs // BLOCK_SIZE)
@@ -177,11 +167,16 @@ def _nf4_pair(x: Tensor, gate: Linear, up: Linear) -> None:
     linear_nf4_swiglu(x, *_nf4(gate), *_nf4(up))
 
 
+def _one_by_one(product: Callable[[Tensor, Linear], None], x: Tensor, gate: Linear, up: Linear) -> None:
+    product(x, gate)
+    product(x, up)
+
+
 _SCHEMES = (
     ("W8A16", _w8a16, _w8a16_pair),
-    ("W8A8", _w8a8, _w8a8_pair),
+    ("W8A8", _w8a8, partial(_one_by_one, _w8a8)),
     ("W4A16", _w4a16, _w4a16_pair),
-    ("W4A8", _w4a8, _w4a8_pair),
+    ("W4A8", _w4a8, partial(_one_by_one, _w4a8)),
     ("NF4", _nf4_product, _nf4_pair),
 )
 

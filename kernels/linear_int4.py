@@ -188,11 +188,16 @@ _W4A16_PAIR = {
 }
 
 
+def within_group(config: Config, group: int) -> Config:
+    """The config with no more inputs a step than a group has."""
+    block_k = min(group, config.blocks["BLOCK_K"])
+    return Config({**config.blocks, "BLOCK_K": block_k}, config.num_warps, config.num_stages)
+
+
 def config_of(rows: int, group: int, pair: bool, device: torch.device) -> Config:
     """How a product of `rows` tokens with weights in groups of `group`, or with a pair of them, is launched."""
     config = config_for(_W4A16_PAIR if pair else _W4A16, rows, device)
-    block_k = min(group, config.blocks["BLOCK_K"])
-    return Config({**config.blocks, "BLOCK_K": block_k}, config.num_warps, config.num_stages)
+    return within_group(config, group)
 
 
 def w4a16_triton(
@@ -233,11 +238,14 @@ def _swiglu_triton(
     return w4a16_triton(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
 
 
-def _misfit(x: Tensor, _packed: Tensor, scales: Tensor, zeros: Tensor | None, *_others: Tensor | None) -> str | None:
+def int4_misfit(
+    x: Tensor, _packed: Tensor, scales: Tensor, zeros: Tensor | None, *_others: Tensor | None
+) -> str | None:
+    """Why the native kernels do not cover a product, or None."""
     return native.misfit(x) or native.misfit(scales, zeros)
 
 
-@_linear.implementation("native", _misfit)
+@_linear.implementation("native", int4_misfit)
 def linear_int4_native(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:

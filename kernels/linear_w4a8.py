@@ -23,10 +23,16 @@ Source: Lin et al. 2024, arXiv:2405.04532 (W4A8).
 import torch
 from torch import Tensor
 
-from . import native
-from .configs import Config, Configs
+from .configs import Configs
 from .dispatch import Operation
-from .linear_int4 import check_int4, linear_int4_native, linear_int4_reference, linear_int4_torch
+from .linear_int4 import (
+    check_int4,
+    int4_misfit,
+    linear_int4_native,
+    linear_int4_reference,
+    linear_int4_torch,
+    within_group,
+)
 from .linear_int8 import (
     FEW_CPU_ROWS,
     add_epilogue,
@@ -115,9 +121,7 @@ def _linear_triton(
     if out.numel() == 0:
         return out
     group = inner // scales.shape[1]
-    config = config_for(_W4A8, rows, x.device)
-    block_k = min(group, config.blocks["BLOCK_K"])
-    config = Config({**config.blocks, "BLOCK_K": block_k}, config.num_warps, config.num_stages)
+    config = within_group(config_for(_W4A8, rows, x.device), group)
     _w4a8_kernel[(blocks(config, rows, columns),)](
         codes,
         x_scales,
@@ -136,11 +140,7 @@ def _linear_triton(
     return out
 
 
-def _misfit(x: Tensor, _packed: Tensor, scales: Tensor, zeros: Tensor | None, *_others: Tensor | None) -> str | None:
-    return native.misfit(x) or native.misfit(scales, zeros)
-
-
-@_linear.implementation("native", _misfit)
+@_linear.implementation("native", int4_misfit)
 def _linear_native(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:

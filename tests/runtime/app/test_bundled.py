@@ -58,17 +58,20 @@ def test_it_hears_a_scene_and_places_it_in_time(bundled: afnext.Model) -> None:
     assert sum(label == expected for (_, label), expected in zip(heard, SCENE.values(), strict=True)) >= 8, answer.text
 
 
-def test_it_thinks_before_it_answers(bundled: afnext.Model) -> None:
-    """What it lists first is what is there, and it counts what it listed."""
-    question = "How many beeps are there? Please think and reason about the input audio before you respond."
-    answer = bundled.ask(RECORDING, question)
+@pytest.mark.parametrize("question", ["How many beeps are there?", "When does the beep occur?"])
+def test_it_thinks_before_it_answers(bundled: afnext.Model, question: str) -> None:
+    """What it lists first is what is there, and what it then counts or answers with."""
+    answer = bundled.ask(RECORDING, f"{question} Please think and reason about the input audio before you respond.")
     assert answer.thinking is not None
     evidence = listed(re.sub(r"^\d+\. ", "", answer.thinking, flags=re.MULTILINE))
     assert {label for _, label in evidence} == {"beep"}
     assert np.allclose(
         [time for time, _ in evidence], [time for time, label in SCENE.items() if label == "beep"], atol=0.15
     )
-    assert answer.text == str(len(evidence))
+    if question.startswith("How many"):
+        assert answer.text == str(len(evidence))
+    else:
+        assert re.findall(r"\[(.+?)\]", answer.thinking) == answer.text.split(", ")
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def _clip(tmp_path: Path) -> list[Path]:
         (("--scheme", "int5"), 1, "unknown recipe 'int5'; choose from int8"),
         (("--scheme", "int4"), 1, "decoder.layers.0.self_attn.q_proj cannot be int4-g64: 96 inputs are not divisible"),
         (("--scheme", "int4", "--group-size", "48"), 1, "not 48"),
-        (("--scheme", "int8", "--zeros"), 1, "only int4 and"),
+        (("--scheme", "int8", "--zeros"), 1, "only int4 and int4-w4a8 do"),
         (("--rule", "encoder"), 2, "LAYERS=SCHEME"),
         (("--rule", "encoder.*=int9"), 1, "unknown scheme 'int9'"),
     ],
