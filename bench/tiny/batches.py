@@ -133,10 +133,10 @@ class Batches(Dataset[dict[str, Any]]):
         """The questions of each recording one after another, each [batch, time]: token ids, targets (none in padding
         and prompts) and their weights, so that an answer weighs as the square root of its length, which question a
         token belongs to (from 1), its place in it; of the tokens of an answer the class that is asked about, with
-        times the tenth of a second of the item last written, and without them the class of the word last written and
-        how many are."""
+        times the tenth of a second of the item last written and of the one being written, and without them the class
+        of the word last written and how many are."""
         padding = {"inputs": self._tokenizer.token_to_id("[PAD]"), "question": -1, "place": 0, "weights": 0.0}
-        padding |= dict.fromkeys(("targets", "named", "written", "last", "ordinal"), IGNORED)
+        padding |= dict.fromkeys(("targets", "named", "written", "writing", "last", "ordinal"), IGNORED)
         rows = []
         for number, (asked, recording) in enumerate(zip(questions, recordings, strict=True)):
             row: dict[str, list[Any]] = {name: [] for name in padding}
@@ -177,12 +177,14 @@ class Batches(Dataset[dict[str, Any]]):
 
 
 def _written(question: Question, spoken: list[int | None]) -> dict[str, list[int]]:
-    """What an answer has said before each of its tokens, see `_questions`. spoken: see `mentions`."""
+    """What an answer has said before each of its tokens, or says there, see `_questions`. spoken: see `mentions`."""
     plain = question.kind == "transcribe"
-    timed = "[" in question.answer or question.kind.startswith(("when", "count"))
+    timed = "[" in question.answer or question.kind.startswith(("when", "count", "first", "last"))
     labels = ["", *(item.label for item in question.evidence)]
+    times = [tenths_of(item.onset) if timed else IGNORED for item in question.evidence]
     return {
-        "written": [tenths_of(question.evidence[k - 1].onset) if timed and k else IGNORED for k in spoken],
+        "written": [times[k - 1] if k else IGNORED for k in spoken],
+        "writing": [times[k] if k is not None and k < len(times) else IGNORED for k in spoken],
         "last": [CLASSES.index(labels[k]) if plain and k is not None else IGNORED for k in spoken],
         "ordinal": [min(k, MOST_WORDS) if plain and k is not None else IGNORED for k in spoken],
     }

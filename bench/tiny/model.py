@@ -219,19 +219,19 @@ class TinyModel(nn.Module):
 
     def decode(
         self, x: Tensor, positions: Tensor, bias: Tensor, watched: Watched | None = None
-    ) -> tuple[Tensor, dict[tuple[int, int], Tensor], Tensor]:
+    ) -> tuple[Tensor, dict[tuple[int, int], Tensor], list[Tensor]]:
         """x: [batch, time, hidden]; positions: [batch, time]; bias: [batch, 1, time, time], added to the scores;
         watched: for some heads (layer, head) the places of which to tell, [3, entries] of row, query and key.
         Returns the normed hidden states, for each head watched the logarithms of the weights there, and the hidden
-        states after the second layer."""
+        states after each layer."""
         decoder, watched = self.decoder, watched or {}
         angles = positions.float()[:, None, :, None] * rope_frequencies(64, ROPE_THETA)
         cos, sin = angles.cos(), angles.sin()
-        told, middle = dict[tuple[int, int], Tensor](), x
+        told, after = dict[tuple[int, int], Tensor](), list[Tensor]()
         for index, layer in enumerate(decoder.layers):
             own = {head: places for head, places in watched.items() if head[0] == index}
             places = [torch.cat((p[:1], torch.full_like(p[:1], head), p[1:])) for (_, head), p in own.items()]
             x, found = layer(x, cos, sin, bias, torch.cat([torch.zeros(4, 0, dtype=torch.long), *places], 1))
             told |= dict(zip(own, found.split([places.shape[1] for places in own.values()]), strict=True))
-            middle = x if index == 1 else middle
-        return decoder.norm(x), told, middle
+            after.append(x)
+        return decoder.norm(x), told, after

@@ -55,20 +55,23 @@ class Auxiliary(nn.Module):
         super().__init__()
         width = DECODER["hidden_size"]
         self.classes, self.onset = nn.Linear(width, len(CLASSES)), nn.Linear(width, 1)
-        self.time, self.clock, self.written = (nn.Linear(width, sum(_CLOCK)) for _ in range(3))
+        self.time, self.clock, self.written, self.writing = (nn.Linear(width, sum(_CLOCK)) for _ in range(4))
         self.before = nn.ModuleList(nn.Linear(width, sum(_CLOCK)) for _ in range(4))
         self.words, self.ordinal = nn.Linear(width, MOST_WORDS + 1), nn.Linear(width, MOST_WORDS + 1)
         # One head for what is asked and for where it may be found, so that the two are written alike.
         self.label, self.follows = nn.Linear(width, len(CLASSES)), nn.Linear(width, len(CLASSES))
 
-    def loss(self, adapted: Tensor, audio: Tensor, asked: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def loss(
+        self, adapted: Tensor, audio: Tensor, asked: Tensor, pointed: Tensor, batch: dict[str, Any]
+    ) -> dict[str, Tensor]:
         """adapted: adaptor's output, [batch, audio, hidden]; audio: the same tokens after the second decoder layer;
-        asked: those of the questions there."""
+        asked: those of the questions there; pointed: the same after the third."""
         begun = batch["onsets"] > 0
         positive = torch.tensor(5.0)
         onset = self.onset(adapted).squeeze(-1).float()
         time, written = torch.stack(clock(batch["tenths"]), -1), batch["written"]
-        told = written != IGNORED
+        told, writing = written != IGNORED, batch["writing"]
+        telling = writing != IGNORED
         before = torch.stack(
             [_clock_loss(head(audio[begun]), batch["before"][begun][:, kind]) for kind, head in enumerate(self.before)]
         )
@@ -83,6 +86,7 @@ class Auxiliary(nn.Module):
             "time": _clock_loss(self.time(adapted), time),
             "clock": _clock_loss(self.clock(audio), time) + _clock_loss(self.clock(audio[begun]), time[begun]),
             "written": _clock_loss(self.written(asked[told]), torch.stack(clock(written[told]), -1)),
+            "writing": _clock_loss(self.writing(pointed[telling]), torch.stack(clock(writing[telling]), -1)),
             "before": before.mean(),
             "ordinal": _cross_entropy(self.words(audio[begun]), batch["words"][begun])
             + _cross_entropy(self.ordinal(asked), batch["ordinal"]),
@@ -115,13 +119,13 @@ def step_losses(model: TinyModel, auxiliary: Auxiliary, batch: dict[str, Any]) -
     prefix, asked = embed(batch["prefix"]).expand(size, -1, -1), embed(batch["inputs"])
     x = torch.cat((prefix, adapted.float(), asked), 1)
     watched = {head: places for head, (places, _) in batch["looks"].items()}
-    hidden, told, middle = model.decode(x, batch["positions"], batch["bias"], watched)
+    hidden, told, (_, second, third, _) = model.decode(x, batch["positions"], batch["bias"], watched)
     start = prefix.shape[1]
     end = start + adapted.shape[1]
     targets = batch["targets"]
     answered = targets != IGNORED
     logits = model.language_model["lm_head"](hidden[:, end:][answered]).float()
-    losses = auxiliary.loss(adapted, middle[:, start:end], middle[:, end:], batch)
+    losses = auxiliary.loss(adapted, second[:, start:end], second[:, end:], third[:, end:], batch)
     looking = looking_losses(told, batch["looks"])
     weights = batch["weights"][answered]
     answer = (F.cross_entropy(logits, targets[answered], reduction="none") * weights).sum() / weights.sum()
@@ -129,6 +133,7 @@ def step_losses(model: TinyModel, auxiliary: Auxiliary, batch: dict[str, Any]) -
     auxiliaries = (
         losses["class"] + 0.3 * losses["onset"] + 0.5 * (losses["time"] + losses["written"]) + 2 * losses["clock"]
     )
+    auxiliaries = auxiliaries + losses["writing"]
     auxiliaries = auxiliaries + 0.5 * (losses["before"] + losses["ordinal"] + losses["label"] + losses["follows"])
     total = 2 * answer + 0.5 * auxiliaries + torch.stack(list(looking.values())).sum() * 0.3
     return total, {"answer": answer, "accuracy": right.mean(), **losses, **looking}

@@ -40,7 +40,7 @@ def rounded(x: Tensor, group: int) -> Tensor:
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(
     "shape",
-    [(1, 128, 33, 64), (5, 192, 16, 32), (19, 320, 70, 64), (40, 256, 33, 128), (70, 96, 40, 32), (17, 128, 1, 64)],
+    [(1, 1024, 161, 64), (5, 960, 16, 32), (19, 320, 70, 64), (40, 256, 33, 128), (70, 96, 40, 32), (401, 320, 1, 64)],
 )
 @pytest.mark.parametrize("backend", backends(module._linear))
 def test_accuracy(
