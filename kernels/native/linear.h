@@ -16,9 +16,23 @@
 
 namespace afnext {
 
-// Bytes ahead of the weights being read, which are one stream from memory. They are fetched into the second-level cache:
-// more such reads may be on their way than into the first.
-constexpr int kPrefetch = 4096;
+// Fetches the weights in the order in which they lie, one stream from memory, however many outputs are summed at once: while
+// a tile of outputs is read, the one after the next. Into the second-level cache: more such reads may be on their way than
+// into the first.
+class Ahead {
+ public:
+  // tile: of the weights of all outputs that are summed at once, bytes.
+  Ahead(const void* weights, int64_t tile) : next_((const char*)weights + 2 * tile) {}
+
+  // As many bytes more.
+  void read(int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(next_ + i, 0, 2);
+    next_ += bytes;
+  }
+
+ private:
+  const char* next_;
+};
 
 // Aligned memory for one call.
 template <typename T>
@@ -113,7 +127,7 @@ class Epilogue {
 constexpr int kOutputBlock = 4;
 
 // Calls body(n, count, scratch) for blocks of up to kOutputBlock outputs from n on, each thread on a range of neighbours,
-// so that its weights are one stream, with its own scratch of `scratch` floats. work: multiplications in all.
+// so that its weights are one stream, with its own scratch of `scratch` floats, at first zeros. work: multiplications in all.
 template <typename Body>
 inline void for_outputs(int64_t columns, int64_t work, int64_t scratch, int64_t threads, Body body) {
   constexpr int64_t kWorthAThread = 1 << 15;
@@ -122,6 +136,7 @@ inline void for_outputs(int64_t columns, int64_t work, int64_t scratch, int64_t 
 #pragma omp parallel num_threads(count)
   {
     Scratch<float> own(scratch);
+    std::memset(own, 0, scratch * sizeof(float));
 #pragma omp for schedule(static) nowait
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t n = block * kOutputBlock;
@@ -131,16 +146,13 @@ inline void for_outputs(int64_t columns, int64_t work, int64_t scratch, int64_t 
 }
 
 // Cuts a block of `outputs` and all rows into what sums in registers: calls tile(C, R, n, row) with constants C outputs
-// from n and R rows. Several rows share what is loaded of the weights. A single row takes its outputs one after another,
-// one stream; unless it is so long, of row_bytes, that the first-level cache would have to load it for each of them.
+// from n and R rows. Several rows share what is loaded of the weights, and several outputs what is loaded of the rows.
 template <typename Tile>
-inline void for_tiles(int64_t outputs, int64_t rows, int64_t row_bytes, Tile tile) {
-  constexpr int64_t kShort = 16 << 10;
+inline void for_tiles(int64_t outputs, int64_t rows, Tile tile) {
   const auto across = [&](auto height, int64_t row) {
     constexpr int R = decltype(height)::value, C = R > 1 ? 2 : 4;
     int64_t n = 0;
-    if (R > 1 || row_bytes > kShort)
-      for (; n + C <= outputs; n += C) tile(std::integral_constant<int, C>{}, height, n, row);
+    for (; n + C <= outputs; n += C) tile(std::integral_constant<int, C>{}, height, n, row);
     for (; n < outputs; ++n) tile(std::integral_constant<int, 1>{}, height, n, row);
   };
   int64_t row = 0;

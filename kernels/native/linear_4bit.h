@@ -32,7 +32,10 @@ class Spread {
   Vec operator()(const float* values, int64_t chunk) const {
     const float* first = values + (kLanes == 16 && ONE_GROUP ? chunk : chunk * kLanes >> shift_);
 #if defined(__AVX512F__)
-    if constexpr (!ONE_GROUP) return (Vec)_mm512_permutexvar_ps((__m512i)source_, (__m512)load(first));
+    if constexpr (!ONE_GROUP) {
+      const __m512 groups = _mm512_broadcast_f32x4(_mm_loadu_ps(first));
+      return (Vec)_mm512_permutevar_ps(groups, (__m512i)source_);
+    }
 #elif defined(__AVX2__)
     if constexpr (!ONE_GROUP) return (Vec)_mm256_permutevar8x32_ps((__m256)load(first), (__m256i)source_);
 #endif
@@ -88,7 +91,6 @@ class FloatRows {
   static constexpr int64_t kStep = kChunk;  // elements of a row's chunk
 
   const float* row(int64_t index) const { return values_ + index * pitch_; }
-  int64_t row_bytes() const { return pitch_ * sizeof(float); }
   int64_t pitch() const { return pitch_; }
 
   // sums[c][r] = codes * x in each lane, of the words of C outputs and a chunk of R rows `pitch` apart.
@@ -119,10 +121,10 @@ struct Weight {
   int64_t kind;
 };
 
-// products[g] = scale * that of the row's activations, for all groups of output n; returns what the zeros take from the
-// sum, sum_g scale * (zero - offset) * sum of the row's activations.
+// products[g] = scale * that of the row's activations, for all groups of an output; returns, in parts, what the zeros take
+// from the sum, sum_g scale * (zero - offset) * sum of the row's activations.
 template <typename S>
-float weigh_groups(const S* scales, const S* zeros, int64_t count, float offset, const float* row_scales,
+Vec weigh_groups(const S* scales, const S* zeros, int64_t count, float offset, const float* row_scales,
                    const float* row_sums, float* products) {
   Vec shift{};
   const auto step = [&](int64_t g, Vec scale, Vec zero) {
@@ -133,7 +135,7 @@ float weigh_groups(const S* scales, const S* zeros, int64_t count, float offset,
   for (; g + kLanes <= count; g += kLanes) step(g, load(scales + g), zeros ? load(zeros + g) : splat(8));
   const int rest = (int)(count - g);
   if (rest) step(g, load_first(scales + g, rest), zeros ? load_first(zeros + g, rest) : splat(8));
-  return sum(shift);
+  return shift;
 }
 
 // y[c, r] for C outputs from n on and R rows from `row` on, y `pitch` apart; products: [C * R, padded] floats, finite.
@@ -142,16 +144,16 @@ void dot(const Weight& weight, int64_t n, const Rows& x, int64_t row, int64_t co
          float* y, int64_t pitch) {
   const Spread<ONE_GROUP> spread(group / 8);
   const int64_t padded = x.groups.padded(), half = count * group / 2;
+  Vec total[C][R];
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r)
       with_dtype(weight.kind, [&](auto zero) {
         using S = const decltype(zero);
         const int64_t first = (n + c) * count;
-        y[c * pitch + r] = -weigh_groups((S*)weight.scales + first, weight.zeros ? (S*)weight.zeros + first : nullptr, count,
-                                         Rows::kOffset, x.groups.scales(row + r), x.groups.sums(row + r),
-                                         products + (c * R + r) * padded);
+        total[c][r] = -weigh_groups((S*)weight.scales + first, weight.zeros ? (S*)weight.zeros + first : nullptr, count,
+                                    Rows::kOffset, x.groups.scales(row + r), x.groups.sums(row + r),
+                                    products + (c * R + r) * padded);
       });
-  Vec total[C][R] = {};
   const uint8_t* codes = weight.codes + n * half;
   const auto* activations = x.row(row);
   const int64_t pitch_x = x.pitch();
@@ -164,13 +166,14 @@ void dot(const Weight& weight, int64_t n, const Rows& x, int64_t row, int64_t co
       for (int r = 0; r < R; ++r) total[c][r] += sums[c][r] * spread(products + (c * R + r) * padded, chunk);
   };
   const int64_t whole = 2 * half / kChunk, left = half - whole * kChunk / 2;
+  Ahead ahead(codes, C * half);
   for (int64_t chunk = 0; chunk < whole; ++chunk) {
-    for (int c = 0; c < C; ++c) __builtin_prefetch(codes + c * half + chunk * kChunk / 2 + kPrefetch, 0, 2);
+    ahead.read(C * kChunk / 2);
     add(chunk, kChunk / 2);
   }
   if (left) add(whole, left);
   for (int c = 0; c < C; ++c)
-    for (int r = 0; r < R; ++r) y[c * pitch + r] += sum(total[c][r]);
+    for (int r = 0; r < R; ++r) y[c * pitch + r] = sum(total[c][r]);
 }
 
 template <typename Rows, typename T>
@@ -179,9 +182,8 @@ void product(const Rows& x, const Weight& weight, const Weight& up, const Epilog
   const int64_t count = inner / group, own = 8 * x.groups.padded(), block = kOutputBlock * rows;
   const auto body = [&](int64_t n, int64_t outputs, float* scratch) {
     float *y = scratch + own, *raised = y + block;
-    std::memset(scratch, 0, own * sizeof(float));
     const auto multiply = [&](const Weight& by, float* to) {
-      for_tiles(outputs, rows, x.row_bytes(), [&](auto width, auto height, int64_t i, int64_t row) {
+      for_tiles(outputs, rows, [&](auto width, auto height, int64_t i, int64_t row) {
         constexpr int C = decltype(width)::value, R = decltype(height)::value;
         const auto run = group >= kChunk ? dot<true, C, R, Rows> : dot<false, C, R, Rows>;
         run(by, n + i, x, row, count, group, scratch, to + i * rows + row, rows);

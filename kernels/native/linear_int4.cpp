@@ -35,7 +35,6 @@ class FixedRows {
   static constexpr int64_t kStep = 2 * kChunk;
 
   const int8_t* row(int64_t index) const { return bytes_ + index * pitch_; }
-  int64_t row_bytes() const { return pitch_; }
   int64_t pitch() const { return pitch_; }
 
   template <int C, int R>
@@ -88,25 +87,16 @@ class ByteRows {
     std::memset(bytes_, 0, rows * pitch_);
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t first = 0; first < inner; first += group) {
-        const int8_t* from = x + row * inner + first;
-        int8_t* to = bytes_ + row * pitch_ + first / kChunk * kChunk + first % kChunk / 2;
-        int32_t total = 0;
-        for (int64_t i = 0; i < group; i += 2) {
-          const int64_t at = i / kChunk * kChunk + i % kChunk / 2;
-          to[at] = from[i];
-          to[at + kBytes] = from[i + 1];
-          total += from[i] + from[i + 1];
-        }
-        const float scale = scales[row * (inner / group) + first / group];
-        groups.scales(row)[first / group] = scale;
-        groups.sums(row)[first / group] = scale * total;
+        const int64_t at = row * (inner / group) + first / group;
+        const int32_t total = part(x + row * inner + first, group, bytes_ + row * pitch_, first);
+        groups.scales(row)[first / group] = scales[at];
+        groups.sums(row)[first / group] = scales[at] * total;
       }
   }
 
   static constexpr int64_t kStep = kChunk;
 
   const int8_t* row(int64_t index) const { return bytes_ + index * pitch_; }
-  int64_t row_bytes() const { return pitch_; }
   int64_t pitch() const { return pitch_; }
 
   template <int C, int R>
@@ -123,6 +113,25 @@ class ByteRows {
   Groups groups;
 
  private:
+  // Puts a group's inputs, from number `first` of the row on, in their places; returns their sum.
+  static int32_t part(const int8_t* from, int64_t group, int8_t* row, int64_t first) {
+    typedef int16_t Pairs __attribute__((vector_size(2 * kLanes)));
+    IntVec total{};
+    for (int64_t i = 0; i < group; i += 2 * kLanes) {
+      Pairs pairs;
+      std::memcpy(&pairs, from + i, sizeof pairs);
+      const int64_t k = first + i;
+      int8_t* to = row + k / kChunk * kChunk + k % kChunk / 2;
+      const Pairs both[2] = {pairs << 8 >> 8, pairs >> 8};
+      for (int odd = 0; odd < 2; ++odd) {
+        total += __builtin_convertvector(both[odd], IntVec);
+        const ByteVec bytes = __builtin_convertvector(both[odd], ByteVec);
+        std::memcpy(to + odd * kBytes, &bytes, sizeof bytes);
+      }
+    }
+    return sum(total);
+  }
+
   int64_t pitch_;
   Scratch<int8_t> bytes_;
 };

@@ -13,9 +13,10 @@ template <int C, int R>
 void dot(const int8_t* weight, const float* x, int64_t inner, float* y, int64_t pitch) {
   constexpr int kSums = C * R == 1 ? 4 : 1;  // so many additions need not wait for each other
   Vec total[C][R][kSums] = {};
+  Ahead ahead(weight, C * inner);
   int64_t k = 0;
   for (; k + 4 * kLanes <= inner; k += 4 * kLanes) {
-    for (int c = 0; c < C; ++c) __builtin_prefetch(weight + c * inner + k + kPrefetch, 0, 2);
+    ahead.read(C * 4 * kLanes);
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) {
       Vec w[C];
@@ -42,9 +43,10 @@ void dot(const int8_t* weight, const int8_t* x, int64_t inner, float* y, int64_t
   int64_t k = 0;
 #if defined(__AVX2__)
   IntVec total[C][R] = {};
+  Ahead ahead(weight, C * inner);
   for (; k + kBytes <= inner; k += kBytes) {
+    ahead.read(C * kBytes);
     for (int c = 0; c < C; ++c) {
-      __builtin_prefetch(weight + c * inner + k + kPrefetch, 0, 2);
       const SignedBytes w((Bytes)load_bytes(weight + c * inner + k));
       for (int r = 0; r < R; ++r) total[c][r] = w.add_dot(total[c][r], (Bytes)load_bytes(x + r * inner + k));
     }
@@ -86,19 +88,18 @@ class FixedRows {
       }
   }
 
-  int64_t row_bytes() const { return groups_ * 2 * kShared; }
 
   // y[c, r] = sum_k x[row + r, k] * weight[c, k] for C outputs and R rows, y `pitch` apart.
   template <int C, int R>
   void dot(const int8_t* weight, int64_t row, float* y, int64_t pitch) const {
     Vec total[C][R] = {};
+    Ahead ahead(weight, C * inner_);
     for (int64_t g = 0; g < groups_; ++g, weight += kShared) {
       if ((g + 1) * kShared > inner_) {
         add_group<true>(weight, row * groups_ + g, total);
         continue;
       }
-      for (int c = 0; c < C; ++c)
-        for (int64_t line = 0; line < kShared; line += 64) __builtin_prefetch(weight + c * inner_ + line + kPrefetch, 0, 2);
+      ahead.read(C * kShared);
       add_group<false>(weight, row * groups_ + g, total);
     }
     for (int c = 0; c < C; ++c)
@@ -160,7 +161,6 @@ struct PlainRows {
   const X* x;
   int64_t inner;
 
-  int64_t row_bytes() const { return inner * sizeof(X); }
 
   template <int C, int R>
   void dot(const int8_t* weight, int64_t row, float* y, int64_t pitch) const {
@@ -175,7 +175,7 @@ void product(const X& x, const float* row_scales, const Weight& weight, const We
   const int64_t block = kOutputBlock * rows;
   for_outputs(write.columns, rows * write.columns * inner, 2 * block, threads, [&](int64_t n, int64_t outputs, float* y) {
     const auto multiply = [&](const Weight& by, float* to) {
-      for_tiles(outputs, rows, x.row_bytes(), [&](auto width, auto height, int64_t i, int64_t row) {
+      for_tiles(outputs, rows, [&](auto width, auto height, int64_t i, int64_t row) {
         x.template dot<decltype(width)::value, decltype(height)::value>(by.codes + (n + i) * inner, row, to + i * rows + row,
                                                                         rows);
       });

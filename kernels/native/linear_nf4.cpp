@@ -75,7 +75,6 @@ class PairRows {
   }
 
   const bfloat16* row(int64_t index) const { return values_ + index * pitch_; }
-  int64_t row_bytes() const { return pitch_ * sizeof(bfloat16); }
   int64_t pitch() const { return pitch_; }
 
   template <int C, int R>

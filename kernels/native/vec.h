@@ -144,6 +144,10 @@ inline int32_t sum(IntVec x) {
 }
 
 inline float largest(Vec x) {  // NaN if there is one
+#if defined(__AVX512F__)
+  const __m512 all = (__m512)x;
+  if (!_mm512_cmp_ps_mask(all, all, _CMP_UNORD_Q)) return _mm512_reduce_max_ps(all);
+#endif
   float most = x[0];
   for (int i = 1; i < kLanes; ++i) most = x[i] > most || x[i] != x[i] ? x[i] : most;
   return most;
