@@ -24,6 +24,7 @@ from ..kernels.errors import AfnextError
 from ..kernels.quantize_rows import quantize_rows
 from ..runtime.app.api import Model, load
 from ..runtime.engine.kv_cache import KVCache, page_table, pages_for
+from ..runtime.engine.repeated_calls import RepeatedCalls, repeatable
 from .ceilings import measured_ceilings
 from .e2e import PACKED_TOLERANCE, TOLERANCE, recording
 from .machine import machine
@@ -94,6 +95,8 @@ class Afnext:
         config = self.network.config.decoder
         self._cache = KVCache(config, pages=count, page_size=self._page_size, device=device, dtype=self._kv_dtype)
         self._table = page_table([self._cache.allocate(self._depth + room)], device)
+        decoder = self.network.decoder
+        self._layers = RepeatedCalls(decoder) if repeatable(device) else decoder
         pools = (self._cache.keys, self._cache.k_scales), (self._cache.values, self._cache.v_scales)
         for held, (codes, scales) in zip((keys, values), pools, strict=True):
             for layer, x in enumerate(held):
@@ -110,8 +113,10 @@ class Afnext:
 
     @torch.inference_mode()
     def step(self, x: Tensor) -> Tensor:
-        """See `Subject`."""
-        return self.network.decoder.logits(self.extend(x)[:, -1])
+        """See `Subject`; as the engine does it."""
+        positions = torch.tensor([[self._depth]], device=x.device)
+        hidden = self._layers(x, positions, self._cache.view(self._table, positions))
+        return self.network.decoder.logits(hidden[:, -1])
 
     @property
     def weight_bytes(self) -> int:

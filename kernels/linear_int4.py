@@ -250,8 +250,8 @@ def linear_int4_native(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """The product by the native kernels, for what they cover."""
-    rows, columns = as_rows(x), len(packed)
-    if len(rows) <= FEW_CPU_ROWS or products.in_panels(rows, columns):
+    rows, columns = as_rows(x), packed.shape[0]
+    if rows.shape[0] <= FEW_CPU_ROWS or products.in_panels(rows, columns):
         return products.int4_product(rows, (packed, scales, zeros), None, bias, residual).view(*x.shape[:-1], columns)
 
     def dense(tile: slice) -> Tensor:
@@ -283,7 +283,7 @@ def _swiglu_native(
     up_zeros: Tensor | None,
 ) -> Tensor:
     rows = as_rows(x)
-    if len(rows) <= FEW_CPU_ROWS and not products.in_panels(rows, len(gate)):
+    if rows.shape[0] <= FEW_CPU_ROWS and not products.in_panels(rows, len(gate)):
         y = products.int4_product(rows, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
         return y.view(*x.shape[:-1], len(gate))
     raised = linear_int4_native(x, up, up_scales, up_zeros, None, None)
@@ -295,8 +295,8 @@ def linear_int4_torch(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """The product by torch's operations."""
-    rows, columns = as_rows(x), len(packed)
-    copy = _copies.get(packed) if len(rows) <= MOST_ROWS_INTERLEAVED else None
+    rows, columns = as_rows(x), packed.shape[0]
+    copy = _copies.get(packed) if rows.shape[0] <= MOST_ROWS_INTERLEAVED else None
     if copy is not None and copy[1].dtype == x.dtype:
         group = x.shape[-1] // scales.shape[1]
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, copy[0], group, copy[1])
@@ -353,7 +353,7 @@ def prepare_int4(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: to
 
     That is a copy as large as `packed` where torch multiplies on a CPU, and nothing elsewhere.
     """
-    if _linear.on(packed.device) is linear_int4_torch and on_cpu(packed) and len(packed) % 16 == 0:
+    if _linear.on(packed.device) is linear_int4_torch and on_cpu(packed) and packed.shape[0] % 16 == 0:
         _copies[packed] = _interleaved(packed, scales, zeros, dtype)
 
 
@@ -372,7 +372,7 @@ def linear_int4(
     Raises ValueError for shapes or dtypes that do not fit.
     """
     check_int4(x, packed, scales, zeros)
-    check_epilogue(x, len(packed), bias, residual)
+    check_epilogue(x, packed.shape[0], bias, residual)
     return _linear.on(x.device)(x, packed, scales, zeros, bias, residual)
 
 
@@ -406,7 +406,9 @@ def check_int4(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None) 
     inner = 2 * packed.shape[1]
     if not x.is_floating_point() or x.shape[-1:] != (inner,):
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; a packed weight {tuple(packed.shape)} takes [..., {inner}]")
-    fits = scales.ndim == 2 and len(scales) == len(packed) and inner in [scales.shape[1] * g for g in GROUP_SIZES]
+    fits = (
+        scales.ndim == 2 and scales.shape[0] == packed.shape[0] and inner in [scales.shape[1] * g for g in GROUP_SIZES]
+    )
     if not fits or not scales.is_floating_point() or not scales.is_contiguous():
         raise ValueError(
             f"scales must be contiguous floating [{len(packed)}, {inner} / group] with a group of {GROUP_SIZES}, got "

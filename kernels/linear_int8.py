@@ -412,7 +412,7 @@ def _misfit(x: Tensor, *_others: Tensor | None) -> str | None:
 @_linear.implementation("native", _misfit)
 def _linear_native(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     rows, columns = as_rows(x), len(weight)
-    if len(rows) <= FEW_CPU_ROWS or products.in_panels(rows, columns):
+    if rows.shape[0] <= FEW_CPU_ROWS or products.in_panels(rows, columns):
         return products.int8_product(rows, (weight, scales), None, bias, residual).view(*x.shape[:-1], columns)
     y = product_by_tiles(rows, columns, lambda tile: products.unpack_int8(weight[tile], scales[tile], x.dtype))
     return add_epilogue(y.view(*x.shape[:-1], columns), bias, residual)
@@ -421,7 +421,7 @@ def _linear_native(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | Non
 @_swiglu.implementation("native", _misfit)
 def _swiglu_native(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
     rows = as_rows(x)
-    if len(rows) <= FEW_CPU_ROWS and not products.in_panels(rows, len(gate)):
+    if rows.shape[0] <= FEW_CPU_ROWS and not products.in_panels(rows, len(gate)):
         y = products.int8_product(rows, (gate, gate_scales), (up, up_scales), None, None)
         return y.view(*x.shape[:-1], len(gate))
     raised = _linear_native(x, up, up_scales, None, None)
@@ -431,7 +431,7 @@ def _swiglu_native(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_
 @_w8a8.implementation("native", _misfit)
 def _w8a8_native(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     codes, row_scales = quantize_rows(as_rows(x))
-    if len(codes) > FEW_CPU_ROWS and not products.has_panels():
+    if codes.shape[0] > FEW_CPU_ROWS and not products.has_panels():
         y = _int_product(codes, weight).float() * row_scales[:, None] * scales.float()
         return add_epilogue(y.view(*x.shape[:-1], len(weight)), bias, residual).to(x.dtype)
     y = products.w8a8_product(codes, row_scales, (weight, scales), bias, residual, x.dtype)
@@ -449,7 +449,7 @@ def _linear_torch(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None
     rows, columns = as_rows(x), len(weight)
     if x.dtype == torch.float16:  # it holds no sum of 127 * x
         y = product_by_tiles(rows, columns, lambda tile: dequantized(weight[tile], scales[tile], x.dtype))
-    elif x.dtype == torch.bfloat16 and len(rows) <= MOST_ROWS_INT8:
+    elif x.dtype == torch.bfloat16 and rows.shape[0] <= MOST_ROWS_INT8:
         y = torch._weight_int8pack_mm(rows, weight, torch.ones_like(scales, dtype=x.dtype)).float() * scales.float()
     else:
         y = product_by_tiles(rows, columns, lambda tile: weight[tile].to(x.dtype)).float() * scales.float()
@@ -459,7 +459,7 @@ def _linear_torch(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None
 def product_by_tiles(rows: Tensor, columns: int, weight: Callable[[slice], Tensor]) -> Tensor:
     """rows [n, in] times the transpose of a weight [columns, in] that is made dense a tile of channels at a time."""
     height = max(1, _TILE_BYTES // (rows.shape[1] * rows.element_size()))
-    out = torch.empty(len(rows), columns, dtype=rows.dtype, device=rows.device)
+    out = torch.empty(rows.shape[0], columns, dtype=rows.dtype, device=rows.device)
     for start in range(0, columns, height):
         tile = slice(start, min(start + height, columns))
         torch.mm(rows, weight(tile).T, out=out[:, tile])

@@ -116,7 +116,7 @@ def _linear_triton(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     codes, x_scales = _rounded(x, scales.shape[1])
-    (rows, inner), columns = codes.shape, len(packed)
+    (rows, inner), columns = codes.shape, packed.shape[0]
     out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -147,7 +147,7 @@ def _linear_native(
     codes, x_scales = _rounded(x, scales.shape[1])
     if len(codes) <= FEW_CPU_ROWS or products.has_panels():
         y = products.w4a8_product(codes, x_scales, (packed, scales, zeros), bias, residual, x.dtype)
-        return y.view(*x.shape[:-1], len(packed))
+        return y.view(*x.shape[:-1], packed.shape[0])
     return linear_int4_native(_restored(x, codes, x_scales), packed, scales, zeros, bias, residual)
 
 
@@ -181,5 +181,5 @@ def linear_w4a8(
 ) -> Tensor:
     """As `linear_int4`, with each group of x rounded to int8 on the way (W4A8): faster for many rows, less exact."""
     check_int4(x, packed, scales, zeros)
-    check_epilogue(x, len(packed), bias, residual)
+    check_epilogue(x, packed.shape[0], bias, residual)
     return _linear.on(x.device)(x, packed, scales, zeros, bias, residual)

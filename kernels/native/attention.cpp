@@ -482,7 +482,8 @@ AFNEXT_EXPORT void afnext_attention(
   p.heads = heads;
   p.kv_heads = kv_heads;
   p.head_dim = head_dim;
-  p.max_keys = max_keys;
+  // The caller may know no more than what there is room for, and parts without keys would go to one of the threads.
+  p.max_keys = key_lengths ? std::min(max_keys, *std::max_element(key_lengths, key_lengths + batch)) : max_keys;
   p.page_size = page_size;
   p.table_row = table_row;
   p.pairs = pairs;

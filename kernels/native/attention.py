@@ -15,6 +15,7 @@ from torch import Tensor
 from ..rotary import Rotation
 from ..strides import with_unit_stride
 from . import call
+from .recording import current, scratch
 
 
 def attend_natively(
@@ -42,7 +43,9 @@ def attend_natively(
     keys = page_size
     if key_lengths is not None:
         key_lengths = key_lengths.to(torch.int64).contiguous()
-        keys, held = int(key_lengths.max()), page_size * (1 if page_table is None else page_table.shape[1])
+        held = page_size * (1 if page_table is None else page_table.shape[1])
+        # What is recorded has to serve longer sequences later.
+        keys = int(key_lengths.max()) if current() is None else held
         if keys > held:
             raise ValueError(f"sequences of up to {keys} tokens, and room for {held} in their keys or pages")
     if page_table is not None:
@@ -51,9 +54,9 @@ def attend_natively(
     parts, sums = None, None
     if part_keys is not None:
         rows_of_parts = batch * heads * queries * -(-keys // part_keys)
-        parts = torch.empty(rows_of_parts, head_dim)
-        sums = torch.empty(rows_of_parts, 2)
-    workspace = torch.empty(torch.get_num_threads(), _workspace_floats(row_block, head_dim))
+        parts = scratch(rows_of_parts, head_dim)
+        sums = scratch(rows_of_parts, 2)
+    workspace = scratch(torch.get_num_threads(), _workspace_floats(row_block, head_dim))
     call(
         "attention",
         q,

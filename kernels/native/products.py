@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import call, isa
+from .recording import widened
 
 Int8 = tuple[Tensor, Tensor]
 """codes, scales"""
@@ -28,22 +29,22 @@ def has_panels() -> bool:
 
 def in_panels(x: Tensor, columns: int) -> bool:
     """Whether the product of x with a weight of so many columns, not a pair, is one of many rows."""
-    return x.dtype == torch.bfloat16 and has_panels() and len(x) > _MOST_FEW_ROWS[isa()] and columns >= 32
+    return x.dtype == torch.bfloat16 and has_panels() and x.shape[0] > _MOST_FEW_ROWS[isa()] and columns >= 32
 
 
 def int8_product(x: Tensor, weight: Int8, up: Int8 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """x W^T + bias + residual, or silu(x W^T) * (x U^T) with `up`. Reads the weights once for up to 16 rows."""
-    out = x.new_empty(len(x), len(weight[0]))
+    out = x.new_empty(x.shape[0], weight[0].shape[0])
     call(
         "linear_int8",
         x,
         weight[0],
-        weight[1].float(),
+        widened(weight[1]),
         up and up[0],
-        up and up[1].float(),
+        up and widened(up[1]),
         *_epilogue(bias, residual),
         out,
-        len(x),
+        x.shape[0],
         *weight[0].shape,
         x.dtype,
     )
@@ -54,16 +55,16 @@ def w8a8_product(
     codes: Tensor, row_scales: Tensor, weight: Int8, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """As `int8_product` for rows of int8, -127 .. 127, with one scale each; returns `dtype`, that of the residual."""
-    out = torch.empty(len(codes), len(weight[0]), dtype=dtype)
+    out = torch.empty(codes.shape[0], weight[0].shape[0], dtype=dtype)
     call(
         "linear_w8a8",
         codes,
         row_scales,
         weight[0],
-        weight[1].float(),
+        widened(weight[1]),
         *_epilogue(bias, residual),
         out,
-        len(codes),
+        codes.shape[0],
         *weight[0].shape,
         dtype,
     )
@@ -72,8 +73,8 @@ def w8a8_product(
 
 def int4_product(x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """As `int8_product`."""
-    columns, inner, groups = len(weight[0]), x.shape[1], weight[1].shape[1]
-    out = x.new_empty(len(x), columns)
+    columns, inner, groups = weight[0].shape[0], x.shape[1], weight[1].shape[1]
+    out = x.new_empty(x.shape[0], columns)
     call(
         "linear_int4",
         x,
@@ -81,7 +82,7 @@ def int4_product(x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, 
         *(up or (None, None, None)),
         *_epilogue(bias, residual),
         out,
-        len(x),
+        x.shape[0],
         columns,
         inner,
         inner // groups,
@@ -95,7 +96,7 @@ def w4a8_product(
     codes: Tensor, x_scales: Tensor, weight: Int4, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """As `int8_product` for rows of int8, -127 .. 127, a scale a group; returns `dtype`, that of the residual."""
-    (rows, inner), columns = codes.shape, len(weight[0])
+    (rows, inner), columns = codes.shape, weight[0].shape[0]
     out = torch.empty(rows, columns, dtype=dtype)
     call(
         "linear_w4a8",
@@ -116,14 +117,14 @@ def w4a8_product(
 
 def nf4_product(x: Tensor, weight: NF4, up: NF4 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """As `int8_product`."""
-    out = x.new_empty(len(x), len(weight[0]))
+    out = x.new_empty(x.shape[0], weight[0].shape[0])
     call(
         "linear_nf4",
         x,
         weight[0],
-        weight[1].float(),
+        widened(weight[1]),
         up and up[0],
-        up and up[1].float(),
+        up and widened(up[1]),
         *_epilogue(bias, residual),
         out,
         *out.shape,
@@ -150,11 +151,11 @@ def unpack_int4(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: tor
 
 def unpack_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """scales * levels, [out, in] in `dtype`, rounded once."""
-    columns, inner = len(codes), 2 * codes.shape[1]
+    columns, inner = codes.shape[0], 2 * codes.shape[1]
     out = torch.empty(columns, inner, dtype=dtype)
     call("unpack_nf4", codes, scales.float(), out, columns, inner, dtype)
     return out
 
 
 def _epilogue(bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return None if bias is None else bias.float(), None if residual is None else residual.contiguous()
+    return None if bias is None else widened(bias), None if residual is None else residual.contiguous()

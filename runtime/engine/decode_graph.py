@@ -17,6 +17,7 @@ from ...kernels.dispatch import forced_backend
 from ...kernels.triton_language import AVAILABLE as TRITON_AVAILABLE
 from ..model.audio_flamingo import AudioFlamingo
 from .kv_cache import KVCache, page_table
+from .repeated_calls import RepeatedCalls, repeatable
 
 _log = logging.getLogger("afnext.engine")
 
@@ -26,7 +27,7 @@ class DecodeStep:
 
     def __init__(self, model: AudioFlamingo, cache: KVCache, *, rows: int, width: int, time: int = 1, cuda_graph: bool):
         """width: pages that the longest sequence may have. cuda_graph: record the step and repeat it, where the device
-        and the kernels allow it."""
+        and the kernels allow it; on a CPU its layers' native calls (see `repeated_calls`)."""
         self._model = model
         self._cache = cache
         self._table = torch.zeros(rows, width, dtype=torch.int32, device=model.device)
@@ -35,6 +36,7 @@ class DecodeStep:
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capturable = cuda_graph and capturable(model.device)
+        self._calls = RepeatedCalls(model.decoder) if cuda_graph and repeatable(model.device) else None
 
     def __call__(self, tokens: list[list[int]], positions: list[int], pages: list[list[int]]) -> Tensor:
         """Decode the newest tokens of each sequence, writing their keys and values INTO the cache.
@@ -60,7 +62,7 @@ class DecodeStep:
     def _step(self) -> Tensor:
         decoder = self._model.decoder
         tokens, positions = self._inputs
-        hidden = decoder(decoder.embed(tokens), positions, self._cache.view(self._table, positions))
+        hidden = (self._calls or decoder)(decoder.embed(tokens), positions, self._cache.view(self._table, positions))
         return decoder.logits(hidden)
 
     def _capture(self) -> None:

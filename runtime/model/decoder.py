@@ -171,7 +171,14 @@ class Decoder(nn.Module):
 
         x: [batch, time, hidden]; positions: [batch, time] int64. Returns the normed hidden states, like x.
         """
-        rotation = Rotation(positions.float(), self.frequencies, "half")
+        return self.transformed(x, self.rotation(positions), cache)
+
+    def rotation(self, positions: Tensor) -> Rotation:
+        """How queries and keys at `positions`, [batch, time] int64, are turned."""
+        return Rotation(positions.float(), self.frequencies, "half")
+
+    def transformed(self, x: Tensor, rotation: Rotation, cache: CacheView) -> Tensor:
+        """As `forward`, with the rotation that belongs to the positions."""
         residual = None
         for index, layer in enumerate(self.layers):
             x, residual = layer(x, residual, rotation, cache, index)
