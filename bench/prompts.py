@@ -17,7 +17,7 @@ import typer
 
 SOUNDS = Path("/usr/share/asterisk/sounds/en")
 TEXTS = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
-_WORDS = range(6, 25)
+_WORDS = range(10, 25)
 _LINE = re.compile(r"^([\w/-]+): ([^\[\]\d]+)$")  # neither [a tone] nor digits, which may be written in two ways
 
 

@@ -14,8 +14,8 @@ class EngineOptions:
 
     page_size: tokens a KV page; chunk_size: tokens a step, prompts and answers together; encode_batch: audio windows
     encoded at once; max_batch: requests in progress at once, further ones wait; cuda_graphs: record a
-    decode step once and repeat it, on a GPU as one CUDA graph, on a CPU as a list of native calls. None of these changes
-    an answer.
+    decode step once and repeat it, on a GPU as one CUDA graph, on a CPU as a list of native calls. None of these
+    changes an answer.
     max_kv_tokens: tokens that the cache may grow to hold, None for as many as are asked for. release_encoder: on a GPU,
     keep the encoder's layers in the host's memory and copy each to the GPU when it is used.
     prefix_cache_bytes: of keys and values that may stay for later requests that begin alike, within max_kv_tokens;
