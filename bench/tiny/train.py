@@ -10,8 +10,8 @@ from its outputs (`features.py`). Besides the answers, this second part tells de
 `attention.py`), without which pointing at items of a list is found late or never, and linear heads read what tokens
 should know: of the adaptor's output the word or sound in which a token lies, whether one begins, and its time; after
 the second layer its time again, which takes more than the adaptor, what came before it and when, and of an answer's
-tokens what is asked about and what was written last.
-The linear heads are not part of the checkpoint.
+tokens what is asked about and what was written last; after the third layer, of the answer's tokens, the time that is to
+be written, which they have from the item that they look at. The linear heads are not part of the checkpoint.
 """
 
 from functools import partial
@@ -38,6 +38,7 @@ from .voices import VoiceBank, build_bank
 STAGES = [
     Stage(steps=1000, batch=12, questions=4, long=0.1),
     Stage(steps=2200, batch=12, questions=5, long=0.5),
+    Stage(steps=1500, batch=8, questions=5, long=0.7, crops=4),
 ]
 SHORT, LONG = 3000, 1200  # recordings of 10 s, and windows of long ones
 HEARING, HEARING_RATES = 2400, (1.5e-4, 1e-3)  # steps; rates of the encoder and of all else

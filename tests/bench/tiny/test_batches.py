@@ -126,6 +126,23 @@ def test_answers_know_what_is_asked_and_what_was_written_last(crops: Crops, seed
     assert followed
 
 
+def test_answers_know_the_time_that_they_are_about_to_write(crops: Crops, seed: int) -> None:
+    """Told again from the answers: minutes, seconds and tenths are a token each."""
+    checked = 0
+    for number in range(3):
+        batch = batches(crops, seed, questions=8)[number]
+        for row in range(3):
+            own = batch["targets"][row] != IGNORED
+            tokens = [TOKENIZER.decode([token]).strip() for token in batch["targets"][row][own].tolist()]
+            writing = batch["writing"][row][own].tolist()
+            for at, (minute, second, tenth) in enumerate(zip(tokens, tokens[1:], tokens[2:], strict=False)):
+                if minute.endswith(":") and minute[:-1].isdecimal():
+                    said = 600 * int(minute[:-1]) + 10 * int(second) + int(tenth[1:])
+                    assert writing[at : at + 3] == [said] * 3
+                    checked += 1
+    assert checked
+
+
 def test_an_answer_weighs_as_the_square_root_of_its_length(crops: Crops, seed: int) -> None:
     batch = batches(crops, seed)[0]
     for row in range(3):
