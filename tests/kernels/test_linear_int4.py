@@ -14,7 +14,7 @@ from afnext.kernels.linear_int4 import linear_int4, linear_int4_swiglu, prepare_
 SHAPES = [
     (1, 512, 96, 128),
     (3, 192, 37, 64),
-    (17, 32, 1, 32),
+    (401, 320, 1, 32),
     (33, 256, 70, 128),
     (64, 384, 64, 64),
     (70, 96, 131, 32),

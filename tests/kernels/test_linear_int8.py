@@ -12,7 +12,7 @@ from afnext.kernels import quantize_rows as rows_module
 from afnext.kernels.linear_int8 import linear_int8, linear_int8_swiglu, linear_w8a8
 from afnext.kernels.quantize_rows import quantize_rows
 
-SHAPES = [(1, 256, 96), (3, 144, 37), (17, 16, 1), (33, 272, 70), (64, 512, 64), (70, 144, 131)]  # rows, in, out
+SHAPES = [(1, 256, 96), (3, 144, 37), (201, 16, 1), (33, 272, 70), (64, 512, 64), (70, 144, 131)]  # rows, in, out
 
 
 def weights(columns: int, inner: int, device: torch.device) -> tuple[Tensor, Tensor]:
