@@ -25,6 +25,7 @@ from ..kernels.quantize_rows import quantize_rows
 from ..runtime.app.api import Model, load
 from ..runtime.engine.kv_cache import KVCache, page_table, pages_for
 from ..runtime.engine.repeated_calls import RepeatedCalls, repeatable
+from ..runtime.model.decoder import Decoder
 from .ceilings import measured_ceilings
 from .e2e import PACKED_TOLERANCE, TOLERANCE, recording
 from .machine import machine
@@ -108,15 +109,16 @@ class Afnext:
     @torch.inference_mode()
     def extend(self, x: Tensor) -> Tensor:
         """See `Subject`."""
-        positions = torch.arange(self._depth, self._depth + x.shape[1], device=x.device)[None]
-        return self.network.decoder(x, positions, self._cache.view(self._table, positions))
+        return self._through(self.network.decoder, x)
 
     @torch.inference_mode()
     def step(self, x: Tensor) -> Tensor:
         """See `Subject`; as the engine does it."""
-        positions = torch.tensor([[self._depth]], device=x.device)
-        hidden = self._layers(x, positions, self._cache.view(self._table, positions))
-        return self.network.decoder.logits(hidden[:, -1])
+        return self.network.decoder.logits(self._through(self._layers, x)[:, -1])
+
+    def _through(self, layers: Decoder | RepeatedCalls, x: Tensor) -> Tensor:
+        positions = torch.arange(self._depth, self._depth + x.shape[1], device=x.device)[None]
+        return layers(x, positions, self._cache.view(self._table, positions))
 
     @property
     def weight_bytes(self) -> int:

@@ -36,7 +36,8 @@ class DecodeStep:
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capturable = cuda_graph and capturable(model.device)
-        self._calls = RepeatedCalls(model.decoder) if cuda_graph and repeatable(model.device) else None
+        repeats = cuda_graph and repeatable(model.device)
+        self._layers = RepeatedCalls(model.decoder) if repeats else model.decoder
 
     def __call__(self, tokens: list[list[int]], positions: list[int], pages: list[list[int]]) -> Tensor:
         """Decode the newest tokens of each sequence, writing their keys and values INTO the cache.
@@ -62,7 +63,7 @@ class DecodeStep:
     def _step(self) -> Tensor:
         decoder = self._model.decoder
         tokens, positions = self._inputs
-        hidden = (self._calls or decoder)(decoder.embed(tokens), positions, self._cache.view(self._table, positions))
+        hidden = self._layers(decoder.embed(tokens), positions, self._cache.view(self._table, positions))
         return decoder.logits(hidden)
 
     def _capture(self) -> None:

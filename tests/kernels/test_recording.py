@@ -1,8 +1,11 @@
 """Native calls made again: with what is in their tensors by then, and only where nothing else was computed."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support.accuracy import poisoned
+from torch import Tensor
 
 from afnext.kernels import native
 from afnext.kernels.decode_attention import decode_attention
@@ -41,8 +44,7 @@ def test_calls_read_what_their_tensors_hold_by_then(seed: int) -> None:
     ],
 )
 @torch.inference_mode()
-def test_what_torch_computes_between_is_an_obstacle(compute: object, obstacle: str) -> None:
-    assert callable(compute)
+def test_what_torch_computes_between_is_an_obstacle(compute: Callable[[Tensor], object], obstacle: str) -> None:
     x = torch.ones(2, 3)
     with recording() as calls:
         compute(x)
