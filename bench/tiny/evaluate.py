@@ -159,24 +159,24 @@ def _event_row(name: str, heard: list[tuple[Clip, Answer]]) -> Row:
     return row
 
 
-def _exact(model: Model, asked: list[Clip], name: str) -> Row:
+def _accuracy(alike: Callable[[str, str], bool], model: Model, asked: list[Clip], name: str) -> Row:
+    """How often an answer is `alike` to the right one, whatever was thought before it."""
     row, right = Row(name, len(asked)), 0
     for clip, answer in answers(model, asked, name):
         wanted = clip.question.answer.rpartition("</think>\n")[2]
-        right += _alike(wanted, answer.text)
+        right += alike(wanted, answer.text)
         row.stopped += answer.finish_reason == "stop"
     row.values = {"accuracy": right / len(asked)}
     return row
+
+
+def _exact(model: Model, asked: list[Clip], name: str) -> Row:
+    return _accuracy(_alike, model, asked, name)
 
 
 def _counts(model: Model, asked: list[Clip], name: str) -> Row:
     """How often the number is right with which an answer ends."""
-    row, right = Row(name, len(asked)), 0
-    for clip, answer in answers(model, asked, name):
-        right += _last_word(clip.question.answer) == _last_word(answer.text)
-        row.stopped += answer.finish_reason == "stop"
-    row.values = {"accuracy": right / len(asked)}
-    return row
+    return _accuracy(lambda wanted, said: _last_word(wanted) == _last_word(said), model, asked, name)
 
 
 def _last_word(text: str) -> str:
