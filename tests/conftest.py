@@ -2,16 +2,15 @@
 
 import os
 import random
-import sys
 from collections.abc import Iterator
+from functools import partial
+from inspect import signature
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from support.accuracy import InaccurateError, judged_over_draws, seeded
 
-TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS))  # so that tests can say `from support... import ...`
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(int(os.environ.get("AFNEXT_TEST_THREADS", "2")))
 
@@ -21,16 +20,28 @@ def seed(request: pytest.FixtureRequest) -> int:
     """A fresh seed, printed with a failing test; AFNEXT_TEST_SEED repeats a run."""
     value = int(os.environ.get("AFNEXT_TEST_SEED", random.SystemRandom().randrange(2**31)))
     print(f"AFNEXT_TEST_SEED={value}")
-    torch.manual_seed(value)
-    np.random.seed(value)
-    random.seed(value)
+    seeded(value)
     return value
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """What one draw of inputs finds inaccurate is judged over many (see support/accuracy.py)."""
+    try:
+        return (yield)
+    except InaccurateError as one_draw:
+        arguments = {name: pyfuncitem.funcargs[name] for name in signature(pyfuncitem.obj).parameters}
+        try:
+            judged_over_draws(partial(pyfuncitem.obj, **arguments), arguments["seed"] + 1)
+        except InaccurateError as many_draws:
+            raise many_draws from one_draw
+        return True
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real recordings and tokenizers beside the repository; skips where it does not exist."""
-    folder = TESTS.parent.parent / "shared" / "data"
+    folder = Path(__file__).parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("the folder of shared recordings is not beside this checkout")
     return folder
