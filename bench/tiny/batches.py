@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from .attention import WORD, Looks, asked_label, audio_looks, mentions, near_previous, numbers, question_looks
 from .features import Crop
 from .hearing import CLASSES, marked
-from .scenes import Item, Question, clock, random_questions, tenths_of
+from .scenes import Item, Question, ask_moment, clock, moments, random_questions, tenths_of
 from .vocabulary import SINGULARS
 
 PREFIX = "<|im_start|>user\n<|sound_bos|>"
@@ -42,13 +42,16 @@ class _Piece:
 @dataclass(frozen=True)
 class Stage:
     """A stretch of training: `batch` recordings a step, each asked `questions`. long: the share of steps whose
-    recordings are crops from up to 30 minutes."""
+    recordings, `long_batch` or else `batch`, are `crops` from up to 30 minutes; each of those is also asked when
+    `moments` of what occurs once in it do."""
 
     steps: int
     batch: int
     questions: int
     long: float = 0.0
     crops: int = 3
+    long_batch: int | None = None
+    moments: int = 0
 
 
 class Batches(Dataset[dict[str, Any]]):
@@ -69,7 +72,8 @@ class Batches(Dataset[dict[str, Any]]):
         torch.set_num_threads(1)
         stage, rng = self._stages[step], random.Random(f"{self._seed}/{step}")
         long = rng.random() < stage.long
-        recordings = [self._recording(long, stage, rng) for _ in range(stage.batch)]
+        batch = stage.long_batch or stage.batch if long else stage.batch
+        recordings = [self._recording(long, stage, rng) for _ in range(batch)]
         tensors = {
             name: torch.stack([r[name] for r in recordings])
             for name in ("audio", "windows", "tokens", "classes", "onsets", "tenths", "before", "follows", "words")
@@ -103,6 +107,10 @@ class Batches(Dataset[dict[str, Any]]):
         tokens = torch.cat([piece.tokens for piece in pieces])
         places = torch.cat([torch.full_like(piece.tokens, piece.window) for piece in pieces])
         absolute = 750 * places + tokens
+        questions = random_questions(items, rng, stage.questions)
+        if long:
+            once = moments(items)
+            questions += [ask_moment(item, rng) for item in rng.sample(once, min(stage.moments, len(once)))]
         return {
             "audio": torch.cat([piece.audio for piece in pieces]),
             "windows": places,
@@ -113,7 +121,7 @@ class Batches(Dataset[dict[str, Any]]):
             **_preceding(items, begins, len(tokens)),
             "items": items,
             "begins": begins,
-            "questions": random_questions(items, rng, stage.questions),
+            "questions": questions,
             "end": int(absolute[-1]) + 1 + (0 if not long or rng.random() < 0.3 else rng.randrange(1, 750)),
             "long": long,
         }

@@ -10,7 +10,6 @@ import json
 import random
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +22,7 @@ from rich.progress import track
 from ...runtime.app.answer import Answer
 from ...runtime.app.api import Model, load
 from ..quality import word_errors
-from .scenes import Conditions, Item, Question, ask, lines, make_scene, timestamp
-from .vocabulary import WHEN_SOUND, WHEN_WORD
+from .scenes import Conditions, Item, Question, ask, ask_moment, lines, make_scene, moments, timestamp
 from .voices import RATE, VoiceBank
 
 CLEAN, NOISY = Conditions(None), Conditions(10.0)
@@ -239,17 +237,12 @@ _Heard = tuple[list[tuple[Clip, Answer]], list[tuple[float, str]], list[tuple[fl
 
 def _heard_long(model: Model, samples: np.ndarray, items: list[Item]) -> _Heard:
     """Of a long recording the answers about times of what is in it once, and everything there is and was listed."""
-    labels = Counter(item.label for item in items)
     with model.listen((samples, RATE)) as context:
         listing = context.ask("Describe the audio with timestamps.", temperature=0.0, max_new_tokens=1000)
         times = []
-        for item in items:
-            if labels[item.label] == 1:
-                prompt = (WHEN_WORD if item.is_word else WHEN_SOUND)[0].format(item.label)
-                kind = "when_word" if item.is_word else "when_sound"
-                question = Question(kind, prompt, timestamp(item.onset), (item,))
-                answer = context.ask(prompt, temperature=0.0, max_new_tokens=100)
-                times.append((Clip(samples, items, question), answer))
+        for question in map(ask_moment, moments(items)):
+            answer = context.ask(question.prompt, temperature=0.0, max_new_tokens=100)
+            times.append((Clip(samples, items, question), answer))
     return times, listed(lines(items)), listed(listing.text)
 
 

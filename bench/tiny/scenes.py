@@ -1,6 +1,7 @@
 """Recordings made of words and sounds at known times, in rooms and in noise, and what can be asked of them."""
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -166,6 +167,19 @@ def random_questions(items: list[Item], rng: random.Random, count: int) -> list[
     """`count` questions of different kinds; those that take longer answers come more often."""
     chosen = list(dict.fromkeys(rng.choices(list(KINDS), weights=list(KINDS.values()), k=4 * count)))[:count]
     return [ask(kind, items, rng, kind in _THINKABLE and rng.random() < 0.35) for kind in chosen]
+
+
+def moments(items: list[Item]) -> list[Item]:
+    """Those whose label occurs once."""
+    labels = Counter(item.label for item in items)
+    return [item for item in items if labels[item.label] == 1]
+
+
+def ask_moment(item: Item, rng: random.Random | None = None) -> Question:
+    """When one of `moments` occurs, in words that `rng` chooses, or the first there are."""
+    prompts = vocabulary.WHEN_WORD if item.is_word else vocabulary.WHEN_SOUND
+    prompt = (rng.choice(prompts) if rng else prompts[0]).format(item.label)
+    return Question("when_word" if item.is_word else "when_sound", prompt, timestamp(item.onset), (item,))
 
 
 _Answer = tuple[str, str, list[Item]]

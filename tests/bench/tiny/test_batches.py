@@ -101,6 +101,19 @@ def test_long_recordings_have_silence_from_everywhere(crops: Crops, seed: int) -
         assert elsewhere.sum() == len(windows) - 450 > 0
 
 
+def test_long_recordings_are_fewer_and_asked_about_moments(crops: Crops, seed: int) -> None:
+    """In a stage of both, a batch has as many recordings as its kind, and long ones up to three more questions."""
+    stage = Stage(steps=8, batch=3, questions=2, long=0.5, crops=4, long_batch=2, moments=3)
+    for number in range(8):
+        batch = Batches(*crops, TOKENIZER, [stage], seed)[number]
+        rows, asked = len(batch["windows"]), int(batch["question"].max())
+        if (batch["windows"] != batch["windows"][:, :1]).any():
+            assert rows == 2
+            assert 2 <= asked <= 5
+        else:
+            assert (rows, asked) == (3, 2)
+
+
 def test_answers_know_what_is_asked_and_what_was_written_last(crops: Crops, seed: int) -> None:
     """Told again from the texts: the label stands in the prompt; the word written last is the token before."""
     named, followed = 0, 0

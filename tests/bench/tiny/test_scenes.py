@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afnext.bench.tiny import vocabulary
-from afnext.bench.tiny.scenes import KINDS, Conditions, Item, ask, lines, make_scene, random_conditions, timestamp
+from afnext.bench.tiny.scenes import (
+    KINDS,
+    Conditions,
+    Item,
+    ask,
+    ask_moment,
+    lines,
+    make_scene,
+    moments,
+    random_conditions,
+    timestamp,
+)
 from afnext.bench.tiny.voices import RATE, VoiceBank
 
 CLEAN = Conditions(None)
@@ -105,6 +116,17 @@ def test_thinking_lists_the_evidence_before_the_answer(seed: int) -> None:
     assert question.answer == '<think>\n1. [00:01.0] "seven"\n2. [01:03.0] "seven"\n</think>\n2'
     silent = ask("count_words", [], random.Random(seed), think=True)
     assert silent.answer == "<think>\nnothing\n</think>\n0"
+
+
+def test_moments_are_those_of_labels_that_occur_once(seed: int) -> None:
+    once = moments(ITEMS)
+    labels = [item.label for item in ITEMS]
+    assert [item.label for item in once] == [label for label in labels if labels.count(label) == 1]
+    for item in once:
+        for rng in (random.Random(seed), None):
+            question = ask_moment(item, rng)
+            assert item.label in question.prompt
+            assert (question.answer, question.evidence) == (timestamp(item.onset), (item,))
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
