@@ -43,7 +43,7 @@ lint: $(INSTALLED)
 	rm -rf build/lint build/lib* && $(BIN)/pip install -q --no-deps --target build/lint .
 	cd build/lint && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p afnext
 
-# llama.cpp compiled for this machine, ten minutes of a core: for AFNEXT_LLAMA_CPP, see docs/benchmarks.md.
+# llama.cpp compiled for this machine, ten minutes of a core; docs/benchmarks.md says how the bench is told to use it.
 # gcc takes _tile_loadconfig to read 8 of its 64 bytes and drops the rest of the configuration unless it escapes.
 llama-cpp: build/llama.cpp/bin/libmtmd.so
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from ..kernels.errors import AfnextError
 from ..runtime.app.api import Model
-from ..runtime.engine.kv_cache import KVCache, page_table, pages_for
+from ..runtime.engine.decode_graph import DecodeStep
+from ..runtime.engine.kv_cache import KVCache, pages_for
 from ..runtime.engine.prefill import PromptEmbeddings, prefill
 from ..runtime.engine.timings import Timings
 from ..runtime.io.audio import windows
@@ -86,9 +87,15 @@ class AfnextSubject:
             dtype=self._network.dtype,
         )
         self._pages = [self._cache.pool.allocate(count) for _ in range(batch)]
+        self._decode_step = self._new_decode_step()
         self._features = self._mel_batches()
         self.encode()
         self.prefill()
+
+    def _new_decode_step(self) -> DecodeStep:
+        """The engine's own, which may repeat what it recorded of the layers there are."""
+        width, cuda_graph = len(self._pages[0]), self._model.options.cuda_graphs
+        return DecodeStep(self._network, self._cache, rows=self._batch, width=width, cuda_graph=cuda_graph)
 
     def _mel_batches(self) -> list[Tensor]:
         size = self._model.options.encode_batch
@@ -135,11 +142,7 @@ class AfnextSubject:
 
     @torch.inference_mode()
     def _step(self, tokens: Tensor, position: int) -> Tensor:
-        decoder = self._network.decoder
-        positions = torch.full((self._batch, 1), position, device=self._network.device)
-        table = page_table(self._pages, self._network.device)
-        view = self._cache.view(table, positions)
-        return decoder.logits(decoder(decoder.embed(tokens), positions, view)[:, -1])
+        return self._decode_step(tokens.tolist(), [position] * self._batch, self._pages)[:, -1]
 
     def first_token(self) -> Tensor:
         """See `Subject`."""
@@ -159,7 +162,11 @@ class AfnextSubject:
     def layers(self, encoder: int, decoder: int) -> Iterator[None]:
         """Only the first layers of each stack inside the block."""
         with first_layers(self._network.encoder, encoder), first_layers(self._network.decoder, decoder):
-            yield
+            all_layers, self._decode_step = self._decode_step, self._new_decode_step()
+            try:
+                yield
+            finally:
+                self._decode_step = all_layers
 
 
 class _Encoded(PromptEmbeddings):

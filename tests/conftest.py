@@ -29,12 +29,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     """What one draw of inputs finds inaccurate is judged over many (see support/accuracy.py)."""
     try:
         return (yield)
-    except InaccurateError as one_draw:
+    except InaccurateError as broken:
         arguments = {name: pyfuncitem.funcargs[name] for name in signature(pyfuncitem.obj).parameters}
-        try:
-            judged_over_draws(partial(pyfuncitem.obj, **arguments), arguments["seed"] + 1)
-        except InaccurateError as many_draws:
-            raise many_draws from one_draw
+        judged_over_draws(partial(pyfuncitem.obj, **arguments), arguments["seed"], broken)
         return True
 
 

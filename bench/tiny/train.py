@@ -38,9 +38,9 @@ from .voices import VoiceBank, build_bank
 STAGES = [
     Stage(steps=1000, batch=12, questions=4, long=0.1),
     Stage(steps=2200, batch=12, questions=5, long=0.5),
-    Stage(steps=1500, batch=8, questions=5, long=0.7, crops=4),
+    Stage(steps=2500, batch=12, questions=4, long=0.6, crops=10, long_batch=4, moments=8),
 ]
-SHORT, LONG = 3000, 1200  # recordings of 10 s, and windows of long ones
+SHORT, LONG = 3000, 1400  # recordings of 10 s, and windows of long ones
 HEARING, HEARING_RATES = 2400, (1.5e-4, 1e-3)  # steps; rates of the encoder and of all else
 # The encoder's weights are a mean of those it began with and those it learned: what it does for voices unlike any that
 # it was trained on it knew before. Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".

@@ -54,9 +54,9 @@ def attend_natively(
     parts, sums = None, None
     if part_keys is not None:
         rows_of_parts = batch * heads * queries * -(-keys // part_keys)
-        parts = scratch(rows_of_parts, head_dim)
-        sums = scratch(rows_of_parts, 2)
-    workspace = scratch(torch.get_num_threads(), _workspace_floats(row_block, head_dim))
+        parts = scratch("parts", rows_of_parts, head_dim)
+        sums = scratch("sums", rows_of_parts, 2)
+    workspace = scratch("workspace", torch.get_num_threads(), _workspace_floats(row_block, head_dim))
     call(
         "attention",
         q,

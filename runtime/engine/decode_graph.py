@@ -23,7 +23,10 @@ _log = logging.getLogger("afnext.engine")
 
 
 class DecodeStep:
-    """Decodes `time` tokens of each of `rows` sequences at a time: the newest one, and drafts of those after it."""
+    """Decodes `time` tokens of each of `rows` sequences at a time: the newest one, and drafts of those after it.
+
+    A step stays with the backend under which it was made, forced or not: it is to be called under that one alone.
+    """
 
     def __init__(self, model: AudioFlamingo, cache: KVCache, *, rows: int, width: int, time: int = 1, cuda_graph: bool):
         """width: pages that the longest sequence may have. cuda_graph: record the step and repeat it, where the device
@@ -36,7 +39,7 @@ class DecodeStep:
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capturable = cuda_graph and capturable(model.device)
-        repeats = cuda_graph and repeatable(model.device)
+        repeats = cuda_graph and repeatable(model.device, rows * time)
         self._layers = RepeatedCalls(model.decoder) if repeats else model.decoder
 
     def __call__(self, tokens: list[list[int]], positions: list[int], pages: list[list[int]]) -> Tensor:

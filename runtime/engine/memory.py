@@ -4,8 +4,8 @@
 
 Weights, table and pages are counted exactly, from the shapes that the config gives. The workspace is an upper bound of
 what encoding a batch of windows, prefilling a chunk or choosing a token holds for a moment; of the three only the
-largest counts, since they follow each other. The reserve is what the driver, the libraries and the allocator's rounding
-take. Nothing here is measured: a plan for a device that is not there is a projection.
+largest counts, since they follow each other. The reserve is what the driver, the libraries, recorded decode steps and
+the allocator's rounding take. Nothing here is measured: a plan for a device that is not there is a projection.
 """
 
 import logging
@@ -229,7 +229,7 @@ class MemoryPlan:
             yield Part("int4 codes again", codes, "device", "at most, in the order of torch's product", exact=False)
 
     def _reserve(self) -> Part:
-        return Part("reserve", self.reserve, "device", "driver, libraries, rounding", exact=False)
+        return Part("reserve", self.reserve, "device", "driver, libraries, recorded steps, rounding", exact=False)
 
     def _encoding(self) -> int:
         """An upper bound of what encoding a batch holds: the largest of log-mel, stem, and one layer."""

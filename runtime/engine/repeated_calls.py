@@ -5,6 +5,7 @@ kernels cover. Whatever cannot goes the usual way, which the log says.
 """
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,43 +18,57 @@ from ..model.decoder import CacheView, Decoder
 _log = logging.getLogger("afnext.engine")
 
 
+MOST_TOKENS = 8
+"""Newest tokens of all sequences with which a step is still recorded. With more the products take so long that the
+calls between them do not matter, and a recording keeps what every call computes: at full size 2.9 MB a token."""
+
+
 class RepeatedCalls:
-    """Runs the decoder's layers on inputs of one shape, over pools and a page table that stay where they are."""
+    """Runs the decoder's layers on inputs of one shape, over pools and a page table that stay where they are.
+
+    It is to be called under one backend. What a recording found is used with the number of threads and the
+    instruction-set level that it was made with.
+    """
 
     def __init__(self, decoder: Decoder):
         self._decoder = decoder
         self._runs = 0
-        self._threads = 0
+        self._conditions: tuple[int, str] | None = None
         self._calls: Recording | None = None
         self._inputs: list[Tensor] = []
         self._out = torch.empty(0)
 
     def __call__(self, x: Tensor, positions: Tensor, cache: CacheView) -> Tensor:
-        """As `decoder(x, positions, cache)`. The result is valid until the next call.
+        """As `decoder(x, positions, cache)`. The result is valid until the next call, and so is what `x` holds.
 
         What the page table says has to be pages of the cache: that is checked in the first run alone.
         """
         rotation = self._decoder.rotation(positions)
         inputs = [x, cache.slots, cache.key_lengths, *rotation.cos_sin]
-        self._runs += 1
-        if self._calls is not None and self._threads == torch.get_num_threads():
+        conditions = (torch.get_num_threads(), native.isa())
+        if self._calls is not None and self._conditions == conditions:
             for kept, new in zip(self._inputs, inputs, strict=True):
                 kept.copy_(new)
             self._calls()
             return self._out
-        if self._runs != 2:  # the first run checks, logs and prepares what is made once
-            return self._decoder.transformed(x, rotation, cache)
-        self._threads = torch.get_num_threads()
-        with recording() as calls:
+        if self._runs == 1:  # the run before checked, logged and prepared what is made once
+            self._conditions = conditions
+            self._record(inputs, lambda: self._decoder.transformed(x, rotation, cache))
+        else:
             self._out = self._decoder.transformed(x, rotation, cache)
+        self._runs += 1
+        return self._out
+
+    def _record(self, inputs: list[Tensor], run: Callable[[], Tensor]) -> None:
+        with recording() as calls:
+            self._out = run()
         if calls.obstacle is None:
             self._calls, self._inputs = calls, inputs
             _log.info("decoding repeats %d recorded native calls", len(calls))
         else:
             _log.info("decoding is not recorded, as %s is computed between the native calls", calls.obstacle)
-        return self._out
 
 
-def repeatable(device: torch.device) -> bool:
-    """Whether the layers on `device` may be recordable."""
-    return device.type == "cpu" and native.AVAILABLE and forced_backend() in (None, "native")
+def repeatable(device: torch.device, tokens: int = 1) -> bool:
+    """Whether the layers on `device` may be recordable for `tokens` newest tokens of all sequences together."""
+    return device.type == "cpu" and native.AVAILABLE and forced_backend() in (None, "native") and tokens <= MOST_TOKENS

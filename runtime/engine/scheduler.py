@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from ...kernels.dispatch import forced_backend
 from ...kernels.errors import AfnextError
 from ..errors import ContextLengthError, OutOfPagesError
 from ..model.audio_flamingo import AudioFlamingo
@@ -38,7 +39,9 @@ from .sampler import Sampler, choose
 from .speculation import Drafter
 
 OVERTAKEN = 32  # requests that one unit of priority lets a request go before
-_MOST_STEPS = 16  # recorded for different numbers of sequences, of tokens each, and widths of their page table
+# Steps kept for different numbers of sequences, of tokens each, widths of their page table, and forced backends. On a
+# CPU each keeps what its calls compute: together at most some 250 MB at full size, part of the memory plan's reserve.
+_MOST_STEPS, _MOST_STEPS_ON_CPU = 16, 4
 _MOST_DRAFTING = 8  # sequences decoded at once for which drafts are made
 _log = logging.getLogger("afnext.engine")
 
@@ -70,7 +73,7 @@ class Engine:
         self._waiting: list[Sequence] = []
         self._prefilling: deque[Sequence] = deque()
         self._decoding: list[Sequence] = []
-        self._decode_steps: dict[tuple[int, int, int], DecodeStep] = {}
+        self._decode_steps: dict[tuple[int, int, int, str | None], DecodeStep] = {}
 
     @property
     def room(self) -> int:
@@ -466,14 +469,16 @@ class Engine:
             sequence.drafter.record(len(draft), right)
 
     def _decode_step(self, rows: int, time: int, width: int) -> DecodeStep:
-        step = self._decode_steps.pop((rows, time, width), None)
+        key = (rows, time, width, forced_backend())
+        step = self._decode_steps.pop(key, None)
         if step is None:
-            if len(self._decode_steps) == _MOST_STEPS:
+            most = _MOST_STEPS_ON_CPU if self._model.device.type == "cpu" else _MOST_STEPS
+            if len(self._decode_steps) == most:
                 del self._decode_steps[next(iter(self._decode_steps))]
             step = DecodeStep(
                 self._model, self.cache, rows=rows, width=width, time=time, cuda_graph=self.options.cuda_graphs
             )
-        self._decode_steps[rows, time, width] = step
+        self._decode_steps[key] = step
         return step
 
     def _accept(self, sequence: Sequence, token: int) -> None:

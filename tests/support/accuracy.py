@@ -10,6 +10,7 @@ many further draws together (`judged_over_draws`, which conftest.py calls), wher
 
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -109,7 +110,12 @@ def _widened(value: Any) -> Any:
 
 
 class InaccurateError(AssertionError):
-    """The accuracy rule is broken."""
+    """The accuracy rule is broken by `errors`, in comparison number `comparison` of a test."""
+
+    def __init__(self, errors: "Errors", comparison: int):
+        actual, plain = errors.actual**0.5, errors.plain**0.5
+        super().__init__(f"RMS error {actual:.3g}, allowed {errors.allowed:.3g}; plain torch has {plain:.3g}")
+        self.errors, self.comparison = errors, comparison
 
 
 @dataclass(frozen=True)
@@ -121,11 +127,15 @@ class Errors:
     exact: float
     eps: float
 
-    def check(self) -> None:
-        allowed = max(2 * self.plain**0.5, self.eps * self.exact**0.5)
-        if self.actual**0.5 > allowed:
-            message = f"RMS error {self.actual**0.5:.3g}, allowed {allowed:.3g}; plain torch has {self.plain**0.5:.3g}"
-            raise InaccurateError(message)
+    @property
+    def allowed(self) -> float:
+        """The largest RMS error that keeps the rule."""
+        return max(2 * self.plain**0.5, self.eps * self.exact**0.5)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the rule is kept."""
+        return self.actual**0.5 <= self.allowed
 
     @staticmethod
     def together(draws: Sequence["Errors"]) -> "Errors":
@@ -134,8 +144,8 @@ class Errors:
         return Errors(*squares, eps=draws[0].eps)
 
 
-_collected: list[Errors] = []
-_collecting = False
+_compared: list[Errors] = []
+_judged_later = False
 
 
 def assert_accurate(actual: Tensor, exact: Tensor, plain: Tensor) -> None:
@@ -149,33 +159,40 @@ def assert_accurate(actual: Tensor, exact: Tensor, plain: Tensor) -> None:
     assert actual.isfinite().all(), f"{int((~actual.isfinite()).sum())} of {actual.numel()} values are not finite"
     squares = (float(x.double().square().mean()) for x in (actual.double() - exact, plain.double() - exact, exact))
     errors = Errors(*squares, eps=torch.finfo(actual.dtype).eps)
-    if _collecting:
-        _collected.append(errors)
-    else:
-        errors.check()
+    _compared.append(errors)
+    if not (errors.kept or _judged_later):
+        raise InaccurateError(errors, len(_compared) - 1)
 
 
-def judged_over_draws(test: Callable[[], object], seed: int, draws: int = 32) -> None:
-    """Raise InaccurateError unless every comparison in `test` keeps the rule over the errors of `draws` draws of its
-    inputs together."""
-    global _collecting
-    _collecting = True
+def judged_over_draws(test: Callable[[], object], seed: int, broken: InaccurateError, draws: int = 32) -> None:
+    """Raise InaccurateError unless every comparison in `test` keeps the rule over `draws` draws of its inputs together,
+    the one that broke it among them.
+
+    What exceeds the rule ten times is no chance, and is raised again at once.
+    """
+    global _judged_later
+    if broken.errors.actual**0.5 > 10 * broken.errors.allowed:
+        raise broken
+    observed = []
+    _judged_later = True
     try:
-        observed = []
-        for draw in range(draws):
-            seeded(seed + draw)
+        for draw in range(draws - 1):
+            seeded(seed + 1 + draw)
             test()
-            observed.append(tuple(_collected))
-            _collected.clear()
+            observed.append(tuple(_compared))
     finally:
-        _collecting = False
-        _collected.clear()
-    for comparison in zip(*observed, strict=True):
-        Errors.together(comparison).check()
+        _judged_later = False
+    for number, comparison in enumerate(zip(*observed, strict=True)):
+        first = [broken.errors] if number == broken.comparison else []
+        errors = Errors.together([*first, *comparison])
+        if not errors.kept:
+            raise InaccurateError(errors, number) from broken
+    warnings.warn(f"{broken}: one draw of {draws}, which keep the rule together", stacklevel=2)
 
 
 def seeded(seed: int) -> None:
-    """Let every generator of random numbers that tests draw from start at `seed`, below 2^32."""
+    """Begin a draw: every generator of random numbers that tests draw from starts at `seed`, below 2^32."""
+    _compared.clear()
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)

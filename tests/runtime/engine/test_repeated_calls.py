@@ -11,7 +11,7 @@ from afnext.bench.random_checkpoint import write_random_checkpoint
 from afnext.kernels import native
 from afnext.quant.recipe import recipe
 from afnext.runtime.engine.kv_cache import KVCache, page_table
-from afnext.runtime.engine.repeated_calls import RepeatedCalls, repeatable
+from afnext.runtime.engine.repeated_calls import MOST_TOKENS, RepeatedCalls, repeatable
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
 
 PAGE_SIZE, ROOM = 16, 64
@@ -78,6 +78,46 @@ def test_another_number_of_threads_goes_the_usual_way(tmp_path: Path, seed: int,
 
 @needs_native
 @torch.inference_mode()
+def test_another_level_goes_the_usual_way(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded at the best level, then forced to the lowest: the result is that of plain calls there."""
+    model = packed_model(tmp_path, "int8", torch.float32)
+    cache = KVCache(model.config.decoder, pages=4, page_size=PAGE_SIZE, device=model.device, dtype=model.dtype)
+    table, positions = page_table([cache.allocate(ROOM)], model.device), torch.tensor([[0]])
+    layers, decoder = RepeatedCalls(model.decoder), model.decoder
+    x = decoder.embed(torch.tensor([[7]]))
+    recorded = [layers(x.clone(), positions, cache.view(table, positions)) for _ in range(3)][-1]
+    monkeypatch.setenv("AFNEXT_ISA", "portable")
+    again = layers(x.clone(), positions, cache.view(table, positions))
+    assert again.data_ptr() != recorded.data_ptr() or native.supported_levels() == ("portable",)
+    assert torch.equal(again, decoder(x, positions, cache.view(table, positions)))
+
+
+@needs_native
+@torch.inference_mode()
+def test_an_interrupted_recording_is_made_again(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = packed_model(tmp_path, "int8", torch.float32)
+    cache = KVCache(model.config.decoder, pages=4, page_size=PAGE_SIZE, device=model.device, dtype=model.dtype)
+    table, positions = page_table([cache.allocate(ROOM)], model.device), torch.tensor([[0]])
+    layers, x = RepeatedCalls(model.decoder), model.decoder.embed(torch.tensor([[7]]))
+    expected = layers(x.clone(), positions, cache.view(table, positions)).clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.decoder.layers[-1]), "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            layers(x.clone(), positions, cache.view(table, positions))
+    with caplog.at_level(logging.INFO, "afnext.engine"):
+        for _ in range(3):
+            assert torch.equal(layers(x.clone(), positions, cache.view(table, positions)), expected)
+    assert [record.message.split()[:2] for record in caplog.records] == [["decoding", "repeats"]]
+
+
+def interrupted(*args: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+@needs_native
+@torch.inference_mode()
 def test_dense_weights_are_not_recorded_and_the_log_says_why(
     tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -98,5 +138,7 @@ def test_dense_weights_are_not_recorded_and_the_log_says_why(
 def test_only_native_kernels_are_repeated() -> None:
     assert repeatable(torch.device("cpu")) == native.AVAILABLE
     assert not repeatable(torch.device("cuda"))
+    assert repeatable(torch.device("cpu"), MOST_TOKENS) == native.AVAILABLE
+    assert not repeatable(torch.device("cpu"), MOST_TOKENS + 1)
     with kernels.backend("torch"):
         assert not repeatable(torch.device("cpu"))

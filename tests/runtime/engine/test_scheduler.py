@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import threading
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.simple_path import SimpleAnswer, request, simple_answer
 
+from afnext import kernels
+from afnext.kernels.dispatch import forced_backend
 from afnext.runtime.engine import scheduler
 from afnext.runtime.engine.options import EngineOptions
 from afnext.runtime.engine.request import Request, Sequence
@@ -416,3 +419,25 @@ def test_timings_add_up(network: AudioFlamingo, seed: int) -> None:
     assert 0 < timings.log_mel + timings.encode + timings.prefill <= timings.first_token < timings.total
     assert timings.total == pytest.approx(timings.first_token + timings.generate)
     assert timings.tokens_per_second == pytest.approx(7 / timings.generate)
+
+
+def test_a_forced_backend_meets_no_recorded_step(network: AudioFlamingo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode step is called under the backend alone that it was made under, so what it recorded is that backend's."""
+    calls: list[tuple[str | None, str | None]] = []
+
+    class Noted(scheduler.DecodeStep):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.made_under = forced_backend()
+
+        def __call__(self, *args: Any) -> torch.Tensor:
+            calls.append((self.made_under, forced_backend()))
+            return super().__call__(*args)
+
+    monkeypatch.setattr(scheduler, "DecodeStep", Noted)
+    engine = Engine(network, OPTIONS)
+    for forced in (None, "torch", None):
+        with kernels.backend(forced) if forced else nullcontext():
+            (sequence,) = run(engine, [request(network, **KINDS["text"])])
+            assert sequence.tokens == simple(network, "text").tokens
+    assert set(calls) == {(None, None), ("torch", "torch")}
