@@ -28,14 +28,13 @@ class Recording:
         self.obstacle: str | None = None
         self._calls: list[tuple[Callable[..., None], list[Any]]] = []
         self._kept: list[Any] = []
-        self._scratch: dict[tuple[str | int, ...], Tensor] = {}
+        self._scratch: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def scratch(self, name: str, *shape: int) -> Tensor:
         """Memory that a call needs only while it runs, the same for all that ask for such a shape by that name."""
-        key = (name, *shape)
-        if key not in self._scratch:
-            self._scratch[key] = torch.empty(shape)
-        return self._scratch[key]
+        if (name, shape) not in self._scratch:
+            self._scratch[name, shape] = torch.empty(shape)
+        return self._scratch[name, shape]
 
     def add(self, function: Callable[..., None], values: list[Any], arguments: Sequence[Any]) -> None:
         """Add a call of `function` with `values`, made from `arguments`, whose tensors the recording keeps."""
