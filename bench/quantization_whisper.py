@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..kernels.log_mel import WINDOW_SAMPLES, log_mel
 from ..quant.awq import Fold, encoder_folds
 from ..quant.calibrate import Calibration, InputStatistics, gathering, quantize_stage
-from ..quant.scheme import Int4, Int8, Packed, Scheme
+from ..quant.scheme import Int8, Packed, Scheme
 from ..runtime.io.audio import load_audio
 from .quality import word_errors
 from .tiny.whisper import LAYERS, model_weights
@@ -203,7 +203,7 @@ def put(stage: nn.Module, name: str, value: Tensor | Packed, scheme: Scheme | No
     if isinstance(value, Packed):
         assert scheme is not None
         packed = value
-        if isinstance(scheme, (Int8, Int4)) and scheme.int8_inputs:
+        if scheme.int8_inputs:
             # The layer's bias when it is called, since a calibrated one is put later.
             layer.forward = lambda x: scheme.linear(x, packed, layer.bias)
         value = scheme.dequantize(packed, torch.float32)

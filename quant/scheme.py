@@ -61,7 +61,12 @@ class Stored(NamedTuple):
 
 
 class Scheme(ABC):
-    """How the weights [out, in] of a layer are stored and multiplied with."""
+    """How the weights [out, in] of a layer are stored and multiplied with.
+
+    int8_inputs: whether the product's inputs are rounded to int8 as well.
+    """
+
+    int8_inputs: bool = False
 
     @abstractmethod
     def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:

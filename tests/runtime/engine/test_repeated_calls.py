@@ -1,10 +1,12 @@
 """The decoder's layers from a recording against plain calls of the decoder."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from afnext import kernels
 from afnext.bench.random_checkpoint import write_random_checkpoint
@@ -13,6 +15,7 @@ from afnext.quant.recipe import recipe
 from afnext.runtime.engine.kv_cache import KVCache, page_table
 from afnext.runtime.engine.repeated_calls import MOST_TOKENS, RepeatedCalls, repeatable
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
+from afnext.runtime.model.decoder import CacheView
 
 PAGE_SIZE, ROOM = 16, 64
 needs_native = pytest.mark.skipif(not native.AVAILABLE, reason="the native kernels are not built")
@@ -22,6 +25,13 @@ def packed_model(folder: Path, scheme: str | None, dtype: torch.dtype) -> AudioF
     quant = None if scheme is None else recipe(scheme)
     write_random_checkpoint(folder, quant=quant)
     return AudioFlamingo.from_folder(folder, device=torch.device("cpu"), dtype=lambda stored: dtype)
+
+
+def one_sequence(model: AudioFlamingo) -> tuple[Tensor, Callable[[], CacheView]]:
+    """The position of the first token of a sequence, and what views its place in a cache."""
+    cache = KVCache(model.config.decoder, pages=4, page_size=PAGE_SIZE, device=model.device, dtype=model.dtype)
+    table, positions = page_table([cache.allocate(ROOM)], model.device), torch.tensor([[0]])
+    return positions, lambda: cache.view(table, positions)
 
 
 @needs_native
@@ -64,14 +74,13 @@ def test_repeated_equals_plain(
 @torch.inference_mode()
 def test_another_number_of_threads_goes_the_usual_way(tmp_path: Path, seed: int, restored_threads: None) -> None:
     model = packed_model(tmp_path, "int8", torch.float32)
-    cache = KVCache(model.config.decoder, pages=4, page_size=PAGE_SIZE, device=model.device, dtype=model.dtype)
-    table, positions = page_table([cache.allocate(ROOM)], model.device), torch.tensor([[0]])
+    positions, view = one_sequence(model)
     layers, decoder = RepeatedCalls(model.decoder), model.decoder
     torch.set_num_threads(1)
-    out = [layers(decoder.embed(torch.tensor([[7]])), positions, cache.view(table, positions)) for _ in range(3)]
+    out = [layers(decoder.embed(torch.tensor([[7]])), positions, view()) for _ in range(3)]
     assert out[1].data_ptr() == out[2].data_ptr()
     torch.set_num_threads(2)
-    again = layers(decoder.embed(torch.tensor([[7]])), positions, cache.view(table, positions))
+    again = layers(decoder.embed(torch.tensor([[7]])), positions, view())
     assert again.data_ptr() != out[2].data_ptr()
     torch.testing.assert_close(again, out[2])
 
@@ -81,15 +90,14 @@ def test_another_number_of_threads_goes_the_usual_way(tmp_path: Path, seed: int,
 def test_another_level_goes_the_usual_way(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded at the best level, then forced to the lowest: the result is that of plain calls there."""
     model = packed_model(tmp_path, "int8", torch.float32)
-    cache = KVCache(model.config.decoder, pages=4, page_size=PAGE_SIZE, device=model.device, dtype=model.dtype)
-    table, positions = page_table([cache.allocate(ROOM)], model.device), torch.tensor([[0]])
+    positions, view = one_sequence(model)
     layers, decoder = RepeatedCalls(model.decoder), model.decoder
     x = decoder.embed(torch.tensor([[7]]))
-    recorded = [layers(x.clone(), positions, cache.view(table, positions)) for _ in range(3)][-1]
+    recorded = [layers(x.clone(), positions, view()) for _ in range(3)][-1]
     monkeypatch.setenv("AFNEXT_ISA", "portable")
-    again = layers(x.clone(), positions, cache.view(table, positions))
+    again = layers(x.clone(), positions, view())
     assert again.data_ptr() != recorded.data_ptr() or native.supported_levels() == ("portable",)
-    assert torch.equal(again, decoder(x, positions, cache.view(table, positions)))
+    assert torch.equal(again, decoder(x, positions, view()))
 
 
 @needs_native
@@ -98,17 +106,16 @@ def test_an_interrupted_recording_is_made_again(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = packed_model(tmp_path, "int8", torch.float32)
-    cache = KVCache(model.config.decoder, pages=4, page_size=PAGE_SIZE, device=model.device, dtype=model.dtype)
-    table, positions = page_table([cache.allocate(ROOM)], model.device), torch.tensor([[0]])
+    positions, view = one_sequence(model)
     layers, x = RepeatedCalls(model.decoder), model.decoder.embed(torch.tensor([[7]]))
-    expected = layers(x.clone(), positions, cache.view(table, positions)).clone()
+    expected = layers(x.clone(), positions, view()).clone()
     with monkeypatch.context() as patch:
         patch.setattr(type(model.decoder.layers[-1]), "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            layers(x.clone(), positions, cache.view(table, positions))
+            layers(x.clone(), positions, view())
     with caplog.at_level(logging.INFO, "afnext.engine"):
         for _ in range(3):
-            assert torch.equal(layers(x.clone(), positions, cache.view(table, positions)), expected)
+            assert torch.equal(layers(x.clone(), positions, view()), expected)
     assert [record.message.split()[:2] for record in caplog.records] == [["decoding", "repeats"]]
 
 
@@ -122,14 +129,13 @@ def test_dense_weights_are_not_recorded_and_the_log_says_why(
     tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = packed_model(tmp_path, None, torch.float32)
-    cache = KVCache(model.config.decoder, pages=4, page_size=PAGE_SIZE, device=model.device, dtype=model.dtype)
-    table, positions = page_table([cache.allocate(ROOM)], model.device), torch.tensor([[0]])
+    positions, view = one_sequence(model)
     layers, decoder = RepeatedCalls(model.decoder), model.decoder
     x = torch.randn(1, 1, model.config.decoder.hidden_size)
     with caplog.at_level(logging.INFO, "afnext.engine"):
         for _ in range(3):
-            out = layers(x, positions, cache.view(table, positions))
-            assert torch.equal(out, decoder(x, positions, cache.view(table, positions)))
+            out = layers(x, positions, view())
+            assert torch.equal(out, decoder(x, positions, view()))
     assert [record.message for record in caplog.records] == [
         "decoding is not recorded, as aten::linear is computed between the native calls"
     ]
