@@ -15,7 +15,9 @@ so is what comes up to the draw; each prefix ends where a count or a mass of exp
 temperature, is reached. A histogram over s, made by many programs a row, says in which bin that is; one program a row
 gathers the tokens of that bin alone, few unless the row is flat, and bisects for the logit. Tokens with s >= 32 are
 left out: together they weigh less than the largest u below 1 leaves over, so they are never drawn. The logits are read
-twice, the bins of 2048 tokens that matter up to four times more; 4 x vocab bytes a row and pass.
+twice, the bins of 2048 tokens that matter up to four times more; 4 x vocab bytes a row and pass. The native kernel has
+the same bins and sorts them one after the other, as far as the filters and the draw look; torch sorts the whole row, or
+with top_k in every row what that keeps.
 
 Source: Keskar et al. 2019 (repetition penalty), Holtzman et al. 2019 (top-p), Nguyen et al. 2024 (min-p).
 """
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import native
 from .configs import Config, Configs
 from .dispatch import Operation
 from .triton_language import tl, triton
@@ -362,6 +365,15 @@ def _chunk_best(logits: Tensor) -> tuple[Tensor, Tensor]:
     token = torch.empty((batch, chunks), dtype=torch.int32, device=logits.device)
     _chunk_best_kernel[(chunks, batch)](logits, best, token, vocab, logits.stride(0), CHUNK=_chunk(vocab))
     return best, token
+
+
+@_sample.implementation("native")
+def _sample_native(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor:
+    logits = _rows_of(logits)
+    out = torch.empty(len(logits), dtype=torch.int64)
+    parameters = (rows.temperature, rows.top_k, rows.top_p, rows.min_p, uniform)
+    native.call("sample", logits, *(x.contiguous() for x in parameters), out, *logits.shape, logits.stride(0))
+    return out
 
 
 @_penalize.implementation("torch")

@@ -4,6 +4,10 @@
 
 #include "vec.h"
 
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define AFNEXT_VNNI  // one instruction adds four products to a lane, without overflow between them
+#endif
+
 #if defined(__AVX2__)
 
 namespace afnext {
@@ -20,10 +24,25 @@ inline UBytes load_bytes(const T* p) {
   return x;
 }
 
-// total + codes * x in each lane's four bytes; codes: 0 .. 255, on AVX2 so small that two products fit into int16.
+// The first `count` bytes, zeros behind them; reads nothing past them.
+template <typename T>
+inline UBytes load_first_bytes(const T* p, int64_t count) {
+  static_assert(sizeof(T) == 1, "bytes");
+#if defined(__AVX512F__)
+  return (UBytes)_mm512_maskz_loadu_epi8(count <= 0 ? 0 : ~0ull >> (kBytes - count), p);
+#else
+  UBytes x{};
+  if (count > 0) std::memcpy(&x, p, count);
+  return x;
+#endif
+}
+
+// total + codes * x in each lane's four bytes; codes: 0 .. 255, on plain AVX2 so small that two products fit into int16.
 inline IntVec add_dot(IntVec total, UBytes codes, Bytes x) {
 #if defined(__AVX512VNNI__)
   return (IntVec)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)x);
+#elif defined(__AVXVNNI__)
+  return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)codes, (__m256i)x);
 #else
   const __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
   return total + (IntVec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
@@ -36,7 +55,7 @@ class SignedBytes {
   explicit SignedBytes(Bytes w) : weights_(w) {}
 
   IntVec add_dot(IntVec total, Bytes x) const {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512F__)
     const __mmask64 negative = _mm512_movepi8_mask((__m512i)weights_);
     const __m512i signed_x = _mm512_mask_sub_epi8((__m512i)x, negative, _mm512_setzero_si512(), (__m512i)x);
     return afnext::add_dot(total, (UBytes)_mm512_abs_epi8((__m512i)weights_), (Bytes)signed_x);

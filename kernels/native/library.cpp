@@ -13,6 +13,12 @@
 namespace {
 
 #if defined(__x86_64__)
+// Whether the CPU adds up products of bytes in vectors of 32, whatever it has of AVX-512.
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
+}
+
 // Whether the CPU has tiles, of bfloat16 and int8, and the system lets this process use them. Linux wants to be asked.
 bool may_use_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -46,6 +52,7 @@ AFNEXT_EXPORT int afnext_supports(const char* level) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (std::strcmp(level, "avx2") == 0) return avx2;
+  if (std::strcmp(level, "avxvnni") == 0) return avx2 && has_avx_vnni();
   const bool avx512 =
       avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

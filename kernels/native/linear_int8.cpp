@@ -63,7 +63,7 @@ void dot(const int8_t* weight, const int8_t* x, int64_t inner, float* y, int64_t
     }
 }
 
-#if defined(__AVX512VNNI__)
+#if defined(AFNEXT_VNNI)
 
 // Rows of bfloat16 as integers, a scale for each kShared inputs. Weights take part with 128 added, as the instruction wants
 // one side unsigned, and the sums begin with minus 128 times those of the row's codes.
@@ -82,12 +82,12 @@ class FixedRows {
         scales_[at] = rounded.scale;
         begin_[at] = -128 * rounded.total;
         for (int64_t i = 0; i < kShared; i += kLanes) {
-          const IntVec wide = (IntVec)_mm512_cvtepi16_epi32(_mm256_load_si256((const __m256i*)(codes + i)));
-          put_bytes(wide, bytes_ + at * 2 * kShared + i, bytes_ + at * 2 * kShared + kShared + i);
+          Shorts narrow;
+          std::memcpy(&narrow, codes + i, sizeof narrow);
+          put_bytes(__builtin_convertvector(narrow, IntVec), bytes_ + at * 2 * kShared + i, bytes_ + at * 2 * kShared + kShared + i);
         }
       }
   }
-
 
   // y[c, r] = sum_k x[row + r, k] * weight[c, k] for C outputs and R rows, y `pitch` apart.
   template <int C, int R>
@@ -110,37 +110,31 @@ class FixedRows {
   template <bool CUT, int C, int R>
   void add_group(const int8_t* weight, int64_t at, Vec (&total)[C][R]) const {
     const int64_t left = inner_ - at % groups_ * kShared;
-    __m512i high[C][R], low[C][R];
-    for (int r = 0; r < R; ++r) {
-      const __m512i begin = _mm512_zextsi128_si512(_mm_cvtsi32_si128(begin_[at + r * groups_]));
-      for (int c = 0; c < C; ++c) high[c][r] = _mm512_setzero_si512(), low[c][r] = begin;
-    }
+    IntVec high[C][R], low[C][R];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) high[c][r] = IntVec{}, low[c][r] = IntVec{begin_[at + r * groups_]};
 #pragma GCC unroll 4
     for (int64_t k = 0; k < kShared; k += kBytes) {
-      __m512i codes[C];
+      UBytes codes[C];
       for (int c = 0; c < C; ++c) {
         const int8_t* from = weight + c * inner_ + k;
-        if constexpr (CUT) {
-          const int64_t count = std::min<int64_t>(kBytes, left - k);
-          codes[c] = _mm512_maskz_loadu_epi8(count <= 0 ? 0 : ~0ull >> (kBytes - count), from);
-        } else {
-          codes[c] = _mm512_loadu_si512(from);
-        }
-        codes[c] = _mm512_xor_si512(codes[c], _mm512_set1_epi8(-128));
+        codes[c] = (CUT ? load_first_bytes(from, std::min<int64_t>(kBytes, left - k)) : load_bytes(from)) ^ 128;
       }
       for (int r = 0; r < R; ++r) {
         const int8_t* bytes = bytes_ + (at + r * groups_) * 2 * kShared + k;
-        const __m512i upper = _mm512_loadu_si512(bytes), lower = _mm512_loadu_si512(bytes + kShared);
+        const Bytes upper = (Bytes)load_bytes(bytes), lower = (Bytes)load_bytes(bytes + kShared);
         for (int c = 0; c < C; ++c) {
-          high[c][r] = _mm512_dpbusd_epi32(high[c][r], codes[c], upper);
-          low[c][r] = _mm512_dpbusd_epi32(low[c][r], codes[c], lower);
+          high[c][r] = add_dot(high[c][r], codes[c], upper);
+          low[c][r] = add_dot(low[c][r], codes[c], lower);
         }
       }
     }
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c)
-        total[c][r] += to_float((IntVec)high[c][r] * 128 + (IntVec)low[c][r]) * scales_[at + r * groups_];
+        total[c][r] += to_float(high[c][r] * 128 + low[c][r]) * scales_[at + r * groups_];
   }
+
+  typedef int16_t Shorts __attribute__((vector_size(2 * kLanes)));
 
   int64_t inner_, groups_;
   Scratch<int8_t> bytes_;
@@ -278,7 +272,7 @@ AFNEXT_EXPORT void afnext_linear_int8(const void* x, const int8_t* weight, const
       if (!up && takes_panels(rows, columns))
         return product_in_panels((const T*)x, Weight{weight, scales}, write, rows, inner, threads);
 #endif
-#if defined(__AVX512VNNI__)
+#if defined(AFNEXT_VNNI)
     if constexpr (std::is_same<T, bfloat16>::value)
       return product(FixedRows((const T*)x, rows, inner), nullptr, Weight{weight, scales}, Weight{up, up_scales}, write, rows,
                      inner, threads);

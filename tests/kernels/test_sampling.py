@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.accuracy import backends, poisoned
+from support.accuracy import backends, native_backends, poisoned
 from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -149,6 +149,13 @@ def assert_agrees_with_the_reference(
 @given(**FILTERS_WITH_TIES)
 def test_torch_agrees_on_ties_and_banned_tokens(**case: Any) -> None:
     assert_agrees_with_the_reference("torch", **case)
+
+
+@pytest.mark.parametrize("backend", native_backends(module._sample))
+@settings(max_examples=150, deadline=None, database=None)
+@given(**FILTERS_WITH_TIES)
+def test_native_agrees_on_ties_and_banned_tokens(backend: str, **case: Any) -> None:
+    assert_agrees_with_the_reference(backend, **case)
 
 
 @pytest.mark.skipif("triton" not in SAMPLERS, reason="Triton is not installed, or runs on the GPU")
