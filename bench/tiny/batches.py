@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from .attention import WORD, Looks, asked_label, audio_looks, mentions, near_previous, numbers, question_looks
 from .features import Crop
 from .hearing import CLASSES, marked
-from .scenes import Item, Question, ask_moment, clock, moments, random_questions, tenths_of
+from .scenes import Item, Question, ask_moment, clock, moments, random_questions, sound_questions, tenths_of
 from .vocabulary import SINGULARS
 
 PREFIX = "<|im_start|>user\n<|sound_bos|>"
@@ -43,7 +43,7 @@ class _Piece:
 class Stage:
     """A stretch of training: `batch` recordings a step, each asked `questions`. long: the share of steps whose
     recordings, `long_batch` or else `batch`, are `crops` from up to 30 minutes; each of those is also asked when
-    `moments` of what occurs once in it do."""
+    `moments` of what occurs once in it do, and each of the others `sounds` times how often or when sounds do."""
 
     steps: int
     batch: int
@@ -52,6 +52,7 @@ class Stage:
     crops: int = 3
     long_batch: int | None = None
     moments: int = 0
+    sounds: int = 0
 
 
 class Batches(Dataset[dict[str, Any]]):
@@ -111,6 +112,8 @@ class Batches(Dataset[dict[str, Any]]):
         if long:
             once = moments(items)
             questions += [ask_moment(item, rng) for item in rng.sample(once, min(stage.moments, len(once)))]
+        else:
+            questions += sound_questions(items, rng, stage.sounds)
         return {
             "audio": torch.cat([piece.audio for piece in pieces]),
             "windows": places,

@@ -169,6 +169,12 @@ def random_questions(items: list[Item], rng: random.Random, count: int) -> list[
     return [ask(kind, items, rng, kind in _THINKABLE and rng.random() < 0.35) for kind in chosen]
 
 
+def sound_questions(items: list[Item], rng: random.Random, count: int) -> list[Question]:
+    """`count` questions about how often or when some kind of sound occurs."""
+    kinds = rng.choices(("count_sound", "when_sound"), k=count)
+    return [ask(kind, items, rng, rng.random() < 0.35) for kind in kinds]
+
+
 def moments(items: list[Item]) -> list[Item]:
     """Those whose label occurs once."""
     labels = Counter(item.label for item in items)

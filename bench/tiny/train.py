@@ -38,7 +38,7 @@ from .voices import VoiceBank, build_bank
 STAGES = [
     Stage(steps=1000, batch=12, questions=4, long=0.1),
     Stage(steps=2200, batch=12, questions=5, long=0.5),
-    Stage(steps=2500, batch=12, questions=4, long=0.6, crops=10, long_batch=4, moments=8),
+    Stage(steps=2500, batch=12, questions=4, long=0.6, crops=10, long_batch=4, moments=8, sounds=2),
 ]
 SHORT, LONG = 3000, 1400  # recordings of 10 s, and windows of long ones
 HEARING, HEARING_RATES = 2400, (1.5e-4, 1e-3)  # steps; rates of the encoder and of all else

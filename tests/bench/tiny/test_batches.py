@@ -1,6 +1,6 @@
 """Training batches: what sees what, where everything stands, and that batch i is always the same."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from afnext.bench.tiny.features import Crop
 from afnext.bench.tiny.hearing import CLASSES
 from afnext.bench.tiny.scenes import clock
 from afnext.bench.tiny.tokenizer import build_tokenizer
+from afnext.bench.tiny.vocabulary import SOUNDS
 
 TOKENIZER = build_tokenizer()
 Crops = tuple[list[Crop], list[Crop]]
@@ -102,16 +103,21 @@ def test_long_recordings_have_silence_from_everywhere(crops: Crops, seed: int) -
 
 
 def test_long_recordings_are_fewer_and_asked_about_moments(crops: Crops, seed: int) -> None:
-    """In a stage of both, a batch has as many recordings as its kind, and long ones up to three more questions."""
-    stage = Stage(steps=8, batch=3, questions=2, long=0.5, crops=4, long_batch=2, moments=3)
+    """In a stage of both, a batch has as many recordings as its kind; the long ones are asked up to three more
+    questions, the short ones two more about sounds."""
+    stage = Stage(steps=8, batch=3, questions=2, long=0.5, crops=4, long_batch=2, moments=3, sounds=2)
     for number in range(8):
         batch = Batches(*crops, TOKENIZER, [stage], seed)[number]
         rows, asked = len(batch["windows"]), int(batch["question"].max())
         if (batch["windows"] != batch["windows"][:, :1]).any():
             assert rows == 2
             assert 2 <= asked <= 5
-        else:
-            assert (rows, asked) == (3, 2)
+            continue
+        assert (rows, asked) == (3, 4)
+        for row, last in product(range(3), (3, 4)):
+            text = TOKENIZER.decode(batch["inputs"][row][batch["question"][row] == last].tolist())
+            prompt = text.partition("<|im_end|>")[0]
+            assert any(sound in prompt for sound in SOUNDS), prompt
 
 
 def test_answers_know_what_is_asked_and_what_was_written_last(crops: Crops, seed: int) -> None:
