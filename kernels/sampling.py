@@ -16,8 +16,8 @@ temperature, is reached. A histogram over s, made by many programs a row, says i
 gathers the tokens of that bin alone, few unless the row is flat, and bisects for the logit. Tokens with s >= 32 are
 left out: together they weigh less than the largest u below 1 leaves over, so they are never drawn. The logits are read
 twice, the bins of 2048 tokens that matter up to four times more; 4 x vocab bytes a row and pass. The native kernel has
-the same bins and sorts them one after the other, as far as the filters and the draw look; torch sorts the whole row, or
-with top_k in every row what that keeps.
+such bins, too, and sorts them one after the other, as far as the filters and the draw look; torch sorts the whole row,
+or with top_k in every row what that keeps.
 
 Source: Keskar et al. 2019 (repetition penalty), Holtzman et al. 2019 (top-p), Nguyen et al. 2024 (min-p).
 """
@@ -89,6 +89,7 @@ _sample = Operation("sample", sample_reference)
 _greedy = Operation("greedy", greedy_reference)
 
 BINS, RANGE = 64, 32.0  # of the histogram over s; RANGE must keep vocab * exp(-RANGE) below 2**-24
+LEAST_TEMPERATURE = tl.constexpr(1e-30)  # below it 1 / temperature could overflow; both draw the largest logit
 _HISTOGRAM = Configs("sampling_histogram", Config({"PIECE": 128}, num_warps=8))
 _DRAW = Configs("sampling_draw", Config(num_warps=8), {"sm120": Config(num_warps=16)})
 
@@ -142,7 +143,7 @@ def _histogram_kernel(  # type: ignore[no-untyped-def]
     chunks = tl.num_programs(0)
     i = tl.arange(0, CHUNKS)
     top = tl.max(tl.load(best + row * chunks + i, mask=i < chunks, other=-float("inf")), 0)
-    sharpness = 1.0 / tl.load(temperature + row)
+    sharpness = 1.0 / tl.maximum(tl.load(temperature + row), LEAST_TEMPERATURE)
     farthest = -tl.log(tl.load(min_p + row))
     bins = tl.arange(0, BINS)
     count = tl.zeros((BINS,), tl.int32)
@@ -255,7 +256,7 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
     bins = tl.arange(0, BINS)
     there = chunk < chunks
     top = tl.max(tl.load(best + row * chunks + chunk, mask=there, other=-float("inf")), 0)
-    sharpness = 1.0 / tl.load(temperature + row)
+    sharpness = 1.0 / tl.maximum(tl.load(temperature + row), LEAST_TEMPERATURE)
     at = chunk[:, None] * BINS + bins[None, :]
     count = tl.sum(tl.load(counts + at, mask=there[:, None], other=0), 0)
     mass = tl.sum(tl.load(masses + row * chunks * BINS + at, mask=there[:, None], other=0.0), 0)

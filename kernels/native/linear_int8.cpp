@@ -84,7 +84,8 @@ class FixedRows {
         for (int64_t i = 0; i < kShared; i += kLanes) {
           Shorts narrow;
           std::memcpy(&narrow, codes + i, sizeof narrow);
-          put_bytes(__builtin_convertvector(narrow, IntVec), bytes_ + at * 2 * kShared + i, bytes_ + at * 2 * kShared + kShared + i);
+          int8_t* high = bytes_ + at * 2 * kShared + i;
+          put_bytes(__builtin_convertvector(narrow, IntVec), high, high + kShared);
         }
       }
   }

@@ -23,11 +23,10 @@ class Descending {
     Vec most = splat(-INFINITY);
     for_vectors(vocab, [&](int64_t, int, Vec x) { most = x > most ? x : most; });
     top_ = largest(most);
-    const float sharpness = 1 / temperature;
-    std::vector<uint16_t> bin_of(vocab + kLanes);
+    std::vector<uint16_t> bin_of(vocab);
     double masses[kBins + 1] = {};
     for_vectors(vocab, [&](int64_t first, int count, Vec x) {
-      const Vec s = (top_ - x) * sharpness;
+      const Vec s = (top_ - x) / temperature;
       const IntVec bins = to_int(s < kRange ? s * (kBins / kRange) : splat(kBins));
       const Vec e = exp2(s * -1.44269504f);
       for (int i = 0; i < count; ++i) {

@@ -260,6 +260,7 @@ def test_filters_down_to_one_token_are_greedy(backend: str, seed: int, device: t
         rows(n, min_p=1.0, device=device),
         rows(n, min_p=2.0, device=device),
         rows(n, temperature=1e-4, device=device),
+        rows(n, temperature=1e-39, device=device),
         rows(n, 0.5, 1, 0.0, 1.0, device),
     ):
         with poisoned(backend):
