@@ -1,5 +1,7 @@
 """Native calls made again: with what is in their tensors by then, and only where nothing else was computed."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -74,3 +76,13 @@ def test_attention_recorded_for_few_keys_serves_many(seed: int, device: torch.de
     lengths.copy_(torch.tensor([77, 512]))
     calls()
     assert torch.equal(out, decode_attention(q, k, v, key_lengths=lengths, page_table=table))
+
+
+def test_recording_does_not_import_the_compiler() -> None:
+    """torch's compiler takes most of a second to import, which the first answer would wait for."""
+    script = (
+        "import sys, torch; from afnext.kernels.native.recording import recording\n"
+        "with recording(): torch.empty(3).view(3)\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
