@@ -59,9 +59,14 @@ def measured_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:
     return _measured(device, torch.get_num_threads(), quick)
 
 
+def uncached_bytes(device: torch.device) -> int:
+    """The size of a buffer that is read from memory, not from the caches of `device`."""
+    return min(_LARGEST_BUFFER, max(256 << 20, 2 * last_level_cache(device)))
+
+
 @lru_cache(maxsize=16)
 def _measured(device: torch.device, _threads: int, quick: bool) -> Ceilings:
-    size = 1 << 20 if quick else min(_LARGEST_BUFFER, max(256 << 20, 2 * last_level_cache(device)))
+    size = 1 << 20 if quick else uncached_bytes(device)
     side = 128 if quick else (8192 if device.type == "cuda" else 3072)
     copy, read = _bandwidths(device, size)
     products = {name: product for name in _dtypes(device) if (product := _product(device, name, side))}

@@ -26,6 +26,7 @@ from ..runtime.app.api import Model, load
 from ..runtime.engine.kv_cache import KVCache, page_table, pages_for
 from ..runtime.engine.repeated_calls import RepeatedCalls, repeatable
 from ..runtime.model.decoder import Decoder
+from .ceilings import uncached_bytes
 from .e2e import PACKED_TOLERANCE, TOLERANCE, recording
 from .machine import machine
 from .random_checkpoint import write_random_checkpoint
@@ -37,7 +38,6 @@ KV8 = "+kv8"
 STAGES = ("encode", "prefill", "decode")
 _WINDOW = 30.0  # seconds
 _FURTHER_TOKENS = 64  # room behind a prefix for what is decoded there
-_READ, _READ_BYTES = "read", 512 << 20  # a sum over more than caches hold
 
 
 @dataclass(frozen=True)
@@ -234,14 +234,13 @@ def _subjects(folder: Path, schemes: Iterable[str]) -> Iterator[Subject]:
 
 def _measured(case: Case, subjects: list[Subject], shape: str, repeats: int) -> Iterator[Record]:
     calls = stage_calls(case.stage, case.depth, case.tokens, subjects)
-    outputs = {name: call() for name, call in calls.items()}
+    device = torch.device("cpu")
+    read_bytes = uncached_bytes(device)
     if case.stage == "decode":
         # How fast memory is read takes its turn with the steps that it bounds: it is shared, and changes by the minute.
-        calls[_READ] = torch.ones(_READ_BYTES // 8, dtype=torch.int64).sum
-        calls[_READ]()
-    samples = measure_interleaved(
-        calls, repeats=repeats, warmup=0, max_time=120.0, clock=clock_for(torch.device("cpu"))
-    )
+        calls["read"] = torch.ones(read_bytes // 8, dtype=torch.int64).sum
+    outputs = {name: call() for name, call in calls.items()}
+    samples = measure_interleaved(calls, repeats=repeats, warmup=0, max_time=120.0, clock=clock_for(device))
     reference, where = subjects[0].name, machine()
     label = {"label": case.label, "model": shape, "depth": case.depth, "tokens": case.tokens}
     for subject in subjects:
@@ -260,7 +259,7 @@ def _measured(case: Case, subjects: list[Subject], shape: str, repeats: int) -> 
                 "reason": gain.reason,
             }
             if case.stage == "decode":
-                values |= _traffic(subject, samples[subject.name], _READ_BYTES / samples[_READ].median)
+                values |= _traffic(subject, samples[subject.name], read_bytes / samples["read"].median)
         yield Record("layers", case.stage, subject.name, label, values, machine=where)
 
 

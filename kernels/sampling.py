@@ -89,7 +89,6 @@ _sample = Operation("sample", sample_reference)
 _greedy = Operation("greedy", greedy_reference)
 
 BINS, RANGE = 64, 32.0  # of the histogram over s; RANGE must keep vocab * exp(-RANGE) below 2**-24
-LEAST_TEMPERATURE = tl.constexpr(1e-30)  # below it 1 / temperature could overflow; both draw the largest logit
 _HISTOGRAM = Configs("sampling_histogram", Config({"PIECE": 128}, num_warps=8))
 _DRAW = Configs("sampling_draw", Config(num_warps=8), {"sm120": Config(num_warps=16)})
 
@@ -127,6 +126,12 @@ def _best_kernel(best, token_of_best, out, chunks, CHUNKS: tl.constexpr):  # typ
 
 
 @triton.jit
+def _sharpness(temperature):  # type: ignore[no-untyped-def]
+    """1 / temperature, kept from overflowing where it is so low that only the largest logit can be drawn."""
+    return 1.0 / tl.maximum(tl.load(temperature), 1e-30)
+
+
+@triton.jit
 def _bin(x, top, sharpness, BINS: tl.constexpr, RANGE: tl.constexpr):  # type: ignore[no-untyped-def]
     """s and its bin; BINS where s is out of range. Never decreasing as x falls, so that bins follow the order."""
     s = (top - x) * sharpness
@@ -143,7 +148,7 @@ def _histogram_kernel(  # type: ignore[no-untyped-def]
     chunks = tl.num_programs(0)
     i = tl.arange(0, CHUNKS)
     top = tl.max(tl.load(best + row * chunks + i, mask=i < chunks, other=-float("inf")), 0)
-    sharpness = 1.0 / tl.maximum(tl.load(temperature + row), LEAST_TEMPERATURE)
+    sharpness = _sharpness(temperature + row)
     farthest = -tl.log(tl.load(min_p + row))
     bins = tl.arange(0, BINS)
     count = tl.zeros((BINS,), tl.int32)
@@ -256,7 +261,7 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
     bins = tl.arange(0, BINS)
     there = chunk < chunks
     top = tl.max(tl.load(best + row * chunks + chunk, mask=there, other=-float("inf")), 0)
-    sharpness = 1.0 / tl.maximum(tl.load(temperature + row), LEAST_TEMPERATURE)
+    sharpness = _sharpness(temperature + row)
     at = chunk[:, None] * BINS + bins[None, :]
     count = tl.sum(tl.load(counts + at, mask=there[:, None], other=0), 0)
     mass = tl.sum(tl.load(masses + row * chunks * BINS + at, mask=there[:, None], other=0.0), 0)

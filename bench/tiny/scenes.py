@@ -166,13 +166,17 @@ def ask(kind: str, items: list[Item], rng: random.Random, think: bool = False) -
 def random_questions(items: list[Item], rng: random.Random, count: int) -> list[Question]:
     """`count` questions of different kinds; those that take longer answers come more often."""
     chosen = list(dict.fromkeys(rng.choices(list(KINDS), weights=list(KINDS.values()), k=4 * count)))[:count]
-    return [ask(kind, items, rng, kind in _THINKABLE and rng.random() < 0.35) for kind in chosen]
+    return [_ask_sometimes_thinking(kind, items, rng) for kind in chosen]
 
 
 def sound_questions(items: list[Item], rng: random.Random, count: int) -> list[Question]:
     """`count` questions about how often or when some kind of sound occurs."""
     kinds = rng.choices(("count_sound", "when_sound"), k=count)
-    return [ask(kind, items, rng, rng.random() < 0.35) for kind in kinds]
+    return [_ask_sometimes_thinking(kind, items, rng) for kind in kinds]
+
+
+def _ask_sometimes_thinking(kind: str, items: list[Item], rng: random.Random) -> Question:
+    return ask(kind, items, rng, kind in _THINKABLE and rng.random() < 0.35)
 
 
 def moments(items: list[Item]) -> list[Item]:

@@ -115,14 +115,13 @@ class ByteRows {
  private:
   // Puts a group's inputs, from number `first` of the row on, in their places; returns their sum.
   static int32_t part(const int8_t* from, int64_t group, int8_t* row, int64_t first) {
-    typedef int16_t Pairs __attribute__((vector_size(2 * kLanes)));
     IntVec total{};
     for (int64_t i = 0; i < group; i += 2 * kLanes) {
-      Pairs pairs;
+      ShortVec pairs;
       std::memcpy(&pairs, from + i, sizeof pairs);
       const int64_t k = first + i;
       int8_t* to = row + k / kChunk * kChunk + k % kChunk / 2;
-      const Pairs both[2] = {pairs << 8 >> 8, pairs >> 8};
+      const ShortVec both[2] = {pairs << 8 >> 8, pairs >> 8};
       for (int odd = 0; odd < 2; ++odd) {
         total += __builtin_convertvector(both[odd], IntVec);
         const ByteVec bytes = __builtin_convertvector(both[odd], ByteVec);

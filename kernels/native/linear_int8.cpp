@@ -82,7 +82,7 @@ class FixedRows {
         scales_[at] = rounded.scale;
         begin_[at] = -128 * rounded.total;
         for (int64_t i = 0; i < kShared; i += kLanes) {
-          Shorts narrow;
+          ShortVec narrow;
           std::memcpy(&narrow, codes + i, sizeof narrow);
           int8_t* high = bytes_ + at * 2 * kShared + i;
           put_bytes(__builtin_convertvector(narrow, IntVec), high, high + kShared);
@@ -134,8 +134,6 @@ class FixedRows {
       for (int c = 0; c < C; ++c)
         total[c][r] += to_float(high[c][r] * 128 + low[c][r]) * scales_[at + r * groups_];
   }
-
-  typedef int16_t Shorts __attribute__((vector_size(2 * kLanes)));
 
   int64_t inner_, groups_;
   Scratch<int8_t> bytes_;

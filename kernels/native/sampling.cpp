@@ -102,7 +102,10 @@ int64_t draw(Descending tokens, int64_t top_k, float top_p, float min_p, float u
     mass = tokens.through(rank);
   };
   if (kept == 0) return 0;
-  if (top_k > 0 && top_k < kept) keep_through([&](int64_t rank) { return rank + 1 == top_k; });
+  if (top_k > 0 && top_k < kept) {
+    kept = top_k;
+    mass = tokens.through(kept - 1);
+  }
   if (top_p < 1) keep_through([&, wanted = top_p * mass](int64_t rank) { return tokens.through(rank) >= wanted; });
   if (min_p > 0)
     keep_through([&](int64_t rank) {

@@ -23,6 +23,7 @@ typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
+typedef int16_t ShortVec __attribute__((vector_size(2 * kLanes)));
 
 inline Vec splat(float x) { return x - Vec{}; }  // 0 + x would be an addition, for -0
 

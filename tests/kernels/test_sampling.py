@@ -145,16 +145,10 @@ def assert_agrees_with_the_reference(
     assert logits[drawn] > -torch.inf
 
 
+@pytest.mark.parametrize("backend", ["torch", *native_backends(module._sample)])
 @settings(max_examples=150, deadline=None, database=None)
 @given(**FILTERS_WITH_TIES)
-def test_torch_agrees_on_ties_and_banned_tokens(**case: Any) -> None:
-    assert_agrees_with_the_reference("torch", **case)
-
-
-@pytest.mark.parametrize("backend", native_backends(module._sample))
-@settings(max_examples=150, deadline=None, database=None)
-@given(**FILTERS_WITH_TIES)
-def test_native_agrees_on_ties_and_banned_tokens(backend: str, **case: Any) -> None:
+def test_torch_and_native_agree_on_ties_and_banned_tokens(backend: str, **case: Any) -> None:
     assert_agrees_with_the_reference(backend, **case)
 
 
