@@ -4,7 +4,8 @@
     h   = GELU(conv2(h))             kernel 3, stride 2, padding 1     [batch, hidden, conv_length(frames)]
     out = h^T + positions            [batch, conv_length(frames), hidden]
 
-GELU is the exact one (erf). The convolutions are dense products and go to torch (cuDNN, oneDNN).
+GELU is the exact one (erf). The convolutions are dense products and go to torch (cuDNN, oneDNN), but on CPUs on which
+`linear` multiplies: there each step's three neighbours are laid side by side for it.
 Operations for one window at full size: 2 * 3 * 3000 * 128 * 1280 + 2 * 3 * 1500 * 1280 * 1280 = 17.7 GFLOP.
 
 On GPUs the libraries add the bias in a pass of its own. The Triton implementation leaves them the bare convolutions and
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from .activation import exact_gelu, gelu
 from .dispatch import Operation
+from .linear import linear, linear_misfit
 from .triton_language import tl, triton
 
 
@@ -90,6 +92,22 @@ def _triton(mel: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2:
         h, bias2.contiguous(), positions.contiguous(), out, channels, length, BLOCK=block, num_warps=8
     )
     return out
+
+
+def _misfit(mel: Tensor, weight1: Tensor, bias1: Tensor, *_others: Tensor) -> str | None:
+    return linear_misfit(mel, weight1, bias1)
+
+
+@_operation.implementation("native", _misfit)
+def _native(mel: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, positions: Tensor) -> Tensor:
+    h = gelu(linear(_neighbours(mel.transpose(1, 2), 1), weight1.flatten(1), bias1))
+    h = gelu(linear(_neighbours(h, 2), weight2.flatten(1), bias2))
+    return h + positions[: h.shape[1]]
+
+
+def _neighbours(h: Tensor, stride: int) -> Tensor:
+    """[batch, time, channels] to [batch, time / stride, channels * 3]: what each step of a convolution multiplies."""
+    return F.pad(h, (0, 0, 1, 1)).unfold(1, 3, stride).flatten(2)
 
 
 @_operation.implementation("torch")

@@ -37,7 +37,6 @@ from .dispatch import Operation, on_cpu
 from .linear_int8 import (
     FEW_CPU_ROWS,
     add_epilogue,
-    as_rows,
     block_of,
     check_epilogue,
     config_for,
@@ -48,6 +47,7 @@ from .linear_int8 import (
     tile_config,
 )
 from .native import products
+from .strides import as_rows
 from .triton_language import tl, triton
 
 GROUP_SIZES = (32, 64, 128)

@@ -39,6 +39,7 @@ from .dispatch import Operation
 from .native import products
 from .quantize_rows import quantize_rows
 from .quantize_rows import reference as quantize_rows_reference
+from .strides import as_rows
 from .triton_language import tl, triton
 
 FEW_ROWS = 64  # up to here the inner dimension may be split
@@ -355,11 +356,6 @@ def _w8a16_triton(
     config = config_for(_W8A16 if up[0] is None else _W8A16_PAIR, x.shape[:-1].numel(), x.device)
     even = x.shape[-1] % config.blocks["BLOCK_K"] == 0
     return launch_product(_w8a16_kernel, x, weight, up, bias, residual, config, EVEN=even)
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x [..., channels] as a contiguous [rows, channels]; no copy if it is contiguous."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 _linear = Operation("linear_int8", linear_int8_reference)

@@ -27,8 +27,9 @@ from torch import Tensor
 from . import activation, native
 from .dispatch import Operation
 from .linear_int4 import w4a16_triton
-from .linear_int8 import FEW_CPU_ROWS, add_epilogue, as_rows, check_epilogue, product_by_tiles
+from .linear_int8 import FEW_CPU_ROWS, add_epilogue, check_epilogue, product_by_tiles
 from .native import products
+from .strides import as_rows
 
 BLOCK_SIZE = 64
 LEVELS = (

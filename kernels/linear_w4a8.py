@@ -36,7 +36,6 @@ from .linear_int4 import (
 from .linear_int8 import (
     FEW_CPU_ROWS,
     add_epilogue,
-    as_rows,
     block_of,
     blocks,
     check_epilogue,
@@ -47,6 +46,7 @@ from .linear_int8 import (
 from .native import products
 from .quantize_rows import quantize_rows
 from .quantize_rows import reference as quantize_rows_reference
+from .strides import as_rows
 from .triton_language import tl, triton
 
 

@@ -12,3 +12,8 @@ def strided_rows(x: Tensor) -> Tensor:
     """`x` as [rows, columns], with unit stride: a view wherever its strides allow, as for the halves of one product's
     output."""
     return with_unit_stride(x.reshape(-1, x.shape[-1]))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., channels] as a contiguous [rows, channels]; no copy if it is contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()

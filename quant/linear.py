@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.activation import swiglu
+from ..kernels.linear import linear
 from .scheme import PARTS, Packed, Scheme
 
 
@@ -41,7 +42,7 @@ class _Matrix(nn.Module):
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.scheme is None:
-            return F.linear(x, self.weight, bias)
+            return linear(x, self.weight, bias)
         return self.scheme.linear(x, self.packed, bias)
 
 

@@ -1,4 +1,4 @@
-// Products of many rows of int8 with int4 weights, both with a scale a group of inputs, by dot products of bytes (VNNI).
+// Products of many rows of int8 with int4 weights, both with a scale a group of inputs, by dot products of bytes.
 //
 // A step is 64 inputs, of one group or of two. Its sums are exact in int32; scaled, they are added in float32 to those of
 // the steps before, which costs a fifth of the multiplications beside them. Codes take part as they are stored, 0 .. 15,
@@ -8,7 +8,7 @@
 
 #include "panels.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 
 namespace afnext {
 
@@ -16,7 +16,7 @@ namespace afnext {
 class TokenGroups {
  public:
   TokenGroups(const int8_t* codes, const float* scales, int64_t rows, int64_t inner, int64_t group, int64_t threads)
-      : parts(group == 32 ? 2 : 1), padded_((rows + 31) / 32 * 32), scales_(count(inner)), sums_(count(inner)),
+      : parts(group == 32 ? 2 : 1), padded_((rows + 2 * kUnitTile - 1) / (2 * kUnitTile) * 2 * kUnitTile), scales_(count(inner)), sums_(count(inner)),
         begin_(count(inner)) {
     const int64_t width = 64 / parts;
     std::memset(scales_, 0, count(inner) * sizeof(float));
@@ -51,7 +51,10 @@ class TokenGroups {
 // Behind the panel's weights stand, of every part, the 32 outputs' scales and, with ZEROS, scale * (zero - 8).
 template <bool ZEROS>
 struct GroupUnit {
-  static constexpr int64_t kSteps = 8, kPanels = 8, kPanelBytes = kSteps * (2048 + 2 * 2 * 32 * sizeof(float));
+  using Element = int8_t;
+  static constexpr int kTile = kUnitTile;
+  static constexpr int64_t kSteps = 8, kPanels = kUnitPanels, kPass = kUnitPass;
+  static constexpr int64_t kPanelBytes = kSteps * (2048 + 2 * 2 * 32 * sizeof(float));
   struct Configuration {
     Configuration() {}
   };
@@ -62,60 +65,65 @@ struct GroupUnit {
   static const float* scales(const uint8_t* panel, int64_t part) { return scales((uint8_t*)panel, part); }
 
   static void arrange_weights(uint8_t* tile) { transpose_tile((const uint32_t*)tile, (uint32_t*)tile); }
-  static void arrange_tokens(const uint8_t* rows, uint8_t* out, int32_t*) { std::memcpy(out, rows, 1024); }
-  static void unfold(const int32_t* sums, int32_t* out) { std::memcpy(out, sums, 32 * 32 * sizeof(int32_t)); }
+  static void arrange_tokens(const uint8_t* rows, uint8_t* out, int32_t*) { std::memcpy(out, rows, kTile * 64); }
+  static void unfold(const int32_t* sums, int32_t* out) { std::memcpy(out, sums, 2 * kTile * 32 * sizeof(int32_t)); }
 
-  // sums: [32 tokens][32 outputs] of float32.
+  // sums: [2 * kTile tokens][32 outputs] of float32.
   void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t row, int64_t step,
                 int64_t count, bool fresh, int32_t* to) const {
     auto* sums = (float*)to;
-    if (fresh) std::memset(sums, 0, 32 * 32 * sizeof(float));
+    if (fresh) std::memset(sums, 0, 2 * kTile * 32 * sizeof(float));
     const auto run = tokens.parts == 1 ? &GroupUnit::multiply_rows<1> : &GroupUnit::multiply_rows<2>;
-    for (int token = 0; token < 32; token += kRows)
-      (this->*run)(panel, tiles[token / 16] + token % 16 * 64, row + token, step, count, sums + token * 32);
+    for (int output = 0; output < 32; output += 2 * kLanes)
+      for (int token = 0; token < 2 * kTile; token += kUnitRows)
+        (this->*run)(panel, output, tiles[token / kTile] + token % kTile * 64, row + token, step, count,
+                     sums + token * 32 + output);
   }
 
  private:
-  static constexpr int kRows = 8;
-
   template <int PARTS>
-  void multiply_rows(const uint8_t* panel, const uint8_t* bytes, int64_t row, int64_t step, int64_t count,
+  void multiply_rows(const uint8_t* panel, int output, const uint8_t* bytes, int64_t row, int64_t step, int64_t count,
                      float* sums) const {
-    for (int64_t s = 0; s < count; ++s, bytes += 1024)
+    constexpr int kFours = 16 / PARTS, kRun = std::min(kFours, CodeSums::kMost);  // inputs by four: of a part, of one sum
+    const uint8_t* first = panel + output / 16 * 1024 + output % 16 * 4;
+    for (int64_t s = 0; s < count; ++s, bytes += kTile * 64)
       for (int half = 0; half < PARTS; ++half) {
         const int64_t part = (step + s) * PARTS + half;
         const int32_t* begin = tokens.begin(part, row);
-        __m512i total[kRows][2];
-        for (int i = 0; i < kRows; ++i) total[i][0] = total[i][1] = _mm512_set1_epi32(begin[i]);
+        IntVec total[kUnitRows][2];
+        for (int i = 0; i < kUnitRows; ++i) total[i][0] = total[i][1] = IntVec{} + begin[i];
+        for (int run = 0; run < kFours; run += kRun) {
+          CodeSums codes[kUnitRows][2];
 #pragma GCC unroll 16
-        for (int four_inputs = 0; four_inputs < 16 / PARTS; ++four_inputs) {
-          const int at = half * 64 / PARTS + four_inputs * 4;
-          const uint8_t* weights = panel + s * 2048 + at * 16;
-          const __m512i by[2] = {_mm512_loadu_si512(weights), _mm512_loadu_si512(weights + 1024)};
+          for (int four = run; four < run + kRun; ++four) {
+            const int at = half * 64 / PARTS + four * 4;
+            const uint8_t* weights = first + s * 2048 + at * 16;
+            const UBytes by[2] = {load_bytes(weights), load_bytes(weights + kNextLanes)};
 #pragma GCC unroll 8
-          for (int i = 0; i < kRows; ++i) {
-            int32_t four;
-            std::memcpy(&four, bytes + i * 64 + at, sizeof four);
-            const __m512i all = _mm512_set1_epi32(four);
+            for (int i = 0; i < kUnitRows; ++i) {
+              const Bytes all = (Bytes)broadcast_ints(bytes + i * 64 + at);
 #pragma GCC unroll 2
-            for (int w = 0; w < 2; ++w) total[i][w] = _mm512_dpbusd_epi32(total[i][w], by[w], all);
+              for (int w = 0; w < 2; ++w) codes[i][w].add(by[w], all);
+            }
           }
+          for (int i = 0; i < kUnitRows; ++i)
+            for (int w = 0; w < 2; ++w) total[i][w] += codes[i][w].total();
+          asm volatile("" : : : "memory");  // or gcc keeps the sums of all parts in registers, and spills
         }
-        asm volatile("" : : : "memory");  // or gcc keeps the sums of all parts in registers, and spills
-        add_part(total, scales(panel, s * PARTS + half), part, row, sums);
+        add_part(total, scales(panel, s * PARTS + half) + output, part, row, sums);
       }
   }
 
-  void add_part(const __m512i (&total)[kRows][2], const float* scales, int64_t part, int64_t row, float* sums) const {
+  void add_part(const IntVec (&total)[kUnitRows][2], const float* scales, int64_t part, int64_t row, float* sums) const {
     const float* by = tokens.scales(part, row);
     const float* shift = tokens.sums(part, row);
 #pragma GCC unroll 2
     for (int w = 0; w < 2; ++w) {
-      const Vec scale = load(scales + w * 16), zero = load(scales + 32 + w * 16);
+      const Vec scale = load(scales + w * kLanes), zero = load(scales + 32 + w * kLanes);
 #pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        float* sum = sums + i * 32 + w * 16;
-        Vec y = load(sum) + to_float((IntVec)total[i][w]) * scale * by[i];
+      for (int i = 0; i < kUnitRows; ++i) {
+        float* sum = sums + i * 32 + w * kLanes;
+        Vec y = load(sum) + to_float(total[i][w]) * scale * by[i];
         if (ZEROS) y -= zero * shift[i];
         store(sum, y);
       }

@@ -49,6 +49,26 @@ inline IntVec add_dot(IntVec total, UBytes codes, Bytes x) {
 #endif
 }
 
+// Sums of products of codes of 0 .. 15 with bytes of -127 .. 127. Plain AVX2 adds up to kMost of them in 16 bits.
+class CodeSums {
+ public:
+#if defined(AFNEXT_VNNI)
+  static constexpr int kMost = 16;
+  void add(UBytes codes, Bytes x) { sums_ = add_dot(sums_, codes, x); }
+  IntVec total() const { return sums_; }
+
+ private:
+  IntVec sums_{};
+#else
+  static constexpr int kMost = 8;
+  void add(UBytes codes, Bytes x) { sums_ = _mm256_add_epi16(sums_, _mm256_maddubs_epi16((__m256i)codes, (__m256i)x)); }
+  IntVec total() const { return (IntVec)_mm256_madd_epi16(sums_, _mm256_set1_epi16(1)); }
+
+ private:
+  __m256i sums_ = _mm256_setzero_si256();
+#endif
+};
+
 // Weights of -128 .. 127, to be multiplied with codes of -127 .. 127: |w| * (x with the sign of w).
 class SignedBytes {
  public:

@@ -19,6 +19,12 @@ inline BitVec load_words(const uint8_t* p, int64_t left) {
   return words;
 }
 
+inline UByteVec load_lanes(const uint8_t* p) {
+  UByteVec bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return bytes;
+}
+
 // Gives each lane the value of the group that its codes are of, from values of neighbouring groups.
 template <bool ONE_GROUP>
 class Spread {
@@ -196,29 +202,29 @@ void product(const Rows& x, const Weight& weight, const Weight& up, const Epilog
   for_outputs(write.columns, rows * write.columns * inner, own + 2 * block, threads, body);
 }
 
-#if defined(__AVX512BF16__)
-// Rows of bfloat16 against the weights rounded to bfloat16. group_of(index), of output and group: what gives the
-// weights, of codes in the lowest four bits of each lane, or `one` of a code.
-template <typename Codes, typename GroupOf>
-void product_in_panels(const bfloat16* x, const uint8_t* codes, GroupOf group_of, const Epilogue<bfloat16>& write,
-                       int64_t rows, int64_t inner, int64_t group, int64_t threads) {
+#if defined(__AVX2__)
+// Rows of floats against the weights as the unit multiplies them: rounded to bfloat16 where a level has its dot products.
+// group_of(index), of output and group: what gives the weights, of codes in the lowest four bits of each lane, or `one` of a
+// code.
+template <typename Codes, typename T, typename GroupOf>
+void product_in_panels(const T* x, const uint8_t* codes, GroupOf group_of, const Epilogue<T>& write, int64_t rows,
+                       int64_t inner, int64_t group, int64_t threads) {
+  constexpr int64_t kInputs = 2 * kLanes;
   const int64_t groups = inner / group;
   const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
     for (int64_t i = 0; i < 32; ++i) {
       const int64_t first = (n + i) * groups;
-      auto numbers = group_of(first + step * 32 / group);
+      auto numbers = group_of(first + step * kInputs / group);
       for (int64_t s = 0; s < count; ++s) {
-        const int64_t k = (step + s) * 32;
+        const int64_t k = (step + s) * kInputs;
         if (k % group == 0) numbers = group_of(first + k / group);
-        const __m128i bytes = _mm_loadu_si128((const __m128i*)(codes + ((n + i) * inner + k) / 2));
-        const BitVec pairs = (BitVec)_mm512_cvtepu8_epi32(bytes);
+        const BitVec pairs = __builtin_convertvector(load_lanes(codes + ((n + i) * inner + k) / 2), BitVec);
         store_pairs(panel + (s * 32 + i) * 64, numbers(pairs >> shift_of(0, Codes::kEven)),
                     numbers(pairs >> shift_of(1, Codes::kEven)));
       }
     }
   };
-  for_panels<false>(x, rows, inner, write.columns, threads, {codes, inner / 2, 16}, weights, write.out, sizeof(bfloat16),
-                    write);
+  for_panels(x, rows, inner, write.columns, threads, {codes, inner / 2, kInputs / 2}, weights, write.out, sizeof(T), write);
 }
 #endif
 
@@ -226,8 +232,8 @@ void product_in_panels(const bfloat16* x, const uint8_t* codes, GroupOf group_of
 template <typename Codes, typename Rows, typename T, typename GroupOf>
 void multiply_4bit(const T* x, const Weight& weight, const Weight& up, GroupOf group_of, const Epilogue<T>& write,
                    int64_t rows, int64_t inner, int64_t group, int64_t threads) {
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same<T, bfloat16>::value)
+#if defined(__AVX2__)
+  if constexpr (kPanelsTake<T>)
     if (!up.codes && takes_panels(rows, write.columns))
       return product_in_panels<Codes>(x, weight.codes, group_of, write, rows, inner, group, threads);
 #endif

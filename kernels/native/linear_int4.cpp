@@ -152,7 +152,18 @@ Group group_of(const Weight& weight, int64_t at) {
   return {number(weight.scales, at, weight.kind), weight.zeros ? number(weight.zeros, at, weight.kind) : 8};
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
+// The 64 codes of `count` bytes, at most 32, one a byte, zeros for what is missing.
+inline void put_codes(const uint8_t* packed, int64_t count, uint8_t* out) {
+  uint8_t whole[32] = {};
+  if (count < 32) packed = (const uint8_t*)std::memcpy(whole, packed, count);
+  for (int i = 0; i < 32; i += kLanes) {
+    const HalfVec wide = __builtin_convertvector(load_lanes(packed + i), HalfVec);  // a byte's upper code goes to the byte above
+    const HalfVec codes = (wide | wide << 4) & 0x0F0F;
+    std::memcpy(out + 2 * i, &codes, sizeof codes);
+  }
+}
+
 template <bool ZEROS, typename T>
 void product_in_group_panels(const int8_t* x, const TokenGroups& tokens, const Weight& weight, const Epilogue<T>& write,
                              int64_t rows, int64_t inner, int64_t group, int64_t threads) {
@@ -160,12 +171,9 @@ void product_in_group_panels(const int8_t* x, const TokenGroups& tokens, const W
   const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
     for (int64_t i = 0; i < 32; ++i) {
       for (int64_t s = 0; s < count; ++s) {
-        const int64_t k = (step + s) * 64, bytes = std::min<int64_t>(32, (inner - k) / 2);
-        const __mmask32 there = ~0u >> (32 - bytes);
-        const __m256i packed = _mm256_maskz_loadu_epi8(there, weight.codes + ((n + i) * inner + k) / 2);
-        const __m512i wide = _mm512_cvtepu8_epi16(packed);  // a byte's upper code goes to the byte above
-        const __m512i codes = _mm512_or_si512(wide, _mm512_slli_epi16(wide, 4));
-        _mm512_storeu_si512(panel + (s * 32 + i) * 64, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
+        const int64_t k = (step + s) * 64;
+        put_codes(weight.codes + ((n + i) * inner + k) / 2, std::min<int64_t>(32, (inner - k) / 2),
+                  panel + (s * 32 + i) * 64);
       }
       for (int64_t part = 0; part < count * parts; ++part) {
         const int64_t k = (step * parts + part) * 64 / parts;
@@ -216,7 +224,7 @@ AFNEXT_EXPORT void afnext_linear_w4a8(const int8_t* x, const float* x_scales, co
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
     if (takes_panels(rows, columns)) {
       const TokenGroups tokens(x, x_scales, rows, inner, group, threads);
       const auto run = zeros ? product_in_group_panels<true, T> : product_in_group_panels<false, T>;

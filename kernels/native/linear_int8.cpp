@@ -182,46 +182,48 @@ void product(const X& x, const float* row_scales, const Weight& weight, const We
   });
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 // Rows of int8 against the weights as they lie.
 template <typename T>
 void product_in_panels(const int8_t* codes, const float* row_scales, const Weight& weight, const Epilogue<T>& write,
                       int64_t rows, int64_t inner, int64_t threads) {
+  using Element = Unit<true>::Element;
+  constexpr int64_t kInputs = 64 / sizeof(Element);
   const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
     for (int64_t i = 0; i < 32; ++i) {
       const int8_t* from = weight.codes + (n + i) * inner;
       for (int64_t s = 0; s < count; ++s) {
-        const int64_t k = (step + s) * 64, width = std::min<int64_t>(64, inner - k);
+        const int64_t k = (step + s) * kInputs, width = std::min(kInputs, inner - k);
         uint8_t* to = panel + (s * 32 + i) * 64;
-        if (width < 64) std::memset(to, 0, 64);
-        std::memcpy(to, from + k, width);
+        if (width < kInputs) std::memset(to, 0, 64);
+        convert_elements(from + k, width, (Element*)to);
       }
     }
   };
   const auto put = [&](int64_t row, int64_t n, int count, IntVec sums) {
     write(row, n, count, to_float(sums) * load_first(weight.scales + n, count) * row_scales[row]);
   };
-  for_panels<true>(codes, rows, inner, write.columns, threads, {weight.codes, inner, 64}, weights, write.out, sizeof(T),
-                    put);
+  for_panels(codes, rows, inner, write.columns, threads, {weight.codes, inner, kInputs}, weights, write.out, sizeof(T), put);
 }
 
-// Rows of bfloat16 against the codes as bfloat16, in which they are exact.
-void product_in_panels(const bfloat16* x, const Weight& weight, const Epilogue<bfloat16>& write, int64_t rows,
-                      int64_t inner, int64_t threads) {
+// Rows of floats against the codes as floats, in which they are exact.
+template <typename T>
+void product_in_panels(const T* x, const Weight& weight, const Epilogue<T>& write, int64_t rows, int64_t inner,
+                       int64_t threads) {
+  constexpr int64_t kInputs = 2 * kLanes;
   const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
     for (int64_t i = 0; i < 32; ++i) {
       const int8_t* from = weight.codes + (n + i) * inner;
       for (int64_t s = 0; s < count; ++s) {
-        const int64_t k = (step + s) * 32;
-        store_halves(panel + (s * 32 + i) * 64, load(from + k), k + 16 < inner ? load(from + k + 16) : Vec{});
+        const int64_t k = (step + s) * kInputs;
+        store_halves(panel + (s * 32 + i) * 64, load(from + k), k + kLanes < inner ? load(from + k + kLanes) : Vec{});
       }
     }
   };
   const auto put = [&](int64_t row, int64_t n, int count, Vec sums) {
     write(row, n, count, sums * load_first(weight.scales + n, count));
   };
-  for_panels<false>(x, rows, inner, write.columns, threads, {weight.codes, inner, 32}, weights, write.out, sizeof(bfloat16),
-                    put);
+  for_panels(x, rows, inner, write.columns, threads, {weight.codes, inner, kInputs}, weights, write.out, sizeof(T), put);
 }
 #endif
 
@@ -266,8 +268,8 @@ AFNEXT_EXPORT void afnext_linear_int8(const void* x, const int8_t* weight, const
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
-#if defined(__AVX512BF16__)
-    if constexpr (std::is_same<T, bfloat16>::value)
+#if defined(__AVX2__)
+    if constexpr (kPanelsTake<T>)
       if (!up && takes_panels(rows, columns))
         return product_in_panels((const T*)x, Weight{weight, scales}, write, rows, inner, threads);
 #endif
@@ -291,7 +293,7 @@ AFNEXT_EXPORT void afnext_linear_w8a8(const int8_t* codes, const float* row_scal
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
     if (takes_panels(rows, columns))
       return product_in_panels(codes, row_scales, Weight{weight, scales}, write, rows, inner, threads);
 #endif

@@ -1,5 +1,4 @@
-// What the users of the matrix unit (AMX) and of dot products of bfloat16 pairs share: layouts of operands, and the
-// matrix unit's configuration.
+// Layouts of operands: transposed tiles and pairs, and the configuration of the matrix unit (AMX).
 
 #pragma once
 
@@ -41,6 +40,43 @@ inline void transpose_tile(const uint32_t* rows, uint32_t* out) {
   transpose_16([rows](int i) { return rows + i * 16; }, out, 16);
 }
 
+#elif defined(__AVX2__)
+
+// out[j][i] = rows[i][j] of 8 x 8 elements of 32 bits, `pitch` apart on both sides.
+inline void transpose_8(const __m256 (&rows)[8], uint32_t* out, int64_t pitch) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps((float*)out + i * pitch, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
+    _mm256_storeu_ps((float*)out + (i + 4) * pitch, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+  }
+}
+
+// One tile, rows and out contiguous; they may be the same.
+inline void transpose_tile(const uint32_t* rows, uint32_t* out) {
+  const auto load_block = [rows](int i, int j, __m256 (&block)[8]) {
+    for (int row = 0; row < 8; ++row) block[row] = _mm256_loadu_ps((const float*)rows + (i + row) * 16 + j);
+  };
+  __m256 first[8], second[8];
+  for (int i : {0, 8}) {
+    load_block(i, i, first);
+    transpose_8(first, out + i * 17, 16);
+  }
+  load_block(0, 8, first);
+  load_block(8, 0, second);
+  transpose_8(first, out + 8 * 16, 16);
+  transpose_8(second, out + 8, 16);
+}
+
 #endif
 
 #if defined(__AVX512BF16__)
@@ -51,6 +87,15 @@ inline void store_pairs(void* p, Vec even, Vec odd) {
                                          20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
+}
+
+#elif defined(__AVX2__)
+
+// 16 neighbours in float32, from the even ones and the odd ones.
+inline void store_pairs(void* p, Vec even, Vec odd) {
+  const __m256 low = _mm256_unpacklo_ps((__m256)even, (__m256)odd), high = _mm256_unpackhi_ps((__m256)even, (__m256)odd);
+  _mm256_storeu_ps((float*)p, _mm256_permute2f128_ps(low, high, 0x20));
+  _mm256_storeu_ps((float*)p + 8, _mm256_permute2f128_ps(low, high, 0x31));
 }
 
 #endif

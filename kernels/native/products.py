@@ -18,18 +18,33 @@ Int4 = tuple[Tensor, Tensor, Tensor | None]
 """packed, scales, zeros"""
 
 
-_MOST_FEW_ROWS = {"amx": 4, "avx512": 16}
+_MOST_FEW_ROWS = {"amx": 4, "avx512": 16, "avxvnni": 16, "avx2": 16}
 """Up to here a product reads the weights once; more rows go past weights in panels, at the levels that have it."""
+_BFLOAT16_LEVELS = ("amx", "avx512")
+"""The levels that multiply bfloat16 as it is, which then is the only dtype for panels; below, all are widened."""
 
 
 def has_panels() -> bool:
-    """Whether the level in use has products of many rows: the matrix unit's, or those of AVX512-VNNI and -BF16."""
+    """Whether the level in use has products of many rows."""
     return isa() in _MOST_FEW_ROWS
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the level in use has instructions that multiply bfloat16, which torch's dense products then use, too."""
+    return isa() in _BFLOAT16_LEVELS
 
 
 def in_panels(x: Tensor, columns: int) -> bool:
     """Whether the product of x with a weight of so many columns, not a pair, is one of many rows."""
-    return x.dtype == torch.bfloat16 and has_panels() and x.shape[0] > _MOST_FEW_ROWS[isa()] and columns >= 32
+    fits = x.dtype == torch.bfloat16 or not multiplies_bfloat16()
+    return fits and has_panels() and x.shape[0] > _MOST_FEW_ROWS[isa()] and columns >= 32
+
+
+def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias. Reads the weights once for up to 16 rows; more need a level with panels, for 32 columns or more."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    call("linear", x, weight, None if bias is None else widened(bias), out, x.shape[0], *weight.shape, x.dtype)
+    return out
 
 
 def int8_product(x: Tensor, weight: Int8, up: Int8 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -76,6 +76,7 @@ inline void store(float16* p, Vec x) {
 }
 
 typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
+typedef uint8_t UByteVec __attribute__((vector_size(kLanes)));
 
 inline Vec load(const int8_t* p) {
 #if defined(__AVX512F__)

@@ -1,0 +1,210 @@
+// How each level multiplies a panel of 32 outputs' weights with tokens: the units of panels.h.
+//
+// Unit<INT8> multiplies codes of int8, or else numbers: bfloat16 where a level has dot products of it, float32 below.
+//   Element         what weights and tokens are held as, 64 bytes of them a step
+//   kTile           tokens of a tile; two tiles are multiplied at once
+//   kSteps, kPanels, kPass: steps of a stretch, panels that share a stretch of tokens, and tokens that share panels, so that
+//                   a panel fits into the first-level cache, and tokens and waiting sums into the second-level one
+//   arrange_weights lays out 16 outputs' weights of a step, 16 rows of 64 bytes, in place
+//   arrange_tokens  lays out a tile's step, kTile rows of 64 bytes; begin: what is added to each token's sums
+//   multiply        sums of 32 outputs and two tiles, to which `count` steps are added, or with which they begin if `fresh`
+//   unfold          [token][output] of them
+
+#pragma once
+
+#include "int_dot.h"
+#include "linear.h"
+#include "matrix_unit.h"
+
+#if defined(__AVX2__)
+
+namespace afnext {
+
+#if defined(__AVX512BF16__)
+using Number = bfloat16;
+#else
+using Number = float;
+#endif
+
+// Of units made of vectors.
+#if defined(__AVX512F__)
+constexpr int kUnitRows = 8;  // tokens at once: twice as many sums hide the latency of one, and leave registers for operands
+constexpr int64_t kUnitPanels = 8, kUnitPass = 512;
+#else
+constexpr int kUnitRows = 6;
+constexpr int64_t kUnitPanels = 4, kUnitPass = 240;
+#endif
+constexpr int kUnitTile = 2 * kUnitRows;
+constexpr int kNextLanes = kLanes == 16 ? 1024 : 4 * kLanes;  // bytes to the weights of the next kLanes outputs of a panel
+
+inline IntVec load_ints(const void* p) {
+  IntVec x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+inline IntVec broadcast_ints(const uint8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return IntVec{} + four;
+}
+
+inline void store_ints(int32_t* p, IntVec x) { std::memcpy(p, &x, sizeof x); }
+
+#if defined(__AMX_INT8__)
+
+// A tile is 16 rows of 64 bytes. The left operand is 16 outputs' weights as they lie, the right one 16 tokens with the four
+// bytes that follow each other in a token side by side. One step loads 4 KB for 64 cycles of multiplication, and the
+// second-level cache gives half of that in this time: hence panels in the first-level cache. Tokens are loaded with the
+// hint to pass it by, as they would drive the panel out of it.
+template <bool INT8>
+struct Unit {
+  using Element = std::conditional_t<INT8, int8_t, Number>;
+  static constexpr int kTile = 16;
+  static constexpr int64_t kSteps = 16, kPanels = 16, kPass = 512, kPanelBytes = kSteps * 2048;
+  using Configuration = TileConfiguration;
+
+  static void arrange_weights(uint8_t*) {}
+  static void arrange_tokens(const uint8_t* rows, uint8_t* out, int32_t*) { transpose_tile((const uint32_t*)rows, (uint32_t*)out); }
+
+  // sums[i][j]: 16 outputs by 16 tokens of int32 or float32, of outputs 16 i .. of the panel and the tokens of tiles[j], to
+  // which `count` steps are added, or with which they begin if `fresh`. The two integers: see for_panels.
+  static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t, int64_t, int64_t count,
+                       bool fresh, int32_t* to) {
+    auto* sums = (int32_t(*)[2][256])to;
+    if (fresh) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    } else {
+      _tile_loadd(0, sums[0][0], 64);
+      _tile_loadd(1, sums[0][1], 64);
+      _tile_loadd(2, sums[1][0], 64);
+      _tile_loadd(3, sums[1][1], 64);
+    }
+    for (int64_t step = 0; step < count; ++step) {
+      _tile_loadd(4, panel + step * 2048, 64);
+      _tile_stream_loadd(6, tiles[0] + step * 1024, 64);
+      _tile_stream_loadd(7, tiles[1] + step * 1024, 64);
+      _tile_loadd(5, panel + step * 2048 + 1024, 64);
+      if constexpr (INT8) {
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+      } else {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, sums[0][0], 64);
+    _tile_stored(1, sums[0][1], 64);
+    _tile_stored(2, sums[1][0], 64);
+    _tile_stored(3, sums[1][1], 64);
+  }
+
+  // out[token][output] of 32 tokens and 32 outputs.
+  static void unfold(const int32_t* sums, int32_t* out) {
+    for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < 2; ++j) {
+        const auto* tile = (const uint32_t*)sums + (i * 2 + j) * 256;
+        transpose_16([tile](int row) { return tile + row * 16; }, (uint32_t*)out + j * 16 * 32 + i * 16, 32);
+      }
+  }
+};
+
+#else
+
+// Vectors: outputs are the lanes, with the four bytes that follow each other in an output's weights in one lane, and the
+// four bytes of a token are broadcast. Where bytes are multiplied, one side is unsigned: weights with 128 added, for which
+// 128 times the sum of the token's bytes is subtracted. Plain AVX2 cannot multiply them without overflow, and takes int8 as
+// pairs of 16 bits.
+template <bool INT8>
+struct Unit {
+#if defined(AFNEXT_VNNI)
+  using Element = std::conditional_t<INT8, int8_t, Number>;
+#else
+  using Element = std::conditional_t<INT8, int16_t, Number>;
+#endif
+  static constexpr bool kUnsigned = sizeof(Element) == 1;
+  static constexpr int kTile = kUnitTile;
+  static constexpr int64_t kSteps = 8, kPanels = kUnitPanels, kPass = kUnitPass, kPanelBytes = kSteps * 2048;
+  struct Configuration {
+    Configuration() {}
+  };
+
+  static void arrange_weights(uint8_t* tile) {
+    for (int i = 0; kUnsigned && i < 1024; ++i) tile[i] ^= 0x80;
+    transpose_tile((const uint32_t*)tile, (uint32_t*)tile);
+  }
+
+  static void arrange_tokens(const uint8_t* rows, uint8_t* out, int32_t* begin) {
+    std::memcpy(out, rows, kTile * 64);
+    for (int i = 0; kUnsigned && i < kTile; ++i) {
+      int32_t total = 0;
+      for (int k = 0; k < 64; ++k) total += (int8_t)rows[i * 64 + k];
+      begin[i] -= 128 * total;
+    }
+  }
+
+  // sums: [2 * kTile tokens][32 outputs].
+  static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t* begin, int64_t, int64_t,
+                       int64_t count, bool fresh, int32_t* sums) {
+    for (int output = 0; output < 32; output += 2 * kLanes)
+      for (int token = 0; token < 2 * kTile; token += kUnitRows)
+        multiply_rows(panel + output / 16 * 1024 + output % 16 * 4, tiles[token / kTile] + token % kTile * 64, begin + token,
+                      count, fresh, sums + token * 32 + output);
+  }
+
+  static void unfold(const int32_t* sums, int32_t* out) { std::memcpy(out, sums, 2 * kTile * 32 * sizeof(int32_t)); }
+
+ private:
+  static void multiply_rows(const uint8_t* panel, const uint8_t* tokens, const int32_t* begin, int64_t count, bool fresh,
+                            int32_t* sums) {
+    IntVec total[kUnitRows][2];
+    for (int i = 0; i < kUnitRows; ++i)
+      for (int w = 0; w < 2; ++w)
+        total[i][w] = !fresh ? load_ints(sums + i * 32 + w * kLanes) : IntVec{} + (kUnsigned ? begin[i] : 0);
+    for (int64_t step = 0; step < count; ++step, panel += 2048, tokens += kTile * 64)
+      for (int part = 0; part < 64; part += 4) {
+        const IntVec by[2] = {load_ints(panel + part * 16), load_ints(panel + kNextLanes + part * 16)};
+#pragma GCC unroll 8
+        for (int i = 0; i < kUnitRows; ++i) {
+          const IntVec all = broadcast_ints(tokens + i * 64 + part);
+#pragma GCC unroll 2
+          for (int w = 0; w < 2; ++w) total[i][w] = add(total[i][w], by[w], all);
+        }
+      }
+    for (int i = 0; i < kUnitRows; ++i)
+      for (int w = 0; w < 2; ++w) store_ints(sums + i * 32 + w * kLanes, total[i][w]);
+  }
+
+  static IntVec add(IntVec total, IntVec weights, IntVec token) {
+    if constexpr (std::is_same_v<Element, float>) return (IntVec)((Vec)total + (Vec)weights * (Vec)token);
+    if constexpr (kUnsigned) return add_dot(total, (UBytes)weights, (Bytes)token);
+#if defined(__AVX512BF16__)
+    return (IntVec)_mm512_dpbf16_ps((__m512)total, (__m512bh)weights, (__m512bh)token);
+#else
+    return total + (IntVec)_mm256_madd_epi16((__m256i)weights, (__m256i)token);
+#endif
+  }
+};
+
+#endif
+
+// 64 bytes of numbers: 2 * kLanes neighbours, from the first and the last half, or from the even and the odd ones.
+inline void store_halves(void* p, Vec first, Vec last) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)last, (__m512)first));
+#else
+  store((float*)p, first);
+  store((float*)p + kLanes, last);
+#endif
+}
+
+}  // namespace afnext
+
+#endif

@@ -1,0 +1,98 @@
+"""Dense linear layers: every backend against the float64 reference, and who computes what on a CPU."""
+
+import logging
+
+import pytest
+import torch
+from support.accuracy import DTYPES, assert_accurate, backends, exactly, native_backends, poisoned
+from support.guarded import guarded
+from torch import Tensor
+from torch.nn import functional as F
+
+from afnext.kernels import linear as module
+from afnext.kernels import native
+from afnext.kernels.linear import linear
+
+# rows, in, out: few rows and many, parts of vectors, of tiles of rows and of panels, several passes of rows
+SHAPES = [
+    (1, 128, 33),
+    (5, 67, 16),
+    (16, 40, 35),
+    (19, 64, 70),
+    (70, 1, 40),
+    (75, 333, 129),
+    (600, 150, 65),
+    (40, 96, 7),
+]
+
+
+def inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    rows, inner, columns = shape
+    x, weight, bias = torch.randn(rows, inner), torch.randn(columns, inner) / inner**0.5, torch.randn(columns)
+    return x.to(device, dtype), weight.to(device, dtype), bias.to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", backends(module._operation))
+def test_accuracy(
+    backend: str, shape: tuple[int, int, int], dtype: torch.dtype, seed: int, device: torch.device
+) -> None:
+    x, weight, bias = inputs(shape, dtype, device)
+    for biased in (bias, None):
+        with poisoned(backend):
+            actual = linear(x, weight, biased)
+        assert_accurate(actual, exactly(linear, x, weight, biased), F.linear(x, weight, biased))
+
+
+@pytest.mark.parametrize("backend", backends(module._operation))
+def test_strided_and_empty_inputs(backend: str, seed: int, device: torch.device) -> None:
+    x, weight = torch.randn(5, 4, 256).to(device)[..., :128], torch.randn(128, 40).to(device).T
+    with poisoned(backend):
+        torch.testing.assert_close(linear(x, weight), linear(x.contiguous(), weight.contiguous()))
+        assert linear(x, weight).shape == (5, 4, 40)
+        assert linear(x[:0], weight).shape == (0, 4, 40)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 7, 19, 300])
+@pytest.mark.parametrize("backend", native_backends(module._operation))
+def test_native_stays_within_its_memory(
+    backend: str, rows: int, threads: int, seed: int, restored_threads: None
+) -> None:
+    """Tensors that end where readable memory ends, aligned to nothing; and any number of threads gives the same."""
+    x, weight, bias = inputs((rows, 203, 53), torch.bfloat16, torch.device("cpu"))
+    torch.set_num_threads(1)
+    with poisoned(backend):
+        expected = linear(x, weight, bias)
+    torch.set_num_threads(threads)
+    x, weight, bias = map(guarded, (x, weight, bias))
+    with poisoned(backend):
+        assert torch.equal(linear(x, weight, bias), expected)
+
+
+@pytest.mark.parametrize("level", native.supported_levels())
+def test_torch_multiplies_what_it_has_instructions_for(
+    level: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """bfloat16 goes to the native kernels where the level widens it, float32 always to torch; the log says so."""
+    monkeypatch.setenv("AFNEXT_ISA", level)
+    monkeypatch.delenv("AFNEXT_BACKEND", raising=False)
+    monkeypatch.setattr(module._operation, "_logged", set())
+    with caplog.at_level(logging.INFO, "afnext.kernels"):
+        linear(torch.ones(2, 64).bfloat16(), torch.ones(40, 64).bfloat16())
+        linear(torch.ones(2, 64), torch.ones(40, 64))
+    widened = level in ("avx2", "avxvnni")
+    assert ("linear on cpu runs on native" in caplog.text) == widened
+    assert "linear on cpu runs on torch" in caplog.text
+    assert ("does not cover float32" in caplog.text) == widened or f"at the level {level}" in caplog.text
+
+
+def test_refusals() -> None:
+    x, weight, bias = torch.zeros(2, 64), torch.zeros(5, 64), torch.zeros(5)
+    with pytest.raises(ValueError, match=r"\(2, 64\), \(5, 32\)"):
+        linear(x, weight[:, :32])
+    with pytest.raises(ValueError, match=r"\(4,\)"):
+        linear(x, weight, bias[:4])
+    with pytest.raises(ValueError, match=r"float32, torch.bfloat16"):
+        linear(x, weight.bfloat16())
