@@ -37,8 +37,9 @@ constexpr int64_t kUnitPanels = 4, kUnitPass = 240;
 constexpr int kUnitTile = 2 * kUnitRows;
 constexpr int kNextLanes = kLanes == 16 ? 1024 : 4 * kLanes;  // bytes to the weights of the next kLanes outputs of a panel
 
-inline IntVec load_ints(const void* p) {
-  IntVec x;
+template <typename Vector>
+inline Vector load_as(const void* p) {
+  Vector x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
@@ -48,8 +49,6 @@ inline IntVec broadcast_ints(const uint8_t* p) {
   std::memcpy(&four, p, sizeof four);
   return IntVec{} + four;
 }
-
-inline void store_ints(int32_t* p, IntVec x) { std::memcpy(p, &x, sizeof x); }
 
 #if defined(__AMX_INT8__)
 
@@ -162,34 +161,48 @@ struct Unit {
   static void unfold(const int32_t* sums, int32_t* out) { std::memcpy(out, sums, 2 * kTile * 32 * sizeof(int32_t)); }
 
  private:
+  using Sum = std::conditional_t<INT8, IntVec, Vec>;
+  using Operand = std::conditional_t<std::is_same_v<Element, float>, Vec, IntVec>;
+
   static void multiply_rows(const uint8_t* panel, const uint8_t* tokens, const int32_t* begin, int64_t count, bool fresh,
                             int32_t* sums) {
-    IntVec total[kUnitRows][2];
-    for (int i = 0; i < kUnitRows; ++i)
-      for (int w = 0; w < 2; ++w)
-        total[i][w] = !fresh ? load_ints(sums + i * 32 + w * kLanes) : IntVec{} + (kUnsigned ? begin[i] : 0);
+    Sum total[kUnitRows][2];
+    const auto for_sums = [](auto body) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kUnitRows; ++i)
+#pragma GCC unroll 2
+        for (int w = 0; w < 2; ++w) body(i, w);
+    };
+    for_sums([&](int i, int w) {
+      total[i][w] = fresh ? Sum{} + (kUnsigned ? begin[i] : 0) : load_as<Sum>(sums + i * 32 + w * kLanes);
+    });
     for (int64_t step = 0; step < count; ++step, panel += 2048, tokens += kTile * 64)
       for (int part = 0; part < 64; part += 4) {
-        const IntVec by[2] = {load_ints(panel + part * 16), load_ints(panel + kNextLanes + part * 16)};
+        const Operand by[2] = {load_as<Operand>(panel + part * 16), load_as<Operand>(panel + kNextLanes + part * 16)};
 #pragma GCC unroll 8
         for (int i = 0; i < kUnitRows; ++i) {
-          const IntVec all = broadcast_ints(tokens + i * 64 + part);
+          const Operand all = (Operand)broadcast_ints(tokens + i * 64 + part);
 #pragma GCC unroll 2
           for (int w = 0; w < 2; ++w) total[i][w] = add(total[i][w], by[w], all);
         }
       }
-    for (int i = 0; i < kUnitRows; ++i)
-      for (int w = 0; w < 2; ++w) store_ints(sums + i * 32 + w * kLanes, total[i][w]);
+    for_sums([&](int i, int w) { std::memcpy(sums + i * 32 + w * kLanes, &total[i][w], sizeof(Sum)); });
   }
 
-  static IntVec add(IntVec total, IntVec weights, IntVec token) {
-    if constexpr (std::is_same_v<Element, float>) return (IntVec)((Vec)total + (Vec)weights * (Vec)token);
-    if constexpr (kUnsigned) return add_dot(total, (UBytes)weights, (Bytes)token);
+  static Sum add(Sum total, Operand weights, Operand token) {
+    if constexpr (std::is_same_v<Element, float>) {
+      total += weights * token;
+    } else if constexpr (kUnsigned) {
+      total = add_dot(total, (UBytes)weights, (Bytes)token);
+    } else {
 #if defined(__AVX512BF16__)
-    return (IntVec)_mm512_dpbf16_ps((__m512)total, (__m512bh)weights, (__m512bh)token);
+      total = (Vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)weights, (__m512bh)token);
 #else
-    return total + (IntVec)_mm256_madd_epi16((__m256i)weights, (__m256i)token);
+      total += (IntVec)_mm256_madd_epi16((__m256i)weights, (__m256i)token);
 #endif
+    }
+    keep_here(total);
+    return total;
   }
 };
 
