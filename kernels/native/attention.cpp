@@ -57,7 +57,7 @@ struct Workspace {
   int32_t* last;
 
   Workspace(const Problem& p, float* memory) {
-    const int64_t rows = (p.row_block + 31) / 32 * 32, depth = p.depth();
+    const int64_t rows = (p.row_block + 95) / 96 * 96, depth = p.depth();
     const uintptr_t address = (uintptr_t)memory;
     memory += ((64 - address % 64) % 64) / sizeof(float);
     const auto take = [&](int64_t floats) {
@@ -72,8 +72,8 @@ struct Workspace {
     last = (int32_t*)take(rows);
     keys = (Element*)take(kBlock * depth);
     values = (Element*)take(kBlock * depth);
-    scores = take(kBlock * 2 * kLanes);
-    weights = (Element*)take(kBlock * 2 * kLanes);
+    scores = take(kBlock * kWide * kLanes);
+    weights = std::is_same_v<Element, float> ? (Element*)scores : (Element*)take(kBlock * kWide * kLanes);
     staged = (Element*)take((kChunk + 1) * depth);
   }
 };
@@ -334,7 +334,7 @@ void attend(const Problem& p, const Task& task, float* memory) {
 // With tiles of one vector of rows where those are all.
 template <template <int> typename Products>
 void attend_narrow_or_wide(const Problem& p, const Task& task, float* memory) {
-  task.rows <= kLanes ? attend<Products<1>>(p, task, memory) : attend<Products<2>>(p, task, memory);
+  task.rows <= kLanes ? attend<Products<1>>(p, task, memory) : attend<Products<kWide>>(p, task, memory);
 }
 
 #if defined(__AVX512BF16__)

@@ -97,5 +97,5 @@ def attend_natively(
 
 def _workspace_floats(row_block: int, head_dim: int) -> int:
     """What a thread of the native kernel needs: queries and sums, their maxima, a block of keys and values, scores."""
-    depth, rows, block = -(-head_dim // 32) * 32, -(-row_block // 32) * 32, 256
+    depth, rows, block = -(-head_dim // 32) * 32, -(-row_block // 96) * 96, 256  # whole tiles of 8, 16, 24 or 32 rows
     return 2 * rows * depth + 3 * rows + 2 * block * depth + 2 * block * 32 + 33 * depth + 16

@@ -16,6 +16,7 @@ namespace afnext {
 
 constexpr int kChunk = 32;   // keys, and channels, that are handled at a time
 constexpr int kBlock = 256;  // keys of a block: their scores for one tile stay in the first-level cache
+constexpr int kWide = kLanes == 8 ? 3 : 2;  // vectors of rows in a tile: with kStep, as many sums as there are registers for
 
 // Rows of memory that are read soon, fetched a few lines at a time among the computations, whose pace memory then follows.
 class Fetch {
@@ -75,32 +76,30 @@ struct Floats {
     transpose<kRows>((const uint32_t* const*)rows, depth, (uint32_t*)queries);
   }
 
+  // keys[key / kStep][d][kStep]
   static void put_keys(const float* const* rows, int chunk, int depth, float* keys, Fetch& fetch) {
     fetch(128);
-    for (int i = 0; i < kChunk; ++i)
-      std::memcpy(keys + (int64_t)(chunk * kChunk + i) * depth, rows[i], depth * sizeof(float));
+    for (int key = 0; key < kChunk; key += kStep) {
+      float* to = keys + (int64_t)(chunk * kChunk + key) * depth;
+      for (int d = 0; d < depth; ++d)
+#pragma GCC unroll 8
+        for (int i = 0; i < kStep; ++i) to[d * kStep + i] = rows[key + i][d];
+    }
   }
 
+  // values[key / kChunk][d / kStep][kChunk][kStep]
   static void put_values(const float* const* rows, int chunk, int depth, float* values, Fetch& fetch) {
-    put_keys(rows, chunk, depth, values, fetch);
+    fetch(128);
+    float* to = values + (int64_t)chunk * kChunk * depth;
+    for (int key = 0; key < kChunk; ++key)
+      for (int d = 0; d < depth; d += kStep)
+        std::memcpy(to + d * kChunk + key * kStep, rows[key] + d, kStep * sizeof(float));
   }
 
   static void score(const float* queries, const float* keys, int count, int depth, float* scores, Fetch&) {
     for (int key = 0; key < count; key += kStep) {
-      Vec total[kStep][W] = {};
-      const float* row = keys + (int64_t)key * depth;
-      for (int d = 0; d < depth; ++d) {
-        Vec q[W];
-        for (int w = 0; w < W; ++w) q[w] = load(queries + d * kRows + w * kLanes);
-#pragma GCC unroll 8
-        for (int i = 0; i < kStep; ++i)
-#pragma GCC unroll 2
-          for (int w = 0; w < W; ++w) total[i][w] += q[w] * row[i * depth + d];
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kStep; ++i)
-#pragma GCC unroll 2
-        for (int w = 0; w < W; ++w) store(scores + (key + i) * kRows + w * kLanes, total[i][w]);
+      product(keys + (int64_t)key * depth, queries, depth,
+              [&](int i, int w, Vec total) { store(scores + (key + i) * kRows + w * kLanes, total); });
     }
   }
 
@@ -112,26 +111,35 @@ struct Floats {
   static void accumulate(const float* values, const float* weights, int count, int depth, float* sums, Fetch&) {
     for (int d = 0; d < depth; d += kStep) {
       // Each chunk of keys by itself, then together: a long sum is not rounded at each of its terms.
-      for (int first = 0; first < count; first += kChunk) {
-        Vec total[kStep][W] = {};
-        for (int key = first; key < first + kChunk; ++key) {
-          const float* row = values + (int64_t)key * depth + d;
-          Vec p[W];
-          for (int w = 0; w < W; ++w) p[w] = load(weights + key * kRows + w * kLanes);
-#pragma GCC unroll 8
-          for (int i = 0; i < kStep; ++i)
-#pragma GCC unroll 2
-            for (int w = 0; w < W; ++w) total[i][w] += p[w] * row[i];
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < kStep; ++i)
-#pragma GCC unroll 2
-          for (int w = 0; w < W; ++w) {
-            float* at = sums + (d + i) * kRows + w * kLanes;
-            store(at, load(at) + total[i][w]);
-          }
+      for (int key = 0; key < count; key += kChunk) {
+        product(values + (int64_t)key * depth + d * kChunk, weights + key * kRows, kChunk, [&](int i, int w, Vec total) {
+          float* at = sums + (d + i) * kRows + w * kLanes;
+          store(at, load(at) + total);
+        });
       }
     }
+  }
+
+ private:
+  // put(i, w, sum) for kStep rows of the left operand, [count][kStep], and the right one, [count][kRows].
+  template <typename Put>
+  static void product(const float* left, const float* right, int count, Put put) {
+    Vec total[kStep][W] = {};
+    for (int j = 0; j < count; ++j) {
+      Vec by[W];
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) by[w] = load(right + j * kRows + w * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kStep; ++i) {
+        const float number = left[j * kStep + i];
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) total[i][w] = kept(total[i][w] + by[w] * number);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kStep; ++i)
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) put(i, w, total[i][w]);
   }
 };
 

@@ -49,14 +49,6 @@ inline IntVec add_dot(IntVec total, UBytes codes, Bytes x) {
 #endif
 }
 
-// Keeps a sum in its register, and additions in this order: with 16 registers gcc makes many products first, and spills.
-template <typename Sum>
-inline void keep_here(Sum& sum) {
-#if !defined(__AVX512F__)
-  asm volatile("" : "+x"(sum));
-#endif
-}
-
 // Sums of products of codes of 0 .. 15 with bytes of -127 .. 127. Plain AVX2 adds up to kMost of them in 16 bits.
 class CodeSums {
  public:
@@ -70,8 +62,7 @@ class CodeSums {
 #else
   static constexpr int kMost = 8;
   void add(UBytes codes, Bytes x) {
-    sums_ = _mm256_add_epi16(sums_, _mm256_maddubs_epi16((__m256i)codes, (__m256i)x));
-    keep_here(sums_);
+    sums_ = kept(_mm256_add_epi16(sums_, _mm256_maddubs_epi16((__m256i)codes, (__m256i)x)));
   }
   IntVec total() const { return (IntVec)_mm256_madd_epi16(sums_, _mm256_set1_epi16(1)); }
 

@@ -183,26 +183,20 @@ struct Unit {
         for (int i = 0; i < kUnitRows; ++i) {
           const Operand all = (Operand)broadcast_ints(tokens + i * 64 + part);
 #pragma GCC unroll 2
-          for (int w = 0; w < 2; ++w) total[i][w] = add(total[i][w], by[w], all);
+          for (int w = 0; w < 2; ++w) total[i][w] = kept(add(total[i][w], by[w], all));
         }
       }
     for_sums([&](int i, int w) { std::memcpy(sums + i * 32 + w * kLanes, &total[i][w], sizeof(Sum)); });
   }
 
   static Sum add(Sum total, Operand weights, Operand token) {
-    if constexpr (std::is_same_v<Element, float>) {
-      total += weights * token;
-    } else if constexpr (kUnsigned) {
-      total = add_dot(total, (UBytes)weights, (Bytes)token);
-    } else {
+    if constexpr (std::is_same_v<Element, float>) return total + weights * token;
+    if constexpr (kUnsigned) return add_dot(total, (UBytes)weights, (Bytes)token);
 #if defined(__AVX512BF16__)
-      total = (Vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)weights, (__m512bh)token);
+    if constexpr (!INT8) return (Vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)weights, (__m512bh)token);
 #else
-      total += (IntVec)_mm256_madd_epi16((__m256i)weights, (__m256i)token);
+    if constexpr (INT8) return total + (IntVec)_mm256_madd_epi16((__m256i)weights, (__m256i)token);
 #endif
-    }
-    keep_here(total);
-    return total;
   }
 };
 

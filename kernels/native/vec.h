@@ -25,6 +25,15 @@ typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
 typedef int16_t ShortVec __attribute__((vector_size(2 * kLanes)));
 
+// A sum, in a register, and such additions in their order: with 16 registers gcc makes many products first, and spills.
+template <typename Sum>
+inline Sum kept(Sum sum) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  asm volatile("" : "+x"(sum));
+#endif
+  return sum;
+}
+
 inline Vec splat(float x) { return x - Vec{}; }  // 0 + x would be an addition, for -0
 
 inline Vec load(const float* p) {
