@@ -134,6 +134,10 @@ def layers(
     scheme: Annotated[
         str, typer.Option(help=f"{', '.join(SCHEMES)}; '+kv8' behind one for an int8 KV cache.")
     ] = "bf16",
+    baseline: Annotated[
+        str,
+        typer.Option(help="The dtype of transformers, bf16 or fp32; of several the first is what speedups are over."),
+    ] = "bf16",
     stages: Annotated[
         str, typer.Option(help="encode, prefill, decode; several with commas.")
     ] = "encode,prefill,decode",
@@ -145,12 +149,13 @@ def layers(
     as_json: JsonOption = False,
 ) -> None:
     """Every scheme's layers beside transformers, at depths that no recording needs to be heard for. On the CPU."""
-    from .layers import STAGES, run_layers
+    from .layers import BASELINES, STAGES, run_layers
 
     records = run_layers(
         out,
         shape=random,
         schemes=scheme.split(","),
+        baselines=[choice(name, tuple(BASELINES), "--baseline") for name in baseline.split(",")],
         stages=[choice(stage, STAGES, "--stages") for stage in stages.split(",")],
         chunk=chunk,
         prefixes=[int(depth) for depth in numbers(prefixes, "--prefixes", least=0)],

@@ -5,8 +5,8 @@ prefill    a chunk of prompt behind a prefix, without the head
 decode     one token behind a prefix, with the head: what a step of the whole model does, with fewer layers
 
 The prefix is random keys and values that both sides hold, so its depth costs nothing to reach. All schemes and the
-reference take turns in one process. `afnext int4+kv8` has an int8 KV cache, the reference a bfloat16
-one.
+reference take turns in one process. `afnext int4+kv8` has an int8 KV cache, the reference one in its own dtype. That is
+bfloat16 or float32: on a CPU without instructions for bfloat16 the latter is many times faster.
 """
 
 import tempfile
@@ -36,6 +36,8 @@ from .timing import Call, Samples, clock_for, compare_outputs, measure_interleav
 KV8 = "+kv8"
 """After a scheme: with the KV cache in int8."""
 STAGES = ("encode", "prefill", "decode")
+BASELINES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""The dtypes of the reference, by the names that `run_layers` takes."""
 _WINDOW = 30.0  # seconds
 _FURTHER_TOKENS = 64  # room behind a prefix for what is decoded there
 
@@ -164,13 +166,15 @@ class Transformers:
         from transformers import DynamicCache
 
         self._cache: Any = DynamicCache(config=self._model.config.text_config)
-        for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
-            if len(k):
-                self._cache.update(k.transpose(0, 1)[None].contiguous(), v.transpose(0, 1)[None].contiguous(), layer)
+        for layer, held in enumerate(zip(keys, values, strict=True)):
+            if len(held[0]):
+                k, v = (x.to(self._model.dtype).transpose(0, 1)[None].contiguous() for x in held)
+                self._cache.update(k, v, layer)
 
     @torch.inference_mode()
     def extend(self, x: Tensor) -> Tensor:
         """See `Subject`."""
+        x = x.to(self._model.dtype)
         output = self._model.model.language_model(inputs_embeds=x, past_key_values=self._cache, use_cache=True)
         for layer in self._cache.layers:
             layer.crop(-x.shape[1])
@@ -187,6 +191,7 @@ def run_layers(
     *,
     shape: str,
     schemes: Sequence[str],
+    baselines: Sequence[str],
     stages: Sequence[str],
     chunk: int,
     prefixes: Sequence[int],
@@ -197,8 +202,9 @@ def run_layers(
     """Measure, append records to `out`, and return them.
 
     shape: of a random checkpoint, "full-width:ENC,DEC"; schemes: of SCHEMES, each with KV8 behind it for an int8 KV
-    cache; stages: of STAGES; chunk, prefixes: tokens of prefill, and how many are before them; depths: how many are
-    before the one that is decoded. Raises AfnextError for an unknown scheme.
+    cache; baselines: of BASELINES, speedups are over the first; stages: of STAGES; chunk, prefixes: tokens of prefill,
+    and how many are before them; depths: how many are before the one that is decoded. Raises AfnextError for an
+    unknown scheme.
     """
     unknown = [scheme for scheme in schemes if scheme.removesuffix(KV8) not in SCHEMES]
     if unknown:
@@ -212,7 +218,7 @@ def run_layers(
     records = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_random_checkpoint(Path(temporary), shape)
-        subjects = list(_subjects(folder, schemes))
+        subjects = list(_subjects(folder, baselines, schemes))
         for case in (case for case in cases if case.stage in stages):
             console.print(f"{case.stage}, {case.label}")
             for record in _measured(case, subjects, shape, repeats):
@@ -221,8 +227,9 @@ def run_layers(
     return records
 
 
-def _subjects(folder: Path, schemes: Iterable[str]) -> Iterator[Subject]:
-    yield Transformers("transformers bf16", folder, torch.bfloat16)
+def _subjects(folder: Path, baselines: Iterable[str], schemes: Iterable[str]) -> Iterator[Subject]:
+    for name in baselines:
+        yield Transformers(f"transformers {name}", folder, BASELINES[name])
     models: dict[str, Model] = {}
     for name in schemes:
         scheme = name.removesuffix(KV8)

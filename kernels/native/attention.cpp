@@ -337,13 +337,36 @@ void attend_narrow_or_wide(const Problem& p, const Task& task, float* memory) {
   task.rows <= kLanes ? attend<Products<1>>(p, task, memory) : attend<Products<kWide>>(p, task, memory);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 
 constexpr int kFew = 8;  // rows: heads that share a KV head, of one new token
 
+#if defined(__AVX512BF16__)
+using FewRows = Pairs<1>;
+constexpr int kPart = 32;  // channels that are read at once
+
 bool are_few(const Problem& p) {
-  return p.rows() <= kFew && p.parts && p.part_keys <= kBlock && p.head_dim % 32 == 0 && p.dtype == kBFloat16;
+  return p.rows() <= kFew && p.parts && p.part_keys <= kBlock && p.head_dim % kPart == 0 && p.dtype == kBFloat16;
 }
+
+inline __m512i load_part(const bfloat16* from, float) { return _mm512_loadu_si512(from); }
+inline __m512i load_part(const int8_t* from, float scale) {
+  const Vec first = load(from) * scale, last = load(from + kLanes) * scale;
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)last, (__m512)first);
+}
+#else
+using FewRows = Floats<1>;
+constexpr int kPart = kLanes;
+
+bool are_few(const Problem& p) {
+  return p.rows() <= kFew && p.parts && p.part_keys <= kBlock && p.head_dim % kChunk == 0;
+}
+
+template <typename From>
+inline Vec load_part(const From* from, float scale) {
+  return std::is_same_v<From, int8_t> ? load(from) * scale : load(from);
+}
+#endif
 
 // Calls body(N) with the constant N = rows.
 template <typename Body>
@@ -360,18 +383,11 @@ void with_rows(int64_t rows, Body body) {
   }
 }
 
-// 32 elements of a row as bfloat16.
-inline __m512i load_32(const bfloat16* from, float) { return _mm512_loadu_si512(from); }
-inline __m512i load_32(const int8_t* from, float scale) {
-  const Vec first = load(from) * scale, last = load(from + kLanes) * scale;
-  return (__m512i)_mm512_cvtne2ps_pbh((__m512)last, (__m512)first);
-}
-
 // A part of the keys for a few rows: read where they lie, as laying them out costs more than so few products.
 template <typename From>
 void attend_few(const Problem& p, const Task& task, float* memory) {
-  using Products = Pairs<1>;
-  Workspace<bfloat16> work(p, memory);
+  using Products = FewRows;
+  Workspace<Products::Element> work(p, memory);
   Fetch fetch = fetch_ahead(p, task);
   load_queries<Products>(p, task, work);
   std::fill_n(work.row_max, Products::kRows, kLowest);
@@ -392,11 +408,11 @@ void attend_few(const Problem& p, const Task& task, float* memory) {
     }
     if (i + 1 < keys) place.next();
   }
-  const bfloat16* queries = work.keys;  // the rows that load_queries laid out
+  const Products::Element* queries = work.keys;  // the rows that load_queries laid out
   const auto score = [&](auto rows) {
     for (int i = 0; i < count; i += 2) {
       fetch(6);
-      const auto key = [&](int k, int64_t d) { return load_32(key_rows[i + k] + d, key_scales[i + k]); };
+      const auto key = [&](int k, int64_t d) { return load_part(key_rows[i + k] + d, key_scales[i + k]); };
       score_few<decltype(rows)::value>(queries, p.head_dim, key, work.scores + i * Products::kRows);
     }
   };
@@ -407,7 +423,7 @@ void attend_few(const Problem& p, const Task& task, float* memory) {
                         nullptr, fetch);
   const int64_t first = ((task.b * p.kv_heads + task.kv_head) * p.part_count() + task.part) * p.rows();
   float* out = p.parts + first * p.head_dim;
-  const auto value = [&](int key, int64_t d) { return load_32(value_rows[key] + d, value_scales[key]); };
+  const auto value = [&](int key, int64_t d) { return load_part(value_rows[key] + d, value_scales[key]); };
   const auto accumulate = [&](auto rows) {
     accumulate_few<decltype(rows)::value>(work.weights, count, p.head_dim, value, out, p.head_dim, fetch);
   };
@@ -421,8 +437,15 @@ void attend_few(const Problem& p, const Task& task, float* memory) {
 #endif
 
 void run(const Problem& p, const Task& task, float* memory) {
-#if defined(__AVX512BF16__)
-  if (are_few(p)) return p.cache_dtype == kInt8 ? attend_few<int8_t>(p, task, memory) : attend_few<bfloat16>(p, task, memory);
+#if defined(__AVX2__)
+  if (are_few(p)) {
+    if (p.cache_dtype == kInt8) return attend_few<int8_t>(p, task, memory);
+    if (p.cache_dtype == kBFloat16) return attend_few<bfloat16>(p, task, memory);
+#if !defined(__AVX512BF16__)
+    if (p.cache_dtype == kFloat16) return attend_few<float16>(p, task, memory);
+    return attend_few<float>(p, task, memory);
+#endif
+  }
 #endif
 #if defined(__AMX_BF16__)
   if (p.dtype == kBFloat16) return attend_narrow_or_wide<Tiles>(p, task, memory);

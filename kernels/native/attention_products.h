@@ -68,7 +68,7 @@ template <int W>
 struct Floats {
   using Element = float;
   static constexpr int kRows = W * kLanes;
-  static constexpr int kStep = kLanes >= 16 ? 8 : 4;  // broadcast at a time: their totals fill half of the registers
+  static constexpr int kStep = kLanes >= 16 || W == 1 ? 8 : 4;  // broadcast at a time, so that no sum waits for another
 
   static Vec power(Vec x) { return exp2(x); }
 
@@ -81,6 +81,16 @@ struct Floats {
     fetch(128);
     for (int key = 0; key < kChunk; key += kStep) {
       float* to = keys + (int64_t)(chunk * kChunk + key) * depth;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+      if constexpr (kStep == 8) {
+        for (int d = 0; d < depth; d += 8) {
+          __m256 block[8];
+          for (int i = 0; i < 8; ++i) block[i] = _mm256_loadu_ps(rows[key + i] + d);
+          transpose_8(block, (uint32_t*)to + d * kStep, kStep);
+        }
+        continue;
+      }
+#endif
       for (int d = 0; d < depth; ++d)
 #pragma GCC unroll 8
         for (int i = 0; i < kStep; ++i) to[d * kStep + i] = rows[key + i][d];
@@ -299,6 +309,53 @@ inline void accumulate_few(const bfloat16* weights, int count, int64_t channels,
       _mm512_storeu_ps(out + r * pitch + d + 16, _mm512_permutex2var_ps(low[r], last, high[r]));
     }
   }
+}
+
+#elif defined(__AVX2__)
+
+// The sums of the lanes of eight vectors.
+inline Vec sums_of_lanes(const Vec (&x)[8]) {
+  const auto pair = [&](int i) { return _mm256_hadd_ps((__m256)x[i], (__m256)x[i + 1]); };
+  const __m256 first = _mm256_hadd_ps(pair(0), pair(2)), last = _mm256_hadd_ps(pair(4), pair(6));
+  return (Vec)_mm256_permute2f128_ps(first, last, 0x20) + (Vec)_mm256_permute2f128_ps(first, last, 0x31);
+}
+
+// The first product for R rows and two keys, with channels as the lanes: scores[k * kLanes + r], the lanes behind R zero.
+// queries: [R][channels]; key(k, d): the channels d .. d + 7.
+template <int R, typename Key>
+inline void score_few(const float* queries, int64_t channels, Key key, float* scores) {
+  for (int k = 0; k < 2; ++k) {
+    Vec total[8] = {};
+    for (int64_t d = 0; d < channels; d += kLanes) {
+      const Vec part = key(k, d);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) total[r] = kept(total[r] + part * load(queries + r * channels + d));
+    }
+    store(scores + k * kLanes, sums_of_lanes(total));
+  }
+}
+
+// The second product for R rows, with channels as the lanes: out[r * pitch + d] = sum_key weights[key][r] * value(key)[d].
+// weights: of Floats<1>; value(key, d): the channels d .. d + 7. A chunk of keys, which the first-level cache holds, by itself
+// first, as in Floats.
+template <int R, typename Value>
+inline void accumulate_few(const float* weights, int count, int64_t channels, Value value, float* out, int64_t pitch,
+                           Fetch& fetch) {
+  for (int first = 0; first < count; first += kChunk)
+    for (int64_t d = 0; d < channels; d += kLanes) {
+      Vec total[R] = {};
+      for (int key = first; key < first + kChunk; ++key) {
+        const Vec part = value(key, d);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) total[r] = kept(total[r] + part * weights[key * kLanes + r]);
+      }
+      fetch(8);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        float* at = out + r * pitch + d;
+        store(at, first ? load(at) + total[r] : total[r]);
+      }
+    }
 }
 
 #endif

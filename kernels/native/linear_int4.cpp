@@ -48,9 +48,12 @@ class FixedRows {
       Bytes part[4];
       for (int i = 0; i < 4; ++i) part[i] = (Bytes)load_bytes(x + r * pitch + i * kBytes);
       for (int c = 0; c < C; ++c) {
-        const IntVec high = add_dot(add_dot(IntVec{}, even[c], part[0]), odd[c], part[2]);
-        const IntVec low = add_dot(add_dot(IntVec{}, even[c], part[1]), odd[c], part[3]);
-        sums[c][r] = to_float((high << 7) + low);
+        CodeSums high, low;
+        high.add(even[c], part[0]);
+        low.add(even[c], part[1]);
+        high.add(odd[c], part[2]);
+        low.add(odd[c], part[3]);
+        sums[c][r] = to_float((high.total() << 7) + low.total());
       }
     }
   }
@@ -104,8 +107,10 @@ class ByteRows {
     for (int r = 0; r < R; ++r) {
       const Bytes even = (Bytes)load_bytes(x + r * pitch), odd = (Bytes)load_bytes(x + r * pitch + kBytes);
       for (int c = 0; c < C; ++c) {
-        const IntVec first = add_dot(IntVec{}, (UBytes)(words[c] & 0x0F0F0F0F), even);
-        sums[c][r] = to_float(add_dot(first, (UBytes)((words[c] >> 4) & 0x0F0F0F0F), odd));
+        CodeSums codes;
+        codes.add((UBytes)(words[c] & 0x0F0F0F0F), even);
+        codes.add((UBytes)((words[c] >> 4) & 0x0F0F0F0F), odd);
+        sums[c][r] = to_float(codes.total());
       }
     }
   }

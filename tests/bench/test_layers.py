@@ -18,6 +18,7 @@ def test_stages_agree_with_the_reference(tmp_path: Path) -> None:
         out,
         shape="tiny",
         schemes=schemes,
+        baselines=["bf16", "fp32"],
         stages=["encode", "prefill", "decode"],
         chunk=20,
         prefixes=[0, 50],
@@ -26,10 +27,11 @@ def test_stages_agree_with_the_reference(tmp_path: Path) -> None:
         quiet=True,
     )
     assert list(read(out)) == records
-    assert len(records) == (1 + 2 + 2) * (1 + len(schemes))
+    assert len(records) == (1 + 2 + 2) * (2 + len(schemes))
     for record in records:
         assert record.values["median_s"] > 0
         if record.subject.startswith("afnext"):
+            assert record.values["speedup_over"] == "transformers bf16"
             assert record.values["speedup"] is not None, (record.subject, record.case, record.values["reason"])
     steps = {r.case["depth"]: r.values["bytes"] for r in records if (r.name, r.subject) == ("decode", "afnext bf16")}
     assert steps[33] > steps[0]
@@ -41,6 +43,7 @@ def test_unknown_schemes_are_named(tmp_path: Path) -> None:
             tmp_path / "results.jsonl",
             shape="tiny",
             schemes=["int3+kv8"],
+            baselines=["bf16"],
             stages=["decode"],
             chunk=1,
             prefixes=[],
