@@ -329,7 +329,7 @@ inline void score_few(const float* queries, int64_t channels, Key key, float* sc
     for (int64_t d = 0; d < channels; d += kLanes) {
       const Vec part = key(k, d);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) total[r] = kept(total[r] + part * load(queries + r * channels + d));
+      for (int r = 0; r < R; ++r) total[r] += part * load(queries + r * channels + d);
     }
     store(scores + k * kLanes, sums_of_lanes(total));
   }
@@ -347,7 +347,7 @@ inline void accumulate_few(const float* weights, int count, int64_t channels, Va
       for (int key = first; key < first + kChunk; ++key) {
         const Vec part = value(key, d);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) total[r] = kept(total[r] + part * weights[key * kLanes + r]);
+        for (int r = 0; r < R; ++r) total[r] += part * weights[key * kLanes + r];
       }
       fetch(8);
 #pragma GCC unroll 8

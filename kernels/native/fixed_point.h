@@ -27,8 +27,8 @@ inline FixedPoint to_fixed_point(const T* x, int64_t count, int16_t* codes) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const IntVec code = to_int(round_even(load(x + i) * factor));
     total += code;
-    const auto narrow = __builtin_convertvector(code, HalfVec);
-    std::memcpy(codes + i, &narrow, sizeof narrow);
+    const ShortVec narrowed = narrow(code);
+    std::memcpy(codes + i, &narrowed, sizeof narrowed);
   }
   return {scale, sum(total)};
 }
@@ -36,7 +36,7 @@ inline FixedPoint to_fixed_point(const T* x, int64_t count, int16_t* codes) {
 // The two bytes of each lane's code.
 inline void put_bytes(IntVec codes, int8_t* high, int8_t* low) {
   const IntVec upper = (codes + 64) >> 7;
-  const ByteVec bytes[2] = {__builtin_convertvector(upper, ByteVec), __builtin_convertvector(codes - (upper << 7), ByteVec)};
+  const ByteVec bytes[2] = {narrow_to_bytes(upper), narrow_to_bytes(codes - (upper << 7))};
   std::memcpy(high, &bytes[0], sizeof bytes[0]);
   std::memcpy(low, &bytes[1], sizeof bytes[1]);
 }

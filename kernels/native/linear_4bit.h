@@ -218,7 +218,7 @@ void product_in_panels(const T* x, const uint8_t* codes, GroupOf group_of, const
       for (int64_t s = 0; s < count; ++s) {
         const int64_t k = (step + s) * kInputs;
         if (k % group == 0) numbers = group_of(first + k / group);
-        const BitVec pairs = __builtin_convertvector(load_lanes(codes + ((n + i) * inner + k) / 2), BitVec);
+        const BitVec pairs = widen(load_lanes(codes + ((n + i) * inner + k) / 2));
         store_pairs(panel + (s * 32 + i) * 64, numbers(pairs >> shift_of(0, Codes::kEven)),
                     numbers(pairs >> shift_of(1, Codes::kEven)));
       }

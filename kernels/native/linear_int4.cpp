@@ -128,8 +128,9 @@ class ByteRows {
       int8_t* to = row + k / kChunk * kChunk + k % kChunk / 2;
       const ShortVec both[2] = {pairs << 8 >> 8, pairs >> 8};
       for (int odd = 0; odd < 2; ++odd) {
-        total += __builtin_convertvector(both[odd], IntVec);
-        const ByteVec bytes = __builtin_convertvector(both[odd], ByteVec);
+        const IntVec wide = widen(both[odd]);
+        total += wide;
+        const ByteVec bytes = narrow_to_bytes(wide);
         std::memcpy(to + odd * kBytes, &bytes, sizeof bytes);
       }
     }

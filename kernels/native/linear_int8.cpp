@@ -82,10 +82,10 @@ class FixedRows {
         scales_[at] = rounded.scale;
         begin_[at] = -128 * rounded.total;
         for (int64_t i = 0; i < kShared; i += kLanes) {
-          ShortVec narrow;
-          std::memcpy(&narrow, codes + i, sizeof narrow);
+          ShortVec both;
+          std::memcpy(&both, codes + i, sizeof both);
           int8_t* high = bytes_ + at * 2 * kShared + i;
-          put_bytes(__builtin_convertvector(narrow, IntVec), high, high + kShared);
+          put_bytes(widen(both), high, high + kShared);
         }
       }
   }
@@ -243,7 +243,7 @@ void quantize_row(const T* x, int8_t* codes, float* scale, int64_t width) {
   const auto round = [&](Vec v) {
     v = round_even(v / divisor);
     v = v > 127 ? splat(127) : v < -127 ? splat(-127) : v;
-    return __builtin_convertvector(to_int(v), ByteVec);
+    return narrow_to_bytes(to_int(v));
   };
   for (int64_t i = 0; i < whole; i += kLanes) {
     const ByteVec bytes = round(load(x + i));

@@ -67,7 +67,7 @@ inline void transpose_tile(const uint32_t* rows, uint32_t* out) {
     for (int row = 0; row < 8; ++row) block[row] = _mm256_loadu_ps((const float*)rows + (i + row) * 16 + j);
   };
   __m256 first[8], second[8];
-  for (int i : {0, 8}) {
+  for (int i = 0; i < 16; i += 8) {
     load_block(i, i, first);
     transpose_8(first, out + i * 17, 16);
   }

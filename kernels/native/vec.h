@@ -24,6 +24,8 @@ typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
 typedef int16_t ShortVec __attribute__((vector_size(2 * kLanes)));
+typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
+typedef uint8_t UByteVec __attribute__((vector_size(kLanes)));
 
 // A sum, in a register, and such additions in their order: with 16 registers gcc makes many products first, and spills.
 template <typename Sum>
@@ -33,6 +35,36 @@ inline Sum kept(Sum sum) {
 #endif
   return sum;
 }
+
+// Lanes of other widths; what is narrowed has to fit.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// gcc takes __builtin_convertvector apart here, down to single bytes.
+inline __m128i half_filled(const void* p) { return _mm_loadl_epi64((const __m128i*)p); }
+inline BitVec widen(HalfVec x) { return (BitVec)_mm256_cvtepu16_epi32((__m128i)x); }
+inline IntVec widen(ShortVec x) { return (IntVec)_mm256_cvtepi16_epi32((__m128i)x); }
+inline BitVec widen(UByteVec x) { return (BitVec)_mm256_cvtepu8_epi32(half_filled(&x)); }
+inline HalfVec narrow(BitVec x) {
+  const __m256i halves = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  return (HalfVec)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
+}
+inline ShortVec narrow(IntVec x) {
+  const __m256i halves = _mm256_packs_epi32((__m256i)x, (__m256i)x);
+  return (ShortVec)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
+}
+inline ByteVec narrow_to_bytes(IntVec x) {
+  const __m128i halves = (__m128i)narrow(x), bytes = _mm_packs_epi16(halves, halves);
+  ByteVec result;
+  _mm_storel_epi64((__m128i*)&result, bytes);
+  return result;
+}
+#else
+inline BitVec widen(HalfVec x) { return __builtin_convertvector(x, BitVec); }
+inline IntVec widen(ShortVec x) { return __builtin_convertvector(x, IntVec); }
+inline BitVec widen(UByteVec x) { return __builtin_convertvector(x, BitVec); }
+inline HalfVec narrow(BitVec x) { return __builtin_convertvector(x, HalfVec); }
+inline ShortVec narrow(IntVec x) { return __builtin_convertvector(x, ShortVec); }
+inline ByteVec narrow_to_bytes(IntVec x) { return __builtin_convertvector(x, ByteVec); }
+#endif
 
 inline Vec splat(float x) { return x - Vec{}; }  // 0 + x would be an addition, for -0
 
@@ -45,7 +77,7 @@ inline Vec load(const float* p) {
 inline Vec load(const bfloat16* p) {
   HalfVec bits;
   std::memcpy(&bits, p, sizeof bits);
-  return (Vec)(__builtin_convertvector(bits, BitVec) << 16);
+  return (Vec)(widen(bits) << 16);
 }
 
 inline Vec load(const float16* p) {
@@ -70,7 +102,7 @@ inline BitVec rounded_to_bfloat16(Vec x) {
 }
 
 inline void store(bfloat16* p, Vec x) {
-  const HalfVec half = __builtin_convertvector(rounded_to_bfloat16(x) >> 16, HalfVec);
+  const HalfVec half = narrow(rounded_to_bfloat16(x) >> 16);
   std::memcpy(p, &half, sizeof half);
 }
 
@@ -83,9 +115,6 @@ inline void store(float16* p, Vec x) {
   for (int i = 0; i < kLanes; ++i) p[i] = (float16)x[i];
 #endif
 }
-
-typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
-typedef uint8_t UByteVec __attribute__((vector_size(kLanes)));
 
 inline Vec load(const int8_t* p) {
 #if defined(__AVX512F__)
