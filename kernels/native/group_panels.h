@@ -69,13 +69,13 @@ struct GroupUnit {
   static void unfold(const int32_t* sums, int32_t* out) { std::memcpy(out, sums, 2 * kTile * 32 * sizeof(int32_t)); }
 
   // sums: [2 * kTile tokens][32 outputs] of float32.
-  void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t row, int64_t step,
-                int64_t count, bool fresh, int32_t* to) const {
+  void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t row, int64_t row_count,
+                int64_t step, int64_t count, bool fresh, int32_t* to) const {
     auto* sums = (float*)to;
     if (fresh) std::memset(sums, 0, 2 * kTile * 32 * sizeof(float));
     const auto run = tokens.parts == 1 ? &GroupUnit::multiply_rows<1> : &GroupUnit::multiply_rows<2>;
     for (int output = 0; output < 32; output += 2 * kLanes)
-      for (int token = 0; token < 2 * kTile; token += kUnitRows)
+      for (int token = 0; token < row_count; token += kUnitRows)
         (this->*run)(panel, output, tiles[token / kTile] + token % kTile * 64, row + token, step, count,
                      sums + token * 32 + output);
   }

@@ -68,8 +68,8 @@ struct Unit {
 
   // sums[i][j]: 16 outputs by 16 tokens of int32 or float32, of outputs 16 i .. of the panel and the tokens of tiles[j], to
   // which `count` steps are added, or with which they begin if `fresh`. The two integers: see for_panels.
-  static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t, int64_t, int64_t count,
-                       bool fresh, int32_t* to) {
+  static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t, int64_t, int64_t,
+                       int64_t count, bool fresh, int32_t* to) {
     auto* sums = (int32_t(*)[2][256])to;
     if (fresh) {
       _tile_zero(0);
@@ -150,10 +150,10 @@ struct Unit {
   }
 
   // sums: [2 * kTile tokens][32 outputs].
-  static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t* begin, int64_t, int64_t,
-                       int64_t count, bool fresh, int32_t* sums) {
+  static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t* begin, int64_t, int64_t tokens,
+                       int64_t, int64_t count, bool fresh, int32_t* sums) {
     for (int output = 0; output < 32; output += 2 * kLanes)
-      for (int token = 0; token < 2 * kTile; token += kUnitRows)
+      for (int token = 0; token < tokens; token += kUnitRows)
         multiply_rows(panel + output / 16 * 1024 + output % 16 * 4, tiles[token / kTile] + token % kTile * 64, begin + token,
                       count, fresh, sums + token * 32 + output);
   }

@@ -123,7 +123,8 @@ struct Waiting;
 // outputs n .. n + 31 for `count` steps: 64 bytes of each output, one output after another, zeros past the last input;
 // they are made of `source`. put(row, n, count, sums) takes sums of `count` outputs of a row, int32 or float32, and writes
 // to `out`, [rows, columns] of `size` bytes each. The last block of outputs begins so early that it is whole, and is put
-// where the one before it ends. unit.multiply also gets the number of the first token and that of the first step.
+// where the one before it ends. unit.multiply also gets the number of the first token, how many
+// there are, and the number of the first step.
 template <typename Sums, typename Unit, typename X, typename Weights, typename Put>
 void for_panels(const Unit& unit, const X* tokens, int64_t rows, int64_t inner, int64_t columns, int64_t threads,
                 Rows source, Weights weights, const void* out, int64_t size, Put put) {
@@ -163,7 +164,7 @@ void for_panels(const Unit& unit, const X* tokens, int64_t rows, int64_t inner, 
                              std::min(x.stretch, x.steps - next_step));
               if (last) results.fetch_to_write(row, std::min(row + 2 * kTile, rows), n * size);
               const uint8_t* tiles[2] = {x.tile(token, step), x.tile(token + 1, step)};
-              unit.multiply(panel, tiles, x.begin(token), row, step, count, stretch == 0, sums);
+              unit.multiply(panel, tiles, x.begin(token), row, std::min(2 * kTile, rows - row), step, count, stretch == 0, sums);
               if (last) put_sums<Unit, Sums>(sums, n, skip, row, rows, put);
             }
           }
