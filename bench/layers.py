@@ -257,7 +257,8 @@ def _measured(case: Case, subjects: list[Subject], shape: str, repeats: int) -> 
         if isinstance(subject, Afnext):
             scheme = subject.name.removeprefix("afnext ").removesuffix(KV8)
             tolerance = PACKED_TOLERANCE.get(scheme, TOLERANCE["bfloat16"])
-            agreement = compare_outputs(outputs[reference], outputs[subject.name], tolerance)
+            output = outputs[subject.name]
+            agreement = compare_outputs(outputs[reference].to(output.dtype), output, tolerance)
             gain = speedup(samples[reference], samples[subject.name], agreement)
             values |= {
                 "error": agreement.error,
