@@ -19,8 +19,8 @@ W8A8 does 2 * rows * out * in int8 operations, at twice the 16-bit rate, and mov
 
 Native, on a CPU: up to 16 rows read the weights once from memory. W8A8 multiplies integers, and so does W8A16 from
 AVX512-VNNI on, with 256 neighbouring activations as integers of 15 bits with one scale; elsewhere codes become float32
-in registers. More rows go past weights made in the first-level cache, by the matrix unit (AMX) or AVX512-VNNI and
--BF16, and below those to torch's products, W8A16 with weights made dense a tile at a time.
+in registers. More rows go past weights made in the first-level cache (`native/panels.h`); without AVX2 they go to
+torch's products, W8A16 with weights made dense a tile at a time.
 
 Source: Dettmers et al. 2022, arXiv:2208.07339 (per-token, per-channel int8); Osama et al. 2023, arXiv:2301.03598
 (split-K).

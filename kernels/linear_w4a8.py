@@ -13,7 +13,7 @@ Many rows, bound by arithmetic: 2 * rows * out * in int8 operations, at twice th
 output and group three float32 ones. Few rows, bound by memory: out * in * (1/2 + 2 / group) bytes as in `linear_int4`,
 and on a CPU half the multiplications of its 15-bit activations.
 
-Native: up to 16 rows read the weights once; more go past panels of them (`group_panels.h`, AVX512-VNNI). Without that,
+Native: up to 16 rows read the weights once; more go past panels of them (`group_panels.h`). Without AVX2,
 and on torch, `linear_int4` multiplies what the rounded activations stand for. Triton: a block takes
 one group a step, because the sums of two cannot share an accumulator.
 
