@@ -16,8 +16,8 @@ namespace afnext {
 class TokenGroups {
  public:
   TokenGroups(const int8_t* codes, const float* scales, int64_t rows, int64_t inner, int64_t group, int64_t threads)
-      : parts(group == 32 ? 2 : 1), padded_((rows + 2 * kUnitTile - 1) / (2 * kUnitTile) * 2 * kUnitTile), scales_(count(inner)), sums_(count(inner)),
-        begin_(count(inner)) {
+      : parts(group == 32 ? 2 : 1), padded_((rows + 2 * kUnitTile - 1) / (2 * kUnitTile) * 2 * kUnitTile),
+        scales_(count(inner)), sums_(count(inner)), begin_(count(inner)) {
     const int64_t width = 64 / parts;
     std::memset(scales_, 0, count(inner) * sizeof(float));
     std::memset(sums_, 0, count(inner) * sizeof(float));

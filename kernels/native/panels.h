@@ -123,27 +123,27 @@ struct Waiting;
 // outputs n .. n + 31 for `count` steps: 64 bytes of each output, one output after another, zeros past the last input;
 // they are made of `source`. put(row, n, count, sums) takes sums of `count` outputs of a row, int32 or float32, and writes
 // to `out`, [rows, columns] of `size` bytes each. The last block of outputs begins so early that it is whole, and is put
-// where the one before it ends. unit.multiply also gets the number of the first token, how many
-// there are, and the number of the first step.
+// where the one before it ends. unit.multiply also gets the number of the first token, how many there are, and the number of
+// the first step.
 template <typename Sums, typename Unit, typename X, typename Weights, typename Put>
 void for_panels(const Unit& unit, const X* tokens, int64_t rows, int64_t inner, int64_t columns, int64_t threads,
                 Rows source, Weights weights, const void* out, int64_t size, Put put) {
-  constexpr int64_t kTile = Unit::kTile, kPassBlocks = Unit::kPass / kTile, kSums = 2 * kTile * 32;
-  const PackedTokens<Unit> x(tokens, rows, inner, threads);
+  constexpr int64_t kPair = 2 * Unit::kTile, kMostPairs = Unit::kPass / kPair, kSums = kPair * 32;
   const Rows results{out, columns * size, 0};
-  const int64_t passes = (x.blocks + kPassBlocks - 1) / kPassBlocks;
-  const int64_t pass = ((x.blocks + passes - 1) / passes + 1) / 2 * 2;  // blocks of tokens
+  const int64_t all_pairs = (rows + kPair - 1) / kPair, passes = (all_pairs + kMostPairs - 1) / kMostPairs;
+  const int64_t pass = (all_pairs + passes - 1) / passes * kPair;
   const int64_t blocks = (columns + 31) / 32;
   const int64_t panels = std::max<int64_t>(1, std::min(Unit::kPanels, blocks / (4 * threads)));
   const int64_t groups = (blocks + panels - 1) / panels;
   const auto output = [&](int64_t block) { return std::min(block * 32, columns - 32); };
-  for (int64_t first = 0; first < x.blocks; first += pass) {
-    const int64_t end = std::min(first + pass, x.blocks), pairs = (end - first) / 2;
+  for (int64_t first = 0; first < rows; first += pass) {
+    const PackedTokens<Unit> x(tokens + first * inner, std::min(pass, rows - first), inner, threads);
+    const int64_t pairs = x.blocks / 2;
 #pragma omp parallel num_threads(threads)
     {
       const typename Unit::Configuration configured;
       const Scratch<uint8_t> panel(Unit::kPanelBytes);
-      int32_t* const waiting = (int32_t*)kept_memory<Waiting>(panels * pass / 2 * kSums * sizeof(int32_t));
+      int32_t* const waiting = (int32_t*)kept_memory<Waiting>(panels * pairs * kSums * sizeof(int32_t));
 #pragma omp for schedule(dynamic, 1)
       for (int64_t group = 0; group < groups; ++group) {
         const int64_t from = group * panels, to = std::min(from + panels, blocks);
@@ -158,13 +158,13 @@ void for_panels(const Unit& unit, const X* tokens, int64_t rows, int64_t inner, 
             weights(n, step, count, (uint8_t*)panel);
             for (int64_t tile = 0; tile < 2 * count; ++tile) Unit::arrange_weights(panel + tile * 1024);
             for (int64_t pair = 0; pair < pairs; ++pair, sums += kSums) {
-              const int64_t token = first + 2 * pair, row = token * kTile;
+              const int64_t row = first + pair * kPair, left = std::min(kPair, rows - row);
               if (more)
                 source.fetch(next + 32 * pair / pairs, next + 32 * (pair + 1) / pairs, next_step,
                              std::min(x.stretch, x.steps - next_step));
-              if (last) results.fetch_to_write(row, std::min(row + 2 * kTile, rows), n * size);
-              const uint8_t* tiles[2] = {x.tile(token, step), x.tile(token + 1, step)};
-              unit.multiply(panel, tiles, x.begin(token), row, std::min(2 * kTile, rows - row), step, count, stretch == 0, sums);
+              if (last) results.fetch_to_write(row, row + left, n * size);
+              const uint8_t* tiles[2] = {x.tile(2 * pair, step), x.tile(2 * pair + 1, step)};
+              unit.multiply(panel, tiles, x.begin(2 * pair), row, left, step, count, stretch == 0, sums);
               if (last) put_sums<Unit, Sums>(sums, n, skip, row, rows, put);
             }
           }

@@ -39,10 +39,9 @@ inline Sum kept(Sum sum) {
 // Lanes of other widths; what is narrowed has to fit.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 // gcc takes __builtin_convertvector apart here, down to single bytes.
-inline __m128i half_filled(const void* p) { return _mm_loadl_epi64((const __m128i*)p); }
 inline BitVec widen(HalfVec x) { return (BitVec)_mm256_cvtepu16_epi32((__m128i)x); }
 inline IntVec widen(ShortVec x) { return (IntVec)_mm256_cvtepi16_epi32((__m128i)x); }
-inline BitVec widen(UByteVec x) { return (BitVec)_mm256_cvtepu8_epi32(half_filled(&x)); }
+inline BitVec widen(UByteVec x) { return (BitVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)&x)); }
 inline HalfVec narrow(BitVec x) {
   const __m256i halves = _mm256_packus_epi32((__m256i)x, (__m256i)x);
   return (HalfVec)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
