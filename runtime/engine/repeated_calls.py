@@ -1,7 +1,7 @@
 """The decoder's layers on a CPU, as native calls that are recorded once and repeated.
 
-See `kernels.native.recording` for what that saves, and what can be recorded: weights, packed or dense, that the native kernels
-multiply. Whatever cannot goes the usual way, which the log says.
+See `kernels.native.recording` for what that saves, and what can be recorded: weights, packed or dense, that the native
+kernels multiply. Whatever cannot goes the usual way, which the log says.
 """
 
 import logging
