@@ -155,7 +155,7 @@ def layers(
         out,
         shape=random,
         schemes=scheme.split(","),
-        baselines=[choice(name, tuple(BASELINES), "--baseline") for name in baseline.split(",")],
+        baselines=[choice(name, BASELINES, "--baseline") for name in baseline.split(",")],
         stages=[choice(stage, STAGES, "--stages") for stage in stages.split(",")],
         chunk=chunk,
         prefixes=[int(depth) for depth in numbers(prefixes, "--prefixes", least=0)],

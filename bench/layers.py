@@ -36,8 +36,8 @@ from .timing import Call, Samples, clock_for, compare_outputs, measure_interleav
 KV8 = "+kv8"
 """After a scheme: with the KV cache in int8."""
 STAGES = ("encode", "prefill", "decode")
-BASELINES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""The dtypes of the reference, by the names that `run_layers` takes."""
+BASELINES = ("bf16", "fp32")
+"""Those of SCHEMES whose dtype the reference can have."""
 _WINDOW = 30.0  # seconds
 _FURTHER_TOKENS = 64  # room behind a prefix for what is decoded there
 
@@ -229,7 +229,7 @@ def run_layers(
 
 def _subjects(folder: Path, baselines: Iterable[str], schemes: Iterable[str]) -> Iterator[Subject]:
     for name in baselines:
-        yield Transformers(f"transformers {name}", folder, BASELINES[name])
+        yield Transformers(f"transformers {name}", folder, SCHEMES[name])
     models: dict[str, Model] = {}
     for name in schemes:
         scheme = name.removesuffix(KV8)
