@@ -138,7 +138,7 @@ class Afnext:
 class Transformers:
     """The reference, with SDPA and its dynamic cache."""
 
-    def __init__(self, name: str, folder: Path, dtype: torch.dtype):
+    def __init__(self, name: str, folder: Path, dtype: str):
         import transformers
 
         transformers.logging.set_verbosity_error()

@@ -16,7 +16,7 @@ namespace afnext {
 class TokenGroups {
  public:
   TokenGroups(const int8_t* codes, const float* scales, int64_t rows, int64_t inner, int64_t group, int64_t threads)
-      : parts(group == 32 ? 2 : 1), padded_((rows + 2 * kUnitTile - 1) / (2 * kUnitTile) * 2 * kUnitTile),
+      : parts(group == 32 ? 2 : 1), padded_((rows + kPair - 1) / kPair * kPair),
         scales_(count(inner)), sums_(count(inner)), begin_(count(inner)) {
     const int64_t width = 64 / parts;
     std::memset(scales_, 0, count(inner) * sizeof(float));
@@ -41,6 +41,8 @@ class TokenGroups {
   const int64_t parts;  // of a step
 
  private:
+  static constexpr int64_t kPair = 2 * VectorUnit::kTile;
+
   int64_t count(int64_t inner) const { return (inner + 63) / 64 * parts * padded_; }
 
   int64_t padded_;
@@ -50,14 +52,11 @@ class TokenGroups {
 
 // Behind the panel's weights stand, of every part, the 32 outputs' scales and, with ZEROS, scale * (zero - 8).
 template <bool ZEROS>
-struct GroupUnit {
+struct GroupUnit : VectorUnit {
   using Element = int8_t;
-  static constexpr int kTile = kUnitTile;
-  static constexpr int64_t kSteps = 8, kPanels = kUnitPanels, kPass = kUnitPass;
   static constexpr int64_t kPanelBytes = kSteps * (2048 + 2 * 2 * 32 * sizeof(float));
-  struct Configuration {
-    Configuration() {}
-  };
+
+  explicit GroupUnit(const TokenGroups& tokens_of_groups) : tokens(tokens_of_groups) {}
 
   const TokenGroups& tokens;
 
@@ -66,7 +65,6 @@ struct GroupUnit {
 
   static void arrange_weights(uint8_t* tile) { transpose_tile((const uint32_t*)tile, (uint32_t*)tile); }
   static void arrange_tokens(const uint8_t* rows, uint8_t* out, int32_t*) { std::memcpy(out, rows, kTile * 64); }
-  static void unfold(const int32_t* sums, int32_t* out) { std::memcpy(out, sums, 2 * kTile * 32 * sizeof(int32_t)); }
 
   // sums: [2 * kTile tokens][32 outputs] of float32.
   void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t row, int64_t row_count,
@@ -75,7 +73,7 @@ struct GroupUnit {
     if (fresh) std::memset(sums, 0, 2 * kTile * 32 * sizeof(float));
     const auto run = tokens.parts == 1 ? &GroupUnit::multiply_rows<1> : &GroupUnit::multiply_rows<2>;
     for (int output = 0; output < 32; output += 2 * kLanes)
-      for (int token = 0; token < row_count; token += kUnitRows)
+      for (int token = 0; token < row_count; token += kRows)
         (this->*run)(panel, output, tiles[token / kTile] + token % kTile * 64, row + token, step, count,
                      sums + token * 32 + output);
   }
@@ -90,23 +88,23 @@ struct GroupUnit {
       for (int half = 0; half < PARTS; ++half) {
         const int64_t part = (step + s) * PARTS + half;
         const int32_t* begin = tokens.begin(part, row);
-        IntVec total[kUnitRows][2];
-        for (int i = 0; i < kUnitRows; ++i) total[i][0] = total[i][1] = IntVec{} + begin[i];
+        IntVec total[kRows][2];
+        for (int i = 0; i < kRows; ++i) total[i][0] = total[i][1] = IntVec{} + begin[i];
         for (int run = 0; run < kFours; run += kRun) {
-          CodeSums codes[kUnitRows][2];
+          CodeSums codes[kRows][2];
 #pragma GCC unroll 16
           for (int four = run; four < run + kRun; ++four) {
             const int at = half * 64 / PARTS + four * 4;
             const uint8_t* weights = first + s * 2048 + at * 16;
             const UBytes by[2] = {load_bytes(weights), load_bytes(weights + kNextLanes)};
 #pragma GCC unroll 8
-            for (int i = 0; i < kUnitRows; ++i) {
+            for (int i = 0; i < kRows; ++i) {
               const Bytes all = (Bytes)broadcast_ints(bytes + i * 64 + at);
 #pragma GCC unroll 2
               for (int w = 0; w < 2; ++w) codes[i][w].add(by[w], all);
             }
           }
-          for (int i = 0; i < kUnitRows; ++i)
+          for (int i = 0; i < kRows; ++i)
             for (int w = 0; w < 2; ++w) total[i][w] += codes[i][w].total();
           asm volatile("" : : : "memory");  // or gcc keeps the sums of all parts in registers, and spills
         }
@@ -114,14 +112,14 @@ struct GroupUnit {
       }
   }
 
-  void add_part(const IntVec (&total)[kUnitRows][2], const float* scales, int64_t part, int64_t row, float* sums) const {
+  void add_part(const IntVec (&total)[kRows][2], const float* scales, int64_t part, int64_t row, float* sums) const {
     const float* by = tokens.scales(part, row);
     const float* shift = tokens.sums(part, row);
 #pragma GCC unroll 2
     for (int w = 0; w < 2; ++w) {
       const Vec scale = load(scales + w * kLanes), zero = load(scales + 32 + w * kLanes);
 #pragma GCC unroll 8
-      for (int i = 0; i < kUnitRows; ++i) {
+      for (int i = 0; i < kRows; ++i) {
         float* sum = sums + i * 32 + w * kLanes;
         Vec y = load(sum) + to_float(total[i][w]) * scale * by[i];
         if (ZEROS) y -= zero * shift[i];

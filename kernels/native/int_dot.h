@@ -19,9 +19,7 @@ typedef uint8_t UBytes __attribute__((vector_size(kBytes)));
 template <typename T>
 inline UBytes load_bytes(const T* p) {
   static_assert(sizeof(T) == 1, "bytes");
-  UBytes x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
+  return load_as<UBytes>(p);
 }
 
 // The first `count` bytes, zeros behind them; reads nothing past them.

@@ -1,4 +1,4 @@
-// What the products with packed weights share: scratch memory, the conversion of activations, and the epilogue
+// What products share: scratch memory, the conversion of activations, few rows in float32, and the epilogue
 //     out[row, n] = y + bias[n] + residual[row, n],    for a SwiGLU pair y = silu(gate) * up.
 
 #pragma once
@@ -123,6 +123,37 @@ class Epilogue {
     from_float(out + at, y);
   }
 };
+
+// y[c, r] = sum_k x[r, k] * weight[c, k] for C outputs and R rows, y `pitch` apart.
+template <int C, int R, typename T>
+inline void dot(const T* weight, const float* x, int64_t inner, float* y, int64_t pitch) {
+  constexpr int kSums = C * R == 1 ? 4 : C * R <= 4 ? 2 : 1;  // so many additions need not wait for each other
+  Vec total[C][R][kSums] = {};
+  Ahead ahead(weight, C * inner * sizeof(T));
+  const auto add = [&](int64_t k, int s, const auto& part) {
+    Vec w[C];
+    for (int c = 0; c < C; ++c) w[c] = part(weight + c * inner + k);
+    for (int r = 0; r < R; ++r) {
+      const Vec v = part(x + r * inner + k);
+      for (int c = 0; c < C; ++c) total[c][r][s % kSums] += w[c] * v;
+    }
+  };
+  const auto whole = [](const auto* p) { return load(p); };
+  int64_t k = 0;
+  for (; k + 4 * kLanes <= inner; k += 4 * kLanes) {
+    ahead.read(C * 4 * kLanes * sizeof(T));
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) add(k + s * kLanes, s, whole);
+  }
+  for (; k + kLanes <= inner; k += kLanes) add(k, 0, whole);
+  const int rest = (int)(inner - k);
+  if (rest) add(k, 0, [rest](const auto* p) { return load_first(p, rest); });
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) {
+      for (int s = 1; s < kSums; ++s) total[c][r][0] += total[c][r][s];
+      y[c * pitch + r] = sum(total[c][r][0]);
+    }
+}
 
 constexpr int kOutputBlock = 4;
 

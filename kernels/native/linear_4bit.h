@@ -19,12 +19,6 @@ inline BitVec load_words(const uint8_t* p, int64_t left) {
   return words;
 }
 
-inline UByteVec load_lanes(const uint8_t* p) {
-  UByteVec bytes;
-  std::memcpy(&bytes, p, sizeof bytes);
-  return bytes;
-}
-
 // Gives each lane the value of the group that its codes are of, from values of neighbouring groups.
 template <bool ONE_GROUP>
 class Spread {
@@ -218,7 +212,7 @@ void product_in_panels(const T* x, const uint8_t* codes, GroupOf group_of, const
       for (int64_t s = 0; s < count; ++s) {
         const int64_t k = (step + s) * kInputs;
         if (k % group == 0) numbers = group_of(first + k / group);
-        const BitVec pairs = widen(load_lanes(codes + ((n + i) * inner + k) / 2));
+        const BitVec pairs = widen(load_as<UByteVec>(codes + ((n + i) * inner + k) / 2));
         store_pairs(panel + (s * 32 + i) * 64, numbers(pairs >> shift_of(0, Codes::kEven)),
                     numbers(pairs >> shift_of(1, Codes::kEven)));
       }

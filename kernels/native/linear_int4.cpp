@@ -122,8 +122,7 @@ class ByteRows {
   static int32_t part(const int8_t* from, int64_t group, int8_t* row, int64_t first) {
     IntVec total{};
     for (int64_t i = 0; i < group; i += 2 * kLanes) {
-      ShortVec pairs;
-      std::memcpy(&pairs, from + i, sizeof pairs);
+      const auto pairs = load_as<ShortVec>(from + i);
       const int64_t k = first + i;
       int8_t* to = row + k / kChunk * kChunk + k % kChunk / 2;
       const ShortVec both[2] = {pairs << 8 >> 8, pairs >> 8};
@@ -164,7 +163,7 @@ inline void put_codes(const uint8_t* packed, int64_t count, uint8_t* out) {
   uint8_t whole[32] = {};
   if (count < 32) packed = (const uint8_t*)std::memcpy(whole, packed, count);
   for (int i = 0; i < 32; i += kLanes) {
-    const HalfVec wide = __builtin_convertvector(load_lanes(packed + i), HalfVec);  // a byte's upper code goes to the byte above
+    const HalfVec wide = __builtin_convertvector(load_as<UByteVec>(packed + i), HalfVec);  // a byte's upper code goes to the byte above
     const HalfVec codes = (wide | wide << 4) & 0x0F0F;
     std::memcpy(out + 2 * i, &codes, sizeof codes);
   }
@@ -189,7 +188,7 @@ void product_in_group_panels(const int8_t* x, const TokenGroups& tokens, const W
       }
     }
   };
-  for_panels<Vec>(GroupUnit<ZEROS>{tokens}, x, rows, inner, write.columns, threads, {weight.codes, inner / 2, 32}, weights,
+  for_panels<Vec>(GroupUnit<ZEROS>(tokens), x, rows, inner, write.columns, threads, {weight.codes, inner / 2, 32}, weights,
                   write.out, sizeof(T), write);
 }
 #endif

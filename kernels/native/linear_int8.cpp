@@ -8,38 +8,9 @@
 namespace afnext {
 namespace {
 
-// y[c, r] = sum_k x[r, k] * weight[c, k] for C outputs and R rows, y `pitch` apart; inner is a multiple of 16.
+// `dot` of linear.h for x of -127 .. 127, exactly; sums of up to 2^17 products fit in int32.
 template <int C, int R>
-void dot(const int8_t* weight, const float* x, int64_t inner, float* y, int64_t pitch) {
-  constexpr int kSums = C * R == 1 ? 4 : 1;  // so many additions need not wait for each other
-  Vec total[C][R][kSums] = {};
-  Ahead ahead(weight, C * inner);
-  int64_t k = 0;
-  for (; k + 4 * kLanes <= inner; k += 4 * kLanes) {
-    ahead.read(C * 4 * kLanes);
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; ++s) {
-      Vec w[C];
-      for (int c = 0; c < C; ++c) w[c] = load(weight + c * inner + k + s * kLanes);
-      for (int r = 0; r < R; ++r) {
-        const Vec v = load(x + r * inner + k + s * kLanes);
-        for (int c = 0; c < C; ++c) total[c][r][s % kSums] += w[c] * v;
-      }
-    }
-  }
-  for (; k < inner; k += kLanes)
-    for (int c = 0; c < C; ++c)
-      for (int r = 0; r < R; ++r) total[c][r][0] += load(weight + c * inner + k) * load(x + r * inner + k);
-  for (int c = 0; c < C; ++c)
-    for (int r = 0; r < R; ++r) {
-      for (int s = 1; s < kSums; ++s) total[c][r][0] += total[c][r][s];
-      y[c * pitch + r] = sum(total[c][r][0]);
-    }
-}
-
-// The same for x of -127 .. 127, exactly; sums of up to 2^17 products fit in int32.
-template <int C, int R>
-void dot(const int8_t* weight, const int8_t* x, int64_t inner, float* y, int64_t pitch) {
+void dot_exactly(const int8_t* weight, const int8_t* x, int64_t inner, float* y, int64_t pitch) {
   int64_t k = 0;
 #if defined(__AVX2__)
   IntVec total[C][R] = {};
@@ -82,10 +53,8 @@ class FixedRows {
         scales_[at] = rounded.scale;
         begin_[at] = -128 * rounded.total;
         for (int64_t i = 0; i < kShared; i += kLanes) {
-          ShortVec both;
-          std::memcpy(&both, codes + i, sizeof both);
           int8_t* high = bytes_ + at * 2 * kShared + i;
-          put_bytes(widen(both), high, high + kShared);
+          put_bytes(widen(load_as<ShortVec>(codes + i)), high, high + kShared);
         }
       }
   }
@@ -154,10 +123,13 @@ struct PlainRows {
   const X* x;
   int64_t inner;
 
-
   template <int C, int R>
   void dot(const int8_t* weight, int64_t row, float* y, int64_t pitch) const {
-    afnext::dot<C, R>(weight, x + row * inner, inner, y, pitch);
+    if constexpr (std::is_same_v<X, float>) {
+      afnext::dot<C, R>(weight, x + row * inner, inner, y, pitch);
+    } else {
+      dot_exactly<C, R>(weight, x + row * inner, inner, y, pitch);
+    }
   }
 };
 
@@ -210,20 +182,11 @@ void product_in_panels(const int8_t* codes, const float* row_scales, const Weigh
 template <typename T>
 void product_in_panels(const T* x, const Weight& weight, const Epilogue<T>& write, int64_t rows, int64_t inner,
                        int64_t threads) {
-  constexpr int64_t kInputs = 2 * kLanes;
-  const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
-    for (int64_t i = 0; i < 32; ++i) {
-      const int8_t* from = weight.codes + (n + i) * inner;
-      for (int64_t s = 0; s < count; ++s) {
-        const int64_t k = (step + s) * kInputs;
-        store_halves(panel + (s * 32 + i) * 64, load(from + k), k + kLanes < inner ? load(from + k + kLanes) : Vec{});
-      }
-    }
-  };
   const auto put = [&](int64_t row, int64_t n, int count, Vec sums) {
     write(row, n, count, sums * load_first(weight.scales + n, count));
   };
-  for_panels(x, rows, inner, write.columns, threads, {weight.codes, inner, kInputs}, weights, write.out, sizeof(T), put);
+  for_panels(x, rows, inner, write.columns, threads, {weight.codes, inner, 2 * kLanes}, numbers_in_panels(weight.codes, inner),
+             write.out, sizeof(T), put);
 }
 #endif
 

@@ -26,23 +26,25 @@ using Number = bfloat16;
 using Number = float;
 #endif
 
-// Of units made of vectors.
+// What units made of vectors share.
+struct VectorUnit {
 #if defined(__AVX512F__)
-constexpr int kUnitRows = 8;  // tokens at once: twice as many sums hide the latency of one, and leave registers for operands
-constexpr int64_t kUnitPanels = 8, kUnitPass = 512;
+  static constexpr int kRows = 8;  // tokens at once: twice as many sums hide the latency of one, and leave registers
+  static constexpr int64_t kPanels = 8, kPass = 512;
 #else
-constexpr int kUnitRows = 6;
-constexpr int64_t kUnitPanels = 4, kUnitPass = 240;
+  static constexpr int kRows = 6;
+  static constexpr int64_t kPanels = 4, kPass = 240;
 #endif
-constexpr int kUnitTile = 2 * kUnitRows;
-constexpr int kNextLanes = kLanes == 16 ? 1024 : 4 * kLanes;  // bytes to the weights of the next kLanes outputs of a panel
+  static constexpr int kTile = 2 * kRows;
+  static constexpr int64_t kSteps = 8;
+  static constexpr int kNextLanes = kLanes == 16 ? 1024 : 4 * kLanes;  // bytes to the weights of a panel's next kLanes outputs
+  struct Configuration {
+    Configuration() {}
+  };
 
-template <typename Vector>
-inline Vector load_as(const void* p) {
-  Vector x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
+  // Sums are [2 * kTile tokens][32 outputs].
+  static void unfold(const int32_t* sums, int32_t* out) { std::memcpy(out, sums, 2 * kTile * 32 * sizeof(int32_t)); }
+};
 
 inline IntVec broadcast_ints(const uint8_t* p) {
   int32_t four;
@@ -67,7 +69,7 @@ struct Unit {
   static void arrange_tokens(const uint8_t* rows, uint8_t* out, int32_t*) { transpose_tile((const uint32_t*)rows, (uint32_t*)out); }
 
   // sums[i][j]: 16 outputs by 16 tokens of int32 or float32, of outputs 16 i .. of the panel and the tokens of tiles[j], to
-  // which `count` steps are added, or with which they begin if `fresh`. The two integers: see for_panels.
+  // which `count` steps are added, or with which they begin if `fresh`. The integers: see for_panels.
   static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t, int64_t, int64_t,
                        int64_t count, bool fresh, int32_t* to) {
     auto* sums = (int32_t(*)[2][256])to;
@@ -122,18 +124,14 @@ struct Unit {
 // 128 times the sum of the token's bytes is subtracted. Plain AVX2 cannot multiply them without overflow, and takes int8 as
 // pairs of 16 bits.
 template <bool INT8>
-struct Unit {
+struct Unit : VectorUnit {
 #if defined(AFNEXT_VNNI)
   using Element = std::conditional_t<INT8, int8_t, Number>;
 #else
   using Element = std::conditional_t<INT8, int16_t, Number>;
 #endif
   static constexpr bool kUnsigned = sizeof(Element) == 1;
-  static constexpr int kTile = kUnitTile;
-  static constexpr int64_t kSteps = 8, kPanels = kUnitPanels, kPass = kUnitPass, kPanelBytes = kSteps * 2048;
-  struct Configuration {
-    Configuration() {}
-  };
+  static constexpr int64_t kPanelBytes = kSteps * 2048;
 
   static void arrange_weights(uint8_t* tile) {
     for (int i = 0; kUnsigned && i < 1024; ++i) tile[i] ^= 0x80;
@@ -149,16 +147,13 @@ struct Unit {
     }
   }
 
-  // sums: [2 * kTile tokens][32 outputs].
   static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t* begin, int64_t, int64_t tokens,
                        int64_t, int64_t count, bool fresh, int32_t* sums) {
     for (int output = 0; output < 32; output += 2 * kLanes)
-      for (int token = 0; token < tokens; token += kUnitRows)
+      for (int token = 0; token < tokens; token += kRows)
         multiply_rows(panel + output / 16 * 1024 + output % 16 * 4, tiles[token / kTile] + token % kTile * 64, begin + token,
                       count, fresh, sums + token * 32 + output);
   }
-
-  static void unfold(const int32_t* sums, int32_t* out) { std::memcpy(out, sums, 2 * kTile * 32 * sizeof(int32_t)); }
 
  private:
   using Sum = std::conditional_t<INT8, IntVec, Vec>;
@@ -166,10 +161,10 @@ struct Unit {
 
   static void multiply_rows(const uint8_t* panel, const uint8_t* tokens, const int32_t* begin, int64_t count, bool fresh,
                             int32_t* sums) {
-    Sum total[kUnitRows][2];
+    Sum total[kRows][2];
     const auto for_sums = [](auto body) {
 #pragma GCC unroll 8
-      for (int i = 0; i < kUnitRows; ++i)
+      for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
         for (int w = 0; w < 2; ++w) body(i, w);
     };
@@ -180,7 +175,7 @@ struct Unit {
       for (int part = 0; part < 64; part += 4) {
         const Operand by[2] = {load_as<Operand>(panel + part * 16), load_as<Operand>(panel + kNextLanes + part * 16)};
 #pragma GCC unroll 8
-        for (int i = 0; i < kUnitRows; ++i) {
+        for (int i = 0; i < kRows; ++i) {
           const Operand all = (Operand)broadcast_ints(tokens + i * 64 + part);
 #pragma GCC unroll 2
           for (int w = 0; w < 2; ++w) total[i][w] = kept(add(total[i][w], by[w], all));

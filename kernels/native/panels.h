@@ -174,6 +174,22 @@ void for_panels(const Unit& unit, const X* tokens, int64_t rows, int64_t inner, 
   }
 }
 
+// What writes weights [columns, inner] of W, as numbers, for for_panels.
+template <typename W>
+inline auto numbers_in_panels(const W* weight, int64_t inner) {
+  return [=](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
+    for (int64_t i = 0; i < 32; ++i)
+      for (int64_t s = 0; s < count; ++s) {
+        const int64_t k = (step + s) * 2 * kLanes, left = inner - k;
+        const W* from = weight + (n + i) * inner + k;
+        const auto part = [&](int64_t at) {
+          return left >= at + kLanes ? load(from + at) : load_first(from + at, (int)std::max<int64_t>(0, left - at));
+        };
+        store_halves(panel + (s * 32 + i) * 64, part(0), part(kLanes));
+      }
+  };
+}
+
 // The same for tokens of int8 with weights of int8, or for floats with floats, by a unit that needs to know no more.
 template <typename X, typename Weights, typename Put>
 void for_panels(const X* tokens, int64_t rows, int64_t inner, int64_t columns, int64_t threads, Rows source, Weights weights,

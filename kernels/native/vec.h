@@ -67,17 +67,15 @@ inline ByteVec narrow_to_bytes(IntVec x) { return __builtin_convertvector(x, Byt
 
 inline Vec splat(float x) { return x - Vec{}; }  // 0 + x would be an addition, for -0
 
-inline Vec load(const float* p) {
-  Vec x;
+template <typename Vector>
+inline Vector load_as(const void* p) {
+  Vector x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
 
-inline Vec load(const bfloat16* p) {
-  HalfVec bits;
-  std::memcpy(&bits, p, sizeof bits);
-  return (Vec)(widen(bits) << 16);
-}
+inline Vec load(const float* p) { return load_as<Vec>(p); }
+inline Vec load(const bfloat16* p) { return (Vec)(widen(load_as<HalfVec>(p)) << 16); }
 
 inline Vec load(const float16* p) {
 #if defined(__AVX512F__)
@@ -121,9 +119,7 @@ inline Vec load(const int8_t* p) {
 #elif defined(__AVX2__)
   return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
-  ByteVec bytes;
-  std::memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(bytes, Vec);
+  return __builtin_convertvector(load_as<ByteVec>(p), Vec);
 #endif
 }
 
