@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.linear_int4 import linear_int4, linear_int4_swiglu
-from ..kernels.linear_int8 import linear_int8, linear_int8_swiglu, linear_w8a8
+from ..kernels.linear_int8 import linear_int8, linear_int8_swiglu
 from ..kernels.linear_nf4 import BLOCK_SIZE, linear_nf4, linear_nf4_swiglu
 from ..kernels.linear_w4a8 import linear_w4a8
+from ..kernels.linear_w8a8 import linear_w8a8
 from ..kernels.log_mel import WINDOW_SAMPLES
 from ..kernels.sampling import SamplingRows, greedy, penalize, sample
 from ..quant.linear import Linear

@@ -1,20 +1,23 @@
-"""Product with a dense weight.
+"""Product with a dense weight, alone or as a SwiGLU pair.
 
     y = x W^T + b
+    y = silu(x G^T) * (x U^T)
 
-Operations: 2 * rows * in * out. Bytes: out * in of the weight, which bound a few rows, and x and y.
+Operations: 2 * rows * in * out, of each weight. Bytes: out * in of a weight, which bound a few rows, and x and y.
 
 Dense products go to torch (cuBLAS, oneDNN, MKL), except where it has none. On a CPU without instructions for bfloat16
 (before Cooper Lake and Zen 4, and most of Intel's client CPUs) it multiplies bfloat16 and float16 at a seventh of the
 speed of float32. There the native kernels multiply, in float32: of many rows the weights are widened a panel at a time
-in the first-level cache (`native/panels.h`), of up to 16 rows as they are read (`native/linear_dense.cpp`).
+in the first-level cache (`native/panels.h`), of up to 16 rows as they are read (`native/linear_dense.cpp`). A pair of
+many rows is theirs with AVX512-BF16, too, in bfloat16 and as fast as torch's two products: neither is written to be
+read again.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import native
+from . import activation, native
 from .dispatch import Operation, forced_backend
 from .native import products
 from .strides import as_rows
@@ -26,7 +29,14 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
+def linear_swiglu_reference(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """The specification of `linear_swiglu`, in float64."""
+    wide = x.double()
+    return activation.swiglu_reference(wide @ gate.double().T, wide @ up.double().T).to(x.dtype)
+
+
 _operation = Operation("linear", reference)
+_swiglu = Operation("linear_swiglu", linear_swiglu_reference)
 
 
 def linear_misfit(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -41,7 +51,20 @@ def linear_misfit(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 
 @_operation.implementation("native", linear_misfit)
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return products.dense_product(as_rows(x), weight.contiguous(), bias).view(*x.shape[:-1], len(weight))
+    return products.dense_product(as_rows(x), weight.contiguous(), None, bias).view(*x.shape[:-1], len(weight))
+
+
+def _swiglu_misfit(x: Tensor, gate: Tensor, up: Tensor) -> str | None:
+    # Here a product is as fast as torch's, and neither gate nor up are written and read again.
+    if native.isa() == "avx512" and products.in_panels(as_rows(x), len(gate)):
+        return native.misfit(x, gate, up)
+    return linear_misfit(x, gate, up)
+
+
+@_swiglu.implementation("native", _swiglu_misfit)
+def _swiglu_native(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    y = products.dense_product(as_rows(x), gate.contiguous(), up.contiguous(), None)
+    return y.view(*x.shape[:-1], len(gate))
 
 
 @_operation.implementation("triton")
@@ -50,15 +73,38 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+@_swiglu.implementation("triton")
+@_swiglu.implementation("torch")
+def _swiglu_torch(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return activation.swiglu(F.linear(x, gate), F.linear(x, up))
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias for x: [..., in], weight: [out, in] and bias: [out], all of one floating dtype.
 
     Returns [..., out] in that dtype, sums in float32. Raises ValueError when shapes or dtypes do not fit.
     """
-    tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
-    if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-        raise ValueError(f"linear takes [..., in], [out, in] and [out], got {shapes}")
-    if len({tensor.dtype for tensor in tensors}) > 1:
-        raise ValueError(f"linear takes tensors of one dtype, got {', '.join(str(tensor.dtype) for tensor in tensors)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear takes a bias [out], got {tuple(bias.shape)} with a weight {tuple(weight.shape)}")
+    _check(x, weight, *(() if bias is None else (bias,)))
     return _operation.on(x.device)(x, weight, bias)
+
+
+def linear_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(x G^T) * (x U^T) for x: [..., in] and gate, up: [out, in], all of one floating dtype.
+
+    Returns [..., out] in that dtype, sums in float32; of gate and up as well where one kernel computes both.
+    Raises ValueError when shapes or dtypes do not fit.
+    """
+    if gate.shape != up.shape:
+        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
+    _check(x, gate, up)
+    return _swiglu.on(x.device)(x, gate, up)
+
+
+def _check(x: Tensor, weight: Tensor, *others: Tensor) -> None:
+    if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"linear takes [..., in] and [out, in], got {tuple(x.shape)} and {tuple(weight.shape)}")
+    dtypes = {tensor.dtype for tensor in (x, weight, *others)}
+    if len(dtypes) > 1:
+        raise ValueError(f"linear takes tensors of one dtype, got {', '.join(sorted(map(str, dtypes)))}")

@@ -260,7 +260,7 @@ def linear_int4_native(
     return add_epilogue(product_by_tiles(rows, columns, dense).view(*x.shape[:-1], columns), bias, residual)
 
 
-def _swiglu_misfit(
+def swiglu_misfit(
     x: Tensor,
     _gate: Tensor,
     gate_scales: Tensor,
@@ -269,10 +269,11 @@ def _swiglu_misfit(
     gate_zeros: Tensor | None,
     up_zeros: Tensor | None,
 ) -> str | None:
+    """Why the native kernels do not cover a pair, or None."""
     return native.misfit(x) or native.misfit(gate_scales, gate_zeros, up_scales, up_zeros)
 
 
-@_swiglu.implementation("native", _swiglu_misfit)
+@_swiglu.implementation("native", swiglu_misfit)
 def _swiglu_native(
     x: Tensor,
     gate: Tensor,
@@ -283,7 +284,7 @@ def _swiglu_native(
     up_zeros: Tensor | None,
 ) -> Tensor:
     rows = as_rows(x)
-    if rows.shape[0] <= FEW_CPU_ROWS and not products.in_panels(rows, len(gate)):
+    if rows.shape[0] <= FEW_CPU_ROWS or products.in_panels(rows, len(gate)):
         y = products.int4_product(rows, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
         return y.view(*x.shape[:-1], len(gate))
     raised = linear_int4_native(x, up, up_scales, up_zeros, None, None)
@@ -389,13 +390,7 @@ def linear_int4_swiglu(
 
     Both have zeros or neither. Raises ValueError otherwise.
     """
-    check_int4(x, gate, gate_scales, gate_zeros)
-    check_int4(x, up, up_scales, up_zeros)
-    if gate.shape != up.shape or gate_scales.shape != up_scales.shape or (gate_zeros is None) != (up_zeros is None):
-        raise ValueError(
-            f"gate {tuple(gate.shape)} with scales {tuple(gate_scales.shape)} and up {tuple(up.shape)} with scales "
-            f"{tuple(up_scales.shape)} must have one shape and group, and both or neither zeros"
-        )
+    check_int4_pair(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros))
     return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales, gate_zeros, up_zeros)
 
 
@@ -418,3 +413,16 @@ def check_int4(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None) 
         zeros.shape != scales.shape or not zeros.is_floating_point() or not zeros.is_contiguous()
     ):
         raise ValueError(f"zeros must be like scales, {tuple(scales.shape)}, got {zeros.dtype} {tuple(zeros.shape)}")
+
+
+def check_int4_pair(
+    x: Tensor, gate: tuple[Tensor, Tensor, Tensor | None], up: tuple[Tensor, Tensor, Tensor | None]
+) -> None:
+    """Raise ValueError unless x and both weights (packed, scales, zeros) are as `linear_int4_swiglu` wants them."""
+    check_int4(x, *gate)
+    check_int4(x, *up)
+    if gate[0].shape != up[0].shape or gate[1].shape != up[1].shape or (gate[2] is None) != (up[2] is None):
+        raise ValueError(
+            f"gate {tuple(gate[0].shape)} with scales {tuple(gate[1].shape)} and up {tuple(up[0].shape)} with scales "
+            f"{tuple(up[1].shape)} must have one shape and group, and both or neither zeros"
+        )

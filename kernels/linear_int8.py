@@ -1,9 +1,7 @@
-"""Linear layers with int8 weights: W8A16, alone or as a SwiGLU pair, and W8A8 on int8 tensor cores.
+"""Linear layers with int8 weights: W8A16, alone or as a SwiGLU pair.
 
     W8A16    y[m, n] = scales[n] * sum_k x[m, k] * weight[n, k] + bias[n] + residual[m, n]
     SwiGLU   y       = silu(gate(x)) * up(x), two W8A16 products of one x
-    W8A8     y[m, n] = scales[n] * s[m] * sum_k q[m, k] * weight[n, k] + bias[n] + residual[m, n]
-             with x[m, k] ~ s[m] * q[m, k] quantized token by token (`quantize_rows`), the sum in int32
 
 x: [rows, in] float16, bfloat16 or float32; weight: [out, in] int8; scales: [out]. Sums and epilogues are float32 and
 are rounded to the dtype of x once.
@@ -15,15 +13,14 @@ rounding of weights is added. The weights are the left operand of the tensor cor
 from registers), the tokens its columns. 2 * rows * out * in operations.
 Few rows leave few blocks, so the inner dimension is split too: each split writes float32 partial sums, a second kernel
 adds them in a fixed order (results do not depend on timing); that moves splits * rows * out * 8 bytes through L2.
-W8A8 does 2 * rows * out * in int8 operations, at twice the 16-bit rate, and moves rows * in more bytes for codes.
 
-Native, on a CPU: up to 16 rows read the weights once from memory. W8A8 multiplies integers, and so does W8A16 from
-AVX512-VNNI on, with 256 neighbouring activations as integers of 15 bits with one scale; elsewhere codes become float32
-in registers. More rows go past weights made in the first-level cache (`native/panels.h`); without AVX2 they go to
-torch's products, W8A16 with weights made dense a tile at a time.
+Native, on a CPU: up to 16 rows read the weights once from memory. From AVX-VNNI on they multiply integers, with 256
+neighbouring activations as integers of 15 bits with one scale; elsewhere codes become float32 in registers. More rows
+go past weights made in the first-level cache (`native/panels.h`), of a pair 16 outputs of each at a time, whose sums
+become one output without a way through memory; without AVX2 they go to torch's products, with weights made dense a tile
+at a time.
 
-Source: Dettmers et al. 2022, arXiv:2208.07339 (per-token, per-channel int8); Osama et al. 2023, arXiv:2301.03598
-(split-K).
+Source: Dettmers et al. 2022, arXiv:2208.07339 (per-channel int8); Osama et al. 2023, arXiv:2301.03598 (split-K).
 """
 
 from collections.abc import Callable, Mapping
@@ -31,14 +28,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import activation, native
 from .configs import Config, Configs, multiprocessors
 from .dispatch import Operation
 from .native import products
-from .quantize_rows import quantize_rows
-from .quantize_rows import reference as quantize_rows_reference
 from .strides import as_rows
 from .triton_language import tl, triton
 
@@ -60,15 +54,6 @@ def linear_int8_swiglu_reference(x: Tensor, gate: Tensor, gate_scales: Tensor, u
     wide = x.double()
     gated = linear_int8_reference(wide, gate, gate_scales, None, None)
     return activation.swiglu_reference(gated, linear_int8_reference(wide, up, up_scales, None, None)).to(x.dtype)
-
-
-def linear_w8a8_reference(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
-    """The specification of `linear_w8a8`: tokens quantized as by `quantize_rows`, the rest in float64."""
-    codes, row_scales = quantize_rows_reference(x)
-    y = (codes.double() @ weight.double().T) * row_scales.double()[..., None] * scales.double()
-    return add_epilogue(y, bias, residual).to(x.dtype)
 
 
 def add_epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -166,41 +151,6 @@ def _w8a16_kernel(  # type: ignore[no-untyped-def]
     store_block(acc, out, bias, residual, m, n, rows, columns, SPLITS)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _w8a8_kernel(  # type: ignore[no-untyped-def]
-    codes,
-    row_scales,
-    weight,
-    scales,
-    bias,
-    residual,
-    out,
-    rows,
-    columns,
-    inner,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    m, n = block_of(rows, columns, BLOCK_M, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    row = tl.minimum(m, rows - 1).to(tl.int64)
-    channel = tl.minimum(n, columns - 1).to(tl.int64)
-    tokens = codes + row[None, :] * inner + k[:, None]
-    channels = weight + channel[:, None] * inner + k[None, :]
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    for first in range(0, inner, BLOCK_K):
-        if EVEN:
-            acc = tl.dot(tl.load(channels + first), tl.load(tokens + first), acc, out_dtype=tl.int32)
-        else:
-            left = inner - first
-            tile = tl.load(channels + first, mask=k[None, :] < left, other=0)
-            acc = tl.dot(tile, tl.load(tokens + first, mask=k[:, None] < left, other=0), acc, out_dtype=tl.int32)
-    wide = acc.to(tl.float32) * tl.load(scales + channel).to(tl.float32)[:, None] * tl.load(row_scales + row)[None, :]
-    store_block(wide, out, bias, residual, m, n, rows, columns, 1)
-
-
 @triton.jit(do_not_specialize=["size", "splits"])
 def _sum_partials_kernel(  # type: ignore[no-untyped-def]
     partials,
@@ -234,7 +184,7 @@ def tile_config(block_m: int, block_n: int, block_k: int, num_warps: int, num_st
     return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}, num_warps, num_stages)
 
 
-_SMALL_MEMORY = ("sm86", "sm89", "sm120")
+SMALL_MEMORY = ("sm86", "sm89", "sm120")
 # By the most rows that a config is for; the last also serves more.
 _W8A16 = {
     16: Configs("linear_int8_16", tile_config(16, 64, 128, 4, 4)),
@@ -243,7 +193,7 @@ _W8A16 = {
     128: Configs(
         "linear_int8_128",
         tile_config(128, 128, 64, 8, 4),
-        {chip: tile_config(128, 128, 64, 8, 3) for chip in _SMALL_MEMORY},
+        {chip: tile_config(128, 128, 64, 8, 3) for chip in SMALL_MEMORY},
     ),
 }
 # A pair has two sums for each output, which in registers leaves room for half as many outputs.
@@ -254,13 +204,6 @@ _W8A16_PAIR = {
         tile_config(128, 64, 64, 8, 3),
         dict.fromkeys(("sm90", "sm100"), tile_config(128, 128, 64, 8, 4)),
     ),
-}
-_W8A8 = {
-    128: Configs(
-        "linear_w8a8",
-        tile_config(128, 128, 128, 8, 4),
-        {chip: tile_config(128, 128, 64, 8, 4) for chip in _SMALL_MEMORY},
-    )
 }
 
 
@@ -360,7 +303,6 @@ def _w8a16_triton(
 
 _linear = Operation("linear_int8", linear_int8_reference)
 _swiglu = Operation("linear_int8_swiglu", linear_int8_swiglu_reference)
-_w8a8 = Operation("linear_w8a8", linear_w8a8_reference)
 
 
 @_linear.implementation("triton")
@@ -371,31 +313,6 @@ def _linear_triton(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | Non
 @_swiglu.implementation("triton")
 def _swiglu_triton(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
     return _w8a16_triton(x, (gate, gate_scales), (up, up_scales), None, None)
-
-
-@_w8a8.implementation("triton")
-def _w8a8_triton(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    codes, row_scales = quantize_rows(as_rows(x))
-    (rows, inner), columns = codes.shape, len(weight)
-    out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    config = config_for(_W8A8, rows, x.device)
-    _w8a8_kernel[(blocks(config, rows, columns),)](
-        codes,
-        row_scales,
-        weight,
-        scales,
-        bias,
-        None if residual is None else as_rows(residual),
-        out,
-        rows,
-        columns,
-        inner,
-        EVEN=inner % config.blocks["BLOCK_K"] == 0,
-        **config.options(),
-    )
-    return out
 
 
 FEW_CPU_ROWS = 16  # up to here the native products read the weights once; more rows are worth making them dense
@@ -417,21 +334,11 @@ def _linear_native(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | Non
 @_swiglu.implementation("native", _misfit)
 def _swiglu_native(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
     rows = as_rows(x)
-    if rows.shape[0] <= FEW_CPU_ROWS and not products.in_panels(rows, len(gate)):
+    if rows.shape[0] <= FEW_CPU_ROWS or products.in_panels(rows, len(gate)):
         y = products.int8_product(rows, (gate, gate_scales), (up, up_scales), None, None)
         return y.view(*x.shape[:-1], len(gate))
     raised = _linear_native(x, up, up_scales, None, None)
     return activation.swiglu(_linear_native(x, gate, gate_scales, None, None), raised)
-
-
-@_w8a8.implementation("native", _misfit)
-def _w8a8_native(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    codes, row_scales = quantize_rows(as_rows(x))
-    if codes.shape[0] > FEW_CPU_ROWS and not products.has_panels():
-        y = _int_product(codes, weight).float() * row_scales[:, None] * scales.float()
-        return add_epilogue(y.view(*x.shape[:-1], len(weight)), bias, residual).to(x.dtype)
-    y = products.w8a8_product(codes, row_scales, (weight, scales), bias, residual, x.dtype)
-    return y.view(*x.shape[:-1], len(weight))
 
 
 # torch on a CPU: up to here its int8 kernel is faster than widening the weights for a dense product
@@ -469,23 +376,6 @@ def _swiglu_torch(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_s
     )
 
 
-@_w8a8.implementation("torch")
-def _w8a8_torch(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    codes, row_scales = quantize_rows(as_rows(x))
-    y = _int_product(codes, weight).float() * row_scales[:, None] * scales.float()
-    return add_epilogue(y.view(*x.shape[:-1], len(weight)), bias, residual).to(x.dtype)
-
-
-def _int_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T, exactly. torch's int8 product on GPUs takes more than 16 rows and multiples of 8."""
-    if len(b) % 8 or a.shape[1] % 8:
-        return a.double() @ b.double().T
-    rows = len(a)
-    if rows < 17:
-        a = F.pad(a, (0, 0, 0, 17 - rows))
-    return torch._int_mm(a, b.T)[:rows]
-
-
 def dequantized(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """weight * scales of [out, in] in `dtype`, rounded once."""
     return (weight.float() * scales.float()[:, None]).to(dtype)
@@ -500,30 +390,19 @@ def linear_int8(
     in the dtype of x. Returns [..., out] in the dtype of x.
     Raises ValueError for shapes or dtypes that do not fit, as all linear operations here do.
     """
-    _check(x, weight, scales)
+    check_int8(x, weight, scales)
     check_epilogue(x, len(weight), bias, residual)
     return _linear.on(x.device)(x, weight, scales, bias, residual)
 
 
 def linear_int8_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
     """silu(x G^T) * (x U^T) with int8 weights, x read once. gate, up: one shape; all else as in `linear_int8`."""
-    _check(x, gate, gate_scales)
-    _check(x, up, up_scales)
-    if gate.shape != up.shape:
-        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
+    check_pair(x, gate, gate_scales, up, up_scales)
     return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales)
 
 
-def linear_w8a8(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """As `linear_int8`, with x rounded to int8 token by token on the way (W8A8): faster for many rows, less exact."""
-    _check(x, weight, scales)
-    check_epilogue(x, len(weight), bias, residual)
-    return _w8a8.on(x.device)(x, weight, scales, bias, residual)
-
-
-def _check(x: Tensor, weight: Tensor, scales: Tensor) -> None:
+def check_int8(x: Tensor, weight: Tensor, scales: Tensor) -> None:
+    """Raise ValueError unless x [..., in] and a weight with its scales are as `linear_int8` wants them."""
     if weight.dtype != torch.int8 or weight.ndim != 2 or not weight.is_contiguous():
         raise ValueError(f"the weight must be contiguous int8 [out, in], got {weight.dtype} {tuple(weight.shape)}")
     if not x.is_floating_point() or x.shape[-1:] != weight.shape[1:]:
@@ -534,6 +413,14 @@ def _check(x: Tensor, weight: Tensor, scales: Tensor) -> None:
         raise ValueError(
             f"scales must be contiguous floating [{len(weight)}], got {scales.dtype} {tuple(scales.shape)}"
         )
+
+
+def check_pair(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> None:
+    """Raise ValueError unless x and both weights are as `linear_int8_swiglu` wants them."""
+    check_int8(x, gate, gate_scales)
+    check_int8(x, up, up_scales)
+    if gate.shape != up.shape:
+        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
 
 
 def check_epilogue(x: Tensor, columns: int, bias: Tensor | None, residual: Tensor | None) -> None:

@@ -100,7 +100,7 @@ def _linear_native(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None
 @_swiglu.implementation("native", _misfit)
 def _swiglu_native(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
     rows = as_rows(x)
-    if len(rows) <= FEW_CPU_ROWS and not products.in_panels(rows, len(gate)):
+    if len(rows) <= FEW_CPU_ROWS or products.in_panels(rows, len(gate)):
         y = products.nf4_product(rows, (gate, gate_scales), (up, up_scales), None, None)
         return y.view(*x.shape[:-1], len(gate))
     raised = _linear_native(x, up, up_scales, None, None)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.activation import swiglu
-from ..kernels.linear import linear
+from ..kernels.linear import linear, linear_swiglu
 from .scheme import PARTS, Packed, Scheme
 
 
@@ -76,9 +76,9 @@ class Embedding(_Matrix):
 
 
 def gated(gate: Linear, up: Linear, x: Tensor) -> Tensor:
-    """silu(gate(x)) * up(x) of two layers without biases, in one kernel where both have a scheme that has one."""
-    if gate.scheme is not None and gate.scheme == up.scheme:
-        fused = gate.scheme.swiglu(x, gate.packed, up.packed)
-        if fused is not None:
-            return fused
-    return swiglu(gate(x), up(x))
+    """silu(gate(x)) * up(x) of two layers without biases, in one kernel where both have one scheme."""
+    if gate.scheme != up.scheme:
+        return swiglu(gate(x), up(x))
+    if gate.scheme is None:
+        return linear_swiglu(x, gate.weight, up.weight)
+    return gate.scheme.swiglu(x, gate.packed, up.packed)

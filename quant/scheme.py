@@ -24,9 +24,10 @@ from torch import Tensor
 
 from ..kernels.errors import AfnextError
 from ..kernels.linear_int4 import GROUP_SIZES, linear_int4, linear_int4_swiglu, prepare_int4
-from ..kernels.linear_int8 import linear_int8, linear_int8_swiglu, linear_w8a8
+from ..kernels.linear_int8 import linear_int8, linear_int8_swiglu
 from ..kernels.linear_nf4 import linear_nf4, linear_nf4_swiglu
-from ..kernels.linear_w4a8 import linear_w4a8
+from ..kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
+from ..kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
 from .int4 import dequantize_int4, fit_int4
 from .int8 import dequantize_int8, quantize_int8
 from .nf4 import BLOCK_SIZE, dequantize_nf4, quantize_nf4
@@ -83,9 +84,9 @@ class Scheme(ABC):
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         """x W^T + bias for x: [..., in]. Returns [..., out] in the dtype of x."""
 
-    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor | None:
-        """silu(x G^T) * (x U^T), or None where no kernel computes it at once."""
-        return None
+    @abstractmethod
+    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
+        """silu(x G^T) * (x U^T) for x: [..., in]. Returns [..., out] in the dtype of x."""
 
     def prepare(self, packed: Packed, dtype: torch.dtype) -> None:  # noqa: B027 - most have nothing to prepare
         """Let the product make, before its first call with x in `dtype`, what it keeps beside the weight."""
@@ -151,11 +152,10 @@ class Int8(Scheme):
         product = linear_w8a8 if self.int8_inputs else linear_int8
         return product(x, packed.codes, packed.scales, bias)
 
-    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor | None:
+    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
         """See `Scheme`."""
-        if self.int8_inputs:
-            return None
-        return linear_int8_swiglu(x, gate.codes, gate.scales, up.codes, up.scales)
+        product = linear_w8a8_swiglu if self.int8_inputs else linear_int8_swiglu
+        return product(x, gate.codes, gate.scales, up.codes, up.scales)
 
     def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
         return Packed(*quantize_int8(rows))
@@ -199,11 +199,10 @@ class Int4(Scheme):
         product = linear_w4a8 if self.int8_inputs else linear_int4
         return product(x, *packed, bias)
 
-    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor | None:
+    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
         """See `Scheme`."""
-        if self.int8_inputs:
-            return None
-        return linear_int4_swiglu(x, gate.codes, gate.scales, up.codes, up.scales, gate.zeros, up.zeros)
+        product = linear_w4a8_swiglu if self.int8_inputs else linear_int4_swiglu
+        return product(x, gate.codes, gate.scales, up.codes, up.scales, gate.zeros, up.zeros)
 
     def prepare(self, packed: Packed, dtype: torch.dtype) -> None:
         """See `Scheme`."""
@@ -241,7 +240,7 @@ class NF4(Scheme):
         """See `Scheme`."""
         return linear_nf4(x, packed.codes, packed.scales, bias)
 
-    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor | None:
+    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
         """See `Scheme`."""
         return linear_nf4_swiglu(x, gate.codes, gate.scales, up.codes, up.scales)
 

@@ -4,6 +4,7 @@
 
 #include "elementwise.h"
 #include "exponential.h"
+#include "memory.h"
 
 namespace afnext {
 namespace {

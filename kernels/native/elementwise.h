@@ -2,10 +2,6 @@
 
 #pragma once
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "vec.h"
 
 namespace afnext {
@@ -46,16 +42,6 @@ inline void map(T* out, int64_t count, Function function, const Input*... x) {
     store_two(out + i, {function(load_two(x + i).first...), function(load_two(x + i).second...)});
   for (; i + kLanes <= count; i += kLanes) store(out + i, function(load(x + i)...));
   if (i < count) store_first(out + i, function(load_first(x + i, (int)(count - i))...), (int)(count - i));
-}
-
-// Before an output is written: one of 32 MB or more is memory that malloc has just mapped, and as 4 KB pages the system
-// takes longer to clear and map it than the kernel to fill it. Pages of 2 MB, where it has them, take a quarter of that.
-inline void use_large_pages(void* out, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t first = ((uintptr_t)out + kPage - 1) / kPage * kPage, end = ((uintptr_t)out + bytes) / kPage * kPage;
-  if (bytes >= 32 << 20) madvise((void*)first, end - first, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace afnext

@@ -64,7 +64,7 @@ struct GroupUnit : VectorUnit {
   static const float* scales(const uint8_t* panel, int64_t part) { return scales((uint8_t*)panel, part); }
 
   static void arrange_weights(uint8_t* tile) { transpose_tile((const uint32_t*)tile, (uint32_t*)tile); }
-  static void arrange_tokens(const uint8_t* rows, uint8_t* out, int32_t*) { std::memcpy(out, rows, kTile * 64); }
+  static int32_t begin(const int8_t*, int64_t) { return 0; }  // each group's sums begin with their own
 
   // sums: [2 * kTile tokens][32 outputs] of float32.
   void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t row, int64_t row_count,

@@ -1,18 +1,15 @@
-// What products share: scratch memory, the conversion of activations, few rows in float32, and the epilogue
+// What products share: the conversion of activations, few rows in float32, and the epilogue
 //     out[row, n] = y + bias[n] + residual[row, n],    for a SwiGLU pair y = silu(gate) * up.
 
 #pragma once
 
 #include <omp.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
-#include <cstdlib>
 #include <type_traits>
 
 #include "exponential.h"
+#include "memory.h"
 
 namespace afnext {
 
@@ -33,43 +30,6 @@ class Ahead {
  private:
   const char* next_;
 };
-
-// Aligned memory for one call.
-template <typename T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : data_((T*)std::aligned_alloc(64, ((size_t)count * sizeof(T) + 127) / 64 * 64)) {}
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  operator T*() const { return data_; }
-
- private:
-  T* data_;
-};
-
-// Memory of the calling thread, which its next call with the same Use finds again: the system clears what it hands out,
-// and for what a product of many rows packs that takes as long as packing. In pages of 2 MB where the system has them,
-// with which the tiles that the matrix unit loads are not held up by their addresses.
-template <typename Use>
-uint8_t* kept_memory(int64_t bytes) {
-  constexpr size_t kPage = 2 << 20;
-  struct Memory {
-    uint8_t* data = nullptr;
-    size_t size = 0;
-    ~Memory() { std::free(data); }
-  };
-  static thread_local Memory memory;
-  if ((size_t)bytes > memory.size) {
-    std::free(memory.data);
-    memory.size = ((size_t)bytes + kPage - 1) / kPage * kPage;
-    memory.data = (uint8_t*)std::aligned_alloc(kPage, memory.size);
-#if defined(__linux__)
-    madvise(memory.data, memory.size, MADV_HUGEPAGE);
-#endif
-  }
-  return memory.data;
-}
 
 template <typename T>
 inline void to_floats(const T* x, float* out, int64_t count) {
@@ -93,6 +53,7 @@ class Epilogue {
   const T* residual;  // or null
   T* out;
   int64_t columns;
+  bool pair = false;
 
   void operator()(int64_t n, int64_t outputs, int64_t rows, const float* y, const float* up) const {
     for (int64_t i = 0; i < outputs; ++i)
@@ -102,9 +63,12 @@ class Epilogue {
       }
   }
 
-  // The `count` outputs of one row from n on, at most kLanes.
-  void operator()(int64_t row, int64_t n, int count, Vec y) const {
+  // `count` outputs of one row from n on, at most kLanes, from the sums of one matrix or of a pair.
+  template <int MATRICES>
+  void operator()(int64_t row, int64_t n, int count, const Vec (&sums)[MATRICES]) const {
     const int64_t at = row * columns + n;
+    Vec y = sums[0];
+    if constexpr (MATRICES == 2) y = silu(y) * sums[1];
     const auto part = [&](const auto* p) { return count == kLanes ? load(p) : load_first(p, count); };
     if (bias) y += part(bias + n);
     if (residual) y += part(residual + at);

@@ -197,53 +197,58 @@ void product(const Rows& x, const Weight& weight, const Weight& up, const Epilog
 }
 
 #if defined(__AVX2__)
-// Rows of floats against the weights as the unit multiplies them: rounded to bfloat16 where a level has its dot products.
-// group_of(index), of output and group: what gives the weights, of codes in the lowest four bits of each lane, or `one` of a
-// code.
-template <typename Codes, typename T, typename GroupOf>
-void product_in_panels(const T* x, const uint8_t* codes, GroupOf group_of, const Epilogue<T>& write, int64_t rows,
-                       int64_t inner, int64_t group, int64_t threads) {
-  constexpr int64_t kInputs = 2 * kLanes;
-  const int64_t groups = inner / group;
-  const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
-    for (int64_t i = 0; i < 32; ++i) {
-      const int64_t first = (n + i) * groups;
-      auto numbers = group_of(first + step * kInputs / group);
+// A matrix as the unit multiplies it with floats: rounded to bfloat16 where a level has its dot products.
+template <typename Codes, typename GroupOf>
+struct UnpackedMatrix {
+  static constexpr int64_t kInputs = 2 * kLanes;
+
+  const Weight& weight;
+  GroupOf group_of;
+  int64_t inner, group;
+
+  Rows source() const { return {weight.codes, inner / 2, kInputs / 2}; }
+
+  void write(int64_t n, int64_t outputs, int64_t step, int64_t count, uint8_t* panel, int64_t at) const {
+    for (int64_t i = 0; i < outputs; ++i) {
+      const int64_t first = (n + i) * (inner / group);
+      auto numbers = group_of(weight, first + step * kInputs / group);
       for (int64_t s = 0; s < count; ++s) {
         const int64_t k = (step + s) * kInputs;
-        if (k % group == 0) numbers = group_of(first + k / group);
-        const BitVec pairs = widen(load_as<UByteVec>(codes + ((n + i) * inner + k) / 2));
-        store_pairs(panel + (s * 32 + i) * 64, numbers(pairs >> shift_of(0, Codes::kEven)),
+        if (k % group == 0) numbers = group_of(weight, first + k / group);
+        const BitVec pairs = widen(load_as<UByteVec>(weight.codes + ((n + i) * inner + k) / 2));
+        store_pairs(panel + (s * 32 + at + i) * 64, numbers(pairs >> shift_of(0, Codes::kEven)),
                     numbers(pairs >> shift_of(1, Codes::kEven)));
       }
     }
-  };
-  for_panels(x, rows, inner, write.columns, threads, {codes, inner / 2, kInputs / 2}, weights, write.out, sizeof(T), write);
-}
+  }
+};
 #endif
 
-// Rows: activations for few rows; up: of a SwiGLU pair, or of nulls; group_of: of `weight`, see above.
+// Rows: activations for few rows; up: of a SwiGLU pair, or of nulls. group_of(weight, index), of output and group: what gives
+// the weights, of codes in the lowest four bits of each lane, or `one` of a code.
 template <typename Codes, typename Rows, typename T, typename GroupOf>
 void multiply_4bit(const T* x, const Weight& weight, const Weight& up, GroupOf group_of, const Epilogue<T>& write,
                    int64_t rows, int64_t inner, int64_t group, int64_t threads) {
 #if defined(__AVX2__)
   if constexpr (kPanelsTake<T>)
-    if (!up.codes && takes_panels(rows, write.columns))
-      return product_in_panels<Codes>(x, weight.codes, group_of, write, rows, inner, group, threads);
+    if (takes_panels(rows, write.columns)) {
+      const UnpackedMatrix<Codes, GroupOf> matrices[2] = {{weight, group_of, inner, group}, {up, group_of, inner, group}};
+      return for_panels(x, rows, inner, threads, matrices, Outputs(write), write);
+    }
 #endif
   product(Rows(x, rows, inner, group), weight, up, write, rows, inner, group, threads);
 }
 
 // The weights as numbers, [columns, inner], rounded once; group_of: see above.
 template <typename Codes, typename T, typename GroupOf>
-void unpack_4bit(const uint8_t* codes, GroupOf group_of, T* out, int64_t columns, int64_t inner, int64_t group,
+void unpack_4bit(const Weight& weight, GroupOf group_of, T* out, int64_t columns, int64_t inner, int64_t group,
                  int64_t threads) {
   const int64_t groups = inner / group;
   for_outputs(columns, columns * inner, 0, threads, [&](int64_t n, int64_t outputs, float*) {
     for (int64_t g = n * groups; g < (n + outputs) * groups; ++g) {
-      const auto numbers = group_of(g);
+      const auto numbers = group_of(weight, g);
       float wide[128];
-      const uint8_t* from = codes + g * group / 2;
+      const uint8_t* from = weight.codes + g * group / 2;
       for (int64_t i = 0; i < group / 2; ++i) {
         wide[2 * i] = numbers.one(from[i] >> shift_of(0, Codes::kEven) & 15);
         wide[2 * i + 1] = numbers.one(from[i] >> shift_of(1, Codes::kEven) & 15);

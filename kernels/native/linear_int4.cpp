@@ -169,28 +169,30 @@ inline void put_codes(const uint8_t* packed, int64_t count, uint8_t* out) {
   }
 }
 
-template <bool ZEROS, typename T>
-void product_in_group_panels(const int8_t* x, const TokenGroups& tokens, const Weight& weight, const Epilogue<T>& write,
-                             int64_t rows, int64_t inner, int64_t group, int64_t threads) {
-  const int64_t groups = inner / group, parts = tokens.parts;
-  const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
-    for (int64_t i = 0; i < 32; ++i) {
+// A matrix as GroupUnit multiplies it.
+struct GroupMatrix {
+  const Weight& weight;
+  int64_t inner, group, parts;
+
+  Rows source() const { return {weight.codes, inner / 2, 32}; }
+
+  void write(int64_t n, int64_t outputs, int64_t step, int64_t count, uint8_t* panel, int64_t at) const {
+    for (int64_t i = 0; i < outputs; ++i) {
       for (int64_t s = 0; s < count; ++s) {
         const int64_t k = (step + s) * 64;
         put_codes(weight.codes + ((n + i) * inner + k) / 2, std::min<int64_t>(32, (inner - k) / 2),
-                  panel + (s * 32 + i) * 64);
+                  panel + (s * 32 + at + i) * 64);
       }
       for (int64_t part = 0; part < count * parts; ++part) {
         const int64_t k = (step * parts + part) * 64 / parts;
-        const Group by = k < inner ? group_of(weight, (n + i) * groups + k / group) : Group{0, 0};
-        GroupUnit<ZEROS>::scales(panel, part)[i] = by.scale;
-        GroupUnit<ZEROS>::scales(panel, part)[32 + i] = by.scale * (by.zero - 8);
+        const Group by = k < inner ? group_of(weight, (n + i) * (inner / group) + k / group) : Group{0, 0};
+        float* scales = GroupUnit<true>::scales(panel, part) + at + i;
+        scales[0] = by.scale;
+        scales[32] = by.scale * (by.zero - 8);
       }
     }
-  };
-  for_panels<Vec>(GroupUnit<ZEROS>(tokens), x, rows, inner, write.columns, threads, {weight.codes, inner / 2, 32}, weights,
-                  write.out, sizeof(T), write);
-}
+  }
+};
 #endif
 
 }  // namespace
@@ -212,37 +214,35 @@ AFNEXT_EXPORT void afnext_linear_int4(const void* x, const uint8_t* weight, cons
 #else
     using Rows = FloatRows<Integers>;
 #endif
-    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
-    const auto group_of_first = [&](int64_t at) { return group_of(first, at); };
-    multiply_4bit<Integers, Rows>((const T*)x, first, second, group_of_first, write, rows, inner, group, threads);
+    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
+    multiply_4bit<Integers, Rows>((const T*)x, first, second, group_of, write, rows, inner, group, threads);
   });
 }
 
 // As afnext_linear_int4 for rows of int8 of -127 .. 127 and their scales, [rows, inner / group]; dtype is that of residual
 // and out.
 AFNEXT_EXPORT void afnext_linear_w4a8(const int8_t* x, const float* x_scales, const uint8_t* weight, const void* scales,
-                                      const void* zeros, const float* bias, const void* residual, void* out, int64_t rows,
-                                      int64_t columns, int64_t inner, int64_t group, int64_t group_dtype, int64_t dtype,
-                                      int64_t threads) {
+                                      const void* zeros, const uint8_t* up, const void* up_scales, const void* up_zeros,
+                                      const float* bias, const void* residual, void* out, int64_t rows, int64_t columns,
+                                      int64_t inner, int64_t group, int64_t group_dtype, int64_t dtype, int64_t threads) {
   using namespace afnext;
-  const Weight packed{weight, scales, zeros, group_dtype};
+  const Weight first{weight, scales, zeros, group_dtype}, second{up, up_scales, up_zeros, group_dtype};
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
+    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
 #if defined(__AVX2__)
     if (takes_panels(rows, columns)) {
       const TokenGroups tokens(x, x_scales, rows, inner, group, threads);
-      const auto run = zeros ? product_in_group_panels<true, T> : product_in_group_panels<false, T>;
-      return run(x, tokens, packed, write, rows, inner, group, threads);
+      const GroupMatrix matrices[2] = {{first, inner, group, tokens.parts}, {second, inner, group, tokens.parts}};
+      if (zeros)
+        return for_panels<Vec>(GroupUnit<true>(tokens), x, rows, inner, threads, matrices, Outputs(write), write);
+      return for_panels<Vec>(GroupUnit<false>(tokens), x, rows, inner, threads, matrices, Outputs(write), write);
     }
-#endif
-#if defined(__AVX2__)
-    product(ByteRows(x, x_scales, rows, inner, group), packed, Weight{}, write, rows, inner, group, threads);
+    product(ByteRows(x, x_scales, rows, inner, group), first, second, write, rows, inner, group, threads);
 #else
     Scratch<float> wide(rows * inner);
     for (int64_t i = 0; i < rows * inner; ++i) wide[i] = x[i] * x_scales[i / group];
-    product(FloatRows<Integers>((const float*)wide, rows, inner, group), packed, Weight{}, write, rows, inner, group,
-            threads);
+    product(FloatRows<Integers>((const float*)wide, rows, inner, group), first, second, write, rows, inner, group, threads);
 #endif
   });
 }
@@ -254,7 +254,6 @@ AFNEXT_EXPORT void afnext_unpack_int4(const uint8_t* weight, const void* scales,
   using namespace afnext;
   const Weight packed{weight, scales, zeros, group_dtype};
   with_dtype(dtype, [&](auto zero) {
-    const auto group_of_packed = [&](int64_t at) { return group_of(packed, at); };
-    unpack_4bit<Integers>(weight, group_of_packed, (decltype(zero)*)out, columns, inner, group, threads);
+    unpack_4bit<Integers>(packed, group_of, (decltype(zero)*)out, columns, inner, group, threads);
   });
 }

@@ -155,53 +155,62 @@ void product(const X& x, const float* row_scales, const Weight& weight, const We
 }
 
 #if defined(__AVX2__)
-// Rows of int8 against the weights as they lie.
-template <typename T>
-void product_in_panels(const int8_t* codes, const float* row_scales, const Weight& weight, const Epilogue<T>& write,
-                      int64_t rows, int64_t inner, int64_t threads) {
+// A matrix of weights as they lie.
+struct CodeMatrix {
   using Element = Unit<true>::Element;
-  constexpr int64_t kInputs = 64 / sizeof(Element);
-  const auto weights = [&](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
-    for (int64_t i = 0; i < 32; ++i) {
-      const int8_t* from = weight.codes + (n + i) * inner;
-      for (int64_t s = 0; s < count; ++s) {
-        const int64_t k = (step + s) * kInputs, width = std::min(kInputs, inner - k);
-        uint8_t* to = panel + (s * 32 + i) * 64;
-        if (width < kInputs) std::memset(to, 0, 64);
-        convert_elements(from + k, width, (Element*)to);
-      }
-    }
-  };
-  const auto put = [&](int64_t row, int64_t n, int count, IntVec sums) {
-    write(row, n, count, to_float(sums) * load_first(weight.scales + n, count) * row_scales[row]);
-  };
-  for_panels(codes, rows, inner, write.columns, threads, {weight.codes, inner, kInputs}, weights, write.out, sizeof(T), put);
-}
+  static constexpr int64_t kInputs = 64 / sizeof(Element);
 
-// Rows of floats against the codes as floats, in which they are exact.
-template <typename T>
-void product_in_panels(const T* x, const Weight& weight, const Epilogue<T>& write, int64_t rows, int64_t inner,
-                       int64_t threads) {
-  const auto put = [&](int64_t row, int64_t n, int count, Vec sums) {
-    write(row, n, count, sums * load_first(weight.scales + n, count));
+  const int8_t* codes;
+  int64_t inner;
+
+  Rows source() const { return {codes, inner, kInputs}; }
+
+  void write(int64_t n, int64_t outputs, int64_t step, int64_t count, uint8_t* panel, int64_t at) const {
+    for (int64_t i = 0; i < outputs; ++i)
+      for (int64_t s = 0; s < count; ++s) {
+        const int64_t k = (step + s) * kInputs;
+        copy_step<Element>(codes + (n + i) * inner + k, inner - k, panel + (s * 32 + at + i) * 64);
+      }
+  }
+};
+
+// Rows of int8 against the weights as they lie, or of floats against the codes as floats, in which they are exact.
+// row_scales: of int8 rows, or null; up: of a SwiGLU pair.
+template <typename X, typename T>
+void product_in_panels(const X* x, const float* row_scales, const Weight& weight, const Weight& up, const Epilogue<T>& write,
+                       int64_t rows, int64_t inner, int64_t threads) {
+  using Matrix = std::conditional_t<std::is_same_v<X, int8_t>, CodeMatrix, NumberMatrix<int8_t>>;
+  const Matrix matrices[2] = {{weight.codes, inner}, {up.codes, inner}};
+  const auto put = [&](int64_t row, int64_t n, int count, const auto& sums) {
+    constexpr int kMatrices = sizeof sums / sizeof sums[0];
+    Vec y[kMatrices];
+    for (int m = 0; m < kMatrices; ++m) {
+      const float* scales = (m ? up : weight).scales + n;
+      y[m] = __builtin_convertvector(sums[m], Vec) * (count == kLanes ? load(scales) : load_first(scales, count));
+      if constexpr (std::is_same_v<X, int8_t>) y[m] *= row_scales[row];
+    }
+    write(row, n, count, y);
   };
-  for_panels(x, rows, inner, write.columns, threads, {weight.codes, inner, 2 * kLanes}, numbers_in_panels(weight.codes, inner),
-             write.out, sizeof(T), put);
+  for_panels(x, rows, inner, threads, matrices, Outputs(write), put);
 }
 #endif
 
 template <typename T>
 void quantize_row(const T* x, int8_t* codes, float* scale, int64_t width) {
-  const int64_t whole = width / kLanes * kLanes;
+  const int64_t whole = width / kLanes * kLanes, unrolled = width / (4 * kLanes) * 4 * kLanes;
   const int rest = (int)(width - whole);
-  Vec most{};
-  const auto widen = [&](Vec v) {
-    const Vec size = v < 0 ? -v : v;
-    most = (size > most) | (size != size) ? size : most;
+  IntVec most[4] = {};
+  const auto see = [&](Vec v, int part) {
+    const IntVec size = (IntVec)v & INT32_MAX;  // sizes compare as their bits do, NaN as the largest
+    most[part] = size > most[part] ? size : most[part];
   };
-  for (int64_t i = 0; i < whole; i += kLanes) widen(load(x + i));
-  if (rest) widen(load_first(x + whole, rest));
-  *scale = largest(most) / 127;
+  for (int64_t i = 0; i < unrolled; i += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) see(load(x + i + part * kLanes), part);
+  for (int64_t i = unrolled; i < whole; i += kLanes) see(load(x + i), 0);
+  if (rest) see(load_first(x + whole, rest), 0);
+  for (int part = 1; part < 4; ++part) see((Vec)most[part], 0);
+  *scale = largest((Vec)most[0]) / 127;
   const float divisor = *scale > 0 ? *scale : 1;
   const auto round = [&](Vec v) {
     v = round_even(v / divisor);
@@ -230,37 +239,38 @@ AFNEXT_EXPORT void afnext_linear_int8(const void* x, const int8_t* weight, const
   using namespace afnext;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
+    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
+    const Weight first{weight, scales}, second{up, up_scales};
 #if defined(__AVX2__)
     if constexpr (kPanelsTake<T>)
-      if (!up && takes_panels(rows, columns))
-        return product_in_panels((const T*)x, Weight{weight, scales}, write, rows, inner, threads);
+      if (takes_panels(rows, columns))
+        return product_in_panels((const T*)x, nullptr, first, second, write, rows, inner, threads);
 #endif
 #if defined(AFNEXT_VNNI)
     if constexpr (std::is_same<T, bfloat16>::value)
-      return product(FixedRows((const T*)x, rows, inner), nullptr, Weight{weight, scales}, Weight{up, up_scales}, write, rows,
-                     inner, threads);
+      return product(FixedRows((const T*)x, rows, inner), nullptr, first, second, write, rows, inner, threads);
 #endif
     Scratch<float> wide(rows * inner);
     to_floats((const T*)x, wide, rows * inner);
-    product(PlainRows<float>{wide, inner}, nullptr, Weight{weight, scales}, Weight{up, up_scales}, write, rows, inner,
-            threads);
+    product(PlainRows<float>{wide, inner}, nullptr, first, second, write, rows, inner, threads);
   });
 }
 
 // As afnext_linear_int8 for rows of int8 of -127 .. 127 and their scales; dtype is that of residual and out.
 AFNEXT_EXPORT void afnext_linear_w8a8(const int8_t* codes, const float* row_scales, const int8_t* weight,
-                                      const float* scales, const float* bias, const void* residual, void* out,
-                                      int64_t rows, int64_t columns, int64_t inner, int64_t dtype, int64_t threads) {
+                                      const float* scales, const int8_t* up, const float* up_scales, const float* bias,
+                                      const void* residual, void* out, int64_t rows, int64_t columns, int64_t inner,
+                                      int64_t dtype, int64_t threads) {
   using namespace afnext;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
+    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
+    const Weight first{weight, scales}, second{up, up_scales};
 #if defined(__AVX2__)
     if (takes_panels(rows, columns))
-      return product_in_panels(codes, row_scales, Weight{weight, scales}, write, rows, inner, threads);
+      return product_in_panels(codes, row_scales, first, second, write, rows, inner, threads);
 #endif
-    product(PlainRows<int8_t>{codes, inner}, row_scales, Weight{weight, scales}, Weight{}, write, rows, inner, threads);
+    product(PlainRows<int8_t>{codes, inner}, row_scales, first, second, write, rows, inner, threads);
   });
 }
 

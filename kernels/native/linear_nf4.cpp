@@ -56,6 +56,8 @@ struct Group {
   float one(int code) const { return kLevels[code] * scale; }
 };
 
+Group group_of(const Weight& weight, int64_t at) { return {((const float*)weight.scales)[at]}; }
+
 #if defined(__AVX512BF16__)
 // Activations as bfloat16: halfword h of a chunk's words holds the inputs 4 h .. 4 h + 3, the t-th of which stands in
 // vector t.
@@ -121,8 +123,7 @@ AFNEXT_EXPORT void afnext_linear_nf4(const void* x, const uint8_t* weight, const
 #else
     using Rows = FloatRows<Levels>;
 #endif
-    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns};
-    const auto group_of = [&](int64_t at) { return Group{scales[at]}; };
+    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
     const Weight first{weight, scales, nullptr, kFloat32}, second{up, up_scales, nullptr, kFloat32};
     multiply_4bit<Levels, Rows>((const T*)x, first, second, group_of, write, rows, inner, kGroup, threads);
   });
@@ -132,8 +133,8 @@ AFNEXT_EXPORT void afnext_linear_nf4(const void* x, const uint8_t* weight, const
 AFNEXT_EXPORT void afnext_unpack_nf4(const uint8_t* weight, const float* scales, void* out, int64_t columns, int64_t inner,
                                      int64_t dtype, int64_t threads) {
   using namespace afnext;
+  const Weight packed{weight, scales, nullptr, kFloat32};
   with_dtype(dtype, [&](auto zero) {
-    const auto group_of = [&](int64_t at) { return Group{scales[at]}; };
-    unpack_4bit<Levels>(weight, group_of, (decltype(zero)*)out, columns, inner, kGroup, threads);
+    unpack_4bit<Levels>(packed, group_of, (decltype(zero)*)out, columns, inner, kGroup, threads);
   });
 }

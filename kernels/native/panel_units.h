@@ -6,9 +6,10 @@
 //   kSteps, kPanels, kPass: steps of a stretch, panels that share a stretch of tokens, and tokens that share panels, so that
 //                   a panel fits into the first-level cache, and tokens and waiting sums into the second-level one
 //   arrange_weights lays out 16 outputs' weights of a step, 16 rows of 64 bytes, in place
-//   arrange_tokens  lays out a tile's step, kTile rows of 64 bytes; begin: what is added to each token's sums
+//   begin           what the sums of a token, one row of X [inner], begin with
+//   arrange_tokens  lays out a tile's step, kTile rows of 64 bytes, in place
 //   multiply        sums of 32 outputs and two tiles, to which `count` steps are added, or with which they begin if `fresh`
-//   unfold          [token][output] of them
+//   unfold          [token][output] of them, in the space given or as they are
 
 #pragma once
 
@@ -42,8 +43,8 @@ struct VectorUnit {
     Configuration() {}
   };
 
-  // Sums are [2 * kTile tokens][32 outputs].
-  static void unfold(const int32_t* sums, int32_t* out) { std::memcpy(out, sums, 2 * kTile * 32 * sizeof(int32_t)); }
+  static void arrange_tokens(uint8_t*) {}
+  static const int32_t* unfold(const int32_t* sums, int32_t*) { return sums; }  // [2 * kTile tokens][32 outputs]
 };
 
 inline IntVec broadcast_ints(const uint8_t* p) {
@@ -66,7 +67,11 @@ struct Unit {
   using Configuration = TileConfiguration;
 
   static void arrange_weights(uint8_t*) {}
-  static void arrange_tokens(const uint8_t* rows, uint8_t* out, int32_t*) { transpose_tile((const uint32_t*)rows, (uint32_t*)out); }
+  static void arrange_tokens(uint8_t* tile) { transpose_tile((const uint32_t*)tile, (uint32_t*)tile); }
+  template <typename X>
+  static int32_t begin(const X*, int64_t) {
+    return 0;
+  }
 
   // sums[i][j]: 16 outputs by 16 tokens of int32 or float32, of outputs 16 i .. of the panel and the tokens of tiles[j], to
   // which `count` steps are added, or with which they begin if `fresh`. The integers: see for_panels.
@@ -108,12 +113,13 @@ struct Unit {
   }
 
   // out[token][output] of 32 tokens and 32 outputs.
-  static void unfold(const int32_t* sums, int32_t* out) {
+  static const int32_t* unfold(const int32_t* sums, int32_t* out) {
     for (int i = 0; i < 2; ++i)
       for (int j = 0; j < 2; ++j) {
         const auto* tile = (const uint32_t*)sums + (i * 2 + j) * 256;
         transpose_16([tile](int row) { return tile + row * 16; }, (uint32_t*)out + j * 16 * 32 + i * 16, 32);
       }
+    return out;
   }
 };
 
@@ -138,13 +144,17 @@ struct Unit : VectorUnit {
     transpose_tile((const uint32_t*)tile, (uint32_t*)tile);
   }
 
-  static void arrange_tokens(const uint8_t* rows, uint8_t* out, int32_t* begin) {
-    std::memcpy(out, rows, kTile * 64);
-    for (int i = 0; kUnsigned && i < kTile; ++i) {
-      int32_t total = 0;
-      for (int k = 0; k < 64; ++k) total += (int8_t)rows[i * 64 + k];
-      begin[i] -= 128 * total;
+  template <typename X>
+  static int32_t begin(const X* row, int64_t inner) {
+    int32_t total = 0;
+    if constexpr (kUnsigned) {
+      IntVec totals{};
+      int64_t k = 0;
+      for (; k + kBytes <= inner; k += kBytes) totals = add_dot(totals, UBytes{} + 1, (Bytes)load_bytes(row + k));
+      for (; k < inner; ++k) total += row[k];
+      total += afnext::sum(totals);
     }
+    return -128 * total;
   }
 
   static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t* begin, int64_t, int64_t tokens,

@@ -23,10 +23,15 @@ inline bool takes_panels(int64_t rows, int64_t columns) { return rows > kFewRows
 template <typename T>
 constexpr bool kPanelsTake = std::is_same_v<T, Number> || std::is_same_v<Number, float>;
 
-template <typename From, typename To>
-inline void convert_elements(const From* from, int64_t count, To* to) {
+// The first `count` elements as 64 bytes of To, zeros behind them.
+template <typename To, typename From>
+inline void copy_step(const From* from, int64_t count, uint8_t* out) {
+  constexpr int64_t kInputs = 64 / sizeof(To);
+  To* to = (To*)out;
+  if (count < kInputs) std::memset(out, 0, 64);
+  count = std::min(count, kInputs);
   if constexpr (std::is_same_v<From, To>) {
-    std::memcpy((void*)to, from, count * sizeof(To));
+    count == kInputs ? std::memcpy(out, from, 64) : std::memcpy(out, from, count * sizeof(To));  // 64 without a call
   } else if constexpr (std::is_same_v<To, float>) {
     to_floats(from, to, count);
   } else {
@@ -47,13 +52,15 @@ class PackedTokens {
         tiles_(kept_memory<PackedTokens>(blocks * (stretches * stretch * kTileBytes + Unit::kTile * sizeof(int32_t)))) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t block = 0; block < blocks; ++block) {
-      std::memset(begin(block), 0, Unit::kTile * sizeof(int32_t));
+      const X* first = x + block * Unit::kTile * inner;
+      const int64_t count = std::max<int64_t>(0, std::min<int64_t>(Unit::kTile, rows - block * Unit::kTile));
+      for (int64_t i = 0; i < Unit::kTile; ++i) begin(block)[i] = i < count ? Unit::begin(first + i * inner, inner) : 0;
       for (int64_t step = 0; step < steps; ++step) {
-        alignas(64) Element part[Unit::kTile][kInputs] = {};
-        const int64_t width = std::min(kInputs, inner - step * kInputs);
-        for (int64_t i = 0; i < Unit::kTile && block * Unit::kTile + i < rows; ++i)
-          convert_elements(x + (block * Unit::kTile + i) * inner + step * kInputs, width, part[i]);
-        Unit::arrange_tokens((const uint8_t*)part, tile(block, step), begin(block));
+        uint8_t* to = tile(block, step);
+        for (int64_t i = 0; i < count; ++i)
+          copy_step<Element>(first + i * inner + step * kInputs, inner - step * kInputs, to + i * 64);
+        if (count < Unit::kTile) std::memset(to + count * 64, 0, (Unit::kTile - count) * 64);
+        Unit::arrange_tokens(to);
       }
     }
   }
@@ -77,23 +84,25 @@ class PackedTokens {
   uint8_t* tiles_;
 };
 
-// Hands the sums of 32 outputs from n on and of two tiles of tokens to put(row, n, count, sums), kLanes outputs of a row at a
-// time, leaving out the first `skip` outputs and what is past the last of `rows`.
-template <typename Unit, typename Sums, typename Put>
+// Hands the sums of a block of outputs from n on and of two tiles of tokens to put(row, n, count, sums), kLanes outputs of a
+// row at a time, leaving out the first `skip` outputs and what is past the last of `rows`.
+template <typename Unit, typename Sums, int MATRICES, typename Put>
 inline void put_sums(const int32_t* sums, int64_t n, int64_t skip, int64_t first_row, int64_t rows, Put put) {
-  alignas(64) int32_t unfolded[2 * Unit::kTile * 32];
-  Unit::unfold(sums, unfolded);
+  alignas(64) int32_t space[2 * Unit::kTile * 32];
+  const int32_t* unfolded = Unit::unfold(sums, space);
   const int64_t count = std::min<int64_t>(2 * Unit::kTile, rows - first_row);
+  constexpr int64_t outputs = 32 / MATRICES;
   for (int64_t k = 0; k < count; ++k)
-    for (int64_t i = skip / kLanes; i < 32 / kLanes; ++i) {
-      const int64_t start = std::max<int64_t>(0, skip - i * kLanes);
-      Sums part{};
+    for (int64_t i = skip / kLanes * kLanes; i < outputs; i += kLanes) {
+      const int64_t start = std::max<int64_t>(0, skip - i);
+      const int32_t* from = unfolded + k * 32 + i + start;
+      Sums parts[MATRICES] = {};
       if (start == 0) {
-        std::memcpy(&part, unfolded + k * 32 + i * kLanes, sizeof part);
-        put(first_row + k, n + i * kLanes, kLanes, part);
+        for (int m = 0; m < MATRICES; ++m) parts[m] = load_as<Sums>(from + m * outputs);
+        put(first_row + k, n + i, kLanes, parts);
       } else {
-        std::memcpy(&part, unfolded + k * 32 + i * kLanes + start, (kLanes - start) * sizeof(int32_t));
-        put(first_row + k, n + i * kLanes + start, (int)(kLanes - start), part);
+        for (int m = 0; m < MATRICES; ++m) std::memcpy(&parts[m], from + m * outputs, (kLanes - start) * sizeof(int32_t));
+        put(first_row + k, n + i + start, (int)(kLanes - start), parts);
       }
     }
 }
@@ -119,23 +128,38 @@ struct Rows {
 
 struct Waiting;
 
-// The product of all tokens with `columns` (>= 32) outputs. weights(n, step, count, panel) writes the weights of the
-// outputs n .. n + 31 for `count` steps: 64 bytes of each output, one output after another, zeros past the last input;
-// they are made of `source`. put(row, n, count, sums) takes sums of `count` outputs of a row, int32 or float32, and writes
-// to `out`, [rows, columns] of `size` bytes each. The last block of outputs begins so early that it is whole, and is put
-// where the one before it ends. unit.multiply also gets the number of the first token, how many there are, and the number of
-// the first step.
-template <typename Sums, typename Unit, typename X, typename Weights, typename Put>
-void for_panels(const Unit& unit, const X* tokens, int64_t rows, int64_t inner, int64_t columns, int64_t threads,
-                Rows source, Weights weights, const void* out, int64_t size, Put put) {
+// What a product writes: [rows, columns] of `size` bytes each, out of the sums of one matrix or of two.
+struct Outputs {
+  void* data;
+  int64_t columns, size;
+  int matrices;
+
+  template <typename T>
+  explicit Outputs(const Epilogue<T>& write)
+      : data(write.out), columns(write.columns), size(sizeof(T)), matrices(write.pair ? 2 : 1) {}
+};
+
+// The product of all tokens with one matrix of weights of 32 columns or more, or with two of a kind, which share a panel:
+// outputs n .. n + 31 of the one, or n .. n + 15 of each. A Matrix has
+//   write(n, outputs, step, count, panel, at) for the weights of `outputs` outputs and `count` steps: of each step, 64 bytes
+//     of 32 outputs one after another, of which these are those from `at` on; zeros past the last input
+//   source(): what they are made of
+// put(row, n, count, sums) takes sums of `count` outputs of a row, int32 or float32, an array of a vector for each matrix, and
+// writes them. The last block of outputs begins so early that it is whole, and is put where the one before it ends. unit.multiply
+// also gets the number of the first token, how many there are, and the number of the first step.
+template <typename Sums, typename Unit, typename X, typename Matrix, typename Put>
+void for_panels(const Unit& unit, const X* tokens, int64_t rows, int64_t inner, int64_t threads, const Matrix* matrices,
+                const Outputs& out, Put put) {
   constexpr int64_t kPair = 2 * Unit::kTile, kMostPairs = Unit::kPass / kPair, kSums = kPair * 32;
-  const Rows results{out, columns * size, 0};
+  const int64_t width = 32 / out.matrices;  // outputs of a block
+  const Rows results{out.data, out.columns * out.size, 0};
   const int64_t all_pairs = (rows + kPair - 1) / kPair, passes = (all_pairs + kMostPairs - 1) / kMostPairs;
   const int64_t pass = (all_pairs + passes - 1) / passes * kPair;
-  const int64_t blocks = (columns + 31) / 32;
+  const int64_t blocks = (out.columns + width - 1) / width;
   const int64_t panels = std::max<int64_t>(1, std::min(Unit::kPanels, blocks / (4 * threads)));
   const int64_t groups = (blocks + panels - 1) / panels;
-  const auto output = [&](int64_t block) { return std::min(block * 32, columns - 32); };
+  const auto output = [&](int64_t block) { return std::min(block * width, out.columns - width); };
+  use_large_pages(out.data, rows * out.columns * out.size);
   for (int64_t first = 0; first < rows; first += pass) {
     const PackedTokens<Unit> x(tokens + first * inner, std::min(pass, rows - first), inner, threads);
     const int64_t pairs = x.blocks / 2;
@@ -151,21 +175,22 @@ void for_panels(const Unit& unit, const X* tokens, int64_t rows, int64_t inner, 
           const int64_t step = stretch * x.stretch, count = std::min(x.stretch, x.steps - step);
           const bool last = stretch + 1 == x.stretches;
           for (int64_t block = from; block < to; ++block) {
-            const int64_t n = output(block), skip = block * 32 - n;
+            const int64_t n = output(block), skip = block * width - n;
             const bool more = block + 1 < to || !last;
             const int64_t next = output(block + 1 < to ? block + 1 : from), next_step = block + 1 < to ? step : step + count;
             int32_t* sums = waiting + (block - from) * pairs * kSums;
-            weights(n, step, count, (uint8_t*)panel);
+            for (int m = 0; m < out.matrices; ++m) matrices[m].write(n, width, step, count, panel, m * width);
             for (int64_t tile = 0; tile < 2 * count; ++tile) Unit::arrange_weights(panel + tile * 1024);
             for (int64_t pair = 0; pair < pairs; ++pair, sums += kSums) {
               const int64_t row = first + pair * kPair, left = std::min(kPair, rows - row);
-              if (more)
-                source.fetch(next + 32 * pair / pairs, next + 32 * (pair + 1) / pairs, next_step,
-                             std::min(x.stretch, x.steps - next_step));
-              if (last) results.fetch_to_write(row, row + left, n * size);
+              for (int m = 0; more && m < out.matrices; ++m)
+                matrices[m].source().fetch(next + width * pair / pairs, next + width * (pair + 1) / pairs,
+                                           next_step, std::min(x.stretch, x.steps - next_step));
+              if (last) results.fetch_to_write(row, row + left, n * out.size);
               const uint8_t* tiles[2] = {x.tile(2 * pair, step), x.tile(2 * pair + 1, step)};
               unit.multiply(panel, tiles, x.begin(2 * pair), row, left, step, count, stretch == 0, sums);
-              if (last) put_sums<Unit, Sums>(sums, n, skip, row, rows, put);
+              if (last && out.matrices == 1) put_sums<Unit, Sums, 1>(sums, n, skip, row, rows, put);
+              if (last && out.matrices == 2) put_sums<Unit, Sums, 2>(sums, n, skip, row, rows, put);
             }
           }
         }
@@ -174,29 +199,39 @@ void for_panels(const Unit& unit, const X* tokens, int64_t rows, int64_t inner, 
   }
 }
 
-// What writes weights [columns, inner] of W, as numbers, for for_panels.
+// A matrix of weights [columns, inner] of W, multiplied as numbers.
 template <typename W>
-inline auto numbers_in_panels(const W* weight, int64_t inner) {
-  return [=](int64_t n, int64_t step, int64_t count, uint8_t* panel) {
-    for (int64_t i = 0; i < 32; ++i)
+struct NumberMatrix {
+  const W* data;
+  int64_t inner;
+
+  Rows source() const { return {data, inner * (int64_t)sizeof(W), 2 * kLanes * (int64_t)sizeof(W)}; }
+
+  void write(int64_t n, int64_t outputs, int64_t step, int64_t count, uint8_t* panel, int64_t at) const {
+    for (int64_t i = 0; i < outputs; ++i)
       for (int64_t s = 0; s < count; ++s) {
         const int64_t k = (step + s) * 2 * kLanes, left = inner - k;
-        const W* from = weight + (n + i) * inner + k;
-        const auto part = [&](int64_t at) {
-          return left >= at + kLanes ? load(from + at) : load_first(from + at, (int)std::max<int64_t>(0, left - at));
-        };
-        store_halves(panel + (s * 32 + i) * 64, part(0), part(kLanes));
+        const W* from = data + (n + i) * inner + k;
+        uint8_t* to = panel + (s * 32 + at + i) * 64;
+        if constexpr (std::is_same_v<W, Number>) {
+          copy_step<Number>(from, left, to);
+        } else {
+          const auto part = [&](int64_t first) {
+            return left >= first + kLanes ? load(from + first)
+                                          : load_first(from + first, (int)std::max<int64_t>(0, left - first));
+          };
+          store_halves(to, part(0), part(kLanes));
+        }
       }
-  };
-}
+  }
+};
 
 // The same for tokens of int8 with weights of int8, or for floats with floats, by a unit that needs to know no more.
-template <typename X, typename Weights, typename Put>
-void for_panels(const X* tokens, int64_t rows, int64_t inner, int64_t columns, int64_t threads, Rows source, Weights weights,
-                const void* out, int64_t size, Put put) {
+template <typename X, typename Matrix, typename Put>
+void for_panels(const X* tokens, int64_t rows, int64_t inner, int64_t threads, const Matrix* matrices, const Outputs& out,
+                Put put) {
   constexpr bool kInt8 = std::is_same_v<X, int8_t>;
-  for_panels<std::conditional_t<kInt8, IntVec, Vec>>(Unit<kInt8>(), tokens, rows, inner, columns, threads, source, weights,
-                                                     out, size, put);
+  for_panels<std::conditional_t<kInt8, IntVec, Vec>>(Unit<kInt8>(), tokens, rows, inner, threads, matrices, out, put);
 }
 
 }  // namespace afnext

@@ -35,15 +35,15 @@ def multiplies_bfloat16() -> bool:
 
 
 def in_panels(x: Tensor, columns: int) -> bool:
-    """Whether the product of x with a weight of so many columns, not a pair, is one of many rows."""
+    """Whether the product of x with a weight or a pair of so many columns is one of many rows."""
     fits = x.dtype == torch.bfloat16 or not multiplies_bfloat16()
     return fits and has_panels() and x.shape[0] > _MOST_FEW_ROWS[isa()] and columns >= 32
 
 
-def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + bias. Reads the weights once for up to 16 rows; more need a level with panels, for 32 columns or more."""
+def dense_product(x: Tensor, weight: Tensor, up: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x W^T + bias, or silu(x W^T) * (x U^T) with `up`. Reads the weights once for up to 16 rows."""
     out = x.new_empty(x.shape[0], weight.shape[0])
-    call("linear", x, weight, None if bias is None else widened(bias), out, x.shape[0], *weight.shape, x.dtype)
+    call("linear", x, weight, up, None if bias is None else widened(bias), out, x.shape[0], *weight.shape, x.dtype)
     return out
 
 
@@ -67,7 +67,13 @@ def int8_product(x: Tensor, weight: Int8, up: Int8 | None, bias: Tensor | None, 
 
 
 def w8a8_product(
-    codes: Tensor, row_scales: Tensor, weight: Int8, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
+    codes: Tensor,
+    row_scales: Tensor,
+    weight: Int8,
+    up: Int8 | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """As `int8_product` for rows of int8, -127 .. 127, with one scale each; returns `dtype`, that of the residual."""
     out = torch.empty(codes.shape[0], weight[0].shape[0], dtype=dtype)
@@ -77,6 +83,8 @@ def w8a8_product(
         row_scales,
         weight[0],
         widened(weight[1]),
+        up and up[0],
+        up and widened(up[1]),
         *_epilogue(bias, residual),
         out,
         codes.shape[0],
@@ -108,7 +116,13 @@ def int4_product(x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, 
 
 
 def w4a8_product(
-    codes: Tensor, x_scales: Tensor, weight: Int4, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
+    codes: Tensor,
+    x_scales: Tensor,
+    weight: Int4,
+    up: Int4 | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """As `int8_product` for rows of int8, -127 .. 127, a scale a group; returns `dtype`, that of the residual."""
     (rows, inner), columns = codes.shape, weight[0].shape[0]
@@ -118,6 +132,7 @@ def w4a8_product(
         codes,
         x_scales,
         *weight,
+        *(up or (None, None, None)),
         *_epilogue(bias, residual),
         out,
         rows,

@@ -36,9 +36,16 @@ inline Sum kept(Sum sum) {
   return sum;
 }
 
-// Lanes of other widths; what is narrowed has to fit.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// gcc takes __builtin_convertvector apart here, down to single bytes.
+// Lanes of other widths; what is narrowed has to fit. gcc takes __builtin_convertvector apart: on AVX2 down to single bytes,
+// on AVX-512 into halves where it widens.
+#if defined(__AVX512F__)
+inline BitVec widen(HalfVec x) { return (BitVec)_mm512_cvtepu16_epi32((__m256i)x); }
+inline IntVec widen(ShortVec x) { return (IntVec)_mm512_cvtepi16_epi32((__m256i)x); }
+inline BitVec widen(UByteVec x) { return (BitVec)_mm512_cvtepu8_epi32((__m128i)x); }
+inline HalfVec narrow(BitVec x) { return (HalfVec)_mm512_cvtepi32_epi16((__m512i)x); }
+inline ShortVec narrow(IntVec x) { return (ShortVec)_mm512_cvtepi32_epi16((__m512i)x); }
+inline ByteVec narrow_to_bytes(IntVec x) { return (ByteVec)_mm512_cvtepi32_epi8((__m512i)x); }
+#elif defined(__AVX2__)
 inline BitVec widen(HalfVec x) { return (BitVec)_mm256_cvtepu16_epi32((__m128i)x); }
 inline IntVec widen(ShortVec x) { return (IntVec)_mm256_cvtepi16_epi32((__m128i)x); }
 inline BitVec widen(UByteVec x) { return (BitVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)&x)); }

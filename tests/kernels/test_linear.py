@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from afnext.kernels import linear as module
 from afnext.kernels import native
-from afnext.kernels.linear import linear
+from afnext.kernels.linear import linear, linear_swiglu
 
 # rows, in, out: few rows and many, parts of vectors, of tiles of rows and of panels, several passes of rows
 SHAPES = [
@@ -45,18 +45,37 @@ def test_accuracy(
         assert_accurate(actual, exactly(linear, x, weight, biased), F.linear(x, weight, biased))
 
 
-@pytest.mark.parametrize("backend", backends(module._operation))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(1, 128, 33), (16, 40, 35), (19, 64, 32), (75, 333, 129), (600, 150, 65), (40, 96, 7)]
+)
+@pytest.mark.parametrize("backend", backends(module._swiglu))
+def test_swiglu_accuracy(
+    backend: str, shape: tuple[int, int, int], dtype: torch.dtype, seed: int, device: torch.device
+) -> None:
+    x, gate, _ = inputs(shape, dtype, device)
+    up = torch.randn_like(gate.float()).to(dtype) / 8
+    with poisoned(backend):
+        actual = linear_swiglu(x, gate, up)
+    plain = F.silu(F.linear(x, gate)) * F.linear(x, up)
+    assert_accurate(actual, exactly(linear_swiglu, x, gate, up), plain)
+
+
+@pytest.mark.parametrize("backend", backends(module._operation, module._swiglu))
 def test_strided_and_empty_inputs(backend: str, seed: int, device: torch.device) -> None:
     x, weight = torch.randn(5, 4, 256).to(device)[..., :128], torch.randn(128, 40).to(device).T
     with poisoned(backend):
         torch.testing.assert_close(linear(x, weight), linear(x.contiguous(), weight.contiguous()))
         assert linear(x, weight).shape == (5, 4, 40)
         assert linear(x[:0], weight).shape == (0, 4, 40)
+        pair = linear_swiglu(x.contiguous(), weight.contiguous(), weight.contiguous())
+        torch.testing.assert_close(linear_swiglu(x, weight, weight), pair)
+        assert linear_swiglu(x[:0], weight, weight).shape == (0, 4, 40)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("rows", [1, 7, 19, 300])
-@pytest.mark.parametrize("backend", native_backends(module._operation))
+@pytest.mark.parametrize("backend", native_backends(module._operation, module._swiglu))
 def test_native_stays_within_its_memory(
     backend: str, rows: int, threads: int, seed: int, restored_threads: None
 ) -> None:
@@ -64,11 +83,12 @@ def test_native_stays_within_its_memory(
     x, weight, bias = inputs((rows, 203, 53), torch.bfloat16, torch.device("cpu"))
     torch.set_num_threads(1)
     with poisoned(backend):
-        expected = linear(x, weight, bias)
+        expected, pair = linear(x, weight, bias), linear_swiglu(x, weight, weight)
     torch.set_num_threads(threads)
     x, weight, bias = map(guarded, (x, weight, bias))
     with poisoned(backend):
         assert torch.equal(linear(x, weight, bias), expected)
+        assert torch.equal(linear_swiglu(x, weight, weight), pair)
 
 
 @pytest.mark.parametrize("level", native.supported_levels())
@@ -88,11 +108,31 @@ def test_torch_multiplies_what_it_has_instructions_for(
     assert ("does not cover float32" in caplog.text) == widened or f"at the level {level}" in caplog.text
 
 
+@pytest.mark.parametrize("level", native.supported_levels())
+def test_pairs_of_many_rows_are_multiplied_at_once(
+    level: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In bfloat16 wherever the native products are no slower than torch's, which the log says."""
+    monkeypatch.setenv("AFNEXT_ISA", level)
+    monkeypatch.delenv("AFNEXT_BACKEND", raising=False)
+    monkeypatch.setattr(module._swiglu, "_logged", set())
+    with caplog.at_level(logging.INFO, "afnext.kernels"):
+        weight = torch.ones(40, 64).bfloat16()
+        linear_swiglu(torch.ones(20, 64).bfloat16(), weight, weight)
+    fused = level in ("avx2", "avxvnni", "avx512")
+    assert ("linear_swiglu on cpu runs on native" in caplog.text) == fused
+    assert ("linear_swiglu on cpu runs on torch" in caplog.text) == (not fused)
+
+
 def test_refusals() -> None:
     x, weight, bias = torch.zeros(2, 64), torch.zeros(5, 64), torch.zeros(5)
-    with pytest.raises(ValueError, match=r"\(2, 64\), \(5, 32\)"):
+    with pytest.raises(ValueError, match=r"\(2, 64\) and \(5, 32\)"):
         linear(x, weight[:, :32])
     with pytest.raises(ValueError, match=r"\(4,\)"):
         linear(x, weight, bias[:4])
-    with pytest.raises(ValueError, match=r"float32, torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"bfloat16, torch.float32"):
         linear(x, weight.bfloat16())
+    with pytest.raises(ValueError, match="one shape"):
+        linear_swiglu(x, weight, weight[:4])
+    with pytest.raises(ValueError, match=r"\(2, 32\)"):
+        linear_swiglu(x[:, :32], weight, weight)

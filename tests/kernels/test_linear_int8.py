@@ -8,9 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from afnext.kernels import linear_int8 as module
-from afnext.kernels import quantize_rows as rows_module
-from afnext.kernels.linear_int8 import linear_int8, linear_int8_swiglu, linear_w8a8
-from afnext.kernels.quantize_rows import quantize_rows
+from afnext.kernels.linear_int8 import linear_int8, linear_int8_swiglu
 
 SHAPES = [(1, 256, 96), (3, 144, 37), (201, 16, 1), (33, 272, 70), (64, 512, 64), (70, 144, 131)]  # rows, in, out
 
@@ -78,31 +76,6 @@ def test_swiglu_accuracy(
     assert_accurate(actual, exactly(linear_int8_swiglu, x, *gate, *up), plain)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 16, 3), (7, 144, 37), (131, 144, 40)])
-@pytest.mark.parametrize("backend", backends(module._w8a8))
-def test_w8a8_accuracy(
-    backend: str, shape: tuple[int, int, int], dtype: torch.dtype, seed: int, device: torch.device
-) -> None:
-    rows, inner, columns = shape
-    x = torch.randn(rows, inner).to(device, dtype)
-    codes, scales = weights(columns, inner, device)
-    bias, residual = torch.randn(columns).to(device, dtype), torch.randn(rows, columns).to(device, dtype)
-    with poisoned(backend):
-        actual = linear_w8a8(x, codes, scales, bias, residual)
-    quantized, row_scales = rows_module.reference(x)
-    plain = product(dense(quantized, row_scales, dtype), dense(codes, scales, dtype)) + bias + residual
-    assert_accurate(actual, exactly(linear_w8a8, x, codes, scales, bias, residual), plain)
-
-
-def test_w8a8_is_close_to_the_product_of_unrounded_activations(seed: int) -> None:
-    x = torch.randn(40, 512)
-    codes, scales = weights(60, 512, x.device)
-    exact = exactly(linear_int8, x, codes, scales)
-    error = exactly(linear_w8a8, x, codes, scales) - exact
-    assert 0 < error.square().mean() / exact.square().mean() < 0.01**2
-
-
 def test_reference_is_the_dense_product(seed: int) -> None:
     x, codes = torch.randn(3, 32, dtype=torch.float64), torch.randint(-127, 128, (5, 32), dtype=torch.int8)
     scales = torch.rand(5, dtype=torch.float64)
@@ -110,43 +83,22 @@ def test_reference_is_the_dense_product(seed: int) -> None:
     torch.testing.assert_close(exactly(linear_int8, x, codes, scales), expected)
 
 
-@pytest.mark.parametrize("backend", backends(rows_module._operation))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_quantized_rows_are_those_of_the_reference(
-    backend: str, dtype: torch.dtype, seed: int, device: torch.device
-) -> None:
-    x = (torch.randn(11, 1, 301) * 10.0 ** torch.randint(-3, 4, (11, 1, 1))).to(device, dtype)
-    x[3] = 0
-    x[4] = torch.arange(301) % 5 - 2.0  # scale 2 / 127, ties at none
-    x[5, 0] = torch.arange(301) % 8 * 0.5  # after scaling to 127 = 3.5 * 36.3
-    x[6, 0] = torch.cat([torch.tensor([127.0]), torch.arange(300) % 100 + 0.5])  # scale 1: ties everywhere
-    with poisoned(backend):
-        codes, scales = quantize_rows(x)
-    expected_codes, expected_scales = rows_module.reference(x)
-    torch.testing.assert_close(scales, expected_scales, rtol=0, atol=0)
-    assert torch.equal(codes, expected_codes)
-    assert codes[3].count_nonzero() == 0
-    assert int(codes[6, 0, 1]) == 0
-    assert int(codes[6, 0, 2]) == 2
-
-
-@pytest.mark.parametrize("backend", backends(module._linear, module._swiglu, module._w8a8))
+@pytest.mark.parametrize("backend", backends(module._linear, module._swiglu))
 def test_strided_and_empty_inputs(backend: str, seed: int, device: torch.device) -> None:
     codes, scales = weights(20, 32, device)
     wide = torch.randn(5, 2, 64).to(device)
     x, residual = wide[..., :32], torch.randn(20, 2, 5).to(device).permute(2, 1, 0)
     empty = torch.empty(0, 32, device=device)
     with poisoned(backend):
-        for function in (linear_int8, linear_w8a8):
-            expected = function(x.contiguous(), codes, scales, None, residual.contiguous())
-            assert torch.equal(function(x, codes, scales, None, residual), expected)
-            assert function(empty, codes, scales).shape == (0, 20)
+        expected = linear_int8(x.contiguous(), codes, scales, None, residual.contiguous())
+        assert torch.equal(linear_int8(x, codes, scales, None, residual), expected)
+        assert linear_int8(empty, codes, scales).shape == (0, 20)
         assert linear_int8_swiglu(empty, codes, scales, codes, scales).shape == (0, 20)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("rows", [1, 7, 19, 50])
-@pytest.mark.parametrize("backend", native_backends(module._linear, module._swiglu, module._w8a8))
+@pytest.mark.parametrize("backend", native_backends(module._linear, module._swiglu))
 def test_native_stays_within_its_memory(
     backend: str, rows: int, threads: int, seed: int, restored_threads: None
 ) -> None:
@@ -161,39 +113,20 @@ def test_native_stays_within_its_memory(
     with poisoned(backend):
         expected = [
             linear_int8(x, codes, scales, bias, residual),
-            linear_w8a8(x, codes, scales, bias, residual),
             linear_int8_swiglu(x, codes, scales, codes, scales),
         ]
     torch.set_num_threads(threads)
     x, codes, scales, bias, residual = map(guarded, (x, codes, scales, bias, residual))
     with poisoned(backend):
         torch.testing.assert_close(linear_int8(x, codes, scales, bias, residual), expected[0], **tolerance)
-        torch.testing.assert_close(linear_w8a8(x, codes, scales, bias, residual), expected[1], **tolerance)
-        torch.testing.assert_close(linear_int8_swiglu(x, codes, scales, codes, scales), expected[2], **tolerance)
+        torch.testing.assert_close(linear_int8_swiglu(x, codes, scales, codes, scales), expected[1], **tolerance)
 
 
-@pytest.mark.parametrize("rows", [1, 6, 40])
-@pytest.mark.parametrize("backend", backends(module._w8a8))
-def test_w8a8_of_the_largest_codes(backend: str, rows: int, seed: int, device: torch.device) -> None:
-    """Sums of products of -128 and +-127, which overflow 16 bits when two are added, are exact."""
-    codes = torch.full((40, 256), -128, dtype=torch.int8)
-    codes[1:, ::2] = 127
-    x = torch.full((rows, 256), 127.0)
-    x[:, 1::3] = -127
-    ones = torch.ones(40)
-    with poisoned(backend):
-        actual = linear_w8a8(x.to(device), codes.to(device), ones.to(device))
-    assert torch.equal(actual.double().cpu(), x.double() @ codes.double().T)
-
-
-@pytest.mark.parametrize("backend", native_backends(module._w8a8, module._linear))
+@pytest.mark.parametrize("backend", native_backends(module._linear))
 def test_tokens_and_outputs_for_several_rounds(backend: str, seed: int) -> None:
     """More tokens, outputs and inputs than any cache is given at a time."""
     x, (codes, scales) = torch.randn(1100, 1296).bfloat16(), weights(333, 1296, torch.device("cpu"))
-    rows, row_scales = rows_module.reference(x)
-    exact = (rows.double() @ codes.double().T) * row_scales.double()[:, None] * scales.double()
     with poisoned(backend):
-        torch.testing.assert_close(linear_w8a8(x, codes, scales).double(), exact, rtol=2**-8, atol=1e-6)
         y = linear_int8(x, codes, scales)
     torch.testing.assert_close(y.double(), x.double() @ dense(codes, scales, torch.float64).T, rtol=2**-7, atol=5e-3)
 
@@ -216,9 +149,7 @@ def test_refusals() -> None:
         (lambda: linear_int8(x, codes, scales[:4]), "scales"),
         (lambda: linear_int8(x, codes, scales, bias=torch.zeros(4)), "bias"),
         (lambda: linear_int8(x, codes, scales, residual=torch.zeros(2, 4)), "residual"),
-        (lambda: linear_w8a8(x, codes, scales, residual=torch.zeros(2, 5).half()), "residual"),
         (lambda: linear_int8_swiglu(x, codes, scales, codes[:4], scales[:4]), "one shape"),
-        (lambda: quantize_rows(x.int()), "int32"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

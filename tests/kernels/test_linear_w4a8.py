@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from afnext.kernels import linear_w4a8 as module
 from afnext.kernels.linear_int4 import linear_int4
 from afnext.kernels.linear_int8 import FEW_CPU_ROWS
-from afnext.kernels.linear_w4a8 import linear_w4a8
+from afnext.kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
 
 
 def weights(columns: int, inner: int, group: int, zeros: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -54,6 +54,30 @@ def test_accuracy(
         actual = linear_w4a8(x, *weight, bias, residual)
     exact = exactly(linear_w4a8, x, *weight, bias, residual)
     assert_accurate(actual, exact, F.linear(rounded(x, group).to(dtype), dense(*weight).to(dtype), bias) + residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("shape", [(1, 128, 48, 64), (9, 160, 37, 32), (66, 320, 129, 64), (530, 128, 33, 128)])
+@pytest.mark.parametrize("backend", backends(module._swiglu))
+def test_swiglu_accuracy(
+    backend: str, shape: tuple[int, int, int, int], zeros: bool, dtype: torch.dtype, seed: int, device: torch.device
+) -> None:
+    rows, inner, columns, group = shape
+    x = (3 * torch.randn(rows, inner)).to(device, dtype)
+    (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros) = (
+        tuple(None if part is None else part.to(device) for part in weights(columns, inner, group, zeros))
+        for _ in range(2)
+    )
+    arguments = (x, gate, gate_scales, up, up_scales, gate_zeros, up_zeros)
+    with poisoned(backend):
+        actual = linear_w4a8_swiglu(*arguments)
+    codes = rounded(x, group).to(dtype)
+    gated, raised = (
+        F.linear(codes, dense(*weight).to(dtype))
+        for weight in ((gate, gate_scales, gate_zeros), (up, up_scales, up_zeros))
+    )
+    assert_accurate(actual, exactly(linear_w4a8_swiglu, *arguments), F.silu(gated) * raised)
 
 
 def test_reference_rounds_the_activations_of_each_group(seed: int) -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afnext.kernels.linear_int8 import linear_w8a8
+from afnext.kernels.linear_w8a8 import linear_w8a8
 from afnext.quant.int8 import dequantize_int8, quantize_int8
 
 
