@@ -346,8 +346,9 @@ def _native(
 ) -> Tensor:
     rows = q.shape[1] * q.shape[2] // k.shape[2]
     threads, heads = torch.get_num_threads(), q.shape[0] * k.shape[2]
-    # Enough tasks for the threads to end together, of no fewer rows than make laying out their keys cheap.
-    blocks = max(-(-rows // 1024), min(-(-4 * threads // heads), rows // 256))
+    # Enough tasks for the threads to end together, of no fewer rows than make laying out their keys cheap, and of no
+    # more than the second-level cache holds.
+    blocks = max(-(-rows * q.shape[3] // 131072), min(-(-4 * threads // heads), rows // 256))
     return attend_natively(
         q, k, v, causal, scale, key_lengths, page_table, k_scales, v_scales, rotation, row_block=-(-rows // blocks)
     )

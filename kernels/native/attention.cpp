@@ -126,6 +126,12 @@ Fetch fetch_ahead(const Problem& p, const Task& task) {
   return fetch;
 }
 
+// A row that is wanted soon: rows lie too far apart for the CPU to notice that they are read one after the other.
+template <typename From>
+inline void prefetch(const From* row, int64_t count) {
+  for (int64_t d = 0; d < count; d += 64 / (int64_t)sizeof(From)) __builtin_prefetch(row + d);
+}
+
 // One row as `Element`, zeros behind its head_dim: the row itself where it is so already.
 template <typename Element, typename From>
 const Element* row_as(const From* from, float scale, int64_t head_dim, int64_t depth, Element* staged) {
@@ -144,7 +150,10 @@ void for_chunks(const Problem& p, const Cache& cache, const Task& task, int64_t 
   const int64_t depth = p.depth();
   Element* zeros = work.staged + kChunk * depth;
   std::memset((void*)zeros, 0, depth * sizeof(Element));
-  Place place(p, task.b, first);
+  const auto at = [&](const Place& place) {
+    return (const From*)cache.data + place.element(cache) + task.kv_head * cache.head;
+  };
+  Place place(p, task.b, first), later(p, task.b, first + kChunk);
   for (int64_t start = 0; start < count; start += kChunk) {
     const Element* rows[kChunk];
     for (int64_t i = 0; i < kChunk; ++i) {
@@ -156,8 +165,11 @@ void for_chunks(const Problem& p, const Cache& cache, const Task& task, int64_t 
       if constexpr (std::is_same_v<From, int8_t>) {
         scale = cache.scales[(place.page() * p.page_size + place.slot()) * p.kv_heads + task.kv_head];
       }
-      const From* from = (const From*)cache.data + place.element(cache) + task.kv_head * cache.head;
-      rows[i] = row_as(from, scale, p.head_dim, depth, work.staged + i * depth);
+      if (start + i + kChunk < count) {
+        prefetch(at(later), p.head_dim);
+        later.next();
+      }
+      rows[i] = row_as(at(place), scale, p.head_dim, depth, work.staged + i * depth);
       place.next();
     }
     put(rows, (int)(start / kChunk));
@@ -184,14 +196,18 @@ void load_queries(const Problem& p, const Task& task, Workspace<typename Product
   float* wide = work.sums;  // not in use yet
   Element* narrow = work.keys;
   const Element* rows[kRows];
+  const auto offset = [&](int64_t row) {
+    return task.b * p.q_batch + row / group * p.q_token + (task.kv_head * group + row % group) * p.q_head;
+  };
   for (int64_t tile = 0; tile < task.rows; tile += kRows) {
     for (int64_t i = 0; i < kRows; ++i) {
       const int64_t row = task.first_row + std::min(tile + i, task.rows - 1);
       const int64_t query = row / group, token = task.b * p.queries + query;
       work.last[tile + i] = p.causal ? length - p.queries + query : length - 1;
-      const int64_t offset = task.b * p.q_batch + query * p.q_token + (task.kv_head * group + row % group) * p.q_head;
       with_dtype(p.dtype, [&](auto zero) {
-        convert((const decltype(zero)*)p.q + offset, p.head_dim, p.sign, wide);
+        const auto* from = (const decltype(zero)*)p.q;
+        prefetch(from + offset(std::min(row + kRows, task.first_row + task.rows - 1)), p.head_dim);
+        convert(from + offset(row), p.head_dim, p.sign, wide);
       });
       if (p.cos) rotate(wide, p.cos + token * p.pairs, p.sin + token * p.pairs, p.pairs, p.half);
       rows[i] = narrow + i * depth;
@@ -202,40 +218,37 @@ void load_queries(const Problem& p, const Task& task, Workspace<typename Product
   }
 }
 
-// Weights of the block's scores, as the right operand of the second product; moves row_max, row_sum and sums, of `depth`
-// channels, on.
-template <typename Products, bool masked>
-void weigh(const Problem& p, int64_t depth, const int32_t* last, int64_t first_key, int count, float* scores, float* row_max,
-           float* row_sum, typename Products::Element* weights, float* sums, Fetch& fetch) {
-  constexpr int W = Products::kRows / kLanes;
-  for (int w = 0; w < W; ++w) {
-    float* column = scores + w * kLanes;
-    const Vec before = load(row_max + w * kLanes);
-    Vec most[4] = {before, before, before, before};
-    IntVec visible;
-    if constexpr (masked) std::memcpy(&visible, last + w * kLanes, sizeof visible);
-    for (int key = 0; key < count; key += 4) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        Vec score = load(column + (key + i) * Products::kRows);
-        if constexpr (masked) {
-          score = IntVec{} + (int32_t)(first_key + key + i) <= visible ? score : splat(-INFINITY);
-          store(column + (key + i) * Products::kRows, score);
-        }
-        most[i] = score > most[i] ? score : most[i];
-      }
+// Scores of keys past each row's last one become -inf; most: raised to the largest of the others.
+template <typename Products>
+void mask(const int32_t* last, int64_t first_key, int count, float* scores, float* most) {
+  for (int w = 0; w < Products::kRows; w += kLanes) {
+    const auto visible = load_as<IntVec>(last + w);
+    for (int key = 0; key < count; ++key) {
+      float* at = scores + key * Products::kRows + w;
+      store(at, IntVec{} + (int32_t)(first_key + key) <= visible ? load(at) : splat(-INFINITY));
     }
-    most[0] = most[0] > most[1] ? most[0] : most[1];
-    most[2] = most[2] > most[3] ? most[2] : most[3];
-    const Vec now = most[0] > most[2] ? most[0] : most[2];
-    const Vec decay = exp2((before - now) * p.scale);
+  }
+  raise_to_largest<Products::kRows>(scores, count, most);
+}
+
+// Weights of the block's scores, as the right operand of the second product; moves row_max, row_sum and sums, of `depth`
+// channels, on. most: the largest score of each row so far.
+template <typename Products>
+void weigh(const Problem& p, int64_t depth, int count, const float* scores, const float* most, float* row_max, float* row_sum,
+           typename Products::Element* weights, float* sums, Fetch& fetch) {
+  constexpr int W = Products::kRows / kLanes;
+  const float scale = p.scale;  // here, as the weights might be stored over it
+  for (int w = 0; w < W; ++w) {
+    const float* column = scores + w * kLanes;
+    const Vec before = load(row_max + w * kLanes), now = load(most + w * kLanes);
+    const Vec decay = exp2((before - now) * scale);
     Vec sum = load(row_sum + w * kLanes) * decay;
     for (int start = 0; start < count; start += kChunk) {  // each chunk by itself first, as in Floats::accumulate
       Vec even_sum{}, odd_sum{};
       for (int key = start; key < start + kChunk; key += 2) {
         fetch(3);
-        const Vec even = Products::power((load(column + key * Products::kRows) - now) * p.scale);
-        const Vec odd = Products::power((load(column + (key + 1) * Products::kRows) - now) * p.scale);
+        const Vec even = Products::weight(load(column + key * Products::kRows), now, scale);
+        const Vec odd = Products::weight(load(column + (key + 1) * Products::kRows), now, scale);
         even_sum += even;
         odd_sum += odd;
         Products::put_weights(key, w, even, odd, weights);
@@ -314,17 +327,16 @@ void attend(const Problem& p, const Task& task, float* memory) {
     for (int64_t tile = 0; tile < padded; tile += kRows) {
       int32_t* last = work.last + tile;
       if (last[kRows - 1] < first) continue;
-      float* sums = work.sums + tile * depth;
-      Products::score(work.queries + tile * depth, work.keys, count, depth, work.scores, fetch);
-      if (first + count - 1 <= std::min<int64_t>(last[0], end - 1)) {
-        weigh<Products, false>(p, depth, last, first, count, work.scores, work.row_max + tile, work.row_sum + tile,
-                               work.weights, sums, fetch);
-      } else {
+      float *sums = work.sums + tile * depth, *row_max = work.row_max + tile, most[kRows];
+      std::copy_n(row_max, kRows, most);
+      Products::score(work.queries + tile * depth, work.keys, count, depth, work.scores, most, fetch);
+      if (first + count - 1 > std::min<int64_t>(last[0], end - 1)) {
         int32_t bounded[kRows];
         for (int i = 0; i < kRows; ++i) bounded[i] = std::min<int64_t>(last[i], end - 1);
-        weigh<Products, true>(p, depth, bounded, first, count, work.scores, work.row_max + tile, work.row_sum + tile,
-                              work.weights, sums, fetch);
+        std::copy_n(row_max, kRows, most);
+        mask<Products>(bounded, first, count, work.scores, most);
       }
+      weigh<Products>(p, depth, count, work.scores, most, row_max, work.row_sum + tile, work.weights, sums, fetch);
       Products::accumulate(work.values, work.weights, count, depth, sums, fetch);
     }
   }
@@ -419,8 +431,10 @@ void attend_few(const Problem& p, const Task& task, float* memory) {
   with_rows(p.rows(), score);
   int32_t bounded[Products::kRows];
   for (int i = 0; i < Products::kRows; ++i) bounded[i] = std::min<int64_t>(work.last[i], end - 1);
-  weigh<Products, true>(p, 0, bounded, task.first_key, count, work.scores, work.row_max, work.row_sum, work.weights,
-                        nullptr, fetch);
+  float most[Products::kRows];
+  std::copy_n(work.row_max, Products::kRows, most);
+  mask<Products>(bounded, task.first_key, count, work.scores, most);
+  weigh<Products>(p, 0, count, work.scores, most, work.row_max, work.row_sum, work.weights, nullptr, fetch);
   const int64_t first = ((task.b * p.kv_heads + task.kv_head) * p.part_count() + task.part) * p.rows();
   float* out = p.parts + first * p.head_dim;
   const auto value = [&](int key, int64_t d) { return load_part(value_rows[key] + d, value_scales[key]); };

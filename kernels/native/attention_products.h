@@ -63,6 +63,45 @@ inline void transpose(const uint32_t* const* rows, int columns, uint32_t* out) {
     for (int i = 0; i < width; ++i) out[(int64_t)column * width + i] = rows[i][column];
 }
 
+// most: raised to the largest of each row's `count` scores.
+template <int kRows>
+inline void raise_to_largest(const float* scores, int count, float* most) {
+  for (int w = 0; w < kRows; w += kLanes) {
+    Vec largest[4];
+    for (Vec& one : largest) one = load(most + w);
+    for (int key = 0; key < count; key += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Vec score = load(scores + (key + i) * kRows + w);
+        largest[i] = score > largest[i] ? score : largest[i];
+      }
+    for (int i = 1; i < 4; ++i) largest[0] = largest[i] > largest[0] ? largest[i] : largest[0];
+    store(most + w, largest[0]);
+  }
+}
+
+// Scores as they are stored, and the largest of each row.
+template <int kRows>
+class Scores {
+ public:
+  Scores(float* scores, float* most) : scores_(scores), most_(most) {
+    for (int w = 0; w < kRows / kLanes; ++w) largest_[w] = load(most + w * kLanes);
+  }
+
+  ~Scores() {
+    for (int w = 0; w < kRows / kLanes; ++w) store(most_ + w * kLanes, largest_[w]);
+  }
+
+  void put(int key, int w, Vec score) {
+    store(scores_ + key * kRows + w * kLanes, score);
+    largest_[w] = score > largest_[w] ? score : largest_[w];
+  }
+
+ private:
+  float *scores_, *most_;
+  Vec largest_[kRows / kLanes];
+};
+
 // Everything in float32: any level and any dtype.
 template <int W>
 struct Floats {
@@ -70,7 +109,7 @@ struct Floats {
   static constexpr int kRows = W * kLanes;
   static constexpr int kStep = kLanes >= 16 || W == 1 ? 8 : 4;  // broadcast at a time, so that no sum waits for another
 
-  static Vec power(Vec x) { return exp2(x); }
+  static Vec weight(Vec score, Vec most, float scale) { return exp2((score - most) * scale); }
 
   static void put_queries(const float* const* rows, int depth, float* queries) {
     transpose<kRows>((const uint32_t* const*)rows, depth, (uint32_t*)queries);
@@ -106,11 +145,10 @@ struct Floats {
         std::memcpy(to + d * kChunk + key * kStep, rows[key] + d, kStep * sizeof(float));
   }
 
-  static void score(const float* queries, const float* keys, int count, int depth, float* scores, Fetch&) {
-    for (int key = 0; key < count; key += kStep) {
-      product(keys + (int64_t)key * depth, queries, depth,
-              [&](int i, int w, Vec total) { store(scores + (key + i) * kRows + w * kLanes, total); });
-    }
+  static void score(const float* queries, const float* keys, int count, int depth, float* scores, float* most, Fetch&) {
+    Scores<kRows> to(scores, most);
+    for (int key = 0; key < count; key += kStep)
+      product(keys + (int64_t)key * depth, queries, depth, [&](int i, int w, Vec total) { to.put(key + i, w, total); });
   }
 
   static void put_weights(int key, int w, Vec even, Vec odd, float* weights) {
@@ -162,7 +200,11 @@ struct BFloat16Rows {
   using Element = bfloat16;
   static constexpr int kRows = W * kLanes;
 
-  static Vec power(Vec x) { return exp2_coarse(x); }
+  // One rounding of most * scale, the same for all keys, is all that sets it apart from (score - most) * scale.
+  static Vec weight(Vec score, Vec most, float scale) {
+    const Vec shift = most * scale, least = splat(-3e38f);
+    return exp2_coarse(score * scale - (shift > least ? shift : least));
+  }
 
   static void put_queries(const bfloat16* const* rows, int depth, bfloat16* queries) {
     transpose<kRows>((const uint32_t* const*)rows, depth / 2, (uint32_t*)queries);
@@ -189,7 +231,8 @@ struct Pairs : BFloat16Rows<W> {
   static void put_keys(const bfloat16* const* rows, int chunk, int depth, bfloat16* keys, Fetch& fetch) {
     fetch(64);
     for (int i = 0; i < kChunk; ++i)
-      std::memcpy((void*)(keys + (int64_t)(chunk * kChunk + i) * depth), rows[i], depth * sizeof(bfloat16));
+      for (int d = 0; d < depth; d += 32)
+        _mm512_storeu_si512(keys + (int64_t)(chunk * kChunk + i) * depth + d, _mm512_loadu_si512(rows[i] + d));
   }
 
   // values[key / 2][d]: pairs of keys side by side.
@@ -202,11 +245,11 @@ struct Pairs : BFloat16Rows<W> {
     }
   }
 
-  static void score(const bfloat16* queries, const bfloat16* keys, int count, int depth, float* scores, Fetch&) {
-    for (int key = 0; key < count; key += kStep) {
+  static void score(const bfloat16* queries, const bfloat16* keys, int count, int depth, float* scores, float* most, Fetch&) {
+    Scores<kRows> to(scores, most);
+    for (int key = 0; key < count; key += kStep)
       product(keys + (int64_t)key * depth, depth, 2, queries, depth / 2,
-              [&](int i, int w, __m512 total) { store(scores + (key + i) * kRows + w * kLanes, (Vec)total); });
-    }
+              [&](int i, int w, __m512 total) { to.put(key + i, w, (Vec)total); });
   }
 
   static void accumulate(const bfloat16* values, const bfloat16* weights, int count, int depth, float* sums, Fetch&) {
@@ -390,7 +433,8 @@ struct Tiles : BFloat16Rows<W> {
     }
   }
 
-  static void score(const bfloat16* queries, const bfloat16* keys, int count, int depth, float* scores, Fetch& fetch) {
+  static void score(const bfloat16* queries, const bfloat16* keys, int count, int depth, float* scores, float* most,
+                    Fetch& fetch) {
     for (int key = 0; key < count; key += kChunk) {
       _tile_zero(0);
       _tile_zero(1);
@@ -403,6 +447,7 @@ struct Tiles : BFloat16Rows<W> {
       }
       store_sums(scores + key * kRows);
     }
+    raise_to_largest<kRows>(scores, count, most);
   }
 
   static void accumulate(const bfloat16* values, const bfloat16* weights, int count, int depth, float* sums, Fetch& fetch) {

@@ -45,7 +45,7 @@ inline Vec silu(Vec x) {
   return x * (x < 0 ? e : splat(1)) / (1 + e);
 }
 
-// y, and for a SwiGLU pair up, are [outputs, rows].
+// What becomes of sums. y, and for a SwiGLU pair up, are [outputs, rows].
 template <typename T>
 class Epilogue {
  public:
@@ -55,12 +55,20 @@ class Epilogue {
   int64_t columns;
   bool pair = false;
 
-  void operator()(int64_t n, int64_t outputs, int64_t rows, const float* y, const float* up) const {
+  // `outputs` outputs of all rows from n on, at most kOutputBlock; y is overwritten.
+  void operator()(int64_t n, int64_t outputs, int64_t rows, float* y, const float* up) const {
+    const int64_t all = outputs * rows;
+    for (int64_t i = 0; up && i < all; i += kLanes) {
+      const int count = (int)std::min<int64_t>(kLanes, all - i);
+      const Vec gated = silu(first_of(y + i, count)) * first_of(up + i, count);
+      count == kLanes ? store(y + i, gated) : store_first(y + i, gated, count);
+    }
+    if (rows == 1) {
+      const Vec sums[1] = {first_of(y, (int)outputs)};
+      return (*this)(0, n, (int)outputs, sums);
+    }
     for (int64_t i = 0; i < outputs; ++i)
-      for (int64_t row = 0; row < rows; ++row) {
-        const float value = y[i * rows + row];
-        put(row, n + i, up ? silu(splat(value))[0] * up[i * rows + row] : value);
-      }
+      for (int64_t row = 0; row < rows; ++row) put(row, n + i, y[i * rows + row]);
   }
 
   // `count` outputs of one row from n on, at most kLanes, from the sums of one matrix or of a pair.
@@ -69,9 +77,8 @@ class Epilogue {
     const int64_t at = row * columns + n;
     Vec y = sums[0];
     if constexpr (MATRICES == 2) y = silu(y) * sums[1];
-    const auto part = [&](const auto* p) { return count == kLanes ? load(p) : load_first(p, count); };
-    if (bias) y += part(bias + n);
-    if (residual) y += part(residual + at);
+    if (bias) y += first_of(bias + n, count);
+    if (residual) y += first_of(residual + at, count);
     if (count == kLanes) {
       store(out + at, y);
     } else {
@@ -80,6 +87,11 @@ class Epilogue {
   }
 
  private:
+  template <typename From>
+  static Vec first_of(const From* p, int count) {
+    return count == kLanes ? load(p) : load_first(p, count);
+  }
+
   void put(int64_t row, int64_t n, float y) const {
     const int64_t at = row * columns + n;
     if (bias) y += bias[n];
