@@ -195,11 +195,11 @@ def _product_triton(
 def _linear_native(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    codes, x_scales = _rounded(x, scales.shape[1])
-    if len(codes) <= FEW_CPU_ROWS or products.has_panels():
-        y = products.w4a8_product(codes, x_scales, (packed, scales, zeros), None, bias, residual, x.dtype)
+    rows = as_rows(x)
+    if len(rows) <= FEW_CPU_ROWS or products.has_panels():
+        y = products.w4a8_product(rows, (packed, scales, zeros), None, bias, residual)
         return y.view(*x.shape[:-1], packed.shape[0])
-    return linear_int4_native(_restored(x, codes, x_scales), packed, scales, zeros, bias, residual)
+    return linear_int4_native(_restored(x, scales.shape[1]), packed, scales, zeros, bias, residual)
 
 
 @_swiglu.implementation("native", swiglu_misfit)
@@ -212,20 +212,18 @@ def _swiglu_native(
     gate_zeros: Tensor | None,
     up_zeros: Tensor | None,
 ) -> Tensor:
-    codes, x_scales = _rounded(x, gate_scales.shape[1])
-    first, second = (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros)
-    if len(codes) <= FEW_CPU_ROWS or products.has_panels():
-        y = products.w4a8_product(codes, x_scales, first, second, None, None, x.dtype)
-        return y.view(*x.shape[:-1], len(gate))
-    restored = _restored(x, codes, x_scales)
-    return activation.swiglu(*(linear_int4_native(restored, *weight, None, None) for weight in (first, second)))
+    rows, weights = as_rows(x), ((gate, gate_scales, gate_zeros), (up, up_scales, up_zeros))
+    if len(rows) <= FEW_CPU_ROWS or products.has_panels():
+        return products.w4a8_product(rows, *weights, None, None).view(*x.shape[:-1], len(gate))
+    restored = _restored(x, gate_scales.shape[1])
+    return activation.swiglu(*(linear_int4_native(restored, *weight, None, None) for weight in weights))
 
 
 @_linear.implementation("torch")
 def _linear_torch(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    rounded = _restored(x, *_rounded(x, scales.shape[1]))
+    rounded = _restored(x, scales.shape[1])
     return linear_int4_torch(rounded, packed, scales, zeros, bias, residual)
 
 
@@ -239,7 +237,7 @@ def _swiglu_torch(
     gate_zeros: Tensor | None,
     up_zeros: Tensor | None,
 ) -> Tensor:
-    rounded = _restored(x, *_rounded(x, gate_scales.shape[1]))
+    rounded = _restored(x, gate_scales.shape[1])
     weights = (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros)
     return activation.swiglu(*(linear_int4_torch(rounded, *weight, None, None) for weight in weights))
 
@@ -251,9 +249,10 @@ def _rounded(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return codes.view_as(rows), scales
 
 
-def _restored(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """What codes and scales stand for, like x."""
-    return (codes.unflatten(-1, (scales.shape[1], -1)) * scales[..., None]).view(x.shape).to(x.dtype)
+def _restored(x: Tensor, groups: int) -> Tensor:
+    """What the rounded groups of x stand for, like x."""
+    codes, scales = _rounded(x, groups)
+    return (codes.unflatten(-1, (groups, -1)) * scales[..., None]).view(x.shape).to(x.dtype)
 
 
 def linear_w4a8(

@@ -159,20 +159,18 @@ def _misfit(x: Tensor, *_others: Tensor | None) -> str | None:
 
 @_linear.implementation("native", _misfit)
 def _linear_native(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    codes, row_scales = quantize_rows(as_rows(x))
-    if codes.shape[0] > FEW_CPU_ROWS and not products.has_panels():
-        y = _scaled_product(codes, row_scales, weight, scales)
-        return add_epilogue(y.view(*x.shape[:-1], len(weight)), bias, residual).to(x.dtype)
-    y = products.w8a8_product(codes, row_scales, (weight, scales), None, bias, residual, x.dtype)
-    return y.view(*x.shape[:-1], len(weight))
+    rows = as_rows(x)
+    if rows.shape[0] > FEW_CPU_ROWS and not products.has_panels():
+        return _linear_torch(x, weight, scales, bias, residual)
+    return products.w8a8_product(rows, (weight, scales), None, bias, residual).view(*x.shape[:-1], len(weight))
 
 
 @_swiglu.implementation("native", _misfit)
 def _swiglu_native(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    codes, row_scales = quantize_rows(as_rows(x))
-    if codes.shape[0] > FEW_CPU_ROWS and not products.has_panels():
+    rows = as_rows(x)
+    if rows.shape[0] > FEW_CPU_ROWS and not products.has_panels():
         return _swiglu_torch(x, gate, gate_scales, up, up_scales)
-    y = products.w8a8_product(codes, row_scales, (gate, gate_scales), (up, up_scales), None, None, x.dtype)
+    y = products.w8a8_product(rows, (gate, gate_scales), (up, up_scales), None, None)
     return y.view(*x.shape[:-1], len(gate))
 
 

@@ -7,6 +7,7 @@
 #include "group_panels.h"
 #include "int_dot.h"
 #include "linear_4bit.h"
+#include "quantize_rows.h"
 
 namespace afnext {
 namespace {
@@ -219,29 +220,29 @@ AFNEXT_EXPORT void afnext_linear_int4(const void* x, const uint8_t* weight, cons
   });
 }
 
-// As afnext_linear_int4 for rows of int8 of -127 .. 127 and their scales, [rows, inner / group]; dtype is that of residual
-// and out.
-AFNEXT_EXPORT void afnext_linear_w4a8(const int8_t* x, const float* x_scales, const uint8_t* weight, const void* scales,
-                                      const void* zeros, const uint8_t* up, const void* up_scales, const void* up_zeros,
-                                      const float* bias, const void* residual, void* out, int64_t rows, int64_t columns,
-                                      int64_t inner, int64_t group, int64_t group_dtype, int64_t dtype, int64_t threads) {
+// As afnext_linear_int4, with each group of the rows rounded to int8 first.
+AFNEXT_EXPORT void afnext_linear_w4a8(const void* x, const uint8_t* weight, const void* scales, const void* zeros,
+                                      const uint8_t* up, const void* up_scales, const void* up_zeros, const float* bias,
+                                      const void* residual, void* out, int64_t rows, int64_t columns, int64_t inner,
+                                      int64_t group, int64_t group_dtype, int64_t dtype, int64_t threads) {
   using namespace afnext;
   const Weight first{weight, scales, zeros, group_dtype}, second{up, up_scales, up_zeros, group_dtype};
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
+    const QuantizedRows by((const T*)x, rows * (inner / group), group, threads);
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
 #if defined(__AVX2__)
     if (takes_panels(rows, columns)) {
-      const TokenGroups tokens(x, x_scales, rows, inner, group, threads);
+      const TokenGroups tokens(by.codes, by.scales, rows, inner, group, threads);
       const GroupMatrix matrices[2] = {{first, inner, group, tokens.parts}, {second, inner, group, tokens.parts}};
       if (zeros)
-        return for_panels<Vec>(GroupUnit<true>(tokens), x, rows, inner, threads, matrices, Outputs(write), write);
-      return for_panels<Vec>(GroupUnit<false>(tokens), x, rows, inner, threads, matrices, Outputs(write), write);
+        return for_panels<Vec>(GroupUnit<true>(tokens), by.codes, rows, inner, threads, matrices, Outputs(write), write);
+      return for_panels<Vec>(GroupUnit<false>(tokens), by.codes, rows, inner, threads, matrices, Outputs(write), write);
     }
-    product(ByteRows(x, x_scales, rows, inner, group), first, second, write, rows, inner, group, threads);
+    product(ByteRows(by.codes, by.scales, rows, inner, group), first, second, write, rows, inner, group, threads);
 #else
     Scratch<float> wide(rows * inner);
-    for (int64_t i = 0; i < rows * inner; ++i) wide[i] = x[i] * x_scales[i / group];
+    for (int64_t i = 0; i < rows * inner; ++i) wide[i] = by.codes[i] * by.scales[i / group];
     product(FloatRows<Integers>((const float*)wide, rows, inner, group), first, second, write, rows, inner, group, threads);
 #endif
   });

@@ -1,9 +1,10 @@
-// Products of a few rows with int8 weights, weight[n, k] * scales[n], read once from memory; rounding of rows to int8.
+// Products with int8 weights, weight[n, k] * scales[n], of rows as they are or rounded to int8 (W8A8).
 
 #include "fixed_point.h"
 #include "int_dot.h"
 #include "linear.h"
 #include "panels.h"
+#include "quantize_rows.h"
 
 namespace afnext {
 namespace {
@@ -195,38 +196,6 @@ void product_in_panels(const X* x, const float* row_scales, const Weight& weight
 }
 #endif
 
-template <typename T>
-void quantize_row(const T* x, int8_t* codes, float* scale, int64_t width) {
-  const int64_t whole = width / kLanes * kLanes, unrolled = width / (4 * kLanes) * 4 * kLanes;
-  const int rest = (int)(width - whole);
-  IntVec most[4] = {};
-  const auto see = [&](Vec v, int part) {
-    const IntVec size = (IntVec)v & INT32_MAX;  // sizes compare as their bits do, NaN as the largest
-    most[part] = size > most[part] ? size : most[part];
-  };
-  for (int64_t i = 0; i < unrolled; i += 4 * kLanes)
-#pragma GCC unroll 4
-    for (int part = 0; part < 4; ++part) see(load(x + i + part * kLanes), part);
-  for (int64_t i = unrolled; i < whole; i += kLanes) see(load(x + i), 0);
-  if (rest) see(load_first(x + whole, rest), 0);
-  for (int part = 1; part < 4; ++part) see((Vec)most[part], 0);
-  *scale = largest((Vec)most[0]) / 127;
-  const float divisor = *scale > 0 ? *scale : 1;
-  const auto round = [&](Vec v) {
-    v = round_even(v / divisor);
-    v = v > 127 ? splat(127) : v < -127 ? splat(-127) : v;
-    return narrow_to_bytes(to_int(v));
-  };
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    const ByteVec bytes = round(load(x + i));
-    std::memcpy(codes + i, &bytes, sizeof bytes);
-  }
-  if (rest) {
-    const ByteVec bytes = round(load_first(x + whole, rest));
-    std::memcpy(codes + whole, &bytes, rest);
-  }
-}
-
 }  // namespace
 }  // namespace afnext
 
@@ -256,33 +225,21 @@ AFNEXT_EXPORT void afnext_linear_int8(const void* x, const int8_t* weight, const
   });
 }
 
-// As afnext_linear_int8 for rows of int8 of -127 .. 127 and their scales; dtype is that of residual and out.
-AFNEXT_EXPORT void afnext_linear_w8a8(const int8_t* codes, const float* row_scales, const int8_t* weight,
-                                      const float* scales, const int8_t* up, const float* up_scales, const float* bias,
-                                      const void* residual, void* out, int64_t rows, int64_t columns, int64_t inner,
-                                      int64_t dtype, int64_t threads) {
+// As afnext_linear_int8, with the rows rounded to int8 first.
+AFNEXT_EXPORT void afnext_linear_w8a8(const void* x, const int8_t* weight, const float* scales, const int8_t* up,
+                                      const float* up_scales, const float* bias, const void* residual, void* out,
+                                      int64_t rows, int64_t columns, int64_t inner, int64_t dtype, int64_t threads) {
   using namespace afnext;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
+    const QuantizedRows by((const T*)x, rows, inner, threads);
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
     const Weight first{weight, scales}, second{up, up_scales};
 #if defined(__AVX2__)
     if (takes_panels(rows, columns))
-      return product_in_panels(codes, row_scales, first, second, write, rows, inner, threads);
+      return product_in_panels(by.codes, by.scales, first, second, write, rows, inner, threads);
 #endif
-    product(PlainRows<int8_t>{codes, inner}, row_scales, first, second, write, rows, inner, threads);
-  });
-}
-
-// x: [rows, width] of dtype; codes: [rows, width] int8; scales: [rows] float32.
-AFNEXT_EXPORT void afnext_quantize_rows(const void* x, int8_t* codes, float* scales, int64_t rows, int64_t width,
-                                        int64_t dtype, int64_t threads) {
-  using namespace afnext;
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-#pragma omp parallel for num_threads(threads) if (rows * width > 32768)
-    for (int64_t row = 0; row < rows; ++row)
-      quantize_row((const T*)x + row * width, codes + row * width, scales + row, width);
+    product(PlainRows<int8_t>{by.codes, inner}, by.scales, first, second, write, rows, inner, threads);
   });
 }
 

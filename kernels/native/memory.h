@@ -49,13 +49,14 @@ uint8_t* kept_memory(int64_t bytes) {
   return memory.data;
 }
 
-// Before an output is written: one of 32 MB or more is memory that malloc has just mapped, and as 4 KB pages the system
-// takes longer to clear and map it than the kernel to fill it. Pages of 2 MB, where it has them, take a quarter of that.
+// Before an output is written: a large one is often memory that malloc has just mapped, one of 32 MB or more always, and as
+// 4 KB pages the system takes longer to clear and map it than the kernel to fill it. Pages of 2 MB, where it has them, take a
+// quarter of that.
 inline void use_large_pages(void* out, int64_t bytes) {
 #if defined(__linux__)
   const uintptr_t first = ((uintptr_t)out + kLargePage - 1) / kLargePage * kLargePage;
   const uintptr_t end = ((uintptr_t)out + bytes) / kLargePage * kLargePage;
-  if (bytes >= 32 << 20) madvise((void*)first, end - first, MADV_HUGEPAGE);
+  if (bytes >= 4 << 20) madvise((void*)first, end - first, MADV_HUGEPAGE);
 #endif
 }
 

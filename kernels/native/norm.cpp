@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "elementwise.h"
+#include "memory.h"
 
 namespace afnext {
 namespace {
@@ -59,6 +60,8 @@ AFNEXT_EXPORT void afnext_norm(const void* x, const void* residual, const void* 
   using namespace afnext;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
+    for (void* written : {normed, hidden})
+      if (written) use_large_pages(written, rows * width * sizeof(T));
 #pragma omp parallel for num_threads(threads) if (rows * width > 32768)
     for (int64_t row = 0; row < rows; ++row)
       norm_row((const T*)x + row * x_row, residual ? (const T*)residual + row * residual_row : nullptr,

@@ -66,83 +66,33 @@ def int8_product(x: Tensor, weight: Int8, up: Int8 | None, bias: Tensor | None, 
     return out
 
 
-def w8a8_product(
-    codes: Tensor,
-    row_scales: Tensor,
-    weight: Int8,
-    up: Int8 | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """As `int8_product` for rows of int8, -127 .. 127, with one scale each; returns `dtype`, that of the residual."""
-    out = torch.empty(codes.shape[0], weight[0].shape[0], dtype=dtype)
+def w8a8_product(x: Tensor, weight: Int8, up: Int8 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """As `int8_product`, with x rounded to int8 first. More than 16 rows need a level with panels."""
+    out = x.new_empty(x.shape[0], weight[0].shape[0])
     call(
         "linear_w8a8",
-        codes,
-        row_scales,
+        x,
         weight[0],
         widened(weight[1]),
         up and up[0],
         up and widened(up[1]),
         *_epilogue(bias, residual),
         out,
-        codes.shape[0],
+        x.shape[0],
         *weight[0].shape,
-        dtype,
+        x.dtype,
     )
     return out
 
 
 def int4_product(x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """As `int8_product`."""
-    columns, inner, groups = weight[0].shape[0], x.shape[1], weight[1].shape[1]
-    out = x.new_empty(x.shape[0], columns)
-    call(
-        "linear_int4",
-        x,
-        *weight,
-        *(up or (None, None, None)),
-        *_epilogue(bias, residual),
-        out,
-        x.shape[0],
-        columns,
-        inner,
-        inner // groups,
-        weight[1].dtype,
-        x.dtype,
-    )
-    return out
+    return _grouped_product("linear_int4", x, weight, up, bias, residual)
 
 
-def w4a8_product(
-    codes: Tensor,
-    x_scales: Tensor,
-    weight: Int4,
-    up: Int4 | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """As `int8_product` for rows of int8, -127 .. 127, a scale a group; returns `dtype`, that of the residual."""
-    (rows, inner), columns = codes.shape, weight[0].shape[0]
-    out = torch.empty(rows, columns, dtype=dtype)
-    call(
-        "linear_w4a8",
-        codes,
-        x_scales,
-        *weight,
-        *(up or (None, None, None)),
-        *_epilogue(bias, residual),
-        out,
-        rows,
-        columns,
-        inner,
-        inner // weight[1].shape[1],
-        weight[1].dtype,
-        dtype,
-    )
-    return out
+def w4a8_product(x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """As `int8_product`, with each group of x rounded to int8 first."""
+    return _grouped_product("linear_w4a8", x, weight, up, bias, residual)
 
 
 def nf4_product(x: Tensor, weight: NF4, up: NF4 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -189,3 +139,25 @@ def unpack_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _epilogue(bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return None if bias is None else widened(bias), None if residual is None else residual.contiguous()
+
+
+def _grouped_product(
+    name: str, x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    columns, inner, groups = weight[0].shape[0], x.shape[1], weight[1].shape[1]
+    out = x.new_empty(x.shape[0], columns)
+    call(
+        name,
+        x,
+        *weight,
+        *(up or (None, None, None)),
+        *_epilogue(bias, residual),
+        out,
+        x.shape[0],
+        columns,
+        inner,
+        inner // groups,
+        weight[1].dtype,
+        x.dtype,
+    )
+    return out
