@@ -40,14 +40,15 @@ class _Matrix(nn.Module):
         if self.scheme is not None:
             self.scheme.prepare(self.packed, dtype)
 
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.scheme is None:
-            return linear(x, self.weight, bias)
-        return self.scheme.linear(x, self.packed, bias)
+    def _product(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        if self.scheme is not None:
+            return self.scheme.linear(x, self.packed, bias, residual)
+        y = linear(x, self.weight, bias)
+        return y if residual is None else residual + y
 
 
 class Linear(_Matrix):
-    """y = x W^T + b for x: [..., in_features], with a weight [out_features, in_features]."""
+    """y = x W^T + b + residual for x: [..., in_features], with a weight [out_features, in_features]."""
 
     bias: Tensor | None
 
@@ -55,9 +56,18 @@ class Linear(_Matrix):
         super().__init__(out_features, in_features)
         self.register_buffer("bias", torch.empty(out_features, device="meta") if bias else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in_features] in the model's dtype. Returns [..., out_features]."""
-        return self._product(x, self.bias)
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, up: "Linear | None" = None) -> Tensor:
+        """x: [..., in_features] and residual: [..., out_features] in the model's dtype. Returns like residual.
+
+        up: makes it silu(x W^T) * up(x), of two layers without biases, in one kernel where both have one scheme.
+        """
+        if up is None:
+            return self._product(x, self.bias, residual)
+        if self.scheme != up.scheme:
+            return swiglu(self._product(x, None), up(x))
+        if self.scheme is None:
+            return linear_swiglu(x, self.weight, up.weight)
+        return self.scheme.swiglu(x, self.packed, up.packed)
 
 
 class Embedding(_Matrix):
@@ -73,12 +83,3 @@ class Embedding(_Matrix):
     def scores(self, x: Tensor) -> Tensor:
         """x W^T for x: [..., channels], the head of models that tie it to their embeddings."""
         return self._product(x, None)
-
-
-def gated(gate: Linear, up: Linear, x: Tensor) -> Tensor:
-    """silu(gate(x)) * up(x) of two layers without biases, in one kernel where both have one scheme."""
-    if gate.scheme != up.scheme:
-        return swiglu(gate(x), up(x))
-    if gate.scheme is None:
-        return linear_swiglu(x, gate.weight, up.weight)
-    return gate.scheme.swiglu(x, gate.packed, up.packed)

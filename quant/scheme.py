@@ -81,8 +81,8 @@ class Scheme(ABC):
         """The weight [out, in] that the packed one stands for, rounded to `dtype` once."""
 
     @abstractmethod
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-        """x W^T + bias for x: [..., in]. Returns [..., out] in the dtype of x."""
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """x W^T + bias + residual for x: [..., in] and residual: [..., out]. Returns [..., out] in the dtype of x."""
 
     @abstractmethod
     def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
@@ -147,10 +147,10 @@ class Int8(Scheme):
         """See `Scheme`."""
         return dequantize_int8(packed.codes, packed.scales, dtype)
 
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """See `Scheme`."""
         product = linear_w8a8 if self.int8_inputs else linear_int8
-        return product(x, packed.codes, packed.scales, bias)
+        return product(x, packed.codes, packed.scales, bias, residual)
 
     def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
         """See `Scheme`."""
@@ -194,10 +194,10 @@ class Int4(Scheme):
         """See `Scheme`."""
         return dequantize_int4(*packed, dtype=dtype)
 
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """See `Scheme`."""
         product = linear_w4a8 if self.int8_inputs else linear_int4
-        return product(x, *packed, bias)
+        return product(x, *packed, bias, residual)
 
     def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
         """See `Scheme`."""
@@ -236,9 +236,9 @@ class NF4(Scheme):
         """See `Scheme`."""
         return dequantize_nf4(packed.codes, packed.scales, dtype)
 
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """See `Scheme`."""
-        return linear_nf4(x, packed.codes, packed.scales, bias)
+        return linear_nf4(x, packed.codes, packed.scales, bias, residual)
 
     def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
         """See `Scheme`."""

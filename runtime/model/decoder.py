@@ -18,7 +18,7 @@ from ...kernels.kv_write import kv_write
 from ...kernels.norm import add_rms_norm, rms_norm
 from ...kernels.pages import page_slots
 from ...kernels.rotary import Rotation, rope_frequencies
-from ...quant.linear import Embedding, Linear, gated
+from ...quant.linear import Embedding, Linear
 from .config import DecoderConfig
 from .weights import Norm
 
@@ -116,7 +116,7 @@ class DecoderMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden]. Returns like x."""
-        return self.down_proj(gated(self.gate_proj, self.up_proj, x))
+        return self.down_proj(self.gate_proj(x, up=self.up_proj))
 
 
 class DecoderLayer(nn.Module):

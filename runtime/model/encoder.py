@@ -68,7 +68,7 @@ class EncoderLayer(nn.Module):
         normed = layer_norm(x, self.self_attn_layer_norm.weight, self.self_attn_layer_norm.bias)
         attended = self.self_attn(normed, key_lengths)
         normed, x = add_layer_norm(attended, x, self.final_layer_norm.weight, self.final_layer_norm.bias)
-        x = x + self.fc2(gelu(self.fc1(normed)))
+        x = self.fc2(gelu(self.fc1(normed)), residual=x)
         # The reference keeps the residual stream inside float16 this way; other dtypes need no clamp.
         return x.clamp(-_FLOAT16_LIMIT, _FLOAT16_LIMIT) if x.dtype == torch.float16 else x
 

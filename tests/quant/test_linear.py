@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from afnext.quant.linear import Embedding, Linear, gated
+from afnext.quant.linear import Embedding, Linear
 from afnext.quant.scheme import Scheme, SchemeError, parse_scheme
 
 SPELLINGS = ("int8", "int8-w8a8", "int4-g32", "int4-g64-zeros", "int4-g32-w4a8", "nf4")
@@ -47,7 +47,10 @@ def test_linear(spelling: str, bias: bool, seed: int) -> None:
         exact = layer.bias
     x = torch.randn(2, 3, 128)
     layer.prepare(torch.float32)
-    assert_near(layer(x), x.double() @ weight.T + exact.double())
+    exact = x.double() @ weight.T + exact.double()
+    assert_near(layer(x), exact)
+    residual = 10 * torch.randn(2, 3, 48)
+    assert_near(layer(x, residual=residual), exact + residual.double())
 
 
 @pytest.mark.parametrize("spelling", ["dense", *SPELLINGS])
@@ -62,13 +65,21 @@ def test_embedding(spelling: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "spellings", [("int8", "int8"), ("int4-g32", "int4-g32"), ("int4-g32", "int8"), ("nf4", "nf4")]
+    "spellings",
+    [
+        ("dense", "dense"),
+        ("dense", "int8"),
+        ("int8", "int8"),
+        ("int4-g32", "int4-g32"),
+        ("int4-g32", "int8"),
+        ("nf4", "nf4"),
+    ],
 )
 def test_gated_pair(spellings: tuple[str, str], seed: int) -> None:
     layers = [Linear(128, 48, bias=False) for _ in range(2)]
     gate, up = (filled(layer, torch.randn(48, 128) / 8, text) for layer, text in zip(layers, spellings, strict=True))
     x = torch.randn(5, 128)
-    assert_near(gated(*layers, x), F.silu(x.double() @ gate.T) * (x.double() @ up.T))
+    assert_near(layers[0](x, up=layers[1]), F.silu(x.double() @ gate.T) * (x.double() @ up.T))
 
 
 def test_a_scheme_that_does_not_fit_leaves_the_layer_dense() -> None:

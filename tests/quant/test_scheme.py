@@ -99,10 +99,10 @@ def test_products_are_those_of_the_restored_weight(spelling: str, rows: int, dty
     x, bias = torch.randn(2, rows, 256).to(dtype), torch.randn(64).to(dtype)
     exact = [x.double() @ scheme.dequantize(packed, torch.float64).T for packed in (gate, up)]
     loose = 0.02 if spelling.endswith("a8") else 0.01 if dtype == torch.bfloat16 else 1e-5
+    residual = torch.randn(2, rows, 64).to(dtype)
     assert_near(scheme.linear(x, gate, bias), exact[0] + bias.double(), loose)
-    fused = scheme.swiglu(x, gate, up)
-    if fused is not None:
-        assert_near(fused, F.silu(exact[0]) * exact[1], loose)
+    assert_near(scheme.linear(x, gate, None, residual), exact[0] + residual.double(), loose)
+    assert_near(scheme.swiglu(x, gate, up), F.silu(exact[0]) * exact[1], loose)
 
 
 def assert_near(actual: torch.Tensor, exact: torch.Tensor, relative: float) -> None:
