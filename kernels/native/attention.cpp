@@ -181,10 +181,10 @@ void load_block(const Problem& p, const Task& task, int64_t first, int64_t count
                 Workspace<typename Products::Element>& work, Fetch& fetch) {
   const int depth = p.depth();
   using Rows = const typename Products::Element* const*;
-  for_chunks<typename Products::Element, From>(
-      p, p.keys, task, first, count, work, [&](Rows rows, int c) { Products::put_keys(rows, c, depth, work.keys, fetch); });
-  for_chunks<typename Products::Element, From>(
-      p, p.values, task, first, count, work, [&](Rows rows, int c) { Products::put_values(rows, c, depth, work.values, fetch); });
+  const auto put_keys = [&](Rows rows, int chunk) { Products::put_keys(rows, chunk, depth, work.keys, fetch); };
+  const auto put_values = [&](Rows rows, int chunk) { Products::put_values(rows, chunk, depth, work.values, fetch); };
+  for_chunks<typename Products::Element, From>(p, p.keys, task, first, count, work, put_keys);
+  for_chunks<typename Products::Element, From>(p, p.values, task, first, count, work, put_values);
 }
 
 // The task's queries, rotated, in tiles of Products::kRows, and each row's last visible key.

@@ -13,17 +13,18 @@
 
 namespace afnext {
 
-// Fetches the weights in the order in which they lie, one stream from memory, however many outputs are summed at once: while
-// a tile of outputs is read, the one after the next. Into the second-level cache: more such reads may be on their way than
-// into the first.
+// Fetches the weights in the order in which they lie, one stream from memory, however many outputs, C, are summed at once.
+// Of several: while a tile of outputs is read, the one after the next, into the second-level cache, as more such reads may be
+// on their way than into the first. Of one: a page ahead, into the first.
+template <int C>
 class Ahead {
  public:
   // tile: of the weights of all outputs that are summed at once, bytes.
-  Ahead(const void* weights, int64_t tile) : next_((const char*)weights + 2 * tile) {}
+  Ahead(const void* weights, int64_t tile) : next_((const char*)weights + (C == 1 ? 4096 : 2 * tile)) {}
 
   // As many bytes more.
   void read(int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(next_ + i, 0, 2);
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(next_ + i, 0, C == 1 ? 3 : 2);
     next_ += bytes;
   }
 
@@ -105,7 +106,7 @@ template <int C, int R, typename T>
 inline void dot(const T* weight, const float* x, int64_t inner, float* y, int64_t pitch) {
   constexpr int kSums = C * R == 1 ? 4 : C * R <= 4 ? 2 : 1;  // so many additions need not wait for each other
   Vec total[C][R][kSums] = {};
-  Ahead ahead(weight, C * inner * sizeof(T));
+  Ahead<C> ahead(weight, C * inner * sizeof(T));
   const auto add = [&](int64_t k, int s, const auto& part) {
     Vec w[C];
     for (int c = 0; c < C; ++c) w[c] = part(weight + c * inner + k);
@@ -153,13 +154,16 @@ inline void for_outputs(int64_t columns, int64_t work, int64_t scratch, int64_t 
 }
 
 // Cuts a block of `outputs` and all rows into what sums in registers: calls tile(C, R, n, row) with constants C outputs
-// from n and R rows. Several rows share what is loaded of the weights, and several outputs what is loaded of the rows.
+// from n and R rows. Several rows share what is loaded of the weights, and several outputs what is loaded of the rows, of
+// `row_bytes` each. One row that stays in the first-level cache needs no sharing on AVX-512: with one output at a time the
+// weights are read strictly one after the other, which memory answers fastest.
 template <typename Tile>
-inline void for_tiles(int64_t outputs, int64_t rows, Tile tile) {
+inline void for_tiles(int64_t outputs, int64_t rows, int64_t row_bytes, Tile tile) {
+  const bool one_by_one = kLanes == 16 && row_bytes <= 24 << 10;
   const auto across = [&](auto height, int64_t row) {
     constexpr int R = decltype(height)::value, C = R > 1 ? 2 : 4;
     int64_t n = 0;
-    for (; n + C <= outputs; n += C) tile(std::integral_constant<int, C>{}, height, n, row);
+    for (; n + C <= outputs && !(R == 1 && one_by_one); n += C) tile(std::integral_constant<int, C>{}, height, n, row);
     for (; n < outputs; ++n) tile(std::integral_constant<int, 1>{}, height, n, row);
   };
   int64_t row = 0;

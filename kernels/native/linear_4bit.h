@@ -166,7 +166,7 @@ void dot(const Weight& weight, int64_t n, const Rows& x, int64_t row, int64_t co
       for (int r = 0; r < R; ++r) total[c][r] += sums[c][r] * spread(products + (c * R + r) * padded, chunk);
   };
   const int64_t whole = 2 * half / kChunk, left = half - whole * kChunk / 2;
-  Ahead ahead(codes, C * half);
+  Ahead<C> ahead(codes, C * half);
   for (int64_t chunk = 0; chunk < whole; ++chunk) {
     ahead.read(C * kChunk / 2);
     add(chunk, kChunk / 2);
@@ -180,10 +180,11 @@ template <typename Rows, typename T>
 void product(const Rows& x, const Weight& weight, const Weight& up, const Epilogue<T>& write, int64_t rows,
              int64_t inner, int64_t group, int64_t threads) {
   const int64_t count = inner / group, own = 8 * x.groups.padded(), block = kOutputBlock * rows;
+  const int64_t row_bytes = x.pitch() * sizeof *x.row(0);
   const auto body = [&](int64_t n, int64_t outputs, float* scratch) {
     float *y = scratch + own, *raised = y + block;
     const auto multiply = [&](const Weight& by, float* to) {
-      for_tiles(outputs, rows, [&](auto width, auto height, int64_t i, int64_t row) {
+      for_tiles(outputs, rows, row_bytes, [&](auto width, auto height, int64_t i, int64_t row) {
         constexpr int C = decltype(width)::value, R = decltype(height)::value;
         const auto run = group >= kChunk ? dot<true, C, R, Rows> : dot<false, C, R, Rows>;
         run(by, n + i, x, row, count, group, scratch, to + i * rows + row, rows);

@@ -16,7 +16,7 @@ void product_of_few(const T* x, const T* weight, const T* up, const Epilogue<T>&
   const int64_t block = kOutputBlock * rows;
   for_outputs(write.columns, rows * write.columns * inner, 2 * block, threads, [&](int64_t n, int64_t outputs, float* y) {
     const auto multiply = [&](const T* by, float* to) {
-      for_tiles(outputs, rows, [&](auto width, auto height, int64_t i, int64_t row) {
+      for_tiles(outputs, rows, inner * (int64_t)sizeof(float), [&](auto width, auto height, int64_t i, int64_t row) {
         dot<decltype(width)::value, decltype(height)::value>(by + (n + i) * inner, activations + row * inner, inner,
                                                              to + i * rows + row, rows);
       });

@@ -164,8 +164,8 @@ inline void put_codes(const uint8_t* packed, int64_t count, uint8_t* out) {
   uint8_t whole[32] = {};
   if (count < 32) packed = (const uint8_t*)std::memcpy(whole, packed, count);
   for (int i = 0; i < 32; i += kLanes) {
-    const HalfVec wide = __builtin_convertvector(load_as<UByteVec>(packed + i), HalfVec);  // a byte's upper code goes to the byte above
-    const HalfVec codes = (wide | wide << 4) & 0x0F0F;
+    const HalfVec wide = __builtin_convertvector(load_as<UByteVec>(packed + i), HalfVec);
+    const HalfVec codes = (wide | wide << 4) & 0x0F0F;  // a byte's upper code goes to the byte above
     std::memcpy(out + 2 * i, &codes, sizeof codes);
   }
 }

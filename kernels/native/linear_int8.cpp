@@ -15,7 +15,7 @@ void dot_exactly(const int8_t* weight, const int8_t* x, int64_t inner, float* y,
   int64_t k = 0;
 #if defined(__AVX2__)
   IntVec total[C][R] = {};
-  Ahead ahead(weight, C * inner);
+  Ahead<C> ahead(weight, C * inner);
   for (; k + kBytes <= inner; k += kBytes) {
     ahead.read(C * kBytes);
     for (int c = 0; c < C; ++c) {
@@ -60,11 +60,13 @@ class FixedRows {
       }
   }
 
+  int64_t row_bytes() const { return groups_ * 2 * kShared; }
+
   // y[c, r] = sum_k x[row + r, k] * weight[c, k] for C outputs and R rows, y `pitch` apart.
   template <int C, int R>
   void dot(const int8_t* weight, int64_t row, float* y, int64_t pitch) const {
     Vec total[C][R] = {};
-    Ahead ahead(weight, C * inner_);
+    Ahead<C> ahead(weight, C * inner_);
     for (int64_t g = 0; g < groups_; ++g, weight += kShared) {
       if ((g + 1) * kShared > inner_) {
         add_group<true>(weight, row * groups_ + g, total);
@@ -124,6 +126,8 @@ struct PlainRows {
   const X* x;
   int64_t inner;
 
+  int64_t row_bytes() const { return inner * sizeof(X); }
+
   template <int C, int R>
   void dot(const int8_t* weight, int64_t row, float* y, int64_t pitch) const {
     if constexpr (std::is_same_v<X, float>) {
@@ -141,7 +145,7 @@ void product(const X& x, const float* row_scales, const Weight& weight, const We
   const int64_t block = kOutputBlock * rows;
   for_outputs(write.columns, rows * write.columns * inner, 2 * block, threads, [&](int64_t n, int64_t outputs, float* y) {
     const auto multiply = [&](const Weight& by, float* to) {
-      for_tiles(outputs, rows, [&](auto width, auto height, int64_t i, int64_t row) {
+      for_tiles(outputs, rows, x.row_bytes(), [&](auto width, auto height, int64_t i, int64_t row) {
         x.template dot<decltype(width)::value, decltype(height)::value>(by.codes + (n + i) * inner, row, to + i * rows + row,
                                                                         rows);
       });

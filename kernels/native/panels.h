@@ -31,7 +31,11 @@ inline void copy_step(const From* from, int64_t count, uint8_t* out) {
   if (count < kInputs) std::memset(out, 0, 64);
   count = std::min(count, kInputs);
   if constexpr (std::is_same_v<From, To>) {
-    count == kInputs ? std::memcpy(out, from, 64) : std::memcpy(out, from, count * sizeof(To));  // 64 without a call
+    if (count == kInputs) {
+      std::memcpy(out, from, 64);  // a few instructions, no call
+    } else {
+      std::memcpy(out, from, count * sizeof(To));
+    }
   } else if constexpr (std::is_same_v<To, float>) {
     to_floats(from, to, count);
   } else {
@@ -91,17 +95,17 @@ inline void put_sums(const int32_t* sums, int64_t n, int64_t skip, int64_t first
   alignas(64) int32_t space[2 * Unit::kTile * 32];
   const int32_t* unfolded = Unit::unfold(sums, space);
   const int64_t count = std::min<int64_t>(2 * Unit::kTile, rows - first_row);
-  constexpr int64_t outputs = 32 / MATRICES;
+  constexpr int64_t kOutputs = 32 / MATRICES;
   for (int64_t k = 0; k < count; ++k)
-    for (int64_t i = skip / kLanes * kLanes; i < outputs; i += kLanes) {
+    for (int64_t i = skip / kLanes * kLanes; i < kOutputs; i += kLanes) {
       const int64_t start = std::max<int64_t>(0, skip - i);
       const int32_t* from = unfolded + k * 32 + i + start;
       Sums parts[MATRICES] = {};
       if (start == 0) {
-        for (int m = 0; m < MATRICES; ++m) parts[m] = load_as<Sums>(from + m * outputs);
+        for (int m = 0; m < MATRICES; ++m) parts[m] = load_as<Sums>(from + m * kOutputs);
         put(first_row + k, n + i, kLanes, parts);
       } else {
-        for (int m = 0; m < MATRICES; ++m) std::memcpy(&parts[m], from + m * outputs, (kLanes - start) * sizeof(int32_t));
+        for (int m = 0; m < MATRICES; ++m) std::memcpy(&parts[m], from + m * kOutputs, (kLanes - start) * sizeof(int32_t));
         put(first_row + k, n + i + start, (int)(kLanes - start), parts);
       }
     }
@@ -145,8 +149,8 @@ struct Outputs {
 //     of 32 outputs one after another, of which these are those from `at` on; zeros past the last input
 //   source(): what they are made of
 // put(row, n, count, sums) takes sums of `count` outputs of a row, int32 or float32, an array of a vector for each matrix, and
-// writes them. The last block of outputs begins so early that it is whole, and is put where the one before it ends. unit.multiply
-// also gets the number of the first token, how many there are, and the number of the first step.
+// writes them. The last block of outputs begins so early that it is whole, and is put where the one before it ends.
+// unit.multiply also gets the number of the first token, how many there are, and the number of the first step.
 template <typename Sums, typename Unit, typename X, typename Matrix, typename Put>
 void for_panels(const Unit& unit, const X* tokens, int64_t rows, int64_t inner, int64_t threads, const Matrix* matrices,
                 const Outputs& out, Put put) {
