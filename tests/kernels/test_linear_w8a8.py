@@ -4,30 +4,13 @@ import pytest
 import torch
 from support.accuracy import DTYPES, assert_accurate, backends, exactly, native_backends, poisoned
 from support.guarded import guarded
-from torch import Tensor
+from support.int8_products import dense, product, weights
 from torch.nn import functional as F
 
 from afnext.kernels import linear_w8a8 as module
 from afnext.kernels import quantize_rows as rows_module
 from afnext.kernels.linear_int8 import linear_int8
 from afnext.kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
-
-
-def weights(columns: int, inner: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    codes = torch.randint(-127, 128, (columns, inner), dtype=torch.int8)
-    return codes.to(device), (torch.rand(columns) / 127 / inner**0.5).to(device)
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T, one product added after the other in float32: libraries sum in an order that GPUs do not."""
-    y = torch.zeros(len(x), len(weight), device=x.device)
-    for k in range(x.shape[1]):
-        y += x[:, k, None].float() * weight[:, k].float()
-    return y.to(x.dtype)
-
-
-def dense(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return (codes.float() * scales[:, None]).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
