@@ -23,24 +23,24 @@ inline bool takes_panels(int64_t rows, int64_t columns) { return rows > kFewRows
 template <typename T>
 constexpr bool kPanelsTake = std::is_same_v<T, Number> || std::is_same_v<Number, float>;
 
-// The first `count` elements as 64 bytes of To, zeros behind them.
-template <typename To, typename From>
-inline void copy_step(const From* from, int64_t count, uint8_t* out) {
-  constexpr int64_t kInputs = 64 / sizeof(To);
-  To* to = (To*)out;
-  if (count < kInputs) std::memset(out, 0, 64);
-  count = std::min(count, kInputs);
+template <typename From, typename To>
+inline void convert_elements(const From* from, int64_t count, To* to) {
   if constexpr (std::is_same_v<From, To>) {
-    if (count == kInputs) {
-      std::memcpy(out, from, 64);  // a few instructions, no call
-    } else {
-      std::memcpy(out, from, count * sizeof(To));
-    }
+    std::memcpy((void*)to, from, count * sizeof(To));
   } else if constexpr (std::is_same_v<To, float>) {
     to_floats(from, to, count);
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i];
   }
+}
+
+// The first `count` elements as 64 bytes of To, zeros behind them.
+template <typename To, typename From>
+inline void copy_step(const From* from, int64_t count, uint8_t* out) {
+  constexpr int64_t kInputs = 64 / sizeof(To);
+  if (count >= kInputs) return convert_elements(from, kInputs, (To*)out);  // a few instructions, no call and no loop
+  std::memset(out, 0, 64);
+  convert_elements(from, count, (To*)out);
 }
 
 // Tokens [rows, inner], a tile at a time, as a unit arranges them. Zeros behind the last token and input.
@@ -89,9 +89,11 @@ class PackedTokens {
 };
 
 // Hands the sums of a block of outputs from n on and of two tiles of tokens to put(row, n, count, sums), kLanes outputs of a
-// row at a time, leaving out the first `skip` outputs and what is past the last of `rows`.
+// row at a time, leaving out the first `skip` outputs and what is past the last of `rows`. A function of its own leaves the
+// registers to the multiplication.
 template <typename Unit, typename Sums, int MATRICES, typename Put>
-inline void put_sums(const int32_t* sums, int64_t n, int64_t skip, int64_t first_row, int64_t rows, Put put) {
+__attribute__((noinline)) void put_sums(const int32_t* sums, int64_t n, int64_t skip, int64_t first_row, int64_t rows,
+                                        Put put) {
   alignas(64) int32_t space[2 * Unit::kTile * 32];
   const int32_t* unfolded = Unit::unfold(sums, space);
   const int64_t count = std::min<int64_t>(2 * Unit::kTile, rows - first_row);
