@@ -33,7 +33,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_swiglu_reference(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """The specification of `linear_swiglu`, in float64."""
     wide = x.double()
-    return activation.swiglu_reference(wide @ gate.double().T, wide @ up.double().T).to(x.dtype)
+    return activation.swiglu_reference(reference(wide, gate, None), reference(wide, up, None)).to(x.dtype)
 
 
 _operation = Operation("linear", reference)

@@ -33,7 +33,6 @@ from .linear_int4 import (
     int4_misfit,
     linear_int4_native,
     linear_int4_reference,
-    linear_int4_swiglu_reference,
     linear_int4_torch,
     swiglu_misfit,
     within_group,
@@ -74,11 +73,11 @@ def linear_w4a8_swiglu_reference(
     gate_zeros: Tensor | None,
     up_zeros: Tensor | None,
 ) -> Tensor:
-    """The specification of `linear_w4a8_swiglu`: groups of x rounded once, the rest in float64."""
-    codes, group_scales = quantize_rows_reference(x.unflatten(-1, (gate_scales.shape[1], -1)))
-    rounded = (codes.double() * group_scales.double()[..., None]).flatten(-2)
-    y = linear_int4_swiglu_reference(rounded, gate, gate_scales, up, up_scales, gate_zeros, up_zeros)
-    return y.to(x.dtype)
+    """The specification of `linear_w4a8_swiglu`: two products as of `linear_w4a8`, rounded to the dtype of x once."""
+    wide = x.double()
+    gated = linear_w4a8_reference(wide, gate, gate_scales, gate_zeros, None, None)
+    raised = linear_w4a8_reference(wide, up, up_scales, up_zeros, None, None)
+    return activation.swiglu_reference(gated, raised).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -53,13 +53,10 @@ def linear_w8a8_reference(
 
 
 def linear_w8a8_swiglu_reference(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    """The specification of `linear_w8a8_swiglu`: tokens quantized once, the rest in float64."""
-    codes, row_scales = quantize_rows_reference(x)
-    rounded = codes.double() * row_scales.double()[..., None]
-    gated, raised = (
-        rounded @ (w.double() * scales.double()[:, None]).T for w, scales in ((gate, gate_scales), (up, up_scales))
-    )
-    return activation.swiglu_reference(gated, raised).to(x.dtype)
+    """The specification of `linear_w8a8_swiglu`: two products as of `linear_w8a8`, rounded to the dtype of x once."""
+    wide = x.double()
+    gated = linear_w8a8_reference(wide, gate, gate_scales, None, None)
+    return activation.swiglu_reference(gated, linear_w8a8_reference(wide, up, up_scales, None, None)).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["rows"])
