@@ -4,7 +4,7 @@
 hand); without it `AVAILABLE` is false, nothing registers a `native` implementation, and torch computes. The libraries
 know nothing of torch or Python, so one build serves every version of them.
 
-The level is the highest that the CPU has, or the one that AFNEXT_ISA names. Loops are shared out by OpenMP over
+The level is the highest that pays on this CPU, or the one that AFNEXT_ISA names. Loops are shared out by OpenMP over
 `torch.get_num_threads()` threads, which on Linux are torch's own: torch brings libgomp.so.1, these libraries ask for
 that name, and the loader gives them the one that is there.
 """
@@ -73,11 +73,21 @@ def supported_levels() -> tuple[str, ...]:
     return tuple(level for level in build.levels() if supports(level.encode()))
 
 
+@cache
+def best_level() -> str:
+    """The highest level supported, but not `avx512` where this CPU, timed once, multiplies bfloat16 slower than float32."""
+    best = supported_levels()[-1]
+    if best == "avx512" and not _library(best).afnext_multiplies_bfloat16_faster():
+        _log.info("the CPU multiplies bfloat16 slower than float32: the level is avx512vnni, not avx512")
+        return "avx512vnni"
+    return best
+
+
 def isa() -> str:
-    """The level in use: AFNEXT_ISA, or the highest supported. Raises BackendError if AFNEXT_ISA names another."""
+    """The level in use: AFNEXT_ISA, or the best one. Raises BackendError if AFNEXT_ISA names one that is not supported."""
     forced = os.environ.get("AFNEXT_ISA")
     if not forced:
-        return supported_levels()[-1]
+        return best_level()
     if forced not in supported_levels():
         raise BackendError(
             f"AFNEXT_ISA={forced} is not an instruction-set level that this machine can run; it has "
@@ -86,11 +96,15 @@ def isa() -> str:
     return forced
 
 
-@cache
-def _function(level: str, name: str) -> Any:
+def _library(level: str) -> ctypes.CDLL:
     if level not in _libraries:
         _libraries[level] = ctypes.CDLL(str(_folder / build.library_name(level)))
-    function = _libraries[level][f"afnext_{name}"]
+    return _libraries[level]
+
+
+@cache
+def _function(level: str, name: str) -> Any:
+    function = _library(level)[f"afnext_{name}"]
     function.restype = None
     return function
 

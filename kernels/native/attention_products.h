@@ -191,6 +191,31 @@ struct Floats {
   }
 };
 
+#if defined(__AVX512F__)
+
+// The scores of two keys, [2][kLanes], from sums in lanes: eight rows of the first key, and eight of the second.
+inline void store_scores_of_two(const Vec (&sums)[16], float* scores) {
+  __m512 x[16];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = (__m512)sums[i], b = (__m512)sums[i + 8];
+    x[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(x[i]), b = _mm512_castps_pd(x[i + 4]);
+    x[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  // Each four lanes now hold partial sums of the vectors i, i + 8, i + 4, i + 12.
+  for (int i = 0; i < 2; ++i)
+    x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[i], x[i + 2], 0x88), _mm512_shuffle_f32x4(x[i], x[i + 2], 0xdd));
+  const __m512 last = _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88), _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
+  const __m512i order = _mm512_set_epi32(15, 7, 11, 3, 13, 5, 9, 1, 14, 6, 10, 2, 12, 4, 8, 0);
+  const __m512 all = _mm512_permutexvar_ps(order, last);
+  _mm512_storeu_ps(scores, _mm512_maskz_mov_ps(0x00ff, all));
+  _mm512_storeu_ps(scores + kLanes, _mm512_maskz_compress_ps(0xff00, all));
+}
+
+#endif
+
 #if defined(__AVX512BF16__)
 
 // What the two ways to multiply bfloat16 share: right operands, in which neighbours of the dimension summed over lie in
@@ -288,40 +313,21 @@ struct Pairs : BFloat16Rows<W> {
   }
 };
 
-// The sums of the lanes of sixteen vectors.
-inline __m512 sums_of_lanes(__m512 (&x)[16]) {
-  for (int i = 0; i < 8; ++i)
-    x[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[i], x[i + 8]), _mm512_unpackhi_ps(x[i], x[i + 8]));
-  for (int i = 0; i < 4; ++i) {
-    const __m512d a = _mm512_castps_pd(x[i]), b = _mm512_castps_pd(x[i + 4]);
-    x[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  }
-  // Each four lanes now hold partial sums of x[i], x[i + 8], x[i + 4], x[i + 12].
-  for (int i = 0; i < 2; ++i)
-    x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[i], x[i + 2], 0x88), _mm512_shuffle_f32x4(x[i], x[i + 2], 0xdd));
-  const __m512 last = _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88), _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
-  const __m512i order = _mm512_set_epi32(15, 7, 11, 3, 13, 5, 9, 1, 14, 6, 10, 2, 12, 4, 8, 0);
-  return _mm512_permutexvar_ps(order, last);
-}
-
 // The first product for R rows and two keys, with channels as the lanes: scores[k * kLanes + r], the lanes behind R zero.
 // queries: [R][channels]; key(k, d): the bfloat16 of the channels d .. d + 31.
 template <int R, typename Key>
 inline void score_few(const bfloat16* queries, int64_t channels, Key key, float* scores) {
-  __m512 total[16];
-  for (int i = 0; i < 16; ++i) total[i] = _mm512_setzero_ps();
+  Vec total[16] = {};
   for (int64_t d = 0; d < channels; d += 32) {
     const __m512bh first = (__m512bh)key(0, d), second = (__m512bh)key(1, d);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const __m512bh query = (__m512bh)_mm512_loadu_si512(queries + r * channels + d);
-      total[r] = _mm512_dpbf16_ps(total[r], query, first);
-      total[8 + r] = _mm512_dpbf16_ps(total[8 + r], query, second);
+      total[r] = (Vec)_mm512_dpbf16_ps((__m512)total[r], query, first);
+      total[8 + r] = (Vec)_mm512_dpbf16_ps((__m512)total[8 + r], query, second);
     }
   }
-  const __m512 sums = sums_of_lanes(total);
-  _mm512_storeu_ps(scores, _mm512_maskz_mov_ps(0x00ff, sums));
-  _mm512_storeu_ps(scores + kLanes, _mm512_maskz_compress_ps(0xff00, sums));
+  store_scores_of_two(total, scores);
 }
 
 // The second product for R rows, with channels as the lanes: out[r * pitch + d] = sum_key weights[key][r] * value(key)[d].
@@ -356,17 +362,32 @@ inline void accumulate_few(const bfloat16* weights, int count, int64_t channels,
 
 #elif defined(__AVX2__)
 
+#if !defined(__AVX512F__)
 // The sums of the lanes of eight vectors.
 inline Vec sums_of_lanes(const Vec (&x)[8]) {
   const auto pair = [&](int i) { return _mm256_hadd_ps((__m256)x[i], (__m256)x[i + 1]); };
   const __m256 first = _mm256_hadd_ps(pair(0), pair(2)), last = _mm256_hadd_ps(pair(4), pair(6));
   return (Vec)_mm256_permute2f128_ps(first, last, 0x20) + (Vec)_mm256_permute2f128_ps(first, last, 0x31);
 }
+#endif
 
 // The first product for R rows and two keys, with channels as the lanes: scores[k * kLanes + r], the lanes behind R zero.
-// queries: [R][channels]; key(k, d): the channels d .. d + 7.
+// queries: [R][channels]; key(k, d): the channels d .. d + kLanes - 1.
 template <int R, typename Key>
 inline void score_few(const float* queries, int64_t channels, Key key, float* scores) {
+#if defined(__AVX512F__)
+  Vec total[16] = {};
+  for (int64_t d = 0; d < channels; d += kLanes) {
+    const Vec first = key(0, d), second = key(1, d);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec query = load(queries + r * channels + d);
+      total[r] += first * query;
+      total[8 + r] += second * query;
+    }
+  }
+  store_scores_of_two(total, scores);
+#else
   for (int k = 0; k < 2; ++k) {
     Vec total[8] = {};
     for (int64_t d = 0; d < channels; d += kLanes) {
@@ -376,10 +397,11 @@ inline void score_few(const float* queries, int64_t channels, Key key, float* sc
     }
     store(scores + k * kLanes, sums_of_lanes(total));
   }
+#endif
 }
 
 // The second product for R rows, with channels as the lanes: out[r * pitch + d] = sum_key weights[key][r] * value(key)[d].
-// weights: of Floats<1>; value(key, d): the channels d .. d + 7. A chunk of keys, which the first-level cache holds, by itself
+// weights: of Floats<1>; value(key, d): the channels d .. d + kLanes - 1. A chunk of keys, which the first-level cache holds, by itself
 // first, as in Floats.
 template <int R, typename Value>
 inline void accumulate_few(const float* weights, int count, int64_t channels, Value value, float* out, int64_t pitch,

@@ -19,10 +19,20 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVXVNNI = [*_AVX2, "-mavxvnni"]
-_AVX512_PARTS = ("f", "bw", "vl", "dq", "vnni", "bf16")
-_AVX512 = [*_AVX2, "-mprefer-vector-width=512", *(f"-mavx512{part}" for part in _AVX512_PARTS)]
+_AVX512VNNI_PARTS = ("f", "bw", "vl", "dq", "vnni")
+_AVX512VNNI = [*_AVX2, "-mprefer-vector-width=512", *(f"-mavx512{part}" for part in _AVX512VNNI_PARTS)]
+_AVX512 = [*_AVX512VNNI, "-mavx512bf16"]
 _AMX = [*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
-_LEVELS = {"x86_64": {"portable": [], "avx2": _AVX2, "avxvnni": _AVXVNNI, "avx512": _AVX512, "amx": _AMX}}
+_LEVELS = {
+    "x86_64": {
+        "portable": [],
+        "avx2": _AVX2,
+        "avxvnni": _AVXVNNI,
+        "avx512vnni": _AVX512VNNI,
+        "avx512": _AVX512,
+        "amx": _AMX,
+    }
+}
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 # a * b + c may become one instruction; nothing else that changes results is allowed.
 _FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]

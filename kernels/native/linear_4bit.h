@@ -201,26 +201,36 @@ void product(const Rows& x, const Weight& weight, const Weight& up, const Epilog
 // A matrix as the unit multiplies it with floats: rounded to bfloat16 where a level has its dot products.
 template <typename Codes, typename GroupOf>
 struct UnpackedMatrix {
-  static constexpr int64_t kInputs = 2 * kLanes;
-
   const Weight& weight;
   GroupOf group_of;
   int64_t inner, group;
 
-  Rows source() const { return {weight.codes, inner / 2, kInputs / 2}; }
+  Rows source() const { return {weight.codes, inner / 2, kNumbers / 2}; }
 
   void write(int64_t n, int64_t outputs, int64_t step, int64_t count, uint8_t* panel, int64_t at) const {
     for (int64_t i = 0; i < outputs; ++i) {
       const int64_t first = (n + i) * (inner / group);
-      auto numbers = group_of(weight, first + step * kInputs / group);
+      auto numbers = group_of(weight, first + step * kNumbers / group);
       for (int64_t s = 0; s < count; ++s) {
-        const int64_t k = (step + s) * kInputs;
+        const int64_t k = (step + s) * kNumbers;
         if (k % group == 0) numbers = group_of(weight, first + k / group);
-        const BitVec pairs = widen(load_as<UByteVec>(weight.codes + ((n + i) * inner + k) / 2));
-        store_pairs(panel + (s * 32 + at + i) * 64, numbers(pairs >> shift_of(0, Codes::kEven)),
-                    numbers(pairs >> shift_of(1, Codes::kEven)));
+        write_step(weight.codes + ((n + i) * inner + k) / 2, numbers, panel + (s * 32 + at + i) * 64);
       }
     }
+  }
+
+ private:
+  template <typename Numbers>
+  static void write_step(const uint8_t* codes, const Numbers& numbers, uint8_t* to) {
+    constexpr int kEven = shift_of(0, Codes::kEven), kOdd = shift_of(1, Codes::kEven);
+#if defined(__AVX512BF16__)
+    const BitVec pairs = widen(load_as<UByteVec>(codes));
+    store_pairs(to, numbers(pairs >> kEven), numbers(pairs >> kOdd));
+#else
+    BitVec shifts;
+    for (int i = 0; i < kLanes; ++i) shifts[i] = i % 2 ? kOdd : kEven;
+    for (int i = 0; i < kNumbers; i += kLanes) store((float*)to + i, numbers(twice(codes + i / 2) >> shifts));
+#endif
   }
 };
 #endif

@@ -89,15 +89,6 @@ inline void store_pairs(void* p, Vec even, Vec odd) {
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
 }
 
-#elif defined(__AVX2__)
-
-// 16 neighbours in float32, from the even ones and the odd ones.
-inline void store_pairs(void* p, Vec even, Vec odd) {
-  const __m256 low = _mm256_unpacklo_ps((__m256)even, (__m256)odd), high = _mm256_unpackhi_ps((__m256)even, (__m256)odd);
-  _mm256_storeu_ps((float*)p, _mm256_permute2f128_ps(low, high, 0x20));
-  _mm256_storeu_ps((float*)p + 8, _mm256_permute2f128_ps(low, high, 0x31));
-}
-
 #endif
 
 #if defined(__AMX_TILE__)

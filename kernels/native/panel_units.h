@@ -26,6 +26,7 @@ using Number = bfloat16;
 #else
 using Number = float;
 #endif
+constexpr int64_t kNumbers = 64 / sizeof(Number);  // of a step
 
 // What units made of vectors share.
 struct VectorUnit {
@@ -199,23 +200,13 @@ struct Unit : VectorUnit {
     if constexpr (kUnsigned) return add_dot(total, (UBytes)weights, (Bytes)token);
 #if defined(__AVX512BF16__)
     if constexpr (!INT8) return (Vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)weights, (__m512bh)token);
-#else
+#elif !defined(AFNEXT_VNNI)
     if constexpr (INT8) return total + (IntVec)_mm256_madd_epi16((__m256i)weights, (__m256i)token);
 #endif
   }
 };
 
 #endif
-
-// 64 bytes of numbers: 2 * kLanes neighbours, from the first and the last half, or from the even and the odd ones.
-inline void store_halves(void* p, Vec first, Vec last) {
-#if defined(__AVX512BF16__)
-  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)last, (__m512)first));
-#else
-  store((float*)p, first);
-  store((float*)p + kLanes, last);
-#endif
-}
 
 }  // namespace afnext
 

@@ -34,6 +34,16 @@ inline void convert_elements(const From* from, int64_t count, To* to) {
   }
 }
 
+#if defined(__AVX512BF16__)
+// Of one step, 32 at most, and into all of it.
+inline void convert_elements(const int8_t* from, int64_t count, bfloat16* to) {
+  const auto part = [&](int64_t first) {
+    return count >= first + kLanes ? load(from + first) : load_first(from + first, (int)std::max<int64_t>(0, count - first));
+  };
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)part(kLanes), (__m512)part(0)));
+}
+#endif
+
 // The first `count` elements as 64 bytes of To, zeros behind them.
 template <typename To, typename From>
 inline void copy_step(const From* from, int64_t count, uint8_t* out) {
@@ -211,23 +221,13 @@ struct NumberMatrix {
   const W* data;
   int64_t inner;
 
-  Rows source() const { return {data, inner * (int64_t)sizeof(W), 2 * kLanes * (int64_t)sizeof(W)}; }
+  Rows source() const { return {data, inner * (int64_t)sizeof(W), kNumbers * (int64_t)sizeof(W)}; }
 
   void write(int64_t n, int64_t outputs, int64_t step, int64_t count, uint8_t* panel, int64_t at) const {
     for (int64_t i = 0; i < outputs; ++i)
       for (int64_t s = 0; s < count; ++s) {
-        const int64_t k = (step + s) * 2 * kLanes, left = inner - k;
-        const W* from = data + (n + i) * inner + k;
-        uint8_t* to = panel + (s * 32 + at + i) * 64;
-        if constexpr (std::is_same_v<W, Number>) {
-          copy_step<Number>(from, left, to);
-        } else {
-          const auto part = [&](int64_t first) {
-            return left >= first + kLanes ? load(from + first)
-                                          : load_first(from + first, (int)std::max<int64_t>(0, left - first));
-          };
-          store_halves(to, part(0), part(kLanes));
-        }
+        const int64_t k = (step + s) * kNumbers;
+        copy_step<Number>(data + (n + i) * inner + k, inner - k, panel + (s * 32 + at + i) * 64);
       }
   }
 };

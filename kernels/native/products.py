@@ -18,10 +18,10 @@ Int4 = tuple[Tensor, Tensor, Tensor | None]
 """packed, scales, zeros"""
 
 
-_MOST_FEW_ROWS = {"amx": 4, "avx512": 16, "avxvnni": 16, "avx2": 16}
+_MOST_FEW_ROWS = {"amx": 4, "avx512": 16, "avx512vnni": 16, "avxvnni": 16, "avx2": 16}
 """Up to here a product reads the weights once; more rows go past weights in panels, at the levels that have it."""
 _BFLOAT16_LEVELS = ("amx", "avx512")
-"""The levels that multiply bfloat16 as it is, which then is the only dtype for panels; below, all are widened."""
+"""The levels that multiply bfloat16 as it is, which then is the only dtype for panels; at others, all are widened."""
 
 
 def has_panels() -> bool:

@@ -27,6 +27,13 @@ typedef int16_t ShortVec __attribute__((vector_size(2 * kLanes)));
 typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
 typedef uint8_t UByteVec __attribute__((vector_size(kLanes)));
 
+template <typename Vector>
+inline Vector load_as(const void* p) {
+  Vector x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
 // A sum, in a register, and such additions in their order: with 16 registers gcc makes many products first, and spills.
 template <typename Sum>
 inline Sum kept(Sum sum) {
@@ -72,14 +79,17 @@ inline ShortVec narrow(IntVec x) { return __builtin_convertvector(x, ShortVec); 
 inline ByteVec narrow_to_bytes(IntVec x) { return __builtin_convertvector(x, ByteVec); }
 #endif
 
-inline Vec splat(float x) { return x - Vec{}; }  // 0 + x would be an addition, for -0
-
-template <typename Vector>
-inline Vector load_as(const void* p) {
-  Vector x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
+#if defined(__AVX2__)
+// Each of kLanes / 2 bytes in two lanes.
+inline BitVec twice(const uint8_t* p) {
+  int64_t bytes = 0;
+  std::memcpy(&bytes, p, kLanes / 2);
+  const __m128i one = _mm_cvtsi64_si128(bytes), two = _mm_unpacklo_epi8(one, one);
+  return widen(load_as<UByteVec>(&two));
 }
+#endif
+
+inline Vec splat(float x) { return x - Vec{}; }  // 0 + x would be an addition, for -0
 
 inline Vec load(const float* p) { return load_as<Vec>(p); }
 inline Vec load(const bfloat16* p) { return (Vec)(widen(load_as<HalfVec>(p)) << 16); }
@@ -202,6 +212,7 @@ inline bool any(IntVec mask) {
 }
 
 inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
 inline float to_float(float16 x) { return (float)x; }
 inline float to_float(bfloat16 x) {
   const uint32_t bits = (uint32_t)x.bits << 16;
