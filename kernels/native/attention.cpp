@@ -465,6 +465,8 @@ void run(const Problem& p, const Task& task, float* memory) {
   if (p.dtype == kBFloat16) return attend_narrow_or_wide<Tiles>(p, task, memory);
 #elif defined(__AVX512BF16__)
   if (p.dtype == kBFloat16) return attend_narrow_or_wide<Pairs>(p, task, memory);
+#else
+  if (p.dtype == kBFloat16) return attend_narrow_or_wide<CoarseFloats>(p, task, memory);
 #endif
   attend_narrow_or_wide<Floats>(p, task, memory);
 }

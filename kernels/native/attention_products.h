@@ -102,14 +102,18 @@ class Scores {
   Vec largest_[kRows / kLanes];
 };
 
-// Everything in float32: any level and any dtype.
-template <int W>
-struct Floats {
+// Everything in float32: any level and any dtype. COARSE: for results that are rounded to bfloat16, with shorter exponentials
+// and longer sums.
+template <int W, bool COARSE>
+struct FloatProducts {
   using Element = float;
   static constexpr int kRows = W * kLanes;
   static constexpr int kStep = kLanes >= 16 || W == 1 ? 8 : 4;  // broadcast at a time, so that no sum waits for another
 
-  static Vec weight(Vec score, Vec most, float scale) { return exp2((score - most) * scale); }
+  static Vec weight(Vec score, Vec most, float scale) {
+    const Vec x = (score - most) * scale;
+    return COARSE ? exp2_coarse(x) : exp2(x);
+  }
 
   static void put_queries(const float* const* rows, int depth, float* queries) {
     transpose<kRows>((const uint32_t* const*)rows, depth, (uint32_t*)queries);
@@ -120,7 +124,7 @@ struct Floats {
     fetch(128);
     for (int key = 0; key < kChunk; key += kStep) {
       float* to = keys + (int64_t)(chunk * kChunk + key) * depth;
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
       if constexpr (kStep == 8) {
         for (int d = 0; d < depth; d += 8) {
           __m256 block[8];
@@ -148,7 +152,7 @@ struct Floats {
   static void score(const float* queries, const float* keys, int count, int depth, float* scores, float* most, Fetch&) {
     Scores<kRows> to(scores, most);
     for (int key = 0; key < count; key += kStep)
-      product(keys + (int64_t)key * depth, queries, depth, [&](int i, int w, Vec total) { to.put(key + i, w, total); });
+      product(keys + (int64_t)key * depth, 0, queries, 1, depth, [&](int i, int w, Vec sum) { to.put(key + i, w, sum); });
   }
 
   static void put_weights(int key, int w, Vec even, Vec odd, float* weights) {
@@ -157,39 +161,47 @@ struct Floats {
   }
 
   static void accumulate(const float* values, const float* weights, int count, int depth, float* sums, Fetch&) {
-    for (int d = 0; d < depth; d += kStep) {
-      // Each chunk of keys by itself, then together: a long sum is not rounded at each of its terms.
-      for (int key = 0; key < count; key += kChunk) {
-        product(values + (int64_t)key * depth + d * kChunk, weights + key * kRows, kChunk, [&](int i, int w, Vec total) {
+    // Each chunk of keys by itself, then together: a long sum is not rounded at each of its terms.
+    const int run = COARSE ? count : kChunk;
+    for (int d = 0; d < depth; d += kStep)
+      for (int key = 0; key < count; key += run) {
+        const auto put = [&](int i, int w, Vec total) {
           float* at = sums + (d + i) * kRows + w * kLanes;
           store(at, load(at) + total);
-        });
+        };
+        product(values + (int64_t)key * depth + d * kChunk, kChunk * depth, weights + key * kRows, run / kChunk, kChunk, put);
       }
-    }
   }
 
  private:
-  // put(i, w, sum) for kStep rows of the left operand, [count][kStep], and the right one, [count][kRows].
+  // put(i, w, sum) for kStep rows of the left operand, of which each part, [count][kStep], is `pitch` after the one before,
+  // and the right one, [parts * count][kRows].
   template <typename Put>
-  static void product(const float* left, const float* right, int count, Put put) {
+  static void product(const float* left, int64_t pitch, const float* right, int parts, int count, Put put) {
     Vec total[kStep][W] = {};
-    for (int j = 0; j < count; ++j) {
-      Vec by[W];
+    for (int part = 0; part < parts; ++part, left += pitch, right += count * kRows)
+      for (int j = 0; j < count; ++j) {
+        Vec by[W];
 #pragma GCC unroll 4
-      for (int w = 0; w < W; ++w) by[w] = load(right + j * kRows + w * kLanes);
+        for (int w = 0; w < W; ++w) by[w] = load(right + j * kRows + w * kLanes);
 #pragma GCC unroll 8
-      for (int i = 0; i < kStep; ++i) {
-        const float number = left[j * kStep + i];
+        for (int i = 0; i < kStep; ++i) {
+          const float number = left[j * kStep + i];
 #pragma GCC unroll 4
-        for (int w = 0; w < W; ++w) total[i][w] = kept(total[i][w] + by[w] * number);
+          for (int w = 0; w < W; ++w) total[i][w] = kept(total[i][w] + by[w] * number);
+        }
       }
-    }
 #pragma GCC unroll 8
     for (int i = 0; i < kStep; ++i)
 #pragma GCC unroll 4
       for (int w = 0; w < W; ++w) put(i, w, total[i][w]);
   }
 };
+
+template <int W>
+using Floats = FloatProducts<W, false>;
+template <int W>
+using CoarseFloats = FloatProducts<W, true>;
 
 #if defined(__AVX512F__)
 

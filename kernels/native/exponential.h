@@ -27,18 +27,22 @@ inline Vec exp2(Vec x) {
   return x >= least ? exp2_bounded(x > least ? x : least) : Vec{};
 }
 
-// To 1e-4, which is enough for weights that are rounded to bfloat16 (4e-3).
+// To 1e-4, which is enough for what is rounded to bfloat16 (4e-3), for x <= 0. Below 2^-126, zero.
 inline Vec exp2_coarse(Vec x) {
+  const auto polynomial = [](Vec r) {
+    Vec p = splat(7.802452147006989e-2f);
+    p = p * r + 2.2606715559959412e-1f;
+    p = p * r + 6.958335638046265e-1f;
+    return p * r + 9.999251961708069e-1f;
+  };
 #if defined(__AVX512F__)
   // scalef multiplies by 2 to the power of the floor of x.
   const __m512 r = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  __m512 p = _mm512_set1_ps(7.802452147006989e-2f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.2606715559959412e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.958335638046265e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.999251961708069e-1f));
-  return (Vec)_mm512_scalef_ps(p, (__m512)x);
+  return (Vec)_mm512_scalef_ps((__m512)polynomial((Vec)r), (__m512)x);
 #else
-  return exp2(x);
+  const Vec least = splat(-126.0f), bounded = x > least ? x : least, floor = round_even(bounded - 0.5f);
+  const Vec scaled = (Vec)((IntVec)polynomial(bounded - floor) + (to_int(floor) << 23));
+  return x >= least ? scaled : Vec{};
 #endif
 }
 

@@ -6,6 +6,29 @@
 
 namespace afnext {
 
+#if defined(__AVX2__)
+
+// out[j][i] = rows[i][j] of 8 x 8 elements of 32 bits, `pitch` apart on both sides.
+inline void transpose_8(const __m256 (&rows)[8], uint32_t* out, int64_t pitch) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps((float*)out + i * pitch, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
+    _mm256_storeu_ps((float*)out + (i + 4) * pitch, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+  }
+}
+
+#endif
+
 #if defined(__AVX512F__)
 
 // out[j * pitch + i] = row(i)[j] of 16 x 16 elements of 32 bits; row(i) points to the 16 of row i.
@@ -41,25 +64,6 @@ inline void transpose_tile(const uint32_t* rows, uint32_t* out) {
 }
 
 #elif defined(__AVX2__)
-
-// out[j][i] = rows[i][j] of 8 x 8 elements of 32 bits, `pitch` apart on both sides.
-inline void transpose_8(const __m256 (&rows)[8], uint32_t* out, int64_t pitch) {
-  __m256 a[8], b[8];
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
-    a[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
-    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
-    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
-    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps((float*)out + i * pitch, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
-    _mm256_storeu_ps((float*)out + (i + 4) * pitch, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
-  }
-}
 
 // One tile, rows and out contiguous; they may be the same.
 inline void transpose_tile(const uint32_t* rows, uint32_t* out) {
