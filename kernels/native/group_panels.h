@@ -1,120 +1,154 @@
-// Products of many rows of int8 with int4 weights, both with a scale a group of inputs, by dot products of bytes.
+// Products of many rows in whole numbers, with a scale a group of inputs for the activations, and with one for the weights.
 //
-// A step is 64 inputs, of one group or of two. Its sums are exact in int32; scaled, they are added in float32 to those of
-// the steps before, which costs a fifth of the multiplications beside them. Codes take part as they are stored, 0 .. 15,
-// the unsigned side of the instruction; the sums begin with minus eight times those of the token's codes.
+// Activations have 8 bits (W4A8: sums of products of bytes), or, where a level multiplies no bfloat16 fast, 15 that stand for
+// it (fixed_point.h: sums of products of 16 bits, twice as fast as of float32). A group's sums are exact in int32; scaled,
+// they are added in float32 to those of the groups before, which takes, of 64 inputs, a fifth of the time of the
+// multiplications of bytes, and less of longer groups or of 16 bits.
+// Codes of int4 are 0 .. 15 among bytes, the unsigned side of the instruction, and the sums begin with minus eight times those
+// of the token's codes; in 16 bits they are -8 .. 7.
 
 #pragma once
 
+#include "fixed_point.h"
 #include "panels.h"
 
 #if defined(__AVX2__)
 
 namespace afnext {
 
-// What the product takes of the tokens besides their codes: of each part, 64 inputs or a group of 32, and each token.
+// Whether activations of T go past panels in 15 bits.
+template <typename T>
+constexpr bool kFixedPoint = std::is_same_v<T, bfloat16> && std::is_same_v<Number, float>;
+
+// The tokens' codes, [rows, inner] of int8 or int16, and of each group and token its scale and what the product makes of the
+// sum of its codes. The last group may be short.
+template <typename Code>
 class TokenGroups {
  public:
   TokenGroups(const int8_t* codes, const float* scales, int64_t rows, int64_t inner, int64_t group, int64_t threads)
-      : parts(group == 32 ? 2 : 1), padded_((rows + kPair - 1) / kPair * kPair),
-        scales_(count(inner)), sums_(count(inner)), begin_(count(inner)) {
-    const int64_t width = 64 / parts;
-    std::memset(scales_, 0, count(inner) * sizeof(float));
-    std::memset(sums_, 0, count(inner) * sizeof(float));
-    std::memset(begin_, 0, count(inner) * sizeof(int32_t));
+      : TokenGroups(codes, rows, inner, group) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < rows; ++row)
-      for (int64_t k = 0; k < inner; k += width) {
+      for (int64_t k = 0; k < inner; k += group) {
         int32_t total = 0;
-        for (int64_t i = k; i < std::min(k + width, inner); ++i) total += codes[row * inner + i];
-        const int64_t at = k / width * padded_ + row;
-        scales_[at] = scales[row * (inner / group) + k / group];
-        sums_[at] = scales_[at] * total;
-        begin_[at] = -8 * total;
+        for (int64_t i = k; i < std::min(k + group, inner); ++i) total += codes[row * inner + i];
+        put(row, k / group, {scales[(row * inner + k) / group], total});
       }
   }
 
-  const float* scales(int64_t part, int64_t row) const { return scales_ + part * padded_ + row; }
-  const float* sums(int64_t part, int64_t row) const { return sums_ + part * padded_ + row; }
-  const int32_t* begin(int64_t part, int64_t row) const { return begin_ + part * padded_ + row; }
+  // inner, group: multiples of 16.
+  TokenGroups(const bfloat16* x, int64_t rows, int64_t inner, int64_t group, int64_t threads)
+      : TokenGroups((Code*)kept_memory<TokenGroups>(rows * inner * sizeof(Code)), rows, inner, group) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t k = 0; k < inner; k += group) {
+        const int64_t at = row * inner + k;
+        put(row, k / group, to_fixed_point(x + at, std::min(group, inner - k), (Code*)codes + at));
+      }
+  }
 
-  const int64_t parts;  // of a step
+  const float* scales(int64_t g, int64_t row) const { return scales_ + g * padded_ + row; }
+  const float* sums(int64_t g, int64_t row) const { return sums_ + g * padded_ + row; }
+  const int32_t* begin(int64_t g, int64_t row) const { return begin_ + g * padded_ + row; }
+
+  const Code* const codes;
 
  private:
   static constexpr int64_t kPair = 2 * VectorUnit::kTile;
 
-  int64_t count(int64_t inner) const { return (inner + 63) / 64 * parts * padded_; }
+  // With room, and zeros, for tokens behind the last of a tile, and for a whole step of groups.
+  TokenGroups(const Code* codes_, int64_t rows, int64_t inner, int64_t group)
+      : codes(codes_), padded_((rows + kPair - 1) / kPair * kPair), count_(((inner + group - 1) / group + 1) * padded_),
+        scales_(count_), sums_(count_), begin_(count_) {
+    std::memset(scales_, 0, count_ * sizeof(float));
+    std::memset(sums_, 0, count_ * sizeof(float));
+    std::memset(begin_, 0, count_ * sizeof(int32_t));
+  }
 
-  int64_t padded_;
+  void put(int64_t row, int64_t g, const FixedPoint& of) {
+    const int64_t at = g * padded_ + row;
+    scales_[at] = of.scale;
+    sums_[at] = of.scale * of.total;
+    begin_[at] = sizeof(Code) == 1 ? -8 * of.total : 0;
+  }
+
+  int64_t padded_, count_;
   Scratch<float> scales_, sums_;
   Scratch<int32_t> begin_;
 };
 
-// Behind the panel's weights stand, of every part, the 32 outputs' scales and, with ZEROS, scale * (zero - 8).
-template <bool ZEROS>
+// Behind the panel's weights stand, of each group of the stretch, the 32 outputs' scales and scale * (zero - 8).
+inline float* group_scales(uint8_t* panel, int64_t g) { return (float*)(panel + VectorUnit::kSteps * 2048) + g * 64; }
+
+// Groups of GROUP inputs, all with 8 as their zero unless ZEROS.
+template <typename Code, int GROUP, bool ZEROS>
 struct GroupUnit : VectorUnit {
-  using Element = int8_t;
-  static constexpr int64_t kPanelBytes = kSteps * (2048 + 2 * 2 * 32 * sizeof(float));
+  using Element = Code;
+  using Sums = std::conditional_t<sizeof(Code) == 1, CodeSums, PairSums>;
+  static constexpr int kWords = GROUP * sizeof(Code) / 4;  // of four bytes, of which a step has 16
+  static constexpr int64_t kGranule = std::max(1, kWords / 16);
+  static constexpr int64_t kGroups = kSteps * 16 / kWords, kPanelBytes = kSteps * 2048 + kGroups * 2 * 32 * sizeof(float);
 
-  explicit GroupUnit(const TokenGroups& tokens_of_groups) : tokens(tokens_of_groups) {}
+  explicit GroupUnit(const TokenGroups<Code>& tokens_of_groups) : tokens(tokens_of_groups) {}
 
-  const TokenGroups& tokens;
-
-  static float* scales(uint8_t* panel, int64_t part) { return (float*)(panel + kSteps * 2048) + part * 64; }
-  static const float* scales(const uint8_t* panel, int64_t part) { return scales((uint8_t*)panel, part); }
+  const TokenGroups<Code>& tokens;
 
   static void arrange_weights(uint8_t* tile) { transpose_tile((const uint32_t*)tile, (uint32_t*)tile); }
-  static int32_t begin(const int8_t*, int64_t) { return 0; }  // each group's sums begin with their own
+  static int32_t begin(const Code*, int64_t) { return 0; }  // each group's sums begin with their own
 
   // sums: [2 * kTile tokens][32 outputs] of float32.
   void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t row, int64_t row_count,
                 int64_t step, int64_t count, bool fresh, int32_t* to) const {
     auto* sums = (float*)to;
     if (fresh) std::memset(sums, 0, 2 * kTile * 32 * sizeof(float));
-    const auto run = tokens.parts == 1 ? &GroupUnit::multiply_rows<1> : &GroupUnit::multiply_rows<2>;
     for (int output = 0; output < 32; output += 2 * kLanes)
       for (int token = 0; token < row_count; token += kRows)
-        (this->*run)(panel, output, tiles[token / kTile] + token % kTile * 64, row + token, step, count,
-                     sums + token * 32 + output);
+        multiply_rows(panel, output, tiles[token / kTile] + token % kTile * 64, row + token, step, count,
+                      sums + token * 32 + output);
   }
 
  private:
-  template <int PARTS>
   void multiply_rows(const uint8_t* panel, int output, const uint8_t* bytes, int64_t row, int64_t step, int64_t count,
                      float* sums) const {
-    constexpr int kFours = 16 / PARTS, kRun = std::min(kFours, CodeSums::kMost);  // inputs by four: of a part, of one sum
+    constexpr int kRun = std::min(std::min(kWords, 16), Sums::kMost);
     const uint8_t* first = panel + output / 16 * 1024 + output % 16 * 4;
-    for (int64_t s = 0; s < count; ++s, bytes += kTile * 64)
-      for (int half = 0; half < PARTS; ++half) {
-        const int64_t part = (step + s) * PARTS + half;
-        const int32_t* begin = tokens.begin(part, row);
-        IntVec total[kRows][2];
-        for (int i = 0; i < kRows; ++i) total[i][0] = total[i][1] = IntVec{} + begin[i];
-        for (int run = 0; run < kFours; run += kRun) {
-          CodeSums codes[kRows][2];
-#pragma GCC unroll 16
-          for (int four = run; four < run + kRun; ++four) {
-            const int at = half * 64 / PARTS + four * 4;
-            const uint8_t* weights = first + s * 2048 + at * 16;
-            const UBytes by[2] = {load_bytes(weights), load_bytes(weights + kNextLanes)};
-#pragma GCC unroll 8
-            for (int i = 0; i < kRows; ++i) {
-              const Bytes all = (Bytes)broadcast_ints(bytes + i * 64 + at);
-#pragma GCC unroll 2
-              for (int w = 0; w < 2; ++w) codes[i][w].add(by[w], all);
-            }
-          }
-          for (int i = 0; i < kRows; ++i)
-            for (int w = 0; w < 2; ++w) total[i][w] += codes[i][w].total();
-          asm volatile("" : : : "memory");  // or gcc keeps the sums of all parts in registers, and spills
-        }
-        add_part(total, scales(panel, s * PARTS + half) + output, part, row, sums);
+    for (int64_t begin = 0, g = step * 16 / kWords; begin < count * 16; begin += kWords, ++g) {
+      IntVec total[kRows][2];
+      const int32_t* from = tokens.begin(g, row);
+      for (int i = 0; i < kRows; ++i) total[i][0] = total[i][1] = IntVec{} + from[i];
+      for (int64_t word = begin; word < std::min(begin + kWords, count * 16); word += kRun) {
+        const uint8_t* weights = first + word / 16 * 2048 + word % 16 * 64;
+        add_run<kRun>(weights, bytes + word / 16 * kTile * 64 + word % 16 * 4, total);
       }
+      add_group(total, group_scales((uint8_t*)panel, begin / kWords) + output, g, row, sums);
+    }
   }
 
-  void add_part(const IntVec (&total)[kRows][2], const float* scales, int64_t part, int64_t row, float* sums) const {
-    const float* by = tokens.scales(part, row);
-    const float* shift = tokens.sums(part, row);
+  // Adds the products of so many words.
+  template <int WORDS>
+  static void add_run(const uint8_t* weights, const uint8_t* bytes, IntVec (&total)[kRows][2]) {
+    Sums sums[kRows][2];
+    for (int i = 0; i < kRows; ++i)
+      for (int w = 0; w < 2; ++w) sums[i][w] = Sums(total[i][w]);
+#pragma GCC unroll 16
+    for (int word = 0; word < WORDS; ++word) {
+      const auto load_left = [&](const uint8_t* p) { return load_as<typename Sums::Left>(p); };
+      const typename Sums::Left by[2] = {load_left(weights + word * 64), load_left(weights + kNextLanes + word * 64)};
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const auto all = (typename Sums::Right)broadcast_ints(bytes + i * 64 + word * 4);
+#pragma GCC unroll 2
+        for (int w = 0; w < 2; ++w) sums[i][w].add(by[w], all);
+      }
+    }
+    for (int i = 0; i < kRows; ++i)
+      for (int w = 0; w < 2; ++w) total[i][w] = sums[i][w].total();
+    asm volatile("" : : : "memory");  // or gcc keeps the sums of all parts in registers, and spills
+  }
+
+  void add_group(const IntVec (&total)[kRows][2], const float* scales, int64_t g, int64_t row, float* sums) const {
+    const float* by = tokens.scales(g, row);
+    const float* shift = tokens.sums(g, row);
 #pragma GCC unroll 2
     for (int w = 0; w < 2; ++w) {
       const Vec scale = load(scales + w * kLanes), zero = load(scales + 32 + w * kLanes);

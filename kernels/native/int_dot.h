@@ -47,26 +47,56 @@ inline IntVec add_dot(IntVec total, UBytes codes, Bytes x) {
 #endif
 }
 
-// Sums of products of codes of 0 .. 15 with bytes of -127 .. 127. Plain AVX2 adds up to kMost of them in 16 bits.
+// total + a * b in each lane's two integers of 16 bits.
+inline IntVec add_pairs(IntVec total, IntVec a, IntVec b) {
+#if defined(__AVX512VNNI__)
+  return (IntVec)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+  return (IntVec)_mm256_dpwssd_avx_epi32((__m256i)total, (__m256i)a, (__m256i)b);
+#else
+  return total + (IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+
+// A sum, and products added to it of codes of 0 .. 15 with bytes of -127 .. 127. Plain AVX2 adds up to kMost of them in 16 bits.
 class CodeSums {
  public:
+  using Left = UBytes;
+  using Right = Bytes;
+
+  explicit CodeSums(IntVec sum = IntVec{}) : sum_(sum) {}
 #if defined(AFNEXT_VNNI)
   static constexpr int kMost = 16;
-  void add(UBytes codes, Bytes x) { sums_ = add_dot(sums_, codes, x); }
-  IntVec total() const { return sums_; }
-
- private:
-  IntVec sums_{};
+  void add(UBytes codes, Bytes x) { sum_ = add_dot(sum_, codes, x); }
+  IntVec total() const { return sum_; }
 #else
   static constexpr int kMost = 8;
   void add(UBytes codes, Bytes x) {
-    sums_ = kept(_mm256_add_epi16(sums_, _mm256_maddubs_epi16((__m256i)codes, (__m256i)x)));
+    products_ = kept(_mm256_add_epi16(products_, _mm256_maddubs_epi16((__m256i)codes, (__m256i)x)));
   }
-  IntVec total() const { return (IntVec)_mm256_madd_epi16(sums_, _mm256_set1_epi16(1)); }
+  IntVec total() const { return sum_ + (IntVec)_mm256_madd_epi16(products_, _mm256_set1_epi16(1)); }
+#endif
 
  private:
-  __m256i sums_ = _mm256_setzero_si256();
+#if !defined(AFNEXT_VNNI)
+  __m256i products_ = _mm256_setzero_si256();
 #endif
+  IntVec sum_;
+};
+
+// The same of integers of 16 bits, whose products have to fit together into 32.
+class PairSums {
+ public:
+  using Left = IntVec;
+  using Right = IntVec;
+  static constexpr int kMost = 16;
+
+  explicit PairSums(IntVec sum = IntVec{}) : sum_(sum) {}
+  void add(IntVec a, IntVec b) { sum_ = kept(add_pairs(sum_, a, b)); }
+  IntVec total() const { return sum_; }
+
+ private:
+  IntVec sum_;
 };
 
 // Weights of -128 .. 127, to be multiplied with codes of -127 .. 127: |w| * (x with the sign of w).

@@ -159,7 +159,7 @@ Group group_of(const Weight& weight, int64_t at) {
 }
 
 #if defined(__AVX2__)
-// The 64 codes of `count` bytes, at most 32, one a byte, zeros for what is missing.
+// The codes of `count` bytes, at most 32, one a byte as they are stored, zeros for what is missing.
 inline void put_codes(const uint8_t* packed, int64_t count, uint8_t* out) {
   uint8_t whole[32] = {};
   if (count < 32) packed = (const uint8_t*)std::memcpy(whole, packed, count);
@@ -170,30 +170,64 @@ inline void put_codes(const uint8_t* packed, int64_t count, uint8_t* out) {
   }
 }
 
-// A matrix as GroupUnit multiplies it.
-struct GroupMatrix {
-  const Weight& weight;
-  int64_t inner, group, parts;
+// The codes of 16 bytes, less 8, one in 16 bits.
+inline void put_wide_codes(const uint8_t* packed, uint8_t* out) {
+  typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
+  for (int i = 0; i < 16; i += kLanes) {
+    const BitVec wide = widen(load_as<UByteVec>(packed + i));
+    const Shorts codes = (Shorts)((wide | wide << 12) & 0x000F000F) - 8;
+    std::memcpy(out + 4 * i, &codes, sizeof codes);
+  }
+}
 
-  Rows source() const { return {weight.codes, inner / 2, 32}; }
+// A matrix as GroupUnit multiplies it with tokens of Code.
+template <typename Code>
+struct GroupMatrix {
+  static constexpr int64_t kInputs = 64 / sizeof(Code);
+
+  const Weight& weight;
+  int64_t inner, group;
+
+  Rows source() const { return {weight.codes, inner / 2, kInputs / 2}; }
 
   void write(int64_t n, int64_t outputs, int64_t step, int64_t count, uint8_t* panel, int64_t at) const {
     for (int64_t i = 0; i < outputs; ++i) {
       for (int64_t s = 0; s < count; ++s) {
-        const int64_t k = (step + s) * 64;
-        put_codes(weight.codes + ((n + i) * inner + k) / 2, std::min<int64_t>(32, (inner - k) / 2),
-                  panel + (s * 32 + at + i) * 64);
+        const int64_t k = (step + s) * kInputs;
+        const uint8_t* from = weight.codes + ((n + i) * inner + k) / 2;
+        uint8_t* to = panel + (s * 32 + at + i) * 64;
+        sizeof(Code) == 1 ? put_codes(from, std::min<int64_t>(32, (inner - k) / 2), to) : put_wide_codes(from, to);
       }
-      for (int64_t part = 0; part < count * parts; ++part) {
-        const int64_t k = (step * parts + part) * 64 / parts;
+      const int64_t first = step * kInputs;
+      for (int64_t k = first; k < (step + count) * kInputs; k += group) {
         const Group by = k < inner ? group_of(weight, (n + i) * (inner / group) + k / group) : Group{0, 0};
-        float* scales = GroupUnit<true>::scales(panel, part) + at + i;
+        float* scales = group_scales(panel, (k - first) / group) + at + i;
         scales[0] = by.scale;
         scales[32] = by.scale * (by.zero - 8);
       }
     }
   }
 };
+
+// x: of TokenGroups, besides its shape.
+template <typename Code, typename T, typename... X>
+void product_in_groups(const Weight& weight, const Weight& up, const Epilogue<T>& write, int64_t rows, int64_t inner,
+                       int64_t group, int64_t threads, X... x) {
+  const TokenGroups<Code> tokens(x..., rows, inner, group, threads);
+  const GroupMatrix<Code> matrices[2] = {{weight, inner, group}, {up, inner, group}};
+  const auto multiply = [&](auto unit) {
+    for_panels<Vec>(unit, tokens.codes, rows, inner, threads, matrices, Outputs(write), write);
+  };
+  const auto of_groups = [&](auto size) {
+    weight.zeros ? multiply(GroupUnit<Code, decltype(size)::value, true>(tokens))
+                 : multiply(GroupUnit<Code, decltype(size)::value, false>(tokens));
+  };
+  switch (group) {
+    case 32: return of_groups(std::integral_constant<int, 32>());
+    case 64: return of_groups(std::integral_constant<int, 64>());
+    case 128: return of_groups(std::integral_constant<int, 128>());
+  }
+}
 #endif
 
 }  // namespace
@@ -216,6 +250,11 @@ AFNEXT_EXPORT void afnext_linear_int4(const void* x, const uint8_t* weight, cons
     using Rows = FloatRows<Integers>;
 #endif
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
+#if defined(__AVX2__)
+    if constexpr (kFixedPoint<T>)
+      if (takes_panels(rows, columns))
+        return product_in_groups<int16_t>(first, second, write, rows, inner, group, threads, (const T*)x);
+#endif
     multiply_4bit<Integers, Rows>((const T*)x, first, second, group_of, write, rows, inner, group, threads);
   });
 }
@@ -232,13 +271,9 @@ AFNEXT_EXPORT void afnext_linear_w4a8(const void* x, const uint8_t* weight, cons
     const QuantizedRows by((const T*)x, rows * (inner / group), group, threads);
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
 #if defined(__AVX2__)
-    if (takes_panels(rows, columns)) {
-      const TokenGroups tokens(by.codes, by.scales, rows, inner, group, threads);
-      const GroupMatrix matrices[2] = {{first, inner, group, tokens.parts}, {second, inner, group, tokens.parts}};
-      if (zeros)
-        return for_panels<Vec>(GroupUnit<true>(tokens), by.codes, rows, inner, threads, matrices, Outputs(write), write);
-      return for_panels<Vec>(GroupUnit<false>(tokens), by.codes, rows, inner, threads, matrices, Outputs(write), write);
-    }
+    if (takes_panels(rows, columns))
+      return product_in_groups<int8_t>(first, second, write, rows, inner, group, threads, (const int8_t*)by.codes,
+                                       (const float*)by.scales);
     product(ByteRows(by.codes, by.scales, rows, inner, group), first, second, write, rows, inner, group, threads);
 #else
     Scratch<float> wide(rows * inner);

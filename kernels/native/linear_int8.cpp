@@ -1,9 +1,9 @@
 // Products with int8 weights, weight[n, k] * scales[n], of rows as they are or rounded to int8 (W8A8).
 
 #include "fixed_point.h"
+#include "group_panels.h"
 #include "int_dot.h"
 #include "linear.h"
-#include "panels.h"
 #include "quantize_rows.h"
 
 namespace afnext {
@@ -160,9 +160,9 @@ void product(const X& x, const float* row_scales, const Weight& weight, const We
 }
 
 #if defined(__AVX2__)
-// A matrix of weights as they lie.
+// A matrix of weights as they lie, multiplied as Element.
+template <typename Element>
 struct CodeMatrix {
-  using Element = Unit<true>::Element;
   static constexpr int64_t kInputs = 64 / sizeof(Element);
 
   const int8_t* codes;
@@ -179,12 +179,27 @@ struct CodeMatrix {
   }
 };
 
+// The same with the outputs' scales as those of a stretch, the group of inputs of which activations in 15 bits have one.
+struct ScaledMatrix : CodeMatrix<int16_t> {
+  static constexpr int kGroup = VectorUnit::kSteps * kInputs;
+
+  const float* output_scales;
+
+  ScaledMatrix(const Weight& weight, int64_t inner) : CodeMatrix{weight.codes, inner}, output_scales(weight.scales) {}
+
+  void write(int64_t n, int64_t outputs, int64_t step, int64_t count, uint8_t* panel, int64_t at) const {
+    CodeMatrix::write(n, outputs, step, count, panel, at);
+    std::copy_n(output_scales + n, outputs, group_scales(panel, 0) + at);
+  }
+};
+
 // Rows of int8 against the weights as they lie, or of floats against the codes as floats, in which they are exact.
 // row_scales: of int8 rows, or null; up: of a SwiGLU pair.
 template <typename X, typename T>
 void product_in_panels(const X* x, const float* row_scales, const Weight& weight, const Weight& up, const Epilogue<T>& write,
                        int64_t rows, int64_t inner, int64_t threads) {
-  using Matrix = std::conditional_t<std::is_same_v<X, int8_t>, CodeMatrix, NumberMatrix<int8_t>>;
+  using Codes = CodeMatrix<Unit<true>::Element>;
+  using Matrix = std::conditional_t<std::is_same_v<X, int8_t>, Codes, NumberMatrix<int8_t>>;
   const Matrix matrices[2] = {{weight.codes, inner}, {up.codes, inner}};
   const auto put = [&](int64_t row, int64_t n, int count, const auto& sums) {
     constexpr int kMatrices = sizeof sums / sizeof sums[0];
@@ -197,6 +212,16 @@ void product_in_panels(const X* x, const float* row_scales, const Weight& weight
     write(row, n, count, y);
   };
   for_panels(x, rows, inner, threads, matrices, Outputs(write), put);
+}
+
+// Rows of bfloat16 as integers of 15 bits.
+template <typename T>
+void product_in_fixed_point(const T* x, const Weight& weight, const Weight& up, const Epilogue<T>& write, int64_t rows,
+                            int64_t inner, int64_t threads) {
+  const TokenGroups<int16_t> tokens(x, rows, inner, ScaledMatrix::kGroup, threads);
+  const ScaledMatrix matrices[2] = {{weight, inner}, {up, inner}};
+  const GroupUnit<int16_t, ScaledMatrix::kGroup, false> unit(tokens);
+  for_panels<Vec>(unit, tokens.codes, rows, inner, threads, matrices, Outputs(write), write);
 }
 #endif
 
@@ -215,6 +240,9 @@ AFNEXT_EXPORT void afnext_linear_int8(const void* x, const int8_t* weight, const
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
     const Weight first{weight, scales}, second{up, up_scales};
 #if defined(__AVX2__)
+    if constexpr (kFixedPoint<T>)
+      if (takes_panels(rows, columns))
+        return product_in_fixed_point((const T*)x, first, second, write, rows, inner, threads);
     if constexpr (kPanelsTake<T>)
       if (takes_panels(rows, columns))
         return product_in_panels((const T*)x, nullptr, first, second, write, rows, inner, threads);

@@ -6,6 +6,7 @@
 //   kSteps, kPanels, kPass: steps of a stretch, panels that share a stretch of tokens, and tokens that share panels, so that
 //                   a panel fits into the first-level cache, and tokens and waiting sums into the second-level one
 //   arrange_weights lays out 16 outputs' weights of a step, 16 rows of 64 bytes, in place
+//   kGranule        steps of which a stretch has a multiple, all but the last one
 //   begin           what the sums of a token, one row of X [inner], begin with
 //   arrange_tokens  lays out a tile's step, kTile rows of 64 bytes, in place
 //   multiply        sums of 32 outputs and two tiles, to which `count` steps are added, or with which they begin if `fresh`
@@ -38,7 +39,7 @@ struct VectorUnit {
   static constexpr int64_t kPanels = 4, kPass = 240;
 #endif
   static constexpr int kTile = 2 * kRows;
-  static constexpr int64_t kSteps = 8;
+  static constexpr int64_t kSteps = 8, kGranule = 1;
   static constexpr int kNextLanes = kLanes == 16 ? 1024 : 4 * kLanes;  // bytes to the weights of a panel's next kLanes outputs
   struct Configuration {
     Configuration() {}
@@ -64,7 +65,7 @@ template <bool INT8>
 struct Unit {
   using Element = std::conditional_t<INT8, int8_t, Number>;
   static constexpr int kTile = 16;
-  static constexpr int64_t kSteps = 16, kPanels = 16, kPass = 512, kPanelBytes = kSteps * 2048;
+  static constexpr int64_t kSteps = 16, kGranule = 1, kPanels = 16, kPass = 512, kPanelBytes = kSteps * 2048;
   using Configuration = TileConfiguration;
 
   static void arrange_weights(uint8_t*) {}
@@ -184,6 +185,7 @@ struct Unit : VectorUnit {
     });
     for (int64_t step = 0; step < count; ++step, panel += 2048, tokens += kTile * 64)
       for (int part = 0; part < 64; part += 4) {
+        __builtin_prefetch(tokens + kTile * 64 + part * kRows);  // what the next step takes, piece by piece
         const Operand by[2] = {load_as<Operand>(panel + part * 16), load_as<Operand>(panel + kNextLanes + part * 16)};
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
@@ -198,10 +200,9 @@ struct Unit : VectorUnit {
   static Sum add(Sum total, Operand weights, Operand token) {
     if constexpr (std::is_same_v<Element, float>) return total + weights * token;
     if constexpr (kUnsigned) return add_dot(total, (UBytes)weights, (Bytes)token);
+    if constexpr (INT8 && !kUnsigned) return add_pairs(total, weights, token);
 #if defined(__AVX512BF16__)
     if constexpr (!INT8) return (Vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)weights, (__m512bh)token);
-#elif !defined(AFNEXT_VNNI)
-    if constexpr (INT8) return total + (IntVec)_mm256_madd_epi16((__m256i)weights, (__m256i)token);
 #endif
   }
 };

@@ -60,8 +60,8 @@ class PackedTokens {
   template <typename X>
   PackedTokens(const X* x, int64_t rows, int64_t inner, int64_t threads)
       : steps((inner + kInputs - 1) / kInputs),
-        stretches((steps + Unit::kSteps - 1) / Unit::kSteps),
-        stretch((steps + stretches - 1) / stretches),
+        stretch(even_stretch(steps)),
+        stretches((steps + stretch - 1) / stretch),
         blocks((rows + 2 * Unit::kTile - 1) / (2 * Unit::kTile) * 2),
         tiles_(kept_memory<PackedTokens>(blocks * (stretches * stretch * kTileBytes + Unit::kTile * sizeof(int32_t)))) {
 #pragma omp parallel for num_threads(threads)
@@ -89,11 +89,16 @@ class PackedTokens {
     return (int32_t*)(tiles_ + blocks * stretches * stretch * kTileBytes) + block * Unit::kTile;
   }
 
-  const int64_t steps, stretches, stretch, blocks;
+  const int64_t steps, stretch, stretches, blocks;
 
  private:
   using Element = typename Unit::Element;
   static constexpr int64_t kInputs = 64 / sizeof(Element), kTileBytes = 64 * Unit::kTile;
+
+  static int64_t even_stretch(int64_t steps) {
+    const int64_t stretches = (steps + Unit::kSteps - 1) / Unit::kSteps, even = (steps + stretches - 1) / stretches;
+    return (even + Unit::kGranule - 1) / Unit::kGranule * Unit::kGranule;
+  }
 
   uint8_t* tiles_;
 };
