@@ -96,12 +96,18 @@ class Place {
   int64_t slot() const { return slot_; }
   int64_t element(const Cache& cache) const { return page() * cache.page + slot_ * cache.slot; }
 
-  void next() {
-    if (++slot_ == page_size_ && table_) {
+  // Tokens from this one to the end of its page.
+  int64_t left() const { return table_ ? page_size_ - slot_ : INT64_MAX / 2; }
+
+  // To the token so many behind this one, at most `left`.
+  void skip(int64_t tokens) {
+    slot_ += tokens;
+    if (slot_ == page_size_ && table_) {
       slot_ = 0;
       ++index_;
     }
   }
+  void next() { skip(1); }
 
  private:
   const int32_t* table_;
@@ -187,27 +193,35 @@ void load_block(const Problem& p, const Task& task, int64_t first, int64_t count
   for_chunks<typename Products::Element, From>(p, p.values, task, first, count, work, put_values);
 }
 
+// Where a row of the task's queries begins.
+int64_t query_offset(const Problem& p, const Task& task, int64_t row) {
+  const int64_t group = p.group();
+  return task.b * p.q_batch + row / group * p.q_token + (task.kv_head * group + row % group) * p.q_head;
+}
+
+// The last key that a row of the task sees.
+int64_t last_visible(const Problem& p, const Task& task, int64_t row) {
+  const int64_t length = p.length(task.b);
+  return p.causal ? length - p.queries + row / p.group() : length - 1;
+}
+
 // The task's queries, rotated, in tiles of Products::kRows, and each row's last visible key.
 template <typename Products>
 void load_queries(const Problem& p, const Task& task, Workspace<typename Products::Element>& work) {
   using Element = typename Products::Element;
   constexpr int kRows = Products::kRows;
-  const int64_t depth = p.depth(), group = p.group(), length = p.length(task.b);
+  const int64_t depth = p.depth(), end = task.first_row + task.rows - 1;
   float* wide = work.sums;  // not in use yet
   Element* narrow = work.keys;
   const Element* rows[kRows];
-  const auto offset = [&](int64_t row) {
-    return task.b * p.q_batch + row / group * p.q_token + (task.kv_head * group + row % group) * p.q_head;
-  };
   for (int64_t tile = 0; tile < task.rows; tile += kRows) {
     for (int64_t i = 0; i < kRows; ++i) {
-      const int64_t row = task.first_row + std::min(tile + i, task.rows - 1);
-      const int64_t query = row / group, token = task.b * p.queries + query;
-      work.last[tile + i] = p.causal ? length - p.queries + query : length - 1;
+      const int64_t row = std::min(task.first_row + tile + i, end), token = task.b * p.queries + row / p.group();
+      work.last[tile + i] = last_visible(p, task, row);
       with_dtype(p.dtype, [&](auto zero) {
         const auto* from = (const decltype(zero)*)p.q;
-        prefetch(from + offset(std::min(row + kRows, task.first_row + task.rows - 1)), p.head_dim);
-        convert(from + offset(row), p.head_dim, p.sign, wide);
+        prefetch(from + query_offset(p, task, std::min(row + kRows, end)), p.head_dim);
+        convert(from + query_offset(p, task, row), p.head_dim, p.sign, wide);
       });
       if (p.cos) rotate(wide, p.cos + token * p.pairs, p.sin + token * p.pairs, p.pairs, p.half);
       rows[i] = narrow + i * depth;
@@ -353,30 +367,52 @@ void attend_narrow_or_wide(const Problem& p, const Task& task, float* memory) {
 
 constexpr int kFew = 8;  // rows: heads that share a KV head, of one new token
 
-#if defined(__AVX512BF16__)
-using FewRows = Pairs<1>;
-constexpr int kPart = 32;  // channels that are read at once
-
+// Rows that fit, rotated already.
 bool are_few(const Problem& p) {
-  return p.rows() <= kFew && p.parts && p.part_keys <= kBlock && p.head_dim % kPart == 0 && p.dtype == kBFloat16;
+#if defined(__AVX512BF16__)
+  if (p.dtype != kBFloat16) return false;
+#endif
+  return p.rows() <= kFew && p.parts && p.part_keys <= kBlock && p.head_dim % kChunk == 0 && !p.cos;
 }
 
+#if defined(__AVX512BF16__)
+using FewRows = Pairs<1>;
+
+// Channels that are multiplied at once, from keys or values of From.
 inline __m512i load_part(const bfloat16* from, float) { return _mm512_loadu_si512(from); }
 inline __m512i load_part(const int8_t* from, float scale) {
   const Vec first = load(from) * scale, last = load(from + kLanes) * scale;
   return (__m512i)_mm512_cvtne2ps_pbh((__m512)last, (__m512)first);
 }
+
+// A row of queries, for keys of From.
+template <typename From, typename T>
+void put_query(const T* from, int64_t count, float scale, bfloat16* to) {
+  convert(from, count, scale, to);
+}
 #else
 using FewRows = Floats<1>;
-constexpr int kPart = kLanes;
 
-bool are_few(const Problem& p) {
-  return p.rows() <= kFew && p.parts && p.part_keys <= kBlock && p.head_dim % kChunk == 0;
+// Channels that are multiplied at once, from keys or values of From.
+template <typename From>
+inline TwoVecs load_part(const From* from, float scale) {
+  const TwoVecs part = load_two(from);
+  return std::is_same_v<From, int8_t> ? TwoVecs{part.first * scale, part.second * scale} : part;
 }
 
-template <typename From>
-inline Vec load_part(const From* from, float scale) {
-  return std::is_same_v<From, int8_t> ? load(from) * scale : load(from);
+// A row of queries, for keys of From: in the order of load_part.
+template <typename From, typename T>
+void put_query(const T* from, int64_t count, float scale, float* to) {
+  for (int64_t d = 0; d < count; d += 2 * kLanes) {
+    TwoVecs part;
+    if constexpr (std::is_same_v<From, bfloat16>) {
+      part = load_two(from + d);
+    } else {
+      part = {load(from + d), load(from + d + kLanes)};
+    }
+    store(to + d, part.first * scale);
+    store(to + d + kLanes, part.second * scale);
+  }
 }
 #endif
 
@@ -395,51 +431,78 @@ void with_rows(int64_t rows, Body body) {
   }
 }
 
+// Where a part's keys or values lie, and their scales.
+template <typename From>
+struct PartRows {
+  const From* rows[kBlock];
+  float scales[kBlock];
+
+  // What is past the last of `keys` is the last one again, up to `count`.
+  PartRows(const Problem& p, const Cache& cache, const Task& task, int keys, int count) {
+    Place place(p, task.b, task.first_key);
+    for (int i = 0; i < keys;) {
+      const int end = (int)std::min<int64_t>(keys, i + place.left());
+      const From* row = (const From*)cache.data + place.element(cache) + task.kv_head * cache.head;
+      const float* scale = cache.scales + (place.page() * p.page_size + place.slot()) * p.kv_heads + task.kv_head;
+      place.skip(end - i);
+      for (; i < end; ++i, row += cache.slot, scale += p.kv_heads) {
+        rows[i] = row;
+        if constexpr (std::is_same_v<From, int8_t>) scales[i] = *scale;
+      }
+    }
+    for (int i = keys; i < count; ++i) rows[i] = rows[keys - 1], scales[i] = scales[keys - 1];
+  }
+};
+
 // A part of the keys for a few rows: read where they lie, as laying them out costs more than so few products.
 template <typename From>
 void attend_few(const Problem& p, const Task& task, float* memory) {
   using Products = FewRows;
   Workspace<Products::Element> work(p, memory);
   Fetch fetch = fetch_ahead(p, task);
-  load_queries<Products>(p, task, work);
+  Products::Element* queries = work.queries;
+  for (int64_t row = 0; row < p.rows(); ++row)
+    with_dtype(p.dtype, [&](auto zero) {
+      put_query<From>((const decltype(zero)*)p.q + query_offset(p, task, row), p.head_dim, p.sign, queries + row * p.head_dim);
+    });
+  int32_t last[Products::kRows];
+  for (int64_t i = 0; i < Products::kRows; ++i)
+    last[i] = std::min(last_visible(p, task, std::min(i, p.rows() - 1)), task.end_key - 1);
   std::fill_n(work.row_max, Products::kRows, kLowest);
   std::fill_n(work.row_sum, Products::kRows, 0.0f);
-  const int64_t end = std::min<int64_t>(task.end_key, work.last[Products::kRows - 1] + 1);
-  const int keys = (int)std::max<int64_t>(0, end - task.first_key), count = (keys + kChunk - 1) / kChunk * kChunk;
-  // What is past the last key is the last key again, and has no weight.
-  const From *key_rows[kBlock], *value_rows[kBlock];
-  float key_scales[kBlock], value_scales[kBlock];
-  Place place(p, task.b, task.first_key);
-  for (int i = 0; i < count; ++i) {
-    key_rows[i] = (const From*)p.keys.data + place.element(p.keys) + task.kv_head * p.keys.head;
-    value_rows[i] = (const From*)p.values.data + place.element(p.values) + task.kv_head * p.values.head;
-    if constexpr (std::is_same_v<From, int8_t>) {
-      const int64_t at = (place.page() * p.page_size + place.slot()) * p.kv_heads + task.kv_head;
-      key_scales[i] = p.keys.scales[at];
-      value_scales[i] = p.values.scales[at];
-    }
-    if (i + 1 < keys) place.next();
-  }
-  const Products::Element* queries = work.keys;  // the rows that load_queries laid out
+  const int keys = (int)std::max<int64_t>(0, last[Products::kRows - 1] + 1 - task.first_key);
+  const int count = (keys + kChunk - 1) / kChunk * kChunk;
+  const PartRows<From> key_rows(p, p.keys, task, keys, count), value_rows(p, p.values, task, keys, count);
   const auto score = [&](auto rows) {
     for (int i = 0; i < count; i += 2) {
       fetch(6);
-      const auto key = [&](int k, int64_t d) { return load_part(key_rows[i + k] + d, key_scales[i + k]); };
+      const auto key = [&](int k, int64_t d) { return load_part(key_rows.rows[i + k] + d, key_rows.scales[i + k]); };
       score_few<decltype(rows)::value>(queries, p.head_dim, key, work.scores + i * Products::kRows);
     }
   };
   with_rows(p.rows(), score);
-  int32_t bounded[Products::kRows];
-  for (int i = 0; i < Products::kRows; ++i) bounded[i] = std::min<int64_t>(work.last[i], end - 1);
   float most[Products::kRows];
   std::copy_n(work.row_max, Products::kRows, most);
-  mask<Products>(bounded, task.first_key, count, work.scores, most);
-  weigh<Products>(p, 0, count, work.scores, most, work.row_max, work.row_sum, work.weights, nullptr, fetch);
+  mask<Products>(last, task.first_key, count, work.scores, most);
+  const auto weigh_by = [&](auto products) {
+    weigh<decltype(products)>(p, 0, count, work.scores, most, work.row_max, work.row_sum, work.weights, nullptr, fetch);
+  };
+#if defined(__AVX512BF16__)
+  weigh_by(Products());
+#else
+  p.dtype == kBFloat16 ? weigh_by(CoarseFloats<1>()) : weigh_by(Products());
+#endif
   const int64_t first = ((task.b * p.kv_heads + task.kv_head) * p.part_count() + task.part) * p.rows();
   float* out = p.parts + first * p.head_dim;
-  const auto value = [&](int key, int64_t d) { return load_part(value_rows[key] + d, value_scales[key]); };
+  const auto value = [&](int key, int64_t d) { return load_part(value_rows.rows[key] + d, value_rows.scales[key]); };
   const auto accumulate = [&](auto rows) {
-    accumulate_few<decltype(rows)::value>(work.weights, count, p.head_dim, value, out, p.head_dim, fetch);
+    constexpr int R = decltype(rows)::value;
+#if defined(__AVX512BF16__)
+    accumulate_few<R>(work.weights, count, p.head_dim, value, out, p.head_dim, fetch);
+#else
+    const auto put = [&](int row, int64_t d, TwoVecs sums) { store_sums<From>(out + row * p.head_dim + d, sums); };
+    accumulate_few<R>(work.weights, count, p.head_dim, value, put, fetch);
+#endif
   };
   with_rows(p.rows(), accumulate);
   for (int64_t i = 0; i < p.rows(); ++i) {

@@ -9,6 +9,7 @@
 
 #pragma once
 
+#include "elementwise.h"
 #include "exponential.h"
 #include "matrix_unit.h"
 
@@ -206,7 +207,7 @@ using CoarseFloats = FloatProducts<W, true>;
 #if defined(__AVX512F__)
 
 // The scores of two keys, [2][kLanes], from sums in lanes: eight rows of the first key, and eight of the second.
-inline void store_scores_of_two(const Vec (&sums)[16], float* scores) {
+inline void store_scores_of_two(const Vec* sums, float* scores) {
   __m512 x[16];
   for (int i = 0; i < 8; ++i) {
     const __m512 a = (__m512)sums[i], b = (__m512)sums[i + 8];
@@ -383,56 +384,53 @@ inline Vec sums_of_lanes(const Vec (&x)[8]) {
 }
 #endif
 
+constexpr int kTogether = kLanes == 16 ? 2 : 1;  // of two keys, or halves, at once: as many sums as there are registers for
+
 // The first product for R rows and two keys, with channels as the lanes: scores[k * kLanes + r], the lanes behind R zero.
-// queries: [R][channels]; key(k, d): the channels d .. d + kLanes - 1.
+// queries: [R][channels]; key(k, d): the channels d .. d + 2 * kLanes - 1, in the same order.
 template <int R, typename Key>
 inline void score_few(const float* queries, int64_t channels, Key key, float* scores) {
+  Vec total[2][8] = {};
+#pragma GCC unroll 2
+  for (int first = 0; first < 2; first += kTogether)
+    for (int64_t d = 0; d < channels; d += 2 * kLanes) {
+      TwoVecs part[2];
+      for (int k = first; k < first + kTogether; ++k) part[k] = key(k, d);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const float* query = queries + r * channels + d;
+        for (int k = first; k < first + kTogether; ++k) total[k][r] += part[k].first * load(query);
+        for (int k = first; k < first + kTogether; ++k) total[k][r] += part[k].second * load(query + kLanes);
+      }
+    }
 #if defined(__AVX512F__)
-  Vec total[16] = {};
-  for (int64_t d = 0; d < channels; d += kLanes) {
-    const Vec first = key(0, d), second = key(1, d);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec query = load(queries + r * channels + d);
-      total[r] += first * query;
-      total[8 + r] += second * query;
-    }
-  }
-  store_scores_of_two(total, scores);
+  store_scores_of_two(total[0], scores);
 #else
-  for (int k = 0; k < 2; ++k) {
-    Vec total[8] = {};
-    for (int64_t d = 0; d < channels; d += kLanes) {
-      const Vec part = key(k, d);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) total[r] += part * load(queries + r * channels + d);
-    }
-    store(scores + k * kLanes, sums_of_lanes(total));
-  }
+  for (int k = 0; k < 2; ++k) store(scores + k * kLanes, sums_of_lanes(total[k]));
 #endif
 }
 
-// The second product for R rows, with channels as the lanes: out[r * pitch + d] = sum_key weights[key][r] * value(key)[d].
-// weights: of Floats<1>; value(key, d): the channels d .. d + kLanes - 1. A chunk of keys, which the first-level cache holds, by itself
-// first, as in Floats.
-template <int R, typename Value>
-inline void accumulate_few(const float* weights, int count, int64_t channels, Value value, float* out, int64_t pitch,
-                           Fetch& fetch) {
-  for (int first = 0; first < count; first += kChunk)
-    for (int64_t d = 0; d < channels; d += kLanes) {
-      Vec total[R] = {};
-      for (int key = first; key < first + kChunk; ++key) {
-        const Vec part = value(key, d);
+// The second product for R rows, with channels as the lanes: sum_key weights[key][r] * value(key, d) goes to put(r, d, sums).
+// weights: of Floats<1>; value(key, d): the channels d .. d + 2 * kLanes - 1, in an order that put knows.
+template <int R, typename Value, typename Put>
+inline void accumulate_few(const float* weights, int count, int64_t channels, Value value, Put put, Fetch& fetch) {
+  for (int64_t d = 0; d < channels; d += 2 * kLanes) {
+    Vec total[2][R] = {};
+#pragma GCC unroll 2
+    for (int first = 0; first < 2; first += kTogether)
+      for (int key = 0; key < count; ++key) {
+        if (key % 2) fetch(kTogether);
+        const TwoVecs part = value(key, d);
+        const Vec halves[2] = {part.first, part.second};
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) total[r] += part * weights[key * kLanes + r];
+        for (int r = 0; r < R; ++r) {
+          const Vec by = splat(weights[key * kLanes + r]);
+          for (int half = first; half < first + kTogether; ++half) total[half][r] += halves[half] * by;
+        }
       }
-      fetch(8);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        float* at = out + r * pitch + d;
-        store(at, first ? load(at) + total[r] : total[r]);
-      }
-    }
+    for (int r = 0; r < R; ++r) put(r, d, TwoVecs{total[0][r], total[1][r]});
+  }
 }
 
 #endif

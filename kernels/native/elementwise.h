@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace afnext {
@@ -33,6 +35,27 @@ inline void store_two(bfloat16* p, TwoVecs x) {
   const BitVec bits = rounded_to_bfloat16(x.first) >> 16 | (rounded_to_bfloat16(x.second) & 0xFFFF0000);
   std::memcpy(p, &bits, sizeof bits);
 }
+
+#if defined(__AVX2__)
+// Float32 sums of channels that load_two took from T, as neighbours.
+template <typename T>
+inline void store_sums(float* p, TwoVecs x) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+#if defined(__AVX512F__)
+    const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i last = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+    const __m512 even = (__m512)x.first, odd = (__m512)x.second;
+    x = {(Vec)_mm512_permutex2var_ps(even, first, odd), (Vec)_mm512_permutex2var_ps(even, last, odd)};
+#else
+    const __m256 low = _mm256_unpacklo_ps((__m256)x.first, (__m256)x.second);
+    const __m256 high = _mm256_unpackhi_ps((__m256)x.first, (__m256)x.second);
+    x = {(Vec)_mm256_permute2f128_ps(low, high, 0x20), (Vec)_mm256_permute2f128_ps(low, high, 0x31)};
+#endif
+  }
+  store(p, x.first);
+  store(p + kLanes, x.second);
+}
+#endif
 
 // out[i] = function(x[i], ...) for i < count.
 template <typename T, typename Function, typename... Input>
