@@ -30,15 +30,6 @@ inline Vec gelu(Vec x) {
   return s >= kFar * kFar ? (x > 0 ? x : Vec{}) : near;
 }
 
-// x / (1 + exp(-x)), which is x or, to 1e-34, 0 where the bounds change the exponential.
-inline Vec silu(Vec x) {
-  const Vec least = splat(-126.0f), most = splat(126.0f);
-  Vec power = x * -1.44269504f;
-  power = power > least ? power : least;
-  power = power < most ? power : most;
-  return x / (1 + exp2_bounded(power));
-}
-
 }  // namespace
 }  // namespace afnext
 

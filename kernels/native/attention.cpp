@@ -11,126 +11,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention_products.h"
+#include "attention_few.h"
+#include "attention_task.h"
 #include "rows.h"
 
 namespace afnext {
 namespace {
-
-constexpr float kLowest = -3.4028234663852886e38f;  // instead of -inf: a row that has seen no key forms no inf - inf
-constexpr int kInt8 = 3;                            // dtype of a quantized cache, besides those of DType
-
-// Keys or values. Token t of sequence b lies in slot t % page_size of page table[b][t / page_size], or dense in page b.
-struct Cache {
-  const char* data;
-  const float* scales;  // [pages, page_size, kv_heads] with int8, else null
-  int64_t page, slot, head;
-};
-
-struct Problem {
-  const char* q;
-  char* out;
-  Cache keys, values;
-  const float *cos, *sin;  // [batch * queries, pairs], or null
-  const int64_t* key_lengths;
-  const int32_t* page_table;
-  float *parts, *statistics;  // [batch, kv_heads, part, rows, head_dim], and [.., 2]: maximum and sum of each row
-  int64_t batch, queries, heads, kv_heads, head_dim, max_keys, page_size, table_row, pairs;
-  bool half, causal;
-  int64_t q_batch, q_token, q_head;
-  int64_t dtype, cache_dtype;
-  int64_t row_block, part_keys;
-  float sign, scale;  // queries are multiplied by sign (1, -1 or 0), scores by scale > 0, which includes log2(e)
-
-  int64_t group() const { return heads / kv_heads; }
-  int64_t rows() const { return queries * group(); }
-  int64_t depth() const { return (head_dim + kChunk - 1) / kChunk * kChunk; }
-  int64_t part_count() const { return part_keys ? (max_keys + part_keys - 1) / part_keys : 1; }
-  int64_t length(int64_t b) const { return key_lengths ? key_lengths[b] : max_keys; }
-};
-
-// A thread's memory.
-template <typename Element>
-struct Workspace {
-  Element *queries, *keys, *values, *weights, *staged;
-  float *sums, *row_max, *row_sum, *scores;
-  int32_t* last;
-
-  Workspace(const Problem& p, float* memory) {
-    const int64_t rows = (p.row_block + 95) / 96 * 96, depth = p.depth();
-    const uintptr_t address = (uintptr_t)memory;
-    memory += ((64 - address % 64) % 64) / sizeof(float);
-    const auto take = [&](int64_t floats) {
-      float* taken = memory;
-      memory += floats;
-      return taken;
-    };
-    queries = (Element*)take(rows * depth);
-    sums = take(rows * depth);
-    row_max = take(rows);
-    row_sum = take(rows);
-    last = (int32_t*)take(rows);
-    keys = (Element*)take(kBlock * depth);
-    values = (Element*)take(kBlock * depth);
-    scores = take(kBlock * kWide * kLanes);
-    weights = std::is_same_v<Element, float> ? (Element*)scores : (Element*)take(kBlock * kWide * kLanes);
-    staged = (Element*)take((kChunk + 1) * depth);
-  }
-};
-
-struct Task {
-  int64_t b, kv_head, part, first_row, rows, first_key, end_key;
-};
-
-// Where a token of a sequence lies, and the one after it.
-class Place {
- public:
-  Place(const Problem& p, int64_t b, int64_t token)
-      : table_(p.page_table ? p.page_table + b * p.table_row : nullptr),
-        page_size_(p.page_size),
-        index_(table_ ? token / p.page_size : 0),
-        slot_(table_ ? token % p.page_size : token),
-        batch_(b) {}
-
-  int64_t page() const { return table_ ? table_[index_] : batch_; }
-  int64_t slot() const { return slot_; }
-  int64_t element(const Cache& cache) const { return page() * cache.page + slot_ * cache.slot; }
-
-  // Tokens from this one to the end of its page.
-  int64_t left() const { return table_ ? page_size_ - slot_ : INT64_MAX / 2; }
-
-  // To the token so many behind this one, at most `left`.
-  void skip(int64_t tokens) {
-    slot_ += tokens;
-    if (slot_ == page_size_ && table_) {
-      slot_ = 0;
-      ++index_;
-    }
-  }
-  void next() { skip(1); }
-
- private:
-  const int32_t* table_;
-  int64_t page_size_, index_, slot_, batch_;
-};
-
-// What a decoding thread reads next: while it works on one head of a part of the keys, its share of the next part, all
-// heads of a token at once, as memory gives more of what is contiguous.
-Fetch fetch_ahead(const Problem& p, const Task& task) {
-  const int64_t size = p.cache_dtype == kInt8 ? 1 : p.cache_dtype == kFloat32 ? 4 : 2;
-  Fetch fetch(p.kv_heads * p.head_dim * size);
-  if (!p.parts || p.keys.head != p.head_dim || p.values.head != p.head_dim) return fetch;
-  const int64_t share = (p.part_keys + p.kv_heads - 1) / p.kv_heads;
-  const int64_t first = task.first_key + p.part_keys + task.kv_head * share;
-  const int64_t end = std::min({first + share, task.first_key + 2 * p.part_keys, p.length(task.b)});
-  if (first >= end) return fetch;
-  Place place(p, task.b, first);
-  for (int64_t token = first; token < end; ++token, place.next()) {
-    fetch.add(p.keys.data + place.element(p.keys) * size);
-    fetch.add(p.values.data + place.element(p.values) * size);
-  }
-  return fetch;
-}
 
 // A row that is wanted soon: rows lie too far apart for the CPU to notice that they are read one after the other.
 template <typename From>
@@ -193,18 +79,6 @@ void load_block(const Problem& p, const Task& task, int64_t first, int64_t count
   for_chunks<typename Products::Element, From>(p, p.values, task, first, count, work, put_values);
 }
 
-// Where a row of the task's queries begins.
-int64_t query_offset(const Problem& p, const Task& task, int64_t row) {
-  const int64_t group = p.group();
-  return task.b * p.q_batch + row / group * p.q_token + (task.kv_head * group + row % group) * p.q_head;
-}
-
-// The last key that a row of the task sees.
-int64_t last_visible(const Problem& p, const Task& task, int64_t row) {
-  const int64_t length = p.length(task.b);
-  return p.causal ? length - p.queries + row / p.group() : length - 1;
-}
-
 // The task's queries, rotated, in tiles of Products::kRows, and each row's last visible key.
 template <typename Products>
 void load_queries(const Problem& p, const Task& task, Workspace<typename Products::Element>& work) {
@@ -229,54 +103,6 @@ void load_queries(const Problem& p, const Task& task, Workspace<typename Product
       for (int64_t d = p.head_dim; d < depth; ++d) narrow[i * depth + d] = Element{};
     }
     Products::put_queries(rows, depth, work.queries + tile * depth);
-  }
-}
-
-// Scores of keys past each row's last one become -inf; most: raised to the largest of the others.
-template <typename Products>
-void mask(const int32_t* last, int64_t first_key, int count, float* scores, float* most) {
-  for (int w = 0; w < Products::kRows; w += kLanes) {
-    const auto visible = load_as<IntVec>(last + w);
-    for (int key = 0; key < count; ++key) {
-      float* at = scores + key * Products::kRows + w;
-      store(at, IntVec{} + (int32_t)(first_key + key) <= visible ? load(at) : splat(-INFINITY));
-    }
-  }
-  raise_to_largest<Products::kRows>(scores, count, most);
-}
-
-// Weights of the block's scores, as the right operand of the second product; moves row_max, row_sum and sums, of `depth`
-// channels, on. most: the largest score of each row so far.
-template <typename Products>
-void weigh(const Problem& p, int64_t depth, int count, const float* scores, const float* most, float* row_max, float* row_sum,
-           typename Products::Element* weights, float* sums, Fetch& fetch) {
-  constexpr int W = Products::kRows / kLanes;
-  const float scale = p.scale;  // here, as the weights might be stored over it
-  for (int w = 0; w < W; ++w) {
-    const float* column = scores + w * kLanes;
-    const Vec before = load(row_max + w * kLanes), now = load(most + w * kLanes);
-    const Vec decay = exp2((before - now) * scale);
-    Vec sum = load(row_sum + w * kLanes) * decay;
-    for (int start = 0; start < count; start += kChunk) {  // each chunk by itself first, as in Floats::accumulate
-      Vec even_sum{}, odd_sum{};
-      for (int key = start; key < start + kChunk; key += 2) {
-        fetch(3);
-        const Vec even = Products::weight(load(column + key * Products::kRows), now, scale);
-        const Vec odd = Products::weight(load(column + (key + 1) * Products::kRows), now, scale);
-        even_sum += even;
-        odd_sum += odd;
-        Products::put_weights(key, w, even, odd, weights);
-      }
-      sum += even_sum + odd_sum;
-    }
-    store(row_max + w * kLanes, now);
-    store(row_sum + w * kLanes, sum);
-    if (any(now != before)) {
-      for (int64_t d = 0; d < depth; ++d) {
-        float* at = sums + d * Products::kRows + w * kLanes;
-        store(at, load(at) * decay);
-      }
-    }
   }
 }
 
@@ -350,7 +176,7 @@ void attend(const Problem& p, const Task& task, float* memory) {
         std::copy_n(row_max, kRows, most);
         mask<Products>(bounded, first, count, work.scores, most);
       }
-      weigh<Products>(p, depth, count, work.scores, most, row_max, work.row_sum + tile, work.weights, sums, fetch);
+      weigh<Products>(p.scale, depth, count, work.scores, most, row_max, work.row_sum + tile, work.weights, sums, fetch);
       Products::accumulate(work.values, work.weights, count, depth, sums, fetch);
     }
   }
@@ -362,156 +188,6 @@ template <template <int> typename Products>
 void attend_narrow_or_wide(const Problem& p, const Task& task, float* memory) {
   task.rows <= kLanes ? attend<Products<1>>(p, task, memory) : attend<Products<kWide>>(p, task, memory);
 }
-
-#if defined(__AVX2__)
-
-constexpr int kFew = 8;  // rows: heads that share a KV head, of one new token
-
-// Rows that fit, rotated already.
-bool are_few(const Problem& p) {
-#if defined(__AVX512BF16__)
-  if (p.dtype != kBFloat16) return false;
-#endif
-  return p.rows() <= kFew && p.parts && p.part_keys <= kBlock && p.head_dim % kChunk == 0 && !p.cos;
-}
-
-#if defined(__AVX512BF16__)
-using FewRows = Pairs<1>;
-
-// Channels that are multiplied at once, from keys or values of From.
-inline __m512i load_part(const bfloat16* from, float) { return _mm512_loadu_si512(from); }
-inline __m512i load_part(const int8_t* from, float scale) {
-  const Vec first = load(from) * scale, last = load(from + kLanes) * scale;
-  return (__m512i)_mm512_cvtne2ps_pbh((__m512)last, (__m512)first);
-}
-
-// A row of queries, for keys of From.
-template <typename From, typename T>
-void put_query(const T* from, int64_t count, float scale, bfloat16* to) {
-  convert(from, count, scale, to);
-}
-#else
-using FewRows = Floats<1>;
-
-// Channels that are multiplied at once, from keys or values of From.
-template <typename From>
-inline TwoVecs load_part(const From* from, float scale) {
-  const TwoVecs part = load_two(from);
-  return std::is_same_v<From, int8_t> ? TwoVecs{part.first * scale, part.second * scale} : part;
-}
-
-// A row of queries, for keys of From: in the order of load_part.
-template <typename From, typename T>
-void put_query(const T* from, int64_t count, float scale, float* to) {
-  for (int64_t d = 0; d < count; d += 2 * kLanes) {
-    TwoVecs part;
-    if constexpr (std::is_same_v<From, bfloat16>) {
-      part = load_two(from + d);
-    } else {
-      part = {load(from + d), load(from + d + kLanes)};
-    }
-    store(to + d, part.first * scale);
-    store(to + d + kLanes, part.second * scale);
-  }
-}
-#endif
-
-// Calls body(N) with the constant N = rows.
-template <typename Body>
-void with_rows(int64_t rows, Body body) {
-  switch (rows) {
-    case 1: return body(std::integral_constant<int, 1>{});
-    case 2: return body(std::integral_constant<int, 2>{});
-    case 3: return body(std::integral_constant<int, 3>{});
-    case 4: return body(std::integral_constant<int, 4>{});
-    case 5: return body(std::integral_constant<int, 5>{});
-    case 6: return body(std::integral_constant<int, 6>{});
-    case 7: return body(std::integral_constant<int, 7>{});
-    case 8: return body(std::integral_constant<int, 8>{});
-  }
-}
-
-// Where a part's keys or values lie, and their scales.
-template <typename From>
-struct PartRows {
-  const From* rows[kBlock];
-  float scales[kBlock];
-
-  // What is past the last of `keys` is the last one again, up to `count`.
-  PartRows(const Problem& p, const Cache& cache, const Task& task, int keys, int count) {
-    Place place(p, task.b, task.first_key);
-    for (int i = 0; i < keys;) {
-      const int end = (int)std::min<int64_t>(keys, i + place.left());
-      const From* row = (const From*)cache.data + place.element(cache) + task.kv_head * cache.head;
-      const float* scale = cache.scales + (place.page() * p.page_size + place.slot()) * p.kv_heads + task.kv_head;
-      place.skip(end - i);
-      for (; i < end; ++i, row += cache.slot, scale += p.kv_heads) {
-        rows[i] = row;
-        if constexpr (std::is_same_v<From, int8_t>) scales[i] = *scale;
-      }
-    }
-    for (int i = keys; i < count; ++i) rows[i] = rows[keys - 1], scales[i] = scales[keys - 1];
-  }
-};
-
-// A part of the keys for a few rows: read where they lie, as laying them out costs more than so few products.
-template <typename From>
-void attend_few(const Problem& p, const Task& task, float* memory) {
-  using Products = FewRows;
-  Workspace<Products::Element> work(p, memory);
-  Fetch fetch = fetch_ahead(p, task);
-  Products::Element* queries = work.queries;
-  for (int64_t row = 0; row < p.rows(); ++row)
-    with_dtype(p.dtype, [&](auto zero) {
-      put_query<From>((const decltype(zero)*)p.q + query_offset(p, task, row), p.head_dim, p.sign, queries + row * p.head_dim);
-    });
-  int32_t last[Products::kRows];
-  for (int64_t i = 0; i < Products::kRows; ++i)
-    last[i] = std::min(last_visible(p, task, std::min(i, p.rows() - 1)), task.end_key - 1);
-  std::fill_n(work.row_max, Products::kRows, kLowest);
-  std::fill_n(work.row_sum, Products::kRows, 0.0f);
-  const int keys = (int)std::max<int64_t>(0, last[Products::kRows - 1] + 1 - task.first_key);
-  const int count = (keys + kChunk - 1) / kChunk * kChunk;
-  const PartRows<From> key_rows(p, p.keys, task, keys, count), value_rows(p, p.values, task, keys, count);
-  const auto score = [&](auto rows) {
-    for (int i = 0; i < count; i += 2) {
-      fetch(6);
-      const auto key = [&](int k, int64_t d) { return load_part(key_rows.rows[i + k] + d, key_rows.scales[i + k]); };
-      score_few<decltype(rows)::value>(queries, p.head_dim, key, work.scores + i * Products::kRows);
-    }
-  };
-  with_rows(p.rows(), score);
-  float most[Products::kRows];
-  std::copy_n(work.row_max, Products::kRows, most);
-  mask<Products>(last, task.first_key, count, work.scores, most);
-  const auto weigh_by = [&](auto products) {
-    weigh<decltype(products)>(p, 0, count, work.scores, most, work.row_max, work.row_sum, work.weights, nullptr, fetch);
-  };
-#if defined(__AVX512BF16__)
-  weigh_by(Products());
-#else
-  p.dtype == kBFloat16 ? weigh_by(CoarseFloats<1>()) : weigh_by(Products());
-#endif
-  const int64_t first = ((task.b * p.kv_heads + task.kv_head) * p.part_count() + task.part) * p.rows();
-  float* out = p.parts + first * p.head_dim;
-  const auto value = [&](int key, int64_t d) { return load_part(value_rows.rows[key] + d, value_rows.scales[key]); };
-  const auto accumulate = [&](auto rows) {
-    constexpr int R = decltype(rows)::value;
-#if defined(__AVX512BF16__)
-    accumulate_few<R>(work.weights, count, p.head_dim, value, out, p.head_dim, fetch);
-#else
-    const auto put = [&](int row, int64_t d, TwoVecs sums) { store_sums<From>(out + row * p.head_dim + d, sums); };
-    accumulate_few<R>(work.weights, count, p.head_dim, value, put, fetch);
-#endif
-  };
-  with_rows(p.rows(), accumulate);
-  for (int64_t i = 0; i < p.rows(); ++i) {
-    p.statistics[(first + i) * 2] = work.row_max[i];
-    p.statistics[(first + i) * 2 + 1] = work.row_sum[i];
-  }
-}
-
-#endif
 
 void run(const Problem& p, const Task& task, float* memory) {
 #if defined(__AVX2__)

@@ -1,4 +1,4 @@
-// The two matrix products of attention, for each way in which a level multiplies.
+// The two matrix products of attention, for each way in which a level multiplies, and the softmax between them.
 //
 // A tile has kRows rows (one query of one head each), which are the lanes of W vectors: what belongs to a row
 // is in one lane everywhere, so nothing is ever added up across lanes. Transposed, the products are
@@ -9,7 +9,8 @@
 
 #pragma once
 
-#include "elementwise.h"
+#include <cmath>
+
 #include "exponential.h"
 #include "matrix_unit.h"
 
@@ -204,31 +205,6 @@ using Floats = FloatProducts<W, false>;
 template <int W>
 using CoarseFloats = FloatProducts<W, true>;
 
-#if defined(__AVX512F__)
-
-// The scores of two keys, [2][kLanes], from sums in lanes: eight rows of the first key, and eight of the second.
-inline void store_scores_of_two(const Vec* sums, float* scores) {
-  __m512 x[16];
-  for (int i = 0; i < 8; ++i) {
-    const __m512 a = (__m512)sums[i], b = (__m512)sums[i + 8];
-    x[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512d a = _mm512_castps_pd(x[i]), b = _mm512_castps_pd(x[i + 4]);
-    x[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  }
-  // Each four lanes now hold partial sums of the vectors i, i + 8, i + 4, i + 12.
-  for (int i = 0; i < 2; ++i)
-    x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[i], x[i + 2], 0x88), _mm512_shuffle_f32x4(x[i], x[i + 2], 0xdd));
-  const __m512 last = _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88), _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
-  const __m512i order = _mm512_set_epi32(15, 7, 11, 3, 13, 5, 9, 1, 14, 6, 10, 2, 12, 4, 8, 0);
-  const __m512 all = _mm512_permutexvar_ps(order, last);
-  _mm512_storeu_ps(scores, _mm512_maskz_mov_ps(0x00ff, all));
-  _mm512_storeu_ps(scores + kLanes, _mm512_maskz_compress_ps(0xff00, all));
-}
-
-#endif
-
 #if defined(__AVX512BF16__)
 
 // What the two ways to multiply bfloat16 share: right operands, in which neighbours of the dimension summed over lie in
@@ -326,113 +302,6 @@ struct Pairs : BFloat16Rows<W> {
   }
 };
 
-// The first product for R rows and two keys, with channels as the lanes: scores[k * kLanes + r], the lanes behind R zero.
-// queries: [R][channels]; key(k, d): the bfloat16 of the channels d .. d + 31.
-template <int R, typename Key>
-inline void score_few(const bfloat16* queries, int64_t channels, Key key, float* scores) {
-  Vec total[16] = {};
-  for (int64_t d = 0; d < channels; d += 32) {
-    const __m512bh first = (__m512bh)key(0, d), second = (__m512bh)key(1, d);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const __m512bh query = (__m512bh)_mm512_loadu_si512(queries + r * channels + d);
-      total[r] = (Vec)_mm512_dpbf16_ps((__m512)total[r], query, first);
-      total[8 + r] = (Vec)_mm512_dpbf16_ps((__m512)total[8 + r], query, second);
-    }
-  }
-  store_scores_of_two(total, scores);
-}
-
-// The second product for R rows, with channels as the lanes: out[r * pitch + d] = sum_key weights[key][r] * value(key)[d].
-// weights: of Pairs<1>; value(key, d): the bfloat16 of the channels d .. d + 31.
-template <int R, typename Value>
-inline void accumulate_few(const bfloat16* weights, int count, int64_t channels, Value value, float* out, int64_t pitch,
-                           Fetch& fetch) {
-  const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
-  const __m512i last = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
-  for (int64_t d = 0; d < channels; d += 32) {
-    __m512 low[R], high[R];  // of each eight channels the first four, and the last
-    for (int r = 0; r < R; ++r) low[r] = high[r] = _mm512_setzero_ps();
-    for (int key = 0; key < count; key += 2) {
-      fetch(2);
-      const __m512i even = value(key, d), odd = value(key + 1, d);
-      const __m512bh pairs[2] = {(__m512bh)_mm512_unpacklo_epi16(even, odd), (__m512bh)_mm512_unpackhi_epi16(even, odd)};
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        int32_t pair;
-        std::memcpy(&pair, weights + key * kLanes + 2 * r, sizeof pair);
-        const __m512bh all = (__m512bh)_mm512_set1_epi32(pair);
-        low[r] = _mm512_dpbf16_ps(low[r], pairs[0], all);
-        high[r] = _mm512_dpbf16_ps(high[r], pairs[1], all);
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      _mm512_storeu_ps(out + r * pitch + d, _mm512_permutex2var_ps(low[r], first, high[r]));
-      _mm512_storeu_ps(out + r * pitch + d + 16, _mm512_permutex2var_ps(low[r], last, high[r]));
-    }
-  }
-}
-
-#elif defined(__AVX2__)
-
-#if !defined(__AVX512F__)
-// The sums of the lanes of eight vectors.
-inline Vec sums_of_lanes(const Vec (&x)[8]) {
-  const auto pair = [&](int i) { return _mm256_hadd_ps((__m256)x[i], (__m256)x[i + 1]); };
-  const __m256 first = _mm256_hadd_ps(pair(0), pair(2)), last = _mm256_hadd_ps(pair(4), pair(6));
-  return (Vec)_mm256_permute2f128_ps(first, last, 0x20) + (Vec)_mm256_permute2f128_ps(first, last, 0x31);
-}
-#endif
-
-constexpr int kTogether = kLanes == 16 ? 2 : 1;  // of two keys, or halves, at once: as many sums as there are registers for
-
-// The first product for R rows and two keys, with channels as the lanes: scores[k * kLanes + r], the lanes behind R zero.
-// queries: [R][channels]; key(k, d): the channels d .. d + 2 * kLanes - 1, in the same order.
-template <int R, typename Key>
-inline void score_few(const float* queries, int64_t channels, Key key, float* scores) {
-  Vec total[2][8] = {};
-#pragma GCC unroll 2
-  for (int first = 0; first < 2; first += kTogether)
-    for (int64_t d = 0; d < channels; d += 2 * kLanes) {
-      TwoVecs part[2];
-      for (int k = first; k < first + kTogether; ++k) part[k] = key(k, d);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const float* query = queries + r * channels + d;
-        for (int k = first; k < first + kTogether; ++k) total[k][r] += part[k].first * load(query);
-        for (int k = first; k < first + kTogether; ++k) total[k][r] += part[k].second * load(query + kLanes);
-      }
-    }
-#if defined(__AVX512F__)
-  store_scores_of_two(total[0], scores);
-#else
-  for (int k = 0; k < 2; ++k) store(scores + k * kLanes, sums_of_lanes(total[k]));
-#endif
-}
-
-// The second product for R rows, with channels as the lanes: sum_key weights[key][r] * value(key, d) goes to put(r, d, sums).
-// weights: of Floats<1>; value(key, d): the channels d .. d + 2 * kLanes - 1, in an order that put knows.
-template <int R, typename Value, typename Put>
-inline void accumulate_few(const float* weights, int count, int64_t channels, Value value, Put put, Fetch& fetch) {
-  for (int64_t d = 0; d < channels; d += 2 * kLanes) {
-    Vec total[2][R] = {};
-#pragma GCC unroll 2
-    for (int first = 0; first < 2; first += kTogether)
-      for (int key = 0; key < count; ++key) {
-        if (key % 2) fetch(kTogether);
-        const TwoVecs part = value(key, d);
-        const Vec halves[2] = {part.first, part.second};
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          const Vec by = splat(weights[key * kLanes + r]);
-          for (int half = first; half < first + kTogether; ++half) total[half][r] += halves[half] * by;
-        }
-      }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) put(r, d, TwoVecs{total[0][r], total[1][r]});
-  }
-}
-
 #endif
 
 #if defined(__AMX_BF16__)
@@ -526,5 +395,52 @@ struct Tiles : BFloat16Rows<W> {
 };
 
 #endif
+
+// Scores of keys past each row's last one become -inf; most: raised to the largest of the others.
+template <typename Products>
+void mask(const int32_t* last, int64_t first_key, int count, float* scores, float* most) {
+  for (int w = 0; w < Products::kRows; w += kLanes) {
+    const auto visible = load_as<IntVec>(last + w);
+    for (int key = 0; key < count; ++key) {
+      float* at = scores + key * Products::kRows + w;
+      store(at, IntVec{} + (int32_t)(first_key + key) <= visible ? load(at) : splat(-INFINITY));
+    }
+  }
+  raise_to_largest<Products::kRows>(scores, count, most);
+}
+
+// Weights of the block's scores, as the right operand of the second product; moves row_max, row_sum and sums, of `depth`
+// channels, on. most: the largest score of each row so far.
+template <typename Products>
+void weigh(float scale, int64_t depth, int count, const float* scores, const float* most, float* row_max, float* row_sum,
+           typename Products::Element* weights, float* sums, Fetch& fetch) {
+  constexpr int W = Products::kRows / kLanes;
+  for (int w = 0; w < W; ++w) {
+    const float* column = scores + w * kLanes;
+    const Vec before = load(row_max + w * kLanes), now = load(most + w * kLanes);
+    const Vec decay = exp2((before - now) * scale);
+    Vec sum = load(row_sum + w * kLanes) * decay;
+    for (int start = 0; start < count; start += kChunk) {  // each chunk by itself first, as in Floats::accumulate
+      Vec even_sum{}, odd_sum{};
+      for (int key = start; key < start + kChunk; key += 2) {
+        fetch(3);
+        const Vec even = Products::weight(load(column + key * Products::kRows), now, scale);
+        const Vec odd = Products::weight(load(column + (key + 1) * Products::kRows), now, scale);
+        even_sum += even;
+        odd_sum += odd;
+        Products::put_weights(key, w, even, odd, weights);
+      }
+      sum += even_sum + odd_sum;
+    }
+    store(row_max + w * kLanes, now);
+    store(row_sum + w * kLanes, sum);
+    if (any(now != before)) {
+      for (int64_t d = 0; d < depth; ++d) {
+        float* at = sums + d * Products::kRows + w * kLanes;
+        store(at, load(at) * decay);
+      }
+    }
+  }
+}
 
 }  // namespace afnext

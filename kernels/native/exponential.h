@@ -1,4 +1,4 @@
-// 2 to the power of each lane.
+// 2 to the power of each lane, and what is made of it.
 
 #pragma once
 
@@ -45,6 +45,15 @@ inline Vec exp2_coarse(Vec x) {
   const Vec scaled = (Vec)((IntVec)polynomial(bounded - floor) + (to_int(floor) << 23));
   return x >= least ? scaled : Vec{};
 #endif
+}
+
+// x / (1 + exp(-x)), which is x or, to 1e-34, 0 where the bounds change the exponential.
+inline Vec silu(Vec x) {
+  const Vec least = splat(-126.0f), most = splat(126.0f);
+  Vec power = x * -1.44269504f;
+  power = power > least ? power : least;
+  power = power < most ? power : most;
+  return x / (1 + exp2_bounded(power));
 }
 
 }  // namespace afnext

@@ -58,7 +58,7 @@ inline IntVec add_pairs(IntVec total, IntVec a, IntVec b) {
 #endif
 }
 
-// A sum, and products added to it of codes of 0 .. 15 with bytes of -127 .. 127. Plain AVX2 adds up to kMost of them in 16 bits.
+// A sum, and products added to it of codes of 0 .. 15 with bytes of -127 .. 127. Plain AVX2 adds kMost of them in 16 bits.
 class CodeSums {
  public:
   using Left = UBytes;

@@ -39,13 +39,6 @@ inline void to_floats(const T* x, float* out, int64_t count) {
   for (; i < count; ++i) out[i] = to_float(x[i]);
 }
 
-// x / (1 + exp(-x)), with no exponential of a positive number.
-inline Vec silu(Vec x) {
-  const Vec size = x < 0 ? -x : x;
-  const Vec e = exp2(size * -1.44269504f);
-  return x * (x < 0 ? e : splat(1)) / (1 + e);
-}
-
 // What becomes of sums. y, and for a SwiGLU pair up, are [outputs, rows].
 template <typename T>
 class Epilogue {

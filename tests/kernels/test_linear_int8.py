@@ -105,6 +105,19 @@ def test_native_stays_within_its_memory(
         torch.testing.assert_close(linear_int8_swiglu(x, codes, scales, codes, scales), expected[1], **tolerance)
 
 
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("backend", native_backends(module._linear))
+def test_the_largest_sums(backend: str, rows: int) -> None:
+    """All codes and all activations as large as they can be: sums of integers do not overflow."""
+    x, scales = torch.full((rows, 2064), 3.0).bfloat16(), torch.full((40,), 2.0**-12)
+    x[1] = -3
+    codes = torch.full((40, 2064), -128, dtype=torch.int8)
+    codes[1::2] = 127
+    with poisoned(backend):
+        actual = linear_int8(x, codes, scales)
+    torch.testing.assert_close(actual.double(), exactly(linear_int8, x, codes, scales), rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize("backend", native_backends(module._linear))
 def test_tokens_and_outputs_for_several_rounds(backend: str, seed: int) -> None:
     """More tokens, outputs and inputs than any cache is given at a time."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,17 @@ def test_the_level_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFNEXT_ISA", "sse9")
     with pytest.raises(BackendError, match=r"AFNEXT_ISA=sse9.*portable"):
         rms_norm(torch.ones(2, 8), torch.ones(8))
+
+
+@pytest.mark.parametrize(("faster", "level"), [(1, "avx512"), (0, "avx512vnni")])
+def test_the_level_is_the_one_that_pays(faster: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not AVX512-BF16 where the CPU takes longer for bfloat16 than for float32; with a matrix unit, that."""
+    timed = SimpleNamespace(afnext_multiplies_bfloat16_faster=lambda: faster)
+    monkeypatch.setattr(native, "_library", lambda _: timed)
+    monkeypatch.setattr(native, "supported_levels", lambda: ("portable", "avx512vnni", "avx512"))
+    assert native.best_level.__wrapped__() == level
+    monkeypatch.setattr(native, "supported_levels", lambda: ("portable", "avx512vnni", "avx512", "amx"))
+    assert native.best_level.__wrapped__() == "amx"
 
 
 @needs_native

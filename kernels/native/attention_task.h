@@ -1,0 +1,138 @@
+// What attention is given, how it is divided into tasks, and where in memory a task finds its rows.
+
+#pragma once
+
+#include <algorithm>
+
+#include "attention_products.h"
+
+namespace afnext {
+
+constexpr float kLowest = -3.4028234663852886e38f;  // instead of -inf: a row that has seen no key forms no inf - inf
+constexpr int kInt8 = 3;                            // dtype of a quantized cache, besides those of DType
+
+// Keys or values. Token t of sequence b lies in slot t % page_size of page table[b][t / page_size], or dense in page b.
+struct Cache {
+  const char* data;
+  const float* scales;  // [pages, page_size, kv_heads] with int8, else null
+  int64_t page, slot, head;
+};
+
+struct Problem {
+  const char* q;
+  char* out;
+  Cache keys, values;
+  const float *cos, *sin;  // [batch * queries, pairs], or null
+  const int64_t* key_lengths;
+  const int32_t* page_table;
+  float *parts, *statistics;  // [batch, kv_heads, part, rows, head_dim], and [.., 2]: maximum and sum of each row
+  int64_t batch, queries, heads, kv_heads, head_dim, max_keys, page_size, table_row, pairs;
+  bool half, causal;
+  int64_t q_batch, q_token, q_head;
+  int64_t dtype, cache_dtype;
+  int64_t row_block, part_keys;
+  float sign, scale;  // queries are multiplied by sign (1, -1 or 0), scores by scale > 0, which includes log2(e)
+
+  int64_t group() const { return heads / kv_heads; }
+  int64_t rows() const { return queries * group(); }
+  int64_t depth() const { return (head_dim + kChunk - 1) / kChunk * kChunk; }
+  int64_t part_count() const { return part_keys ? (max_keys + part_keys - 1) / part_keys : 1; }
+  int64_t length(int64_t b) const { return key_lengths ? key_lengths[b] : max_keys; }
+};
+
+// A thread's memory.
+template <typename Element>
+struct Workspace {
+  Element *queries, *keys, *values, *weights, *staged;
+  float *sums, *row_max, *row_sum, *scores;
+  int32_t* last;
+
+  Workspace(const Problem& p, float* memory) {
+    const int64_t rows = (p.row_block + 95) / 96 * 96, depth = p.depth();
+    const uintptr_t address = (uintptr_t)memory;
+    memory += ((64 - address % 64) % 64) / sizeof(float);
+    const auto take = [&](int64_t floats) {
+      float* taken = memory;
+      memory += floats;
+      return taken;
+    };
+    queries = (Element*)take(rows * depth);
+    sums = take(rows * depth);
+    row_max = take(rows);
+    row_sum = take(rows);
+    last = (int32_t*)take(rows);
+    keys = (Element*)take(kBlock * depth);
+    values = (Element*)take(kBlock * depth);
+    scores = take(kBlock * kWide * kLanes);
+    weights = std::is_same_v<Element, float> ? (Element*)scores : (Element*)take(kBlock * kWide * kLanes);
+    staged = (Element*)take((kChunk + 1) * depth);
+  }
+};
+
+struct Task {
+  int64_t b, kv_head, part, first_row, rows, first_key, end_key;
+};
+
+// Where a token of a sequence lies, and the one after it.
+class Place {
+ public:
+  Place(const Problem& p, int64_t b, int64_t token)
+      : table_(p.page_table ? p.page_table + b * p.table_row : nullptr),
+        page_size_(p.page_size),
+        index_(table_ ? token / p.page_size : 0),
+        slot_(table_ ? token % p.page_size : token),
+        batch_(b) {}
+
+  int64_t page() const { return table_ ? table_[index_] : batch_; }
+  int64_t slot() const { return slot_; }
+  int64_t element(const Cache& cache) const { return page() * cache.page + slot_ * cache.slot; }
+
+  // Tokens from this one to the end of its page.
+  int64_t left() const { return table_ ? page_size_ - slot_ : INT64_MAX / 2; }
+
+  // To the token so many behind this one, at most `left`.
+  void skip(int64_t tokens) {
+    slot_ += tokens;
+    if (slot_ == page_size_ && table_) {
+      slot_ = 0;
+      ++index_;
+    }
+  }
+  void next() { skip(1); }
+
+ private:
+  const int32_t* table_;
+  int64_t page_size_, index_, slot_, batch_;
+};
+
+// What a decoding thread reads next: while it works on one head of a part of the keys, its share of the next part, all
+// heads of a token at once, as memory gives more of what is contiguous.
+inline Fetch fetch_ahead(const Problem& p, const Task& task) {
+  const int64_t size = p.cache_dtype == kInt8 ? 1 : p.cache_dtype == kFloat32 ? 4 : 2;
+  Fetch fetch(p.kv_heads * p.head_dim * size);
+  if (!p.parts || p.keys.head != p.head_dim || p.values.head != p.head_dim) return fetch;
+  const int64_t share = (p.part_keys + p.kv_heads - 1) / p.kv_heads;
+  const int64_t first = task.first_key + p.part_keys + task.kv_head * share;
+  const int64_t end = std::min({first + share, task.first_key + 2 * p.part_keys, p.length(task.b)});
+  if (first >= end) return fetch;
+  Place place(p, task.b, first);
+  for (int64_t token = first; token < end; ++token, place.next()) {
+    fetch.add(p.keys.data + place.element(p.keys) * size);
+    fetch.add(p.values.data + place.element(p.values) * size);
+  }
+  return fetch;
+}
+
+// Where a row of the task's queries begins.
+inline int64_t query_offset(const Problem& p, const Task& task, int64_t row) {
+  const int64_t group = p.group();
+  return task.b * p.q_batch + row / group * p.q_token + (task.kv_head * group + row % group) * p.q_head;
+}
+
+// The last key that a row of the task sees.
+inline int64_t last_visible(const Problem& p, const Task& task, int64_t row) {
+  const int64_t length = p.length(task.b);
+  return p.causal ? length - p.queries + row / p.group() : length - 1;
+}
+
+}  // namespace afnext
