@@ -7,12 +7,12 @@ Operations: 2 * rows * in * out, of each weight. Bytes: out * in of a weight, wh
 
 Dense products go to torch (cuBLAS, oneDNN, MKL), except where it has none. On a CPU without instructions for bfloat16
 (before Cooper Lake and Zen 4, and most of Intel's client CPUs) it multiplies bfloat16 and float16 at a seventh of the
-speed of float32, and where those instructions are slow (Emerald Rapids without its matrix unit) at half of it. There the
-native kernels multiply, in float32: of many rows the weights are widened a panel at a time
-in the first-level cache (`native/panels.h`), of up to 16 rows as they are read (`native/linear_dense.cpp`). With
-AVX512-BF16 they multiply bfloat16 in two cases, too: up to four rows, as their product reads the weights at 34 to 43
-GB/s where torch's reads 30 (two cores of a Zen 5 EPYC), and a pair of many rows, in bfloat16 and as fast as torch's two
-products, because neither is written to be read again.
+speed of float32, and where they are slow (Emerald Rapids without its matrix unit) at half of it. There the native
+kernels multiply, in float32: of many rows the weights are widened a panel at a time in the first-level cache
+(`native/panels.h`), of up to 16 rows as they are read (`native/linear_dense.cpp`). With AVX512-BF16 they multiply
+bfloat16 in two cases, too: up to four rows, as their product reads the weights at 34 to 43 GB/s where torch's reads 30
+(two cores of a Zen 5 EPYC), and a pair of many rows, in bfloat16 and as fast as torch's two products, because neither
+is written to be read again.
 """
 
 import torch

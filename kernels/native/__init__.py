@@ -75,7 +75,7 @@ def supported_levels() -> tuple[str, ...]:
 
 @cache
 def best_level() -> str:
-    """The highest level supported, but not `avx512` where this CPU, timed once, multiplies bfloat16 slower than float32."""
+    """The highest level supported, but not `avx512` where the CPU, timed, multiplies bfloat16 slower than float32."""
     best = supported_levels()[-1]
     if best == "avx512" and not _library(best).afnext_multiplies_bfloat16_faster():
         _log.info("the CPU multiplies bfloat16 slower than float32: the level is avx512vnni, not avx512")
@@ -84,7 +84,7 @@ def best_level() -> str:
 
 
 def isa() -> str:
-    """The level in use: AFNEXT_ISA, or the best one. Raises BackendError if AFNEXT_ISA names one that is not supported."""
+    """The level in use: AFNEXT_ISA, or the best one. Raises BackendError if AFNEXT_ISA names what cannot run here."""
     forced = os.environ.get("AFNEXT_ISA")
     if not forced:
         return best_level()
