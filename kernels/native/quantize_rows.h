@@ -29,8 +29,8 @@ inline void quantize_row(const T* x, int8_t* codes, float* scale, int64_t width)
   const float inverse = 1 / divisor;
   const bool exact = divisor > 1e-30f && divisor < 1e30f;  // nothing under- or overflows
   const auto divided = [&](Vec v) {
-    const Vec quotient = v * inverse, remainder = v - quotient * divisor;
-    return exact ? quotient + remainder * inverse : v / divisor;
+    const Vec quotient = v * inverse, remainder = fused(-quotient, splat(divisor), v);
+    return exact ? fused(remainder, splat(inverse), quotient) : v / divisor;
   };
 #else
   const auto divided = [&](Vec v) { return v / divisor; };

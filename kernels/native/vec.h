@@ -91,6 +91,17 @@ inline BitVec twice(const uint8_t* p) {
 
 inline Vec splat(float x) { return x - Vec{}; }  // 0 + x would be an addition, for -0
 
+#if defined(__AVX2__)
+// a * b + c, rounded once, whatever the compiler makes of * and +.
+inline Vec fused(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#endif
+}
+#endif
+
 inline Vec load(const float* p) { return load_as<Vec>(p); }
 inline Vec load(const bfloat16* p) { return (Vec)(widen(load_as<HalfVec>(p)) << 16); }
 
