@@ -18,8 +18,7 @@ Native, on a CPU: up to 16 rows read the weights once from memory. From AVX-VNNI
 neighbouring activations as integers of 15 bits with one scale; elsewhere codes become float32 in registers. More rows
 go past weights made in the first-level cache (`native/panels.h`), in bfloat16 where it is multiplied fast, else in such
 integers (from AVX2 on), of a pair 16 outputs of each at a time, whose sums become one output without a way through
-memory; without AVX2 they go to torch's products, with weights made dense a tile
-at a time.
+memory; without AVX2 they go to torch's products, with weights made dense a tile at a time.
 
 Source: Dettmers et al. 2022, arXiv:2208.07339 (per-channel int8); Osama et al. 2023, arXiv:2301.03598 (split-K).
 """

@@ -240,12 +240,13 @@ AFNEXT_EXPORT void afnext_linear_int8(const void* x, const int8_t* weight, const
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
     const Weight first{weight, scales}, second{up, up_scales};
 #if defined(__AVX2__)
-    if constexpr (kFixedPoint<T>)
-      if (takes_panels(rows, columns))
+    if (takes_panels(rows, columns)) {
+      if constexpr (kFixedPoint<T>) {
         return product_in_fixed_point((const T*)x, first, second, write, rows, inner, threads);
-    if constexpr (kPanelsTake<T>)
-      if (takes_panels(rows, columns))
+      } else if constexpr (kPanelsTake<T>) {
         return product_in_panels((const T*)x, nullptr, first, second, write, rows, inner, threads);
+      }
+    }
 #endif
 #if defined(AFNEXT_VNNI)
     if constexpr (std::is_same<T, bfloat16>::value)
