@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import native
+from .arguments import FLOATING, check_tensors
 from .dispatch import Operation, on_cpu
+from .row_groups import any_rows
 from .strides import strided_rows
 from .triton_language import tl, triton
 
@@ -34,7 +36,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 _gelu = Operation("gelu", gelu_reference)
-_swiglu = Operation("swiglu", swiglu_reference)
+_swiglu = Operation("swiglu", swiglu_reference, rows=(0, 1))
 
 
 @triton.jit
@@ -71,7 +73,7 @@ def _gelu_triton(x: Tensor) -> Tensor:
     return out
 
 
-@_swiglu.implementation("triton")
+@_swiglu.implementation("triton", groups=any_rows)
 def _swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
     out = gate.new_empty(gate.shape)
     gates, ups = strided_rows(gate), strided_rows(up)
@@ -89,7 +91,7 @@ def _gelu_native(x: Tensor) -> Tensor:
     return out
 
 
-@_swiglu.implementation("native", native.misfit)
+@_swiglu.implementation("native", native.misfit, any_rows)
 def _swiglu_native(gate: Tensor, up: Tensor) -> Tensor:
     out, gate, up = gate.new_empty(gate.shape), strided_rows(gate), strided_rows(up)
     native.call("swiglu", gate, up, out, *gate.shape, gate.stride(0), up.stride(0), out.dtype)
@@ -110,6 +112,7 @@ def _swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     """Exact GELU of x, elementwise; any shape and floating dtype, returned alike."""
+    check_tensors(x, FLOATING, x=x)
     return _gelu.on(x.device)(x)
 
 
@@ -119,4 +122,5 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         raise ValueError(
             f"swiglu takes two tensors alike, got {gate.dtype} {tuple(gate.shape)} and {up.dtype} {tuple(up.shape)}"
         )
+    check_tensors(gate, FLOATING, gate=gate, up=up)
     return _swiglu.on(gate.device)(gate, up)

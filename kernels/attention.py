@@ -5,7 +5,8 @@
 Without `causal` a query sees the first key_lengths[b] keys of its sequence. With `causal` the queries are the LAST
 ones of their sequence: of key_lengths[b] keys, query i of n sees those up to key_lengths[b] - n + i. Query head h reads
 KV head h // (heads / kv_heads) (GQA). Keys and values are dense, [batch, keys, kv_heads, head_dim], or paged
-(`page_table` given, see `pages.py`), there also in int8 with a scale for each token and head (`kv_write.py`).
+(`page_table` given, see `pages.py`), there also in int8 with a scale for each token and head (`kv_write.py`), or in
+int4 (`int4_cache.py`), which has a Triton kernel of its own (`attention_int4.py`).
 `rotation` turns the queries on the way in; keys in a cache are already turned, dense keys are turned by `key_rotation`.
 So RoPE, the report's RoTE (positions -2 pi * seconds, interleaved pairs) and no rotation are one operation.
 
@@ -28,10 +29,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import native
+from .arguments import FLOAT32, FLOATING, INTEGERS, check_tensors
+from .attention_int4 import attend_int4, unsupported_heads
+from .attention_libraries import cudnn_attention, cudnn_misfit, flash_attention, flash_misfit
 from .configs import Config, Configs, family
 from .dispatch import Operation
+from .int4_cache import DTYPE as INT4
+from .int4_cache import HEAD_DIMS, KeyBias, dequantize_int4, is_int4
 from .native.attention import attend_natively
-from .pages import gather_pages, locate_tokens
+from .online_softmax import weigh
+from .pages import gather_pages, locate_tokens, page_of
 from .rotary import Rotation, check_rotation, load_turned, load_turns, rotary
 from .rotary import reference as rotary_reference
 from .strides import with_unit_stride
@@ -49,12 +56,14 @@ def reference(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
     rotation: Rotation | None = None,
+    key_bias: KeyBias | None = None,
 ) -> Tensor:
     """The specification: float64, one sequence and one query head at a time."""
     if rotation is not None:
         q = rotary_reference(q, rotation)
     out = torch.empty_like(q)
-    for b, (keys, values) in enumerate(_sequences(q, k, v, key_lengths, page_table, k_scales, v_scales, torch.float64)):
+    sequences = _sequences(q, k, v, key_lengths, page_table, k_scales, v_scales, key_bias, torch.float64)
+    for b, (keys, values) in enumerate(sequences):
         visible = visible_keys(q.shape[1], keys.shape[0], causal, q.device)
         for h in range(q.shape[2]):
             kv_head = h // (q.shape[2] // keys.shape[1])
@@ -79,15 +88,6 @@ def _load_queries(  # type: ignore[no-untyped-def]
         turn_cos, turn_sin = load_turns(cos, sin, tokens, channels, mask, PAIRS, HALF)
         rows = load_turned(q, q_rows, channels, mask, turn_cos, turn_sin, PAIRS, HALF).to(q.dtype.element_ty)
     return rows
-
-
-@triton.jit
-def _weigh(scores, row_max, row_sum):  # type: ignore[no-untyped-def]
-    """One step of the online softmax: (weights of these scores, factor for what is summed so far, new maximum, sum)."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_max[:, None])
-    decay = tl.exp2(row_max - new_max)
-    return weights, decay, new_max, row_sum * decay + tl.sum(weights, 1)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "table_row"])
@@ -157,14 +157,22 @@ def _kernel(  # type: ignore[no-untyped-def]
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     scale *= 1.4426950408889634  # log2(e): exponentials are of base 2
+    if page_table is not None:
+        page_table += batch * table_row
+    AHEAD: tl.constexpr = PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0  # a tile is of one page, looked up a tile before
     for masked in tl.static_range(2):
-        for start in tl.range(whole if masked else 0, end if masked else whole, BLOCK_N):
+        first_token = whole if masked else 0
+        next_page = page_of(page_table, first_token, length, PAGE_SIZE) if AHEAD else batch
+        for start in tl.range(first_token, end if masked else whole, BLOCK_N):
             token = start + tl.arange(0, BLOCK_N)
             exists = token < length
             if page_table is None:
                 page, slot = batch, token
+            elif AHEAD:
+                page, slot = next_page.to(tl.int64), start % PAGE_SIZE + tl.arange(0, BLOCK_N)
+                next_page = page_of(page_table, start + BLOCK_N, length, PAGE_SIZE)
             else:
-                page, slot = locate_tokens(page_table + batch * table_row, start, length, PAGE_SIZE, BLOCK_N)
+                page, slot = locate_tokens(page_table, start, length, PAGE_SIZE, BLOCK_N)
             if k_tiles is not None:
                 first = start if page_table is None else start % PAGE_SIZE
                 corner = [page.to(tl.int32), first, (kv_head * HEAD_DIM).to(tl.int32)]
@@ -187,7 +195,7 @@ def _kernel(  # type: ignore[no-untyped-def]
                 scores *= tl.load(k_scales + scale_at, mask=exists, other=0.0)[None, :]
             if masked:
                 scores = tl.where((token[None, :] <= last[:, None]) & exists[None, :], scores, -float("inf"))
-            weights, decay, row_max, row_sum = _weigh(scores, row_max, row_sum)
+            weights, decay, row_max, row_sum = weigh(scores, row_max, row_sum)
             if v_scales is not None:
                 # Times 127, the largest stored magnitude: weights as small as a scale would leave float16's range.
                 weights *= tl.load(v_scales + scale_at, mask=exists, other=0.0)[None, :] * 127
@@ -236,7 +244,7 @@ _CROWDED = Configs(
 _FETCHING = ("sm90", "sm100")
 _FETCHED = Configs(
     "attention_128_fetched",
-    Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=2),
+    Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=3),
     candidates=_CANDIDATES,
 )
 # Float32 is for comparisons: exact products without tensor cores. Heads wider than 128 are in no model of ours.
@@ -258,7 +266,13 @@ def _tiles(x: Tensor, block: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(rows, [1, block, head_dim])
 
 
-@_operation.implementation("triton")
+def _triton_misfit(q: Tensor, k: Tensor, v: Tensor, causal: bool, *_: object, **__: object) -> str | None:
+    if not is_int4(k):
+        return None
+    return unsupported_heads(k) if causal else "int4 keys without a causal mask"
+
+
+@_operation.implementation("triton", _triton_misfit)
 def _triton(
     q: Tensor,
     k: Tensor,
@@ -270,6 +284,7 @@ def _triton(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
     rotation: Rotation | None = None,
+    key_bias: KeyBias | None = None,
 ) -> Tensor:
     q, k, v = map(with_unit_stride, (q, k, v))
     if page_table is not None and page_table.stride(-1) != 1:
@@ -279,6 +294,15 @@ def _triton(
     group = heads // kv_heads
     out = q.new_empty(q.shape)
     if q.numel() == 0:
+        return out
+    if is_int4(k):
+        assert key_lengths is not None
+        assert page_table is not None
+        q = (q if rotation is None else rotary(q, rotation)).contiguous()
+        sums = q.new_empty((1, batch, queries, heads), dtype=torch.float32)
+        rows = 64 if q.element_size() == 2 else 16  # float32, without tensor cores, would fill the registers
+        lengths, table = key_lengths.contiguous(), page_table.contiguous()
+        attend_int4(q, k, v, out, sums, lengths, table, k_scales, v_scales, key_bias, scale=scale, rows=rows)
         return out
     cos, sin = (None, None) if rotation is None else rotation.cos_sin
     block_d = max(16, triton.next_power_of_2(head_dim))
@@ -343,6 +367,7 @@ def _native(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
     rotation: Rotation | None = None,
+    key_bias: KeyBias | None = None,
 ) -> Tensor:
     rows = q.shape[1] * q.shape[2] // k.shape[2]
     threads, heads = torch.get_num_threads(), q.shape[0] * k.shape[2]
@@ -350,7 +375,18 @@ def _native(
     # more than the second-level cache holds.
     blocks = max(-(-rows * q.shape[3] // 131072), min(-(-4 * threads // heads), rows // 256))
     return attend_natively(
-        q, k, v, causal, scale, key_lengths, page_table, k_scales, v_scales, rotation, row_block=-(-rows // blocks)
+        q,
+        k,
+        v,
+        causal,
+        scale,
+        key_lengths,
+        page_table,
+        k_scales,
+        v_scales,
+        rotation,
+        key_bias,
+        row_block=-(-rows // blocks),
     )
 
 
@@ -366,6 +402,7 @@ def _torch(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
     rotation: Rotation | None = None,
+    key_bias: KeyBias | None = None,
 ) -> Tensor:
     if rotation is not None:
         q = rotary(q, rotation)
@@ -375,13 +412,18 @@ def _torch(
             mask = (torch.arange(k.shape[1], device=q.device) < key_lengths[:, None])[:, None, None, :]
         return _grouped_attention(q, k, v, mask, scale)
     outputs = []
-    for b, (keys, values) in enumerate(_sequences(q, k, v, key_lengths, page_table, k_scales, v_scales, q.dtype)):
+    sequences = _sequences(q, k, v, key_lengths, page_table, k_scales, v_scales, key_bias, q.dtype)
+    for b, (keys, values) in enumerate(sequences):
         # Without a prefix the fused kernel skips what is masked by itself, which halves its work; but it masks with
         # -inf before it scales, which only a positive scale survives.
         whole = causal and q.shape[1] == keys.shape[0] and scale > 0
         visible = None if whole else visible_keys(q.shape[1], keys.shape[0], causal, q.device)
         outputs.append(_grouped_attention(q[b : b + 1], keys[None], values[None], visible, scale, whole))
     return torch.cat(outputs)
+
+
+_operation.implementation("flash_attn", flash_misfit)(flash_attention)
+_operation.implementation("cudnn", cudnn_misfit)(cudnn_attention)
 
 
 def _grouped_attention(
@@ -422,6 +464,7 @@ def _sequences(
     page_table: Tensor | None,
     k_scales: Tensor | None,
     v_scales: Tensor | None,
+    key_bias: KeyBias | None,
     dtype: torch.dtype,
 ) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each sequence as `dtype`, [length, kv_heads, head_dim], cut to its length."""
@@ -429,18 +472,29 @@ def _sequences(
     if page_table is None:
         return [(k[b, :length].to(dtype), v[b, :length].to(dtype)) for b, length in enumerate(lengths)]
     return [
-        (_gather(k, k_scales, pages, length, dtype), _gather(v, v_scales, pages, length, dtype))
+        (gathered(k, k_scales, pages, length, dtype, key_bias), gathered(v, v_scales, pages, length, dtype))
         for pages, length in zip(page_table, lengths, strict=True)
     ]
 
 
-def _gather(cache: Tensor, scales: Tensor | None, pages: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """The first `length` tokens held by `pages`, as numbers of `dtype` also where the cache is int8."""
+def gathered(
+    cache: Tensor,
+    scales: Tensor | None,
+    pages: Tensor,
+    length: int,
+    dtype: torch.dtype,
+    key_bias: KeyBias | None = None,
+) -> Tensor:
+    """The first `length` tokens held by `pages`, as numbers of `dtype` also where the cache is int8 or int4."""
     x = gather_pages(cache, pages, length)
     if scales is None:
         return x.to(dtype)
     at_least_float32 = torch.promote_types(dtype, torch.float32)
-    return (x.to(at_least_float32) * gather_pages(scales, pages, length)[..., None]).to(dtype)
+    scales = gather_pages(scales, pages, length)
+    if not is_int4(cache):
+        return (x.to(at_least_float32) * scales[..., None]).to(dtype)
+    x = dequantize_int4(x, scales, at_least_float32)
+    return (x if key_bias is None else x + key_bias.rotated(length, at_least_float32)).to(dtype)
 
 
 def attention(
@@ -456,17 +510,19 @@ def attention(
     v_scales: Tensor | None = None,
     rotation: Rotation | None = None,
     key_rotation: Rotation | None = None,
+    key_bias: KeyBias | None = None,
 ) -> Tensor:
     """Attention of q over dense or paged keys and values.
 
     q: [batch, queries, heads, head_dim], float32, bfloat16 or float16; k, v: [batch, keys, kv_heads, head_dim], or with
     `page_table` ([batch, max_pages] int) pools [pages, page_size, kv_heads, head_dim], of the dtype of q or, with
-    k_scales and v_scales ([pages, page_size, kv_heads] float32), int8. key_lengths: [batch] int, required with pages,
-    at least 1, and at least the number of queries when causal. rotation turns q, key_rotation dense k. scale defaults
-    to head_dim ** -0.5.
+    k_scales and v_scales ([pages, page_size, kv_heads] float32), int8, or int4 [..., head_dim / 2] uint8. key_lengths:
+    [batch] int, required with pages, at least 1, and at least the number of queries when causal. rotation turns q,
+    key_rotation dense k. key_bias: what the keys of an int4 cache are stored without. scale defaults to
+    head_dim ** -0.5.
     Returns like q; softmax in float32. Raises ValueError when shapes or dtypes do not fit.
     """
-    check_attention(q, k, v, key_lengths, page_table, k_scales, v_scales)
+    check_attention(q, k, v, key_lengths, page_table, k_scales, v_scales, key_bias)
     if causal and page_table is None and k.shape[1] < q.shape[1]:
         raise ValueError(f"causal queries are the last of their sequence, got {q.shape[1]} queries, {k.shape[1]} keys")
     if rotation is not None:
@@ -476,7 +532,9 @@ def attention(
             raise ValueError("keys in a paged cache are rotated when they are written, not by attention")
         k = rotary(k, key_rotation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _operation.on(q.device)(q, k, v, causal, scale, key_lengths, page_table, k_scales, v_scales, rotation)
+    return _operation.on(q.device)(
+        q, k, v, causal, scale, key_lengths, page_table, k_scales, v_scales, rotation, key_bias
+    )
 
 
 def check_attention(
@@ -487,13 +545,14 @@ def check_attention(
     page_table: Tensor | None,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    key_bias: KeyBias | None = None,
 ) -> None:
-    """Raise ValueError unless the shapes and dtypes are those of one attention problem."""
-    alike = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[-1] == k.shape[-1]
+    """Raise ValueError unless shapes, dtypes and devices are those of one attention problem."""
+    alike = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[-1] == k.shape[-1] * (2 if is_int4(k) else 1)
     if not alike or q.shape[2] % k.shape[2] or (page_table is None and k.shape[0] != q.shape[0]):
         raise ValueError(
             "attention takes q [batch, queries, heads, head_dim] and k, v alike with kv_heads dividing heads, got "
-            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} of {k.dtype}"
         )
     if page_table is not None and (key_lengths is None or page_table.shape[:1] != q.shape[:1]):
         raise ValueError(
@@ -504,15 +563,36 @@ def check_attention(
         raise ValueError(f"key_lengths must have the shape {tuple(q.shape[:1])}, got {tuple(key_lengths.shape)}")
     for x, scales in ((k, k_scales), (v, v_scales)):
         _check_scales(q, x, scales, page_table)
+    check_tensors(q, FLOATING, q=q)
+    check_tensors(q, FLOATING | {torch.int8, INT4}, k=k, v=v)
+    check_tensors(q, INTEGERS, key_lengths=key_lengths, page_table=page_table)
+    check_tensors(q, FLOAT32, k_scales=k_scales, v_scales=v_scales)
+    if is_int4(k) and (q.shape[-1] not in HEAD_DIMS or k.dtype != v.dtype):
+        raise ValueError(f"an int4 cache takes heads of {', '.join(map(str, HEAD_DIMS))} channels, got {q.shape[-1]}")
+    if key_bias is not None:
+        _check_key_bias(q, k, key_bias)
+
+
+def _check_key_bias(q: Tensor, k: Tensor, key_bias: KeyBias) -> None:
+    bias, cos, sin = key_bias.bias, key_bias.cos, key_bias.sin
+    shape, half = (k.shape[2], q.shape[-1]), q.shape[-1] // 2
+    fits = bias.shape == shape and cos.shape == sin.shape and cos.shape[1:] == (half,)
+    if not is_int4(k) or not fits or not all(x.is_contiguous() for x in (bias, cos, sin)):
+        raise ValueError(
+            f"key_bias is of int4 keys, contiguous, a bias of {shape} and tables [tokens, {half}], got keys of "
+            f"{k.dtype}, {tuple(bias.shape)}, {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    check_tensors(q, {q.dtype}, bias=bias)
+    check_tensors(q, FLOAT32, cos=cos, sin=sin)
 
 
 def _check_scales(q: Tensor, x: Tensor, scales: Tensor | None, page_table: Tensor | None) -> None:
-    if x.dtype != (q.dtype if scales is None else torch.int8):
-        raise ValueError(f"keys and values are {q.dtype} like q, or int8 with scales; got {x.dtype}")
+    if x.dtype not in ((q.dtype,) if scales is None else (torch.int8, INT4)):
+        raise ValueError(f"keys and values are {q.dtype} like q, or int4 or int8 with scales; got {x.dtype}")
     if scales is None:
         return
     if page_table is None:
-        raise ValueError("scales belong to int8 keys and values in pages, got no page_table")
+        raise ValueError("scales belong to int4 and int8 keys and values in pages, got no page_table")
     if scales.shape != x.shape[:3] or scales.dtype != torch.float32 or not scales.is_contiguous():
         raise ValueError(
             f"scales must be contiguous float32 of the shape {tuple(x.shape[:3])}, got {scales.dtype} "

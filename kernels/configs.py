@@ -23,27 +23,10 @@ from typing import Any
 
 import torch
 
+from .chips import CHIPS
 from .errors import BackendError
 from .triton_language import triton
 
-
-@dataclass(frozen=True)
-class Chip:
-    """What a family's typical chip offers. shared_memory: bytes that one block can have."""
-
-    multiprocessors: int
-    shared_memory: int
-
-
-CHIPS = {
-    "sm80": Chip(108, 163 * 1024),  # A100
-    "sm86": Chip(84, 99 * 1024),  # RTX A6000
-    "sm89": Chip(128, 99 * 1024),  # RTX 4090
-    "sm90": Chip(132, 227 * 1024),  # H100
-    "sm100": Chip(148, 227 * 1024),  # B200
-    "sm120": Chip(170, 99 * 1024),  # RTX 5090
-    "gfx942": Chip(304, 64 * 1024),  # MI300X
-}
 DEFAULT_FAMILY = "sm90"
 
 _target: ContextVar[str | None] = ContextVar("afnext_target", default=None)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activation import exact_gelu, gelu
+from .arguments import check_tensors
 from .dispatch import Operation
 from .linear import linear, linear_misfit
 from .triton_language import tl, triton
@@ -45,7 +46,7 @@ def reference(mel: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias
 _operation = Operation("conv_stem", reference)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length"])
 def _bias_gelu_kernel(h, bias, rows, channels, length, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """GELU(h + bias) in place; h: [rows, length], rows = batch * channels."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -57,7 +58,7 @@ def _bias_gelu_kernel(h, bias, rows, channels, length, ROWS: tl.constexpr, BLOCK
     tl.store(at, values.to(h.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _finish_kernel(h, bias, positions, out, channels, length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """GELU(h + bias)^T + positions. h: [batch, channels, length]; out: [batch, length, channels]."""
     batch = tl.program_id(2).to(tl.int64)
@@ -131,4 +132,5 @@ def conv_stem(mel: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias
     length = conv_length(mel.shape[-1])
     if length > positions.shape[0]:
         raise ValueError(f"{mel.shape[-1]} mel frames need {length} positions, the encoder has {positions.shape[0]}")
+    check_tensors(mel, (mel.dtype,), weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2, positions=positions)
     return _operation.on(mel.device)(mel, weight1, bias1, weight2, bias2, positions)

@@ -4,19 +4,22 @@
 
 for n = 1 .. 8 new tokens a sequence (more than one when drafts are verified). It is the causal attention of
 `attention.py`, kept apart because its limit is another: each key and value is used by a handful of rows only, so the
-time is that of reading the cache. An int8 cache has a float32 scale for each token and KV head (`kv_write.py`).
+time is that of reading the cache. An int8 cache has a float32 scale for each token and KV head (`kv_write.py`), and so
+has one of int4 (`int4_cache.py`), which has a Triton kernel of its own for the parts (`attention_int4.py`).
 
 Shapes as in `decode_attention` below. The keys of a sequence are divided among `splits` programs for each KV head, so
 that one sequence fills the device. A program computes the softmax of its part for the group * n rows that share the
 KV head, gathered in one tensor-core tile, together with the logarithm of its sum; a second kernel weighs the parts by
 those. How long a part is follows from key_lengths on the device and how many there are from the width of the page
-table, so a captured launch serves a sequence as it grows, up to what its pages can hold.
+table, so a captured launch serves a sequence as it grows, up to what its pages can hold. Inside `row_invariant` every
+part has as many keys, whatever else is in the batch; there, several new tokens have to come as sequences of one each,
+as the rows of a program would otherwise depend on how many they are.
 
 Bytes, for each sequence of t cached tokens and each layer: 2 t kv_heads head_dim elements of the cache, once (2 KiB a
-token in bf16 at full size, 92 MB at 45 000 tokens; in int8 1 KiB and 32 bytes of scales), and the page table. Besides
-them only the parts, 4 n heads (head_dim + 1) bytes each, written once and read once (66 parts and 2 MB on 132
-multiprocessors at one new token, in the L2 cache). Operations: 4 t n heads head_dim, 7 for each byte of a bf16 cache
-at full size and one new token; the tile's padding to 16 rows makes them 16.
+token in bf16 at full size, 92 MB at 45 000 tokens; in int8 1 KiB and 32 bytes of scales, in int4 half a KiB and 32
+bytes), and the page table. Besides them only the parts, 4 n heads (head_dim + 1) bytes each, written once and read once
+(66 parts and 2 MB on 132 multiprocessors at one new token, in the L2 cache). Operations: 4 t n heads head_dim, 7 for
+each byte of a bf16 cache at full size and one new token; the tile's padding to 16 rows makes them 16.
 Source: Dao et al. 2023 (Flash-Decoding); Kwon et al. 2023 (PagedAttention).
 """
 
@@ -25,12 +28,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import native
-from .attention import _gather, _weigh, check_attention, visible_keys
+from .attention import check_attention, gathered, visible_keys
 from .attention import reference as attention_reference
+from .attention_int4 import attend_int4, unsupported_heads
+from .attention_libraries import flash_attention, flash_misfit
 from .configs import Config, Configs, multiprocessors
 from .dispatch import Operation
+from .int4_cache import KeyBias, is_int4
 from .native.attention import attend_natively
+from .online_softmax import weigh
 from .pages import locate_tokens
+from .row_groups import is_row_invariant
 from .strides import with_unit_stride
 from .triton_language import tl, triton
 
@@ -39,6 +47,7 @@ MAX_ROWS = 64  # of a tile: 8 new tokens of a group of 8 heads
 # Keys of a task of the native kernel: two tasks, of which one is fetched while the other is worked on, fit into a
 # second-level cache of 1 MB, and every thread has some.
 PART_KEYS = 128
+FIXED_SHARE = 512  # keys of a program where how many it has must not depend on the other sequences
 PROGRAMS = 2  # of a multiprocessor at a time: their loads in flight cover the memory's latency
 
 
@@ -51,9 +60,10 @@ def reference(
     page_table: Tensor,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    key_bias: KeyBias | None = None,
 ) -> Tensor:
     """The specification: causal attention in float64."""
-    return attention_reference(q, k, v, True, scale, key_lengths, page_table, k_scales, v_scales)
+    return attention_reference(q, k, v, True, scale, key_lengths, page_table, k_scales, v_scales, None, key_bias)
 
 
 _operation = Operation("decode_attention", reference)
@@ -88,6 +98,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
     """Attention over one part of the keys of a sequence, and to base 2 the logarithm of its softmax's sum."""
     kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
@@ -104,7 +115,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
     part_row = q_row + split.to(tl.int64) * batches * new_tokens * (KV_HEADS * GROUP)
 
     length = tl.load(key_lengths + batch).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
+    share = SHARE if SHARE > 0 else tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
     first = split * share
     if (first >= length) & (split > 0):  # part 0 is written in any case, for a sequence without keys
         tl.store(log_sums + part_row, tl.full((ROWS,), -float("inf"), tl.float32), mask=in_rows)
@@ -129,7 +140,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
         if k_scales is not None:
             scores *= tl.load(k_scales + scale_at, mask=exists, other=0.0)[None, :]
         scores = tl.where(key[None, :] <= last[:, None], scores, -float("inf"))
-        weights, decay, row_max, row_sum = _weigh(scores, row_max, row_sum)
+        weights, decay, row_max, row_sum = weigh(scores, row_max, row_sum)
         if v_scales is not None:
             # Times 127, the largest stored magnitude: weights as small as a scale would leave float16's range.
             weights *= tl.load(v_scales + scale_at, mask=exists, other=0.0)[None, :] * 127
@@ -162,7 +173,7 @@ def _merge_parts(  # type: ignore[no-untyped-def]
         written = log_sum > -float("inf")
         mask = written[:, None] & (channels < HEAD_DIM)[None, :]
         part = tl.load(parts + part_row[:, None] * HEAD_DIM + channels[None, :], mask=mask, other=0.0)
-        weights, decay, row_max, row_sum = _weigh(log_sum[None, :], row_max, row_sum)
+        weights, decay, row_max, row_sum = weigh(log_sum[None, :], row_max, row_sum)
         acc = acc * decay[:, None] + tl.sum(part * tl.trans(weights), 0)[None, :]
     acc /= tl.where(row_sum > 0, row_sum, 1.0)[:, None]
     out_at = out + row * HEAD_DIM + channels[None, :]
@@ -180,7 +191,7 @@ _CONFIGS_OF_MANY_ROWS = Configs("decode_attention of many rows", _NARROW, {"gfx9
 _MERGE = Config({"BLOCK_S": 32}, num_warps=4, num_stages=1)
 
 
-@_operation.implementation("triton")
+@_operation.implementation("triton", lambda q, k, *_: unsupported_heads(k) if is_int4(k) else None)
 def _triton(
     q: Tensor,
     k: Tensor,
@@ -190,6 +201,7 @@ def _triton(
     page_table: Tensor,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    key_bias: KeyBias | None = None,
 ) -> Tensor:
     q, page_table, key_lengths = (x.contiguous() for x in (q, page_table, key_lengths))
     k, v = map(with_unit_stride, (k, v))
@@ -202,10 +214,31 @@ def _triton(
     config = (_CONFIGS if rows < MAX_ROWS else _CONFIGS_OF_MANY_ROWS).on(q.device)
     programs = kv_heads * triton.cdiv(group * new_tokens, rows)
     most_keys = page_table.shape[1] * page_size
-    splits = split_count(q.device, programs * batch, triton.cdiv(most_keys, config.blocks["BLOCK_N"]))
+    if is_row_invariant():
+        share, splits = FIXED_SHARE, triton.cdiv(most_keys, FIXED_SHARE)
+    else:
+        share, splits = 0, split_count(q.device, programs * batch, triton.cdiv(most_keys, config.blocks["BLOCK_N"]))
     out = q.new_empty(q.shape)
     parts = out if splits == 1 else q.new_empty((splits, *q.shape), dtype=torch.float32)
     log_sums = q.new_empty((splits, batch, new_tokens, heads), dtype=torch.float32)
+    if is_int4(k):
+        attend_int4(
+            q,
+            k,
+            v,
+            parts,
+            log_sums,
+            key_lengths,
+            page_table,
+            k_scales,
+            v_scales,
+            key_bias,
+            scale=scale,
+            rows=rows,
+            splits=splits,
+            share=share,
+        )
+        return _merged(parts, log_sums, out)
     _attend_part[(programs, splits, batch)](
         q,
         k,
@@ -229,10 +262,18 @@ def _triton(
         PAGE_SIZE=page_size,
         ROWS=rows,
         BLOCK_D=block_d,
+        SHARE=share,
         **config.options(),
     )
+    return _merged(parts, log_sums, out)
+
+
+def _merged(parts: Tensor, log_sums: Tensor, out: Tensor) -> Tensor:
+    """The parts as one, in `out`, which a single part is already."""
+    splits, head_dim = len(log_sums), out.shape[-1]
     if splits > 1:
-        grid = (batch * new_tokens * heads,)
+        block_d = max(16, triton.next_power_of_2(head_dim))
+        grid = (out.numel() // head_dim,)
         _merge_parts[grid](parts, log_sums, out, splits, HEAD_DIM=head_dim, BLOCK_D=block_d, **_MERGE.options())
     return out
 
@@ -255,10 +296,23 @@ def _native(
     page_table: Tensor,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    key_bias: KeyBias | None = None,
 ) -> Tensor:
     rows = q.shape[1] * q.shape[2] // k.shape[2]
     return attend_natively(
-        q, k, v, True, scale, key_lengths, page_table, k_scales, v_scales, None, row_block=rows, part_keys=PART_KEYS
+        q,
+        k,
+        v,
+        True,
+        scale,
+        key_lengths,
+        page_table,
+        k_scales,
+        v_scales,
+        None,
+        key_bias,
+        row_block=rows,
+        part_keys=PART_KEYS,
     )
 
 
@@ -272,6 +326,7 @@ def _torch(
     page_table: Tensor,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    key_bias: KeyBias | None = None,
 ) -> Tensor:
     batch, new_tokens, heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -280,8 +335,8 @@ def _torch(
     outputs = []
     for b, length in enumerate(key_lengths.tolist()):
         keys, values = (
-            _gather(cache, scales, page_table[b], length, q.dtype).transpose(0, 1)
-            for cache, scales in ((k, k_scales), (v, v_scales))
+            gathered(cache, scales, page_table[b], length, q.dtype, bias).transpose(0, 1)
+            for cache, scales, bias in ((k, k_scales, key_bias), (v, v_scales, None))
         )
         mask = None
         if new_tokens > 1:
@@ -293,6 +348,21 @@ def _torch(
     return out.reshape(batch, new_tokens, heads, head_dim)
 
 
+@_operation.implementation("flash_attn", lambda q, k, v, *rest: flash_misfit(q, k, v, True, *rest))
+def _flash_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    key_lengths: Tensor,
+    page_table: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    key_bias: KeyBias | None = None,
+) -> Tensor:
+    return flash_attention(q, k, v, True, scale, key_lengths, page_table)
+
+
 def decode_attention(
     q: Tensor,
     k: Tensor,
@@ -302,17 +372,19 @@ def decode_attention(
     page_table: Tensor,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    key_bias: KeyBias | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Attention of the last n tokens of each sequence over its cache, in which they already are.
 
     q: [batch, n, heads, head_dim] with n <= MAX_NEW_TOKENS, rotated; k, v: pools [pages, page_size, kv_heads,
-    head_dim] of q's dtype, or int8 with the float32 scales k_scales, v_scales: [pages, page_size,
-    kv_heads]; key_lengths: [batch] int, tokens in the cache, at least the n new ones; page_table: [batch, max_pages]
-    int. Returns like q; softmax in float32. Raises ValueError when shapes or dtypes do not fit.
+    head_dim] of q's dtype, or int8, or int4 [..., head_dim / 2] uint8, with the float32 scales k_scales, v_scales:
+    [pages, page_size, kv_heads]; key_bias: what the keys of an int4 cache are stored without; key_lengths: [batch] int,
+    tokens in the cache, at least the n new ones; page_table: [batch, max_pages] int. Returns like q; softmax in
+    float32. Raises ValueError when shapes or dtypes do not fit.
     """
-    check_attention(q, k, v, key_lengths, page_table, k_scales, v_scales)
+    check_attention(q, k, v, key_lengths, page_table, k_scales, v_scales, key_bias)
     if not 1 <= q.shape[1] <= MAX_NEW_TOKENS:
         raise ValueError(f"decode_attention takes 1 to {MAX_NEW_TOKENS} new tokens, got {q.shape[1]}; use attention")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _operation.on(q.device)(q, k, v, scale, key_lengths, page_table, k_scales, v_scales)
+    return _operation.on(q.device)(q, k, v, scale, key_lengths, page_table, k_scales, v_scales, key_bias)

@@ -2,28 +2,36 @@
 
 Every operation registers its implementations under a backend's name. The backend follows the device of the tensors
 (CPU: native, then torch; CUDA or HIP: triton, then torch) unless one is forced for A/B runs, with the environment
-variable `AFNEXT_BACKEND` or, with precedence, `with kernels.backend("reference"):`. An implementation may cover only
-some arguments; the others go to the next in order. A forced backend is never replaced: an operation without it, or
-arguments that it does not cover, raise. Which implementation runs, and why one is passed over, is logged once, at INFO.
+variable `AFNEXT_BACKEND` or, with precedence, `with kernels.backend("reference"):`. The variable may also name single
+operations, as in `AFNEXT_BACKEND=attention=torch,rms_norm=triton`, beside or instead of a backend for all, and several
+backends of one operation, best first: `attention=cudnn+triton`. `flash_attn` and `cudnn` run only where they are named.
+An implementation may cover only some arguments; the others go to the next in order. Forced backends are never replaced:
+an operation without them, or arguments that none of them covers, raise. Which implementation runs, and why one is
+passed over, is logged once, at INFO.
+
+Inside `with row_invariant():` operations that declare their rows give them to an implementation in groups in which it
+computes every row alike; see `row_groups.py`.
 """
 
 import logging
 import os
-import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
+from functools import cache
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 
+from .device_state import launching, runs_triton
 from .errors import BackendError
 from .native import AVAILABLE as NATIVE_AVAILABLE
+from .row_groups import Groups, in_groups, is_row_invariant, one_row
 from .triton_language import AVAILABLE as TRITON_AVAILABLE
 
-BACKENDS = ("triton", "native", "torch", "reference")
+LIBRARIES = ("flash_attn", "cudnn")
+BACKENDS = ("triton", "native", "torch", "reference", *LIBRARIES)
 _BY_DEVICE = {"cuda": ("triton", "torch"), "cpu": ("native", "torch")}
 _OTHER_DEVICES = ("torch",)
 
@@ -43,37 +51,50 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def forced_backend() -> str | None:
-    """The backend forced by `backend(...)` or `AFNEXT_BACKEND`, or None when the device decides."""
-    name = _forced.get() or os.environ.get("AFNEXT_BACKEND")
-    return _checked(name) if name else None
+def backend_here() -> str | None:
+    """The backend that a surrounding `with backend(...)` forces, or None.
+
+    This is what to force again in another thread or process, which has the environment anyway: there it would replace
+    what `AFNEXT_BACKEND` says of single operations.
+    """
+    return _forced.get()
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on `device`, so that host clocks around it tell the truth. No-op on the CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def forced_backend(operation: str = "") -> str | None:
+    """The backend forced by `backend(...)` or `AFNEXT_BACKEND`, for all operations or for the one that is named.
+
+    None when the device decides; the first of several. Raises BackendError for an unknown backend.
+    """
+    order = _forced_order(operation)
+    return order[0] if order else None
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that may still be allocated on `device`; of a CPU's memory what the system and the container leave."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    available = re.search(r"^MemAvailable:\s*(\d+) kB$", _contents("/proc/meminfo"), re.MULTILINE)
-    if available:
-        free = 1024 * int(available[1])
-    limit = _contents("/sys/fs/cgroup/memory.max").strip()
-    return min(free, int(limit)) if limit.isdecimal() else free
+def _forced_order(operation: str = "") -> tuple[str, ...]:
+    """The backends that are forced, best first; none when the device decides."""
+    if (name := _forced.get()) is not None:
+        return (name,)
+    chosen = _chosen_by_environment(os.environ.get("AFNEXT_BACKEND", ""))
+    return chosen.get(operation, chosen.get("", ()))
 
 
-def _contents(path: str) -> str:
-    """The text of a file of the system, empty where there is none."""
-    try:
-        return Path(path).read_text(encoding="ascii")
-    except OSError:
-        return ""
+@cache
+def _chosen_by_environment(text: str) -> dict[str, tuple[str, ...]]:
+    """Backends by operation, best first, those for all others under "". Several are for single operations only."""
+    entries = [entry.strip().rpartition("=") for entry in text.split(",") if entry.strip()]
+    return {
+        operation.strip(): tuple(_checked(name.strip()) for name in (names.split("+") if operation else [names]))
+        for operation, _, names in entries
+    }
+
+
+def check_forced_operations() -> None:
+    """Raise BackendError if `AFNEXT_BACKEND` names an operation that no module imported so far has."""
+    known = {operation.name for operation in operations()}
+    named = _chosen_by_environment(os.environ.get("AFNEXT_BACKEND", "")).keys() - {""}
+    if unknown := sorted(named - known):
+        raise BackendError(
+            f"AFNEXT_BACKEND names unknown operations {', '.join(unknown)}; there are {', '.join(sorted(known))}"
+        )
 
 
 def on_cpu(tensor: torch.Tensor) -> bool:
@@ -88,18 +109,29 @@ class Operation(Generic[F]):
     Where Triton is not installed, or the native kernels are not built, theirs are not registered.
     """
 
-    def __init__(self, name: str, reference: F):
+    def __init__(self, name: str, reference: F, rows: tuple[int, ...] = ()):
+        """rows: of an operation whose implementations may round a row otherwise beside others, the positions of the
+        arguments that have a row for each one of the result."""
         self.name = name
         self.implementations: dict[str, F] = {"reference": reference}
+        self._rows = rows
         self._misfits: dict[str, Callable[..., str | None]] = {}
+        self._groups: dict[str, Callable[..., Groups]] = {}
         self._logged: set[tuple[str, str]] = set()
         _operations.add(self)
 
-    def implementation(self, name: str, misfit: Callable[..., str | None] | None = None) -> Callable[[F], F]:
+    def implementation(
+        self,
+        name: str,
+        misfit: Callable[..., str | None] | None = None,
+        groups: Callable[..., Groups] | None = None,
+    ) -> Callable[[F], F]:
         """Register the decorated function, with the signature of the reference, as this operation's `name`.
 
         misfit: takes the same arguments and returns None where the implementation covers them, and otherwise what it
         does not cover, such as "head_dim 80". It is asked at each call, so it should look at shapes and dtypes only.
+        groups: takes the same arguments and returns how rows may be grouped inside `row_invariant`; by default each is
+        computed by a call of its own.
         """
         _checked(name)
 
@@ -108,16 +140,26 @@ class Operation(Generic[F]):
                 self.implementations[name] = function
                 if misfit is not None:
                     self._misfits[name] = misfit
+                if groups is not None:
+                    self._groups[name] = groups
             return function
 
         return register
 
     def candidates(self, device: torch.device) -> list[str]:
         """The backends to try on `device`, best first. Raises BackendError when a forced one is not there."""
-        name = forced_backend()
-        if name is None:
-            order = (*_BY_DEVICE.get(device.type, _OTHER_DEVICES), "reference")
-            return [candidate for candidate in order if candidate in self.implementations]
+        forced = _forced_order(self.name)
+        for name in forced:
+            self._check_forced(name, device)
+        if forced:
+            return list(forced)
+        order = (*_BY_DEVICE.get(device.type, _OTHER_DEVICES), "reference")
+        usable = [candidate for candidate in order if candidate in self.implementations]
+        if device.type == "cuda" and not runs_triton(device):
+            usable = [candidate for candidate in usable if candidate != "triton"]
+        return usable
+
+    def _check_forced(self, name: str, device: torch.device) -> None:
         if name not in self.implementations:
             raise BackendError(
                 f"the operation {self.name} has no {name} implementation; it has {', '.join(self.implementations)}. "
@@ -125,7 +167,11 @@ class Operation(Generic[F]):
             )
         if name == "native" and device.type != "cpu":
             raise BackendError(f"the native kernels run on the CPU, and {self.name} was given tensors on {device}")
-        return [name]
+        if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise BackendError(
+                f"the Triton kernels run on a GPU, and {self.name} was given tensors on the CPU; unset AFNEXT_BACKEND, "
+                "or set TRITON_INTERPRET=1 to interpret them, which is slow"
+            )
 
     def on(self, device: torch.device) -> F:
         """The implementation for tensors on `device`. Raises BackendError when a forced backend lacks one.
@@ -148,7 +194,12 @@ class Operation(Generic[F]):
 
     def _chosen(self, name: str, device: torch.device) -> F:
         self._log_once(device.type, name, f"{self.name} on {device.type} runs on {name}")
-        return self.implementations[name]
+        implementation = self.implementations[name]
+        function = cast(F, launching(implementation, device)) if device.type == "cuda" else implementation
+        if not self._rows or not is_row_invariant():
+            return function
+        groups = self._groups.get(name, one_row)
+        return cast(F, lambda *args: in_groups(function, groups(*args), self._rows, args))
 
     def _log_once(self, *key_and_message: str) -> None:
         *key, message = key_and_message

@@ -7,7 +7,7 @@ rotation), a float32 scale beside the integers:
 
     scale = max |x| / 127;  stored = round(x / scale), half to even, within +-127;  x is read as stored * scale
 
-A vector of zeros has the scale 0.
+A vector of zeros has the scale 0. An int4 cache holds what `int4_cache.py` says, keys without the bias `k_bias`.
 
 The biases of q, k and v are not added here: the products that form q, k and v add them in their epilogue (cuBLAS and
 every quantized product do), so they cost no pass over memory that fusing them here would save.
@@ -22,7 +22,10 @@ import torch
 from torch import Tensor
 
 from . import native
+from .arguments import FLOAT32, FLOATING, INT64, check_tensors
 from .dispatch import Operation
+from .int4_cache import DTYPE as INT4
+from .int4_cache import HEAD_DIMS, is_int4, quantize_int4, walsh_hadamard_rows
 from .quantize_rows import reference as quantize
 from .rotary import (
     Rotation,
@@ -49,9 +52,10 @@ def reference(
     v_scales: Tensor | None,
     slots: Tensor,
     rotation: Rotation,
+    k_bias: Tensor | None = None,
 ) -> Tensor:
     """The specification: token by token."""
-    keys = rotary_reference(k.double(), rotation)
+    keys = rotary_reference(k.double() if k_bias is None else k.double() - k_bias.double(), rotation)
     page_size = k_cache.shape[1]
     for x, cache, scales in ((keys, k_cache, k_scales), (v, v_cache, v_scales)):
         for b, row in enumerate(slots.tolist()):
@@ -60,11 +64,27 @@ def reference(
                 if scales is None:
                     cache[page, offset] = x[b, t].to(cache.dtype)
                 else:
-                    cache[page, offset], scales[page, offset] = quantize(x[b, t])
+                    stored = quantize_int4 if is_int4(cache) else quantize
+                    cache[page, offset], scales[page, offset] = stored(x[b, t])
     return rotary_reference(q, rotation)
 
 
 _operation = Operation("kv_write", reference)
+
+
+@triton.jit
+def _store_int4(  # type: ignore[no-untyped-def]
+    x, cache, scales, rows, exists, HEAD_DIM: tl.constexpr, STAGES: tl.constexpr, BLOCK_TOKENS: tl.constexpr
+):
+    """As `_store`, in four bits; see `int4_cache.py`."""
+    x = walsh_hadamard_rows(x, BLOCK_TOKENS, HEAD_DIM, STAGES)
+    step = tl.max(tl.abs(x), 1, keep_dims=True) / 8  # a power of two, as every factor here: exact
+    tl.store(scales + rows, step / (2 * HEAD_DIM), mask=exists)
+    quotient = tl.div_rn(x, tl.where(step > 0, step, 1.0).broadcast_to(x.shape))
+    codes = tl.minimum(tl.maximum(tl.floor(quotient) + 8, 0.0), 15.0).to(tl.uint8)
+    low, high = tl.split(tl.permute(tl.reshape(codes, (BLOCK_TOKENS, 2, HEAD_DIM // 2)), (0, 2, 1)))
+    at = cache + rows * (HEAD_DIM // 2) + tl.arange(0, HEAD_DIM // 2)[None, :]
+    tl.store(at, low | (high << 4), mask=exists)
 
 
 @triton.jit
@@ -94,6 +114,7 @@ def _kv_write_kernel(  # type: ignore[no-untyped-def]
     slots,
     cos,
     sin,
+    k_bias,
     q_batch,
     q_time,
     q_head,
@@ -110,6 +131,7 @@ def _kv_write_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     HALF: tl.constexpr,
+    INT4_STAGES: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -124,10 +146,18 @@ def _kv_write_kernel(  # type: ignore[no-untyped-def]
         slot = tl.load(slots + token, mask=exists, other=0).to(tl.int64)
         key_rows = token_rows(token, time, k_batch, k_time) + part * k_head
         key = load_turned(k, key_rows, channel, mask, turn_cos, turn_sin, PAIRS, HALF)
-        _store(key, k_cache, k_scales, slot * kv_heads + part, channel, exists, HEAD_DIM)
+        if k_bias is not None:
+            bias_rows = token * 0 + part * HEAD_DIM
+            key -= load_turned(k_bias, bias_rows, channel, mask, turn_cos, turn_sin, PAIRS, HALF)
         value_rows = token_rows(token, time, v_batch, v_time) + part * v_head
         value = tl.load(v + value_rows + channel, mask=mask, other=0.0).to(tl.float32)
-        _store(value, v_cache, v_scales, slot * kv_heads + part, channel, exists, HEAD_DIM)
+        rows = slot * kv_heads + part
+        if INT4_STAGES > 0:
+            _store_int4(key, k_cache, k_scales, rows, exists, HEAD_DIM, INT4_STAGES, BLOCK_TOKENS)
+            _store_int4(value, v_cache, v_scales, rows, exists, HEAD_DIM, INT4_STAGES, BLOCK_TOKENS)
+        else:
+            _store(key, k_cache, k_scales, rows, channel, exists, HEAD_DIM)
+            _store(value, v_cache, v_scales, rows, channel, exists, HEAD_DIM)
     else:
         query_rows = token_rows(token, time, q_batch, q_time)
         first = (part - kv_heads) * BLOCK_HEADS
@@ -148,6 +178,7 @@ def _triton(
     v_scales: Tensor | None,
     slots: Tensor,
     rotation: Rotation,
+    k_bias: Tensor | None = None,
 ) -> Tensor:
     q, k, v = map(with_unit_stride, (q, k, v))
     batch, time, heads, head_dim = q.shape
@@ -170,6 +201,7 @@ def _triton(
         slots.contiguous(),
         cos,
         sin,
+        None if k_bias is None else k_bias.contiguous(),
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
@@ -180,6 +212,7 @@ def _triton(
         HEAD_DIM=head_dim,
         PAIRS=cos.shape[-1],
         HALF=rotation.pairing == "half",
+        INT4_STAGES=head_dim.bit_length() - 1 if is_int4(k_cache) else 0,
         BLOCK_CHANNELS=triton.next_power_of_2(head_dim),
         **config.options(),
     )
@@ -187,7 +220,7 @@ def _triton(
 
 
 def _misfit(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, *_: object) -> str | None:
-    return native_misfit(q, k, v) or (None if k_cache.dtype == torch.int8 else native.misfit(k_cache))
+    return native_misfit(q, k, v) or (None if k_cache.dtype in (torch.int8, INT4) else native.misfit(k_cache))
 
 
 @_operation.implementation("native", _misfit)
@@ -201,10 +234,32 @@ def _native(
     v_scales: Tensor | None,
     slots: Tensor,
     rotation: Rotation,
+    k_bias: Tensor | None = None,
 ) -> Tensor:
     k, v = map(with_unit_stride, (k, v))
     native.check_indices("slots", slots, "caches", k_cache.shape[0] * k_cache.shape[1])
     cos, sin = rotation.cos_sin
+    if is_int4(k_cache):
+        native.call(
+            "kv_write_int4",
+            k,
+            v,
+            k_cache,
+            v_cache,
+            k_scales,
+            v_scales,
+            None if k_bias is None else k_bias.contiguous(),
+            slots.contiguous(),
+            cos,
+            sin,
+            *k.shape,
+            cos.shape[-1],
+            rotation.pairing == "half",
+            *k.stride()[:3],
+            *v.stride()[:3],
+            k.dtype,
+        )
+        return rotary(q, rotation)
     native.call(
         "kv_write",
         k,
@@ -238,15 +293,18 @@ def _torch(
     v_scales: Tensor | None,
     slots: Tensor,
     rotation: Rotation,
+    k_bias: Tensor | None = None,
 ) -> Tensor:
     flat = slots.flatten()
     # Keys that are to be quantized are not rounded to their own dtype first.
+    if k_bias is not None:
+        k = k.float() - k_bias.float()
     keys = rotary(k if k_scales is None else k.float(), rotation)
     for x, cache, scales in ((keys, k_cache, k_scales), (v, v_cache, v_scales)):
         if scales is None:
             cache.flatten(0, 1).index_copy_(0, flat, x.flatten(0, 1).to(cache.dtype))
         else:
-            stored, scale = quantize(x.flatten(0, 1))
+            stored, scale = (quantize_int4 if is_int4(cache) else quantize)(x.flatten(0, 1))
             cache.flatten(0, 1).index_copy_(0, flat, stored)
             scales.flatten(0, 1).index_copy_(0, flat, scale)
     return rotary(q, rotation)
@@ -263,18 +321,22 @@ def kv_write(
     rotation: Rotation,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    k_bias: Tensor | None = None,
 ) -> Tensor:
     """Write the rotated keys and the values INTO `k_cache` and `v_cache`; return the rotated queries.
 
     q: [batch, time, heads, head_dim]; k, v: [batch, time, kv_heads, head_dim]; caches: [pages, page_size, kv_heads,
-    head_dim], contiguous; slots: [batch, time] int64 from `page_slots`, all different. With int8 caches, k_scales and
-    v_scales, [pages, page_size, kv_heads] float32 and contiguous, are written, too.
+    head_dim], contiguous, or of int4 [..., head_dim / 2] uint8; slots: [batch, time] int64 from `page_slots`, all
+    different. With caches of int8 or int4, k_scales and v_scales, [pages, page_size, kv_heads] float32 and contiguous,
+    are written, too. k_bias: [kv_heads, head_dim] of the dtype of k, taken off the keys of an int4 cache before they
+    are rotated; see `int4_cache.KeyBias`.
     Raises ValueError when shapes or dtypes do not fit.
     """
-    if k.shape != v.shape or k.shape[2:] != k_cache.shape[2:] or k_cache.shape != v_cache.shape:
+    row = (*k.shape[2:3], k.shape[-1] // (2 if is_int4(k_cache) else 1))
+    if k.shape != v.shape or k_cache.shape[2:] != row or k_cache.shape != v_cache.shape:
         raise ValueError(
             f"keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit caches of shape {tuple(k_cache.shape)} and "
-            f"{tuple(v_cache.shape)}"
+            f"{tuple(v_cache.shape)} of {k_cache.dtype}"
         )
     if slots.shape != k.shape[:2]:
         raise ValueError(f"slots must have the shape {tuple(k.shape[:2])}, got {tuple(slots.shape)}")
@@ -282,14 +344,26 @@ def kv_write(
         _check_scales(cache, scales)
         if not (cache.is_contiguous() and (scales is None or scales.is_contiguous())):
             raise ValueError("the caches and their scales are written in place and must be contiguous")
+    check_tensors(q, FLOATING, k=k, v=v)
+    check_tensors(q, FLOATING | {torch.int8, INT4}, k_cache=k_cache, v_cache=v_cache)
+    check_tensors(q, INT64, slots=slots)
+    check_tensors(q, FLOAT32, k_scales=k_scales, v_scales=v_scales)
     check_rotation(q, rotation)
     check_rotation(k, rotation)
-    return _operation.on(q.device)(q, k, v, k_cache, v_cache, k_scales, v_scales, slots, rotation)
+    if is_int4(k_cache) != is_int4(v_cache):
+        raise ValueError(f"keys and values are both int4 or neither, got caches of {k_cache.dtype} and {v_cache.dtype}")
+    if is_int4(k_cache) and k.shape[-1] not in HEAD_DIMS:
+        raise ValueError(f"an int4 cache takes heads of {', '.join(map(str, HEAD_DIMS))} channels, got {k.shape[-1]}")
+    if k_bias is not None and (not is_int4(k_cache) or k_bias.shape != k.shape[2:] or k_bias.dtype != k.dtype):
+        raise ValueError(
+            f"k_bias is {tuple(k.shape[2:])} {k.dtype} for an int4 cache, got {k_bias.dtype} {k_bias.shape}"
+        )
+    return _operation.on(q.device)(q, k, v, k_cache, v_cache, k_scales, v_scales, slots, rotation, k_bias)
 
 
 def _check_scales(cache: Tensor, scales: Tensor | None) -> None:
-    if (cache.dtype == torch.int8) != (scales is not None):
-        raise ValueError(f"scales belong to int8 caches and to no others, got a cache of {cache.dtype}")
+    if (cache.dtype in (torch.int8, INT4)) != (scales is not None):
+        raise ValueError(f"scales belong to int4 and int8 caches and to no others, got a cache of {cache.dtype}")
     if scales is not None and (scales.shape != cache.shape[:3] or scales.dtype != torch.float32):
         raise ValueError(
             f"scales must be float32 of the shape {tuple(cache.shape[:3])}, got {scales.dtype} {tuple(scales.shape)}"

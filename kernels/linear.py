@@ -12,7 +12,8 @@ kernels multiply, in float32: of many rows the weights are widened a panel at a 
 (`native/panels.h`), of up to 16 rows as they are read (`native/linear_dense.cpp`). With AVX512-BF16 they multiply
 bfloat16 in two cases, too: up to four rows, as their product reads the weights at 34 to 43 GB/s where torch's reads 30
 (two cores of a Zen 5 EPYC), and a pair of many rows, in bfloat16 and as fast as torch's two products, because neither
-is written to be read again.
+is written to be read again. Where rows must not depend on each other (`row_groups.py`), the native kernels multiply on
+CPUs and the W8A16 kernel, with weights that need no scale, on GPUs.
 """
 
 import torch
@@ -20,8 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import activation, native
+from .arguments import FLOATING, check_tensors
 from .dispatch import Operation, forced_backend
+from .few_rows import few_rows_in_tiles
+from .linear_int8 import w8a16_triton
 from .native import products
+from .row_groups import any_rows, is_row_invariant
 from .strides import as_rows
 
 
@@ -37,13 +42,16 @@ def linear_swiglu_reference(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return activation.swiglu_reference(reference(wide, gate, None), reference(wide, up, None)).to(x.dtype)
 
 
-_operation = Operation("linear", reference)
-_swiglu = Operation("linear_swiglu", linear_swiglu_reference)
+_operation = Operation("linear", reference, rows=(0,))
+_swiglu = Operation("linear_swiglu", linear_swiglu_reference, rows=(0,))
 
 
 def linear_misfit(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Why a product goes to torch on a CPU, or None. Forced, the native kernels multiply every dtype at every level."""
-    if forced_backend() is None:
+    """Why a product goes to torch on a CPU, or None.
+
+    Forced, and where rows must not depend on each other, the native kernels multiply every dtype at every level.
+    """
+    if forced_backend("linear") is None and not is_row_invariant():
         if x.dtype == torch.float32:
             return "float32, which torch multiplies as fast"
         if not products.has_panels() or (products.multiplies_bfloat16() and not _reads_faster(x)):
@@ -55,7 +63,7 @@ def _reads_faster(x: Tensor) -> bool:
     return native.isa() == "avx512" and x.dtype == torch.bfloat16 and x.shape[:-1].numel() <= 4
 
 
-@_operation.implementation("native", linear_misfit)
+@_operation.implementation("native", linear_misfit, few_rows_in_tiles)
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return products.dense_product(as_rows(x), weight.contiguous(), None, bias).view(*x.shape[:-1], len(weight))
 
@@ -67,19 +75,29 @@ def _swiglu_misfit(x: Tensor, gate: Tensor, up: Tensor) -> str | None:
     return linear_misfit(x, gate, up)
 
 
-@_swiglu.implementation("native", _swiglu_misfit)
+@_swiglu.implementation("native", _swiglu_misfit, few_rows_in_tiles)
 def _swiglu_native(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     y = products.dense_product(as_rows(x), gate.contiguous(), up.contiguous(), None)
     return y.view(*x.shape[:-1], len(gate))
 
 
-@_operation.implementation("triton")
+@_operation.implementation("triton", groups=any_rows)
+def _triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if is_row_invariant():  # which cuBLAS is not: it chooses a kernel by the number of rows
+        return w8a16_triton(x, (weight.contiguous(), None), (None, None), bias, None)
+    return F.linear(x, weight, bias)
+
+
 @_operation.implementation("torch")
 def _torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-@_swiglu.implementation("triton")
+@_swiglu.implementation("triton", groups=any_rows)
+def _swiglu_triton(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return activation.swiglu(_triton(x, gate, None), _triton(x, up, None))
+
+
 @_swiglu.implementation("torch")
 def _swiglu_torch(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return activation.swiglu(F.linear(x, gate), F.linear(x, up))
@@ -92,6 +110,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear takes a bias [out], got {tuple(bias.shape)} with a weight {tuple(weight.shape)}")
+    check_tensors(x, FLOATING, x=x, weight=weight, bias=bias)
     _check(x, weight, *(() if bias is None else (bias,)))
     return _operation.on(x.device)(x, weight, bias)
 
@@ -104,6 +123,7 @@ def linear_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """
     if gate.shape != up.shape:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
+    check_tensors(x, FLOATING, x=x, gate=gate, up=up)
     _check(x, gate, up)
     return _swiglu.on(x.device)(x, gate, up)
 

@@ -13,7 +13,9 @@ and reads them once for every BLOCK_M rows, that is once up to 64 rows; x is rea
 mantissa of a power of two, of which 2^23 + zero is subtracted; an upper code stands 4 bits higher, in 2^19. Few rows:
 the differences, exact in 16 bits up to their zero, go to the tensor cores and the scale multiplies a group's sum. Many
 rows: there are more sums than weights, so the scale multiplies the weights before they are rounded.
-Weights are the product's left operand, tokens its columns; split inner dimensions as in `linear_int8`.
+Up to 16 rows would wait for these instructions. 16-bit x and weights without zeros have a kernel of their own for them,
+which loads 16 bytes at a time and makes two numbers with each instruction, 13 for 8 weights.
+Weights are the product's left operand, tokens its columns; split inner dimensions as in `packed_product`.
 
 torch on a CPU: where a copy of the codes with 16 to 64 channels interleaved was made (`prepare_int4`), few rows go to
 torch's own kernel, which wants them so; the copy lives as long as the weight. All else goes to a dense product with
@@ -31,22 +33,30 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import activation, native
-from .configs import Config, Configs
+from .arguments import FLOATING, check_tensors
+from .configs import Config, Configs, family
 from .dispatch import Operation, on_cpu
-from .linear_int8 import (
-    FEW_CPU_ROWS,
+from .few_rows import few_rows
+from .native import products
+from .packed_product import (
+    NativeProduct,
     add_epilogue,
     block_of,
+    check_alike,
     check_epilogue,
+    check_groups,
     config_for,
+    grouped_misfit,
+    grouped_pair_misfit,
     launch_product,
     product_by_tiles,
-    silu,
-    store_block,
+    store_product,
+    swiglu_of,
+    swiglu_reference_of,
     tile_config,
+    within_group,
 )
-from .native import products
+from .row_groups import any_rows
 from .strides import as_rows
 from .triton_language import tl, triton
 
@@ -88,10 +98,8 @@ def linear_int4_swiglu_reference(
     up_zeros: Tensor | None,
 ) -> Tensor:
     """The specification of `linear_int4_swiglu`, in float64."""
-    wide = x.double()
-    gated = linear_int4_reference(wide, gate, gate_scales, gate_zeros, None, None)
-    raised = linear_int4_reference(wide, up, up_scales, up_zeros, None, None)
-    return activation.swiglu_reference(gated, raised).to(x.dtype)
+    weights = (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros)
+    return swiglu_reference_of(linear_int4_reference, x, *weights)
 
 
 @triton.jit
@@ -122,6 +130,113 @@ def _add_group(acc, tokens, codes, scales, zeros, levels, at, group, SCALE_WEIGH
     return acc
 
 
+# A word has eight codes, byte b those of the inputs 2 b and 2 b + 1. Of a byte the low code goes to the low half of a
+# register and the high one, of the word shifted by 4, to its high half. There both become 16-bit numbers at once: the
+# code is or-ed into the mantissa of 2^7 (bfloat16) or 2^10 (float16), and 2^7 + 8 or 2^10 + 8 is subtracted.
+_PAIRS = """{
+.reg .b32 high, pair, one, shift;
+mov.b32 one, %(one)s;
+mov.b32 shift, %(shift)s;
+shr.u32 high, $4, 4;
+prmt.b32 pair, $4, high, 0x4400;
+lop3.b32 pair, pair, 0x000F000F, %(magic)s, 0xEA;
+fma.rn.%(type)s $0, pair, one, shift;
+prmt.b32 pair, $4, high, 0x5511;
+lop3.b32 pair, pair, 0x000F000F, %(magic)s, 0xEA;
+fma.rn.%(type)s $1, pair, one, shift;
+prmt.b32 pair, $4, high, 0x6622;
+lop3.b32 pair, pair, 0x000F000F, %(magic)s, 0xEA;
+fma.rn.%(type)s $2, pair, one, shift;
+prmt.b32 pair, $4, high, 0x7733;
+lop3.b32 pair, pair, 0x000F000F, %(magic)s, 0xEA;
+fma.rn.%(type)s $3, pair, one, shift;
+}"""
+BFLOAT16_PAIRS = tl.constexpr(
+    _PAIRS % {"type": "bf16x2", "one": "0x3F803F80", "shift": "0xC308C308", "magic": "0x43004300"}
+)
+FLOAT16_PAIRS = tl.constexpr(
+    _PAIRS % {"type": "f16x2", "one": "0x3C003C00", "shift": "0xE408E408", "magic": "0x64006400"}
+)
+
+
+@triton.jit
+def _pair(words, byte: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What `_PAIRS` makes of one byte, by operations that any device and the interpreter have."""
+    even = ((words >> 8 * byte) & 0x0F).to(tl.float32) - 8.0
+    odd = ((words >> 8 * byte + 4) & 0x0F).to(tl.float32) - 8.0
+    low = even.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | (odd.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def _unpacked_words(words, DTYPE: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """code - 8 of words [BLOCK_N, BLOCK_K / 8] with eight codes each: [BLOCK_N, BLOCK_K], exact in a 16-bit DTYPE."""
+    if PTX:
+        a, b, c, d = tl.inline_asm_elementwise(
+            BFLOAT16_PAIRS if tl.bfloat16 == DTYPE else FLOAT16_PAIRS,
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        a, b = _pair(words, 0, DTYPE), _pair(words, 1, DTYPE)
+        c, d = _pair(words, 2, DTYPE), _pair(words, 3, DTYPE)
+    pairs = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (words.shape[0], 4 * words.shape[1]))
+    even = pairs.to(tl.int16).to(DTYPE, bitcast=True)
+    odd = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return tl.reshape(tl.join(even, odd), (words.shape[0], 8 * words.shape[1]))
+
+
+@triton.jit
+def _add_words(acc, tokens, words, scales, at, group, DTYPE: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """As `_add_group`, with int32 words of eight codes, which `at` counts."""
+    weights = _unpacked_words(tl.load(words + at), DTYPE, PTX)
+    return acc + tl.dot(weights, tokens) * tl.load(scales + group).to(tl.float32)[:, None]
+
+
+@triton.jit(do_not_specialize=["rows", "steps"])
+def _w4a16_words_kernel(  # type: ignore[no-untyped-def]
+    x,
+    words,
+    scales,
+    up_words,
+    up_scales,
+    bias,
+    residual,
+    out,
+    rows,
+    columns,
+    inner,
+    steps,
+    GROUP: tl.constexpr,
+    PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """For a few rows of 16-bit x and weights without zeros. PTX: whether the chip has NVIDIA's instructions."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    m, n = block_of(rows, columns, BLOCK_M, BLOCK_N)
+    channel = tl.minimum(n, columns - 1).to(tl.int64)
+    xs = x + m[None, :].to(tl.int64) * inner + tl.arange(0, BLOCK_K)[:, None]
+    # A row is a multiple of 16 bytes long, as a group is; said so, loads are as wide.
+    at = channel[:, None] * (inner // 32 * 4) + tl.arange(0, BLOCK_K // 8)[None, :]
+    groups = channel * (inner // GROUP)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    up_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    start = tl.program_id(1) * steps * BLOCK_K
+    for k in range(start, tl.minimum(start + steps * BLOCK_K, inner), BLOCK_K):
+        tokens = tl.load(xs + k, mask=m[None, :] < rows, other=0)
+        here, group = at + k // 8, groups + k // GROUP
+        acc = _add_words(acc, tokens, words, scales, here, group, DTYPE, PTX)
+        if up_words is not None:
+            up_acc = _add_words(up_acc, tokens, up_words, up_scales, here, group, DTYPE, PTX)
+    store_product(acc, up_words, up_acc, out, bias, residual, m, n, rows, columns, SPLIT)
+
+
 @triton.jit(do_not_specialize=["rows", "steps"])
 def _w4a16_kernel(  # type: ignore[no-untyped-def]
     x,
@@ -143,7 +258,7 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """levels: [16] float32, what nf4's codes stand for, the even input above the odd one; or null, for int4's."""
     SCALE_WEIGHTS: tl.constexpr = BLOCK_M > 64
@@ -162,17 +277,16 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
         acc = _add_group(acc, tokens, codes, scales, zeros, levels, here, group, SCALE_WEIGHTS, DTYPE)
         if up is not None:
             up_acc = _add_group(up_acc, tokens, up, up_scales, up_zeros, levels, here, group, SCALE_WEIGHTS, DTYPE)
-    if up is not None:
-        if SPLITS > 1:
-            store_block(up_acc, out + SPLITS * rows.to(tl.int64) * columns, None, None, m, n, rows, columns, SPLITS)
-        else:
-            acc = silu(acc) * up_acc
-    store_block(acc, out, bias, residual, m, n, rows, columns, SPLITS)
+    store_product(acc, up, up_acc, out, bias, residual, m, n, rows, columns, SPLIT)
 
 
 # By the most rows that a config is for; the last also serves more. BLOCK_K is cut to the group.
 _W4A16 = {
-    16: Configs("linear_int4_16", tile_config(16, 64, 128, 4, 4)),
+    16: Configs(
+        "linear_int4_16",
+        tile_config(16, 64, 128, 4, 4),
+        dict.fromkeys(("sm80", "sm90"), tile_config(16, 128, 128, 4, 3)),  # fewer instructions a weight
+    ),
     32: Configs("linear_int4_32", tile_config(32, 64, 128, 4, 4)),
     64: Configs("linear_int4_64", tile_config(64, 64, 128, 4, 3)),
     128: Configs("linear_int4_128", tile_config(128, 128, 64, 8, 3)),
@@ -188,16 +302,15 @@ _W4A16_PAIR = {
 }
 
 
-def within_group(config: Config, group: int) -> Config:
-    """The config with no more inputs a step than a group has."""
-    block_k = min(group, config.blocks["BLOCK_K"])
-    return Config({**config.blocks, "BLOCK_K": block_k}, config.num_warps, config.num_stages)
-
-
 def config_of(rows: int, group: int, pair: bool, device: torch.device) -> Config:
     """How a product of `rows` tokens with weights in groups of `group`, or with a pair of them, is launched."""
     config = config_for(_W4A16_PAIR if pair else _W4A16, rows, device)
     return within_group(config, group)
+
+
+def _words(packed: Tensor) -> Tensor:
+    """The codes as int32 words of eight, [out, in / 8]; a copy of those that begin within a word."""
+    return (packed.clone() if packed.storage_offset() % 4 else packed).view(torch.int32)
 
 
 def w4a16_triton(
@@ -211,21 +324,26 @@ def w4a16_triton(
     """The product on a GPU. weight, up: (packed, scales, zeros); levels: see `linear_nf4`."""
     group = x.shape[-1] // weight[1].shape[1]
     config = config_of(x.shape[:-1].numel(), group, up[0] is not None, x.device)
+    if config.blocks["BLOCK_M"] == 16 and x.element_size() == 2 and weight[2] is None and levels is None:
+        ptx = x.device.type != "cpu" and family(x.device).startswith("sm")
+        words, up_words = _words(weight[0]), None if up[0] is None else _words(up[0])
+        parts = (words, weight[1]), (up_words, up[1])
+        return launch_product(_w4a16_words_kernel, x, *parts, bias, residual, config, GROUP=group, PTX=ptx)
     return launch_product(_w4a16_kernel, x, weight, up, bias, residual, config, levels=levels, GROUP=group)
 
 
-_linear = Operation("linear_int4", linear_int4_reference)
-_swiglu = Operation("linear_int4_swiglu", linear_int4_swiglu_reference)
+_linear = Operation("linear_int4", linear_int4_reference, rows=(0, 5))
+_swiglu = Operation("linear_int4_swiglu", linear_int4_swiglu_reference, rows=(0,))
 
 
-@_linear.implementation("triton")
+@_linear.implementation("triton", groups=any_rows)
 def _linear_triton(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     return w4a16_triton(x, (packed, scales, zeros), (None, None, None), bias, residual)
 
 
-@_swiglu.implementation("triton")
+@_swiglu.implementation("triton", groups=any_rows)
 def _swiglu_triton(
     x: Tensor,
     gate: Tensor,
@@ -238,42 +356,18 @@ def _swiglu_triton(
     return w4a16_triton(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
 
 
-def int4_misfit(
-    x: Tensor, _packed: Tensor, scales: Tensor, zeros: Tensor | None, *_others: Tensor | None
-) -> str | None:
-    """Why the native kernels do not cover a product, or None."""
-    return native.misfit(x) or native.misfit(scales, zeros)
+_native = NativeProduct(products.int4_product, products.unpack_int4)
 
 
-@_linear.implementation("native", int4_misfit)
+@_linear.implementation("native", grouped_misfit, few_rows)
 def linear_int4_native(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """The product by the native kernels, for what they cover."""
-    rows, columns = as_rows(x), packed.shape[0]
-    if rows.shape[0] <= FEW_CPU_ROWS or products.in_panels(rows, columns):
-        return products.int4_product(rows, (packed, scales, zeros), None, bias, residual).view(*x.shape[:-1], columns)
-
-    def dense(tile: slice) -> Tensor:
-        return products.unpack_int4(packed[tile], scales[tile], None if zeros is None else zeros[tile], x.dtype)
-
-    return add_epilogue(product_by_tiles(rows, columns, dense).view(*x.shape[:-1], columns), bias, residual)
+    return _native.linear(x, (packed, scales, zeros), bias, residual)
 
 
-def swiglu_misfit(
-    x: Tensor,
-    _gate: Tensor,
-    gate_scales: Tensor,
-    _up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None,
-    up_zeros: Tensor | None,
-) -> str | None:
-    """Why the native kernels do not cover a pair, or None."""
-    return native.misfit(x) or native.misfit(gate_scales, gate_zeros, up_scales, up_zeros)
-
-
-@_swiglu.implementation("native", swiglu_misfit)
+@_swiglu.implementation("native", grouped_pair_misfit, few_rows)
 def _swiglu_native(
     x: Tensor,
     gate: Tensor,
@@ -283,12 +377,7 @@ def _swiglu_native(
     gate_zeros: Tensor | None,
     up_zeros: Tensor | None,
 ) -> Tensor:
-    rows = as_rows(x)
-    if rows.shape[0] <= FEW_CPU_ROWS or products.in_panels(rows, len(gate)):
-        y = products.int4_product(rows, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
-        return y.view(*x.shape[:-1], len(gate))
-    raised = linear_int4_native(x, up, up_scales, up_zeros, None, None)
-    return activation.swiglu(linear_int4_native(x, gate, gate_scales, gate_zeros, None, None), raised)
+    return _native.swiglu(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros))
 
 
 @_linear.implementation("torch")
@@ -345,8 +434,7 @@ def _swiglu_torch(
     gate_zeros: Tensor | None,
     up_zeros: Tensor | None,
 ) -> Tensor:
-    gated = linear_int4_torch(x, gate, gate_scales, gate_zeros, None, None)
-    return activation.swiglu(gated, linear_int4_torch(x, up, up_scales, up_zeros, None, None))
+    return swiglu_of(linear_int4_torch, x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros))
 
 
 def prepare_int4(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> None:
@@ -401,18 +489,9 @@ def check_int4(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None) 
     inner = 2 * packed.shape[1]
     if not x.is_floating_point() or x.shape[-1:] != (inner,):
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; a packed weight {tuple(packed.shape)} takes [..., {inner}]")
-    fits = (
-        scales.ndim == 2 and scales.shape[0] == packed.shape[0] and inner in [scales.shape[1] * g for g in GROUP_SIZES]
-    )
-    if not fits or not scales.is_floating_point() or not scales.is_contiguous():
-        raise ValueError(
-            f"scales must be contiguous floating [{len(packed)}, {inner} / group] with a group of {GROUP_SIZES}, got "
-            f"{scales.dtype} {tuple(scales.shape)}"
-        )
-    if zeros is not None and (
-        zeros.shape != scales.shape or not zeros.is_floating_point() or not zeros.is_contiguous()
-    ):
-        raise ValueError(f"zeros must be like scales, {tuple(scales.shape)}, got {zeros.dtype} {tuple(zeros.shape)}")
+    check_groups(len(packed), inner, scales, zeros, GROUP_SIZES)
+    check_tensors(x, (torch.uint8,), packed=packed)
+    check_tensors(x, FLOATING, x=x, scales=scales, zeros=zeros)
 
 
 def check_int4_pair(
@@ -421,8 +500,4 @@ def check_int4_pair(
     """Raise ValueError unless x and both weights (packed, scales, zeros) are as `linear_int4_swiglu` wants them."""
     check_int4(x, *gate)
     check_int4(x, *up)
-    if gate[0].shape != up[0].shape or gate[1].shape != up[1].shape or (gate[2] is None) != (up[2] is None):
-        raise ValueError(
-            f"gate {tuple(gate[0].shape)} with scales {tuple(gate[1].shape)} and up {tuple(up[0].shape)} with scales "
-            f"{tuple(up[1].shape)} must have one shape and group, and both or neither zeros"
-        )
+    check_alike(gate, up)

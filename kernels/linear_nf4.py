@@ -24,12 +24,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import activation, native
+from .arguments import FLOATING, check_tensors
 from .dispatch import Operation
+from .few_rows import few_rows
 from .linear_int4 import w4a16_triton
-from .linear_int8 import FEW_CPU_ROWS, add_epilogue, check_epilogue, product_by_tiles
 from .native import products
-from .strides import as_rows
+from .packed_product import (
+    NativeProduct,
+    add_epilogue,
+    check_epilogue,
+    linear_by_tiles,
+    misfit,
+    swiglu_of,
+    swiglu_reference_of,
+)
+from .row_groups import any_rows
 
 BLOCK_SIZE = 64
 LEVELS = (
@@ -64,62 +73,44 @@ def linear_nf4_reference(
 
 def linear_nf4_swiglu_reference(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
     """The specification of `linear_nf4_swiglu`, in float64."""
-    gated, raised = (
-        linear_nf4_reference(x.double(), *weight, None, None) for weight in ((gate, gate_scales), (up, up_scales))
-    )
-    return activation.swiglu_reference(gated, raised).to(x.dtype)
+    return swiglu_reference_of(linear_nf4_reference, x, (gate, gate_scales), (up, up_scales))
 
 
-_linear = Operation("linear_nf4", linear_nf4_reference)
-_swiglu = Operation("linear_nf4_swiglu", linear_nf4_swiglu_reference)
+_linear = Operation("linear_nf4", linear_nf4_reference, rows=(0, 4))
+_swiglu = Operation("linear_nf4_swiglu", linear_nf4_swiglu_reference, rows=(0,))
 
 
-@_linear.implementation("triton")
+@_linear.implementation("triton", groups=any_rows)
 def _linear_triton(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     return w4a16_triton(x, (codes, scales, None), (None, None, None), bias, residual, _levels(x.device))
 
 
-@_swiglu.implementation("triton")
+@_swiglu.implementation("triton", groups=any_rows)
 def _swiglu_triton(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
     return w4a16_triton(x, (gate, gate_scales, None), (up, up_scales, None), None, None, _levels(x.device))
 
 
-def _misfit(x: Tensor, *_others: Tensor | None) -> str | None:
-    return native.misfit(x)
+_native = NativeProduct(products.nf4_product, products.unpack_nf4)
 
 
-@_linear.implementation("native", _misfit)
+@_linear.implementation("native", misfit, few_rows)
 def _linear_native(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    rows, columns = as_rows(x), len(codes)
-    if len(rows) <= FEW_CPU_ROWS or products.in_panels(rows, columns):
-        return products.nf4_product(rows, (codes, scales), None, bias, residual).view(*x.shape[:-1], columns)
-    y = product_by_tiles(rows, columns, lambda tile: products.unpack_nf4(codes[tile], scales[tile], x.dtype))
-    return add_epilogue(y.view(*x.shape[:-1], columns), bias, residual)
+    return _native.linear(x, (codes, scales), bias, residual)
 
 
-@_swiglu.implementation("native", _misfit)
+@_swiglu.implementation("native", misfit, few_rows)
 def _swiglu_native(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    rows = as_rows(x)
-    if len(rows) <= FEW_CPU_ROWS or products.in_panels(rows, len(gate)):
-        y = products.nf4_product(rows, (gate, gate_scales), (up, up_scales), None, None)
-        return y.view(*x.shape[:-1], len(gate))
-    raised = _linear_native(x, up, up_scales, None, None)
-    return activation.swiglu(_linear_native(x, gate, gate_scales, None, None), raised)
+    return _native.swiglu(x, (gate, gate_scales), (up, up_scales))
 
 
 @_linear.implementation("torch")
 def _linear_torch(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    def weight(tile: slice) -> Tensor:
-        return unpacked(codes[tile], scales[tile]).to(x.dtype)
-
-    y = product_by_tiles(as_rows(x), len(codes), weight)
-    return add_epilogue(y.view(*x.shape[:-1], len(codes)), bias, residual)
+    return linear_by_tiles(x, (codes, scales), lambda *tile: unpacked(*tile).to(x.dtype), bias, residual)
 
 
 @_swiglu.implementation("torch")
 def _swiglu_torch(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    raised = _linear_torch(x, up, up_scales, None, None)
-    return activation.swiglu(_linear_torch(x, gate, gate_scales, None, None), raised)
+    return swiglu_of(_linear_torch, x, (gate, gate_scales), (up, up_scales))
 
 
 def linear_nf4(
@@ -159,4 +150,6 @@ def _checked(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         raise ValueError(
             f"scales must be floating {(len(codes), inner // BLOCK_SIZE)}, got {scales.dtype} {tuple(scales.shape)}"
         )
+    check_tensors(x, (torch.uint8,), codes=codes)
+    check_tensors(x, FLOATING, x=x, scales=scales)
     return scales.contiguous()

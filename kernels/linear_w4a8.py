@@ -15,8 +15,9 @@ output and group three float32 ones. Few rows, bound by memory: out * in * (1/2 
 and on a CPU half the multiplications of its 15-bit activations.
 
 Native: up to 16 rows read the weights once; more go past panels of them (`group_panels.h`). Without AVX2,
-and on torch, `linear_int4` multiplies what the rounded activations stand for. Triton: a block takes
-one group a step, because the sums of two cannot share an accumulator.
+and on torch, `linear_int4` multiplies what the rounded activations stand for. Triton: a block takes one group a step,
+because the sums of two cannot share an accumulator. Up to 64 rows go to the W4A16 kernel of `linear_int4`, which has
+small tiles and splits the inner dimension, and x is not rounded.
 
 Source: Lin et al. 2024, arXiv:2405.04532 (W4A8).
 """
@@ -27,29 +28,34 @@ from torch import Tensor
 from . import activation
 from .configs import Configs
 from .dispatch import Operation
+from .few_rows import few_rows
 from .linear_int4 import (
     check_int4,
     check_int4_pair,
-    int4_misfit,
     linear_int4_native,
     linear_int4_reference,
     linear_int4_torch,
-    swiglu_misfit,
-    within_group,
+    w4a16_triton,
 )
-from .linear_int8 import (
+from .native import products
+from .packed_product import (
     FEW_CPU_ROWS,
     add_epilogue,
     block_of,
     blocks,
     check_epilogue,
-    config_for,
+    grouped_misfit,
+    grouped_pair_misfit,
+    has_few_rows,
     store_block,
+    swiglu_of,
+    swiglu_reference_of,
     tile_config,
+    within_group,
 )
-from .native import products
 from .quantize_rows import quantize_rows
 from .quantize_rows import reference as quantize_rows_reference
+from .row_groups import any_rows
 from .strides import as_rows
 from .triton_language import tl, triton
 
@@ -74,10 +80,8 @@ def linear_w4a8_swiglu_reference(
     up_zeros: Tensor | None,
 ) -> Tensor:
     """The specification of `linear_w4a8_swiglu`: two products as of `linear_w4a8`, rounded to the dtype of x once."""
-    wide = x.double()
-    gated = linear_w4a8_reference(wide, gate, gate_scales, gate_zeros, None, None)
-    raised = linear_w4a8_reference(wide, up, up_scales, up_zeros, None, None)
-    return activation.swiglu_reference(gated, raised).to(x.dtype)
+    weights = (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros)
+    return swiglu_reference_of(linear_w4a8_reference, x, *weights)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -119,28 +123,26 @@ def _w4a8_kernel(  # type: ignore[no-untyped-def]
             total = tl.sum(tokens.to(tl.int32), 0).to(tl.float32)
             dot = tl.dot(weights, tokens, out_dtype=tl.int32).to(tl.float32) - zero[:, None] * total[None, :]
         acc += dot * (scale[:, None] * by[None, :])
-    store_block(acc, out, bias, residual, m, n, rows, columns, 1)
+    store_block(acc, out, bias, residual, m, n, rows, columns, False)
 
 
-# By the most rows that a config is for; the last also serves more. BLOCK_K is cut to the group.
-_W4A8 = {
-    32: Configs("linear_w4a8_32", tile_config(32, 64, 128, 4, 4)),
-    128: Configs("linear_w4a8_128", tile_config(64, 128, 128, 8, 3)),
-}
+_CONFIGS = Configs("linear_w4a8", tile_config(64, 128, 128, 8, 3))  # BLOCK_K is cut to the group
 
-_linear = Operation("linear_w4a8", linear_w4a8_reference)
-_swiglu = Operation("linear_w4a8_swiglu", linear_w4a8_swiglu_reference)
+_linear = Operation("linear_w4a8", linear_w4a8_reference, rows=(0, 5))
+_swiglu = Operation("linear_w4a8_swiglu", linear_w4a8_swiglu_reference, rows=(0,))
 
 
-@_linear.implementation("triton")
+@_linear.implementation("triton", groups=any_rows)
 def _linear_triton(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
+    if has_few_rows(x):
+        return w4a16_triton(x, (packed, scales, zeros), (None, None, None), bias, residual)
     y = _product_triton(*_rounded(x, scales.shape[1]), packed, scales, zeros, bias, residual, x.dtype)
     return y.view(*x.shape[:-1], packed.shape[0])
 
 
-@_swiglu.implementation("triton")
+@_swiglu.implementation("triton", groups=any_rows)
 def _swiglu_triton(
     x: Tensor,
     gate: Tensor,
@@ -150,6 +152,8 @@ def _swiglu_triton(
     gate_zeros: Tensor | None,
     up_zeros: Tensor | None,
 ) -> Tensor:
+    if has_few_rows(x):
+        return w4a16_triton(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
     rounded = _rounded(x, gate_scales.shape[1])
     gated = _product_triton(*rounded, gate, gate_scales, gate_zeros, None, None, x.dtype)
     raised = _product_triton(*rounded, up, up_scales, up_zeros, None, None, x.dtype)
@@ -171,7 +175,7 @@ def _product_triton(
     if out.numel() == 0:
         return out
     group = inner // scales.shape[1]
-    config = within_group(config_for(_W4A8, rows, codes.device), group)
+    config = within_group(_CONFIGS.on(codes.device), group)
     _w4a8_kernel[(blocks(config, rows, columns),)](
         codes,
         x_scales,
@@ -190,7 +194,7 @@ def _product_triton(
     return out
 
 
-@_linear.implementation("native", int4_misfit)
+@_linear.implementation("native", grouped_misfit, few_rows)
 def _linear_native(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
@@ -201,7 +205,7 @@ def _linear_native(
     return linear_int4_native(_restored(x, scales.shape[1]), packed, scales, zeros, bias, residual)
 
 
-@_swiglu.implementation("native", swiglu_misfit)
+@_swiglu.implementation("native", grouped_pair_misfit, few_rows)
 def _swiglu_native(
     x: Tensor,
     gate: Tensor,
@@ -215,7 +219,7 @@ def _swiglu_native(
     if len(rows) <= FEW_CPU_ROWS or products.has_panels():
         return products.w4a8_product(rows, *weights, None, None).view(*x.shape[:-1], len(gate))
     restored = _restored(x, gate_scales.shape[1])
-    return activation.swiglu(*(linear_int4_native(restored, *weight, None, None) for weight in weights))
+    return swiglu_of(linear_int4_native, restored, *weights)
 
 
 @_linear.implementation("torch")
@@ -238,7 +242,7 @@ def _swiglu_torch(
 ) -> Tensor:
     rounded = _restored(x, gate_scales.shape[1])
     weights = (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros)
-    return activation.swiglu(*(linear_int4_torch(rounded, *weight, None, None) for weight in weights))
+    return swiglu_of(linear_int4_torch, rounded, *weights)
 
 
 def _rounded(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -262,7 +266,10 @@ def linear_w4a8(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """As `linear_int4`, with each group of x rounded to int8 on the way (W4A8): faster for many rows, less exact."""
+    """As `linear_int4`, with each group of x rounded to int8 on the way (W4A8): faster for many rows, less exact.
+
+    On GPUs up to 64 rows are multiplied by the kernel of `linear_int4`, without rounding.
+    """
     check_int4(x, packed, scales, zeros)
     check_epilogue(x, packed.shape[0], bias, residual)
     return _linear.on(x.device)(x, packed, scales, zeros, bias, residual)

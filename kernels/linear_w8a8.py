@@ -8,6 +8,8 @@ weight, scales: as in `linear_int8`; x: [rows, in] float16, bfloat16 or float32.
 to the dtype of x once; of a pair, so are gate and up where no kernel computes both at once.
 
 2 * rows * out * in int8 operations, at twice the 16-bit rate. Bytes: out * in of the weight, rows * in of the codes.
+On GPUs that is worth it for more than 64 rows. Fewer are bound by reading the weights, so the W8A16 kernel of
+`linear_int8` multiplies them, which has small tiles and splits the inner dimension, and x is not rounded.
 
 Native, on a CPU: up to 16 rows read the weights once from memory, more go past panels of them (`native/panels.h`); a
 panel of a pair holds 16 outputs of each, whose sums become one output without a way through memory. Without AVX2 many
@@ -20,25 +22,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import activation, native
+from . import activation
 from .configs import Configs
 from .dispatch import Operation
-from .linear_int8 import (
+from .few_rows import few_rows
+from .linear_int8 import check_int8, check_pair, w8a16_triton
+from .native import products
+from .packed_product import (
     FEW_CPU_ROWS,
     SMALL_MEMORY,
     add_epilogue,
     block_of,
     blocks,
     check_epilogue,
-    check_int8,
-    check_pair,
-    config_for,
+    has_few_rows,
+    misfit,
     store_block,
+    swiglu_reference_of,
     tile_config,
 )
-from .native import products
 from .quantize_rows import quantize_rows
 from .quantize_rows import reference as quantize_rows_reference
+from .row_groups import any_rows
 from .strides import as_rows
 from .triton_language import tl, triton
 
@@ -54,9 +59,7 @@ def linear_w8a8_reference(
 
 def linear_w8a8_swiglu_reference(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
     """The specification of `linear_w8a8_swiglu`: two products as of `linear_w8a8`, rounded to the dtype of x once."""
-    wide = x.double()
-    gated = linear_w8a8_reference(wide, gate, gate_scales, None, None)
-    return activation.swiglu_reference(gated, linear_w8a8_reference(wide, up, up_scales, None, None)).to(x.dtype)
+    return swiglu_reference_of(linear_w8a8_reference, x, (gate, gate_scales), (up, up_scales))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -91,28 +94,30 @@ def _w8a8_kernel(  # type: ignore[no-untyped-def]
             tile = tl.load(channels + first, mask=k[None, :] < left, other=0)
             acc = tl.dot(tile, tl.load(tokens + first, mask=k[:, None] < left, other=0), acc, out_dtype=tl.int32)
     wide = acc.to(tl.float32) * tl.load(scales + channel).to(tl.float32)[:, None] * tl.load(row_scales + row)[None, :]
-    store_block(wide, out, bias, residual, m, n, rows, columns, 1)
+    store_block(wide, out, bias, residual, m, n, rows, columns, False)
 
 
-_CONFIGS = {
-    128: Configs(
-        "linear_w8a8",
-        tile_config(128, 128, 128, 8, 4),
-        {chip: tile_config(128, 128, 64, 8, 4) for chip in SMALL_MEMORY},
-    )
-}
-_linear = Operation("linear_w8a8", linear_w8a8_reference)
-_swiglu = Operation("linear_w8a8_swiglu", linear_w8a8_swiglu_reference)
+_CONFIGS = Configs(
+    "linear_w8a8",
+    tile_config(128, 128, 128, 8, 4),
+    {chip: tile_config(128, 128, 64, 8, 4) for chip in SMALL_MEMORY},
+)
+_linear = Operation("linear_w8a8", linear_w8a8_reference, rows=(0, 4))
+_swiglu = Operation("linear_w8a8_swiglu", linear_w8a8_swiglu_reference, rows=(0,))
 
 
-@_linear.implementation("triton")
+@_linear.implementation("triton", groups=any_rows)
 def _linear_triton(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if has_few_rows(x):
+        return w8a16_triton(x, (weight, scales), (None, None), bias, residual)
     y = _product_triton(*quantize_rows(as_rows(x)), weight, scales, bias, residual, x.dtype)
     return y.view(*x.shape[:-1], len(weight))
 
 
-@_swiglu.implementation("triton")
+@_swiglu.implementation("triton", groups=any_rows)
 def _swiglu_triton(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
+    if has_few_rows(x):
+        return w8a16_triton(x, (gate, gate_scales), (up, up_scales), None, None)
     rounded = quantize_rows(as_rows(x))
     gated = _product_triton(*rounded, gate, gate_scales, None, None, x.dtype)
     raised = _product_triton(*rounded, up, up_scales, None, None, x.dtype)
@@ -132,7 +137,7 @@ def _product_triton(
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     if out.numel() == 0:
         return out
-    config = config_for(_CONFIGS, rows, codes.device)
+    config = _CONFIGS.on(codes.device)
     _w8a8_kernel[(blocks(config, rows, columns),)](
         codes,
         row_scales,
@@ -150,11 +155,7 @@ def _product_triton(
     return out
 
 
-def _misfit(x: Tensor, *_others: Tensor | None) -> str | None:
-    return native.misfit(x)
-
-
-@_linear.implementation("native", _misfit)
+@_linear.implementation("native", misfit, few_rows)
 def _linear_native(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     rows = as_rows(x)
     if rows.shape[0] > FEW_CPU_ROWS and not products.has_panels():
@@ -162,7 +163,7 @@ def _linear_native(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | Non
     return products.w8a8_product(rows, (weight, scales), None, bias, residual).view(*x.shape[:-1], len(weight))
 
 
-@_swiglu.implementation("native", _misfit)
+@_swiglu.implementation("native", misfit, few_rows)
 def _swiglu_native(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
     rows = as_rows(x)
     if rows.shape[0] > FEW_CPU_ROWS and not products.has_panels():
@@ -203,7 +204,10 @@ def _int_product(a: Tensor, b: Tensor) -> Tensor:
 def linear_w8a8(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """As `linear_int8`, with x rounded to int8 token by token on the way (W8A8): faster for many rows, less exact."""
+    """As `linear_int8`, with x rounded to int8 token by token on the way (W8A8): faster for many rows, less exact.
+
+    On GPUs up to 64 rows are multiplied by the kernel of `linear_int8`, without rounding.
+    """
     check_int8(x, weight, scales)
     check_epilogue(x, len(weight), bias, residual)
     return _linear.on(x.device)(x, weight, scales, bias, residual)

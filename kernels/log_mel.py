@@ -26,7 +26,8 @@ so four products over 100 distances give the frequencies 0..100, and with them a
 these and 2 * 112 * mel_bins of the filters' multiply-adds with padding, 79 thousand for 128 mels; a window of 30 s
 473 MFLOP, tripled on tensor cores, where every float32 operand is the sum of two tf32 numbers ("tf32x3"). That keeps
 22 of 24 bits; as accumulation goes on in float32 the error stays within twice that of torch's FFT even if the tensor
-cores truncate their sums, which one tf32 product, 600 times farther off, does not. Bytes: besides the plain ones, the
+cores truncate their sums, which one tf32 product, 600 times farther off, does not. AMD's matrix cores multiply float32.
+Bytes: besides the plain ones, the
 unnormalized mel is written and read once in float32, 3 MB a window, and tables of 315 KB stay in the L2 cache.
 
 Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision", section 2.2; Slaney 1998,
@@ -39,14 +40,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .configs import Config, Configs
+from .audio_format import SAMPLE_RATE, WINDOW_SAMPLES
+from .configs import Config, Configs, family
 from .dispatch import Operation
 from .triton_language import tl, triton
 
-SAMPLE_RATE = 16_000
 N_FFT = 400
 HOP_LENGTH = 160
-WINDOW_SAMPLES = 30 * SAMPLE_RATE
 
 
 def valid_frames(samples: int) -> int:
@@ -133,7 +133,7 @@ def _load_samples(row, index, samples, window_samples):  # type: ignore[no-untyp
     return tl.load(row + index, mask=index < samples, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["waveform_row", "samples", "frames"])
 def _spectrum_kernel(  # type: ignore[no-untyped-def]
     waveforms,
     dft,
@@ -152,6 +152,7 @@ def _spectrum_kernel(  # type: ignore[no-untyped-def]
     BLOCK_FRAMES: tl.constexpr,
     BLOCK_FREQUENCIES: tl.constexpr,
     BLOCK_DISTANCES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """log10 of the mel energies of some frames, at least -10, and their maximum."""
     window = tl.program_id(1).to(tl.int64)
@@ -170,28 +171,28 @@ def _spectrum_kernel(  # type: ignore[no-untyped-def]
             distance = 2 * step[None, :]
             after = _load_samples(row, center + distance, samples, window_samples)
             before = _load_samples(row, center - distance, samples, window_samples)
-            even_re = tl.dot(after + before, tl.load(table), even_re, input_precision="tf32x3")
+            even_re = tl.dot(after + before, tl.load(table), even_re, input_precision=PRECISION)
             table += DISTANCES * FREQUENCIES
             sines = table + DISTANCES * FREQUENCIES
-            even_im = tl.dot(after - before, tl.load(sines), even_im, input_precision="tf32x3")
+            even_im = tl.dot(after - before, tl.load(sines), even_im, input_precision=PRECISION)
             after = _load_samples(row, center + distance + 1, samples, window_samples)
             before = _load_samples(row, center - distance - 1, samples, window_samples)
-            odd_re = tl.dot(after + before, tl.load(table), odd_re, input_precision="tf32x3")
+            odd_re = tl.dot(after + before, tl.load(table), odd_re, input_precision=PRECISION)
             sines += DISTANCES * FREQUENCIES
-            odd_im = tl.dot(after - before, tl.load(sines), odd_im, input_precision="tf32x3")
+            odd_im = tl.dot(after - before, tl.load(sines), odd_im, input_precision=PRECISION)
         re, im = even_re + odd_re, even_im + odd_im
         filter = filters + frequency[:, None] * MELS + mels
-        energy = tl.dot(re * re + im * im, tl.load(filter), energy, input_precision="tf32x3")
+        energy = tl.dot(re * re + im * im, tl.load(filter), energy, input_precision=PRECISION)
         re, im = even_re - odd_re, even_im - odd_im
         filter += FREQUENCIES * MELS
-        energy = tl.dot(re * re + im * im, tl.load(filter), energy, input_precision="tf32x3")
+        energy = tl.dot(re * re + im * im, tl.load(filter), energy, input_precision=PRECISION)
     # The floor of 1e-10 after the logarithm, where it is exact; the one before it only avoids log(0).
     mel = tl.maximum(tl.log(tl.maximum(energy, 1e-20)) * 0.4342944819032518, -10.0)
     tl.store(maxima + window * tl.num_programs(0) + tl.program_id(0), tl.max(mel))
     tl.store(out + (window * mel_bins + mels) * frames + frame, mel, mask=(frame < frames) & (mels < mel_bins))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "elements"])
 def _normalize_kernel(mel, maxima, out, tiles, elements, TILES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """(max(mel, maximum of the window - 8) + 4) / 4 for a block of one window's elements."""
     window = tl.program_id(1).to(tl.int64)
@@ -232,6 +233,7 @@ def _triton(waveforms: Tensor, mel_bins: int, window_samples: int, dtype: torch.
         DISTANCES=_DISTANCES,
         FREQUENCIES=_FREQUENCIES,
         MELS=filters.shape[-1],
+        PRECISION="ieee" if family(waveforms.device).startswith("gfx") else "tf32x3",
         **config.options(),
     )
     grid = triton.cdiv(mel_bins * frames, _BLOCK_NORMALIZE), batch

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import native
+from .arguments import FLOATING, check_tensors
 from .dispatch import Operation
 from .strides import strided_rows
 from .triton_language import tl, triton
@@ -261,7 +262,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
     return _add_rms_norm.on(x.device)(x, residual, weight, eps)
 
 
-def _check(x: Tensor, *parameters: Tensor, residual: Tensor | None = None) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
+    check_tensors(x, FLOATING, x=x, weight=weight, bias=bias, residual=residual)
+    parameters = [weight] if bias is None else [weight, bias]
     if any(parameter.shape != x.shape[-1:] for parameter in parameters):
         shapes = ", ".join(str(tuple(parameter.shape)) for parameter in parameters)
         raise ValueError(f"weight and bias must have the shape of the last dimension of {tuple(x.shape)}, got {shapes}")

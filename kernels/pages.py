@@ -49,3 +49,13 @@ def locate_tokens(pages, first, end, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexp
         page = tl.load(pages + tokens // PAGE_SIZE, mask=tokens < end, other=0)
         slots = tokens % PAGE_SIZE
     return page.to(tl.int64), slots
+
+
+@triton.jit
+def page_of(pages, token, end, PAGE_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """In a kernel: the page of one token, or of the last one before `end` for a token from there on.
+
+    For loops that load tiles of pages ahead: where a tile's page is looked up in the iteration before, no load of the
+    same iteration waits for it.
+    """
+    return tl.load(pages + tl.maximum(tl.minimum(token, end - 1), 0) // PAGE_SIZE)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .arguments import FLOATING, INTEGERS, check_tensors
 from .configs import Config, Configs
 from .dispatch import Operation
 from .strides import with_unit_stride
@@ -231,6 +232,8 @@ def rotary(x: Tensor, rotation: Rotation) -> Tensor:
 
 def check_rotation(x: Tensor, rotation: Rotation) -> None:
     """Raise ValueError unless `rotation` fits x: [batch, time, heads, head_dim]."""
+    check_tensors(x, FLOATING, x=x, frequencies=rotation.frequencies)
+    check_tensors(x, FLOATING | INTEGERS, positions=rotation.positions)
     if x.ndim != 4 or rotation.positions.shape != x.shape[:2] or 2 * rotation.frequencies.numel() > x.shape[-1]:
         raise ValueError(
             f"positions {tuple(rotation.positions.shape)} with {rotation.frequencies.numel()} pairs cannot rotate a "

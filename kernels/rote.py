@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import native
+from .arguments import FLOAT32, FLOATING, INT64, check_tensors
 from .dispatch import Operation
 from .norm import layer_norm_reference, normalize_row, row_blocks
 from .rotary import rope_frequencies
@@ -128,7 +129,7 @@ def sine_cosine(angle):  # type: ignore[no-untyped-def]
     return tl.where((quadrant & 2) != 0, -sine, sine), tl.where(((quadrant + 1) & 2) != 0, -cosine, cosine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_window", "angles_window", "length"])
 def _kernel(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -270,6 +271,9 @@ def pool_norm_rotate(
             "expected x [batch, at least 2 positions, channels], weight and bias [channels], got "
             f"{tuple(x.shape)}, {tuple(weight.shape)}, {tuple(bias.shape)}"
         )
+    check_tensors(x, FLOATING, x=x, weight=weight, bias=bias)
+    check_tensors(x, FLOAT32, angles=angles)
+    check_tensors(x, INT64, windows=windows)
     _check_angles(x, angles, windows)
     return _operation.on(x.device)(x, weight, bias, eps, angles, windows)
 

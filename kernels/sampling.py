@@ -28,8 +28,10 @@ import torch
 from torch import Tensor
 
 from . import native
+from .arguments import FLOAT32, FLOATING, INT64, check_tensors
 from .configs import Config, Configs
 from .dispatch import Operation
+from .row_groups import is_row_invariant
 from .triton_language import tl, triton
 
 
@@ -41,6 +43,10 @@ class SamplingRows:
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
+
+    def of(self, rows: slice) -> "SamplingRows":
+        """The parameters of some rows."""
+        return SamplingRows(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows])
 
 
 def penalize_reference(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -395,6 +401,9 @@ def _greedy_torch(logits: Tensor) -> Tensor:
 
 @_sample.implementation("torch")
 def _sample_torch(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor:
+    if is_row_invariant() and len(logits) > 1:  # how many logits are sorted, and summed, follows from every row's top_k
+        single = [slice(row, row + 1) for row in range(len(logits))]
+        return torch.cat([_sample_torch(logits[row], rows.of(row), uniform[row]) for row in single])
     values, order = _descending(logits, rows.top_k)
     scaled = values / rows.temperature[:, None]
     rank = torch.arange(scaled.shape[-1], device=logits.device)
@@ -440,6 +449,8 @@ def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     _check(logits, penalty)
     if seen.shape != logits.shape:
         raise ValueError(f"seen must have the shape of the logits, {tuple(logits.shape)}, got {tuple(seen.shape)}")
+    check_tensors(logits, (torch.bool,), seen=seen)
+    check_tensors(logits, FLOAT32, penalty=penalty)
     return _penalize.on(logits.device)(logits, seen, penalty)
 
 
@@ -447,6 +458,7 @@ def greedy(logits: Tensor) -> Tensor:
     """The most likely token of each row, of equals the first. logits: [batch, vocab]. Returns [batch] int64."""
     if logits.ndim != 2:
         raise ValueError(f"expected logits [batch, vocab], got {tuple(logits.shape)}")
+    check_tensors(logits, FLOATING, logits=logits)
     return _greedy.on(logits.device)(logits)
 
 
@@ -457,6 +469,8 @@ def sample(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor:
     [0, 1). Returns [batch] int64. Raises ValueError when shapes do not fit.
     """
     _check(logits, uniform, rows.temperature, rows.top_k, rows.top_p, rows.min_p)
+    check_tensors(logits, FLOAT32, temperature=rows.temperature, top_p=rows.top_p, min_p=rows.min_p, uniform=uniform)
+    check_tensors(logits, INT64, top_k=rows.top_k)
     return _sample.on(logits.device)(logits, rows, uniform)
 
 

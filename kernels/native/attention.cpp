@@ -13,6 +13,7 @@
 
 #include "attention_few.h"
 #include "attention_task.h"
+#include "int4_rows.h"
 #include "rows.h"
 
 namespace afnext {
@@ -24,16 +25,57 @@ inline void prefetch(const From* row, int64_t count) {
   for (int64_t d = 0; d < count; d += 64 / (int64_t)sizeof(From)) __builtin_prefetch(row + d);
 }
 
+template <typename Element, typename From>
+const Element* converted(const From* from, float scale, int64_t head_dim, int64_t depth, Element* staged) {
+  convert(from, head_dim, scale, staged);
+  for (int64_t d = head_dim; d < depth; ++d) staged[d] = Element{};
+  return staged;
+}
+
 // One row as `Element`, zeros behind its head_dim: the row itself where it is so already.
 template <typename Element, typename From>
 const Element* row_as(const From* from, float scale, int64_t head_dim, int64_t depth, Element* staged) {
   if constexpr (std::is_same_v<Element, From>) {
     if (head_dim == depth) return from;
   }
-  convert(from, head_dim, scale, staged);
-  for (int64_t d = head_dim; d < depth; ++d) staged[d] = Element{};
-  return staged;
+  return converted(from, scale, head_dim, depth, staged);
 }
+
+// One row of int4 as floats: keys as attention multiplies them, values too, unless they are summed up in parts, whose sum
+// is transformed.
+class Int4Rows {
+ public:
+  Int4Rows(const Problem& p, const Cache& cache, const Task& task)
+      : p_(p), keys_(&cache == &p.keys), transforms_(keys_ || !p.parts) {
+    if (keys_ && p.k_bias)
+      with_dtype(p.dtype, [&](auto zero) {
+        convert((const decltype(zero)*)p.k_bias + task.kv_head * p.head_dim, p.head_dim, 1.0f, bias_);
+      });
+  }
+
+  const float* operator()(const Int4Pair* from, float scale, int64_t token) {
+    expand_int4(from, p_.head_dim, scale, row_);
+    if (transforms_) walsh_hadamard(row_, p_.head_dim);
+    if (keys_ && p_.k_bias) {
+      const int64_t half = p_.head_dim / 2;
+      const float *cos = p_.key_cos + token * p_.turn_row, *sin = p_.key_sin + token * p_.turn_row;
+      for (int64_t d = 0; d < half; ++d) {
+        row_[d] += bias_[d] * cos[d] - bias_[half + d] * sin[d];
+        row_[half + d] += bias_[half + d] * cos[d] + bias_[d] * sin[d];
+      }
+    }
+    return row_;
+  }
+
+ private:
+  const Problem& p_;
+  const bool keys_, transforms_;
+  float bias_[kMaxHeadDim], row_[kMaxHeadDim];
+};
+
+struct Nothing {
+  Nothing(const Problem&, const Cache&, const Task&) {}
+};
 
 // Calls put(rows, chunk) for each chunk of keys first .. first + count - 1, with zeros for what is past the last.
 template <typename Element, typename From, typename Put>
@@ -45,6 +87,7 @@ void for_chunks(const Problem& p, const Cache& cache, const Task& task, int64_t 
   const auto at = [&](const Place& place) {
     return (const From*)cache.data + place.element(cache) + task.kv_head * cache.head;
   };
+  std::conditional_t<std::is_same_v<From, Int4Pair>, Int4Rows, Nothing> int4(p, cache, task);
   Place place(p, task.b, first), later(p, task.b, first + kChunk);
   for (int64_t start = 0; start < count; start += kChunk) {
     const Element* rows[kChunk];
@@ -54,14 +97,17 @@ void for_chunks(const Problem& p, const Cache& cache, const Task& task, int64_t 
         continue;
       }
       float scale = 1;
-      if constexpr (std::is_same_v<From, int8_t>) {
-        scale = cache.scales[(place.page() * p.page_size + place.slot()) * p.kv_heads + task.kv_head];
-      }
+      if (cache.scales) scale = cache.scales[(place.page() * p.page_size + place.slot()) * p.kv_heads + task.kv_head];
       if (start + i + kChunk < count) {
-        prefetch(at(later), p.head_dim);
+        prefetch(at(later), p.cache_row());
         later.next();
       }
-      rows[i] = row_as(at(place), scale, p.head_dim, depth, work.staged + i * depth);
+      Element* staged = work.staged + i * depth;
+      if constexpr (std::is_same_v<From, Int4Pair>) {
+        rows[i] = converted(int4(at(place), scale, first + start + i), 1.0f, p.head_dim, depth, staged);
+      } else {
+        rows[i] = row_as(at(place), scale, p.head_dim, depth, staged);
+      }
       place.next();
     }
     put(rows, (int)(start / kChunk));
@@ -162,6 +208,7 @@ void attend(const Problem& p, const Task& task, float* memory) {
       case kBFloat16: load_block<Products, bfloat16>(p, task, first, keys, work, fetch); break;
       case kFloat16: load_block<Products, float16>(p, task, first, keys, work, fetch); break;
       case kInt8: load_block<Products, int8_t>(p, task, first, keys, work, fetch); break;
+      case kInt4: load_block<Products, Int4Pair>(p, task, first, keys, work, fetch); break;
     }
     const int count = (keys + kChunk - 1) / kChunk * kChunk;
     for (int64_t tile = 0; tile < padded; tile += kRows) {
@@ -176,7 +223,8 @@ void attend(const Problem& p, const Task& task, float* memory) {
         std::copy_n(row_max, kRows, most);
         mask<Products>(bounded, first, count, work.scores, most);
       }
-      weigh<Products>(p.scale, depth, count, work.scores, most, row_max, work.row_sum + tile, work.weights, sums, fetch);
+      weigh<Products>(p.scale, depth, count, work.scores, most, row_max, work.row_sum + tile, work.weights, sums,
+                      fetch);
       Products::accumulate(work.values, work.weights, count, depth, sums, fetch);
     }
   }
@@ -192,6 +240,7 @@ void attend_narrow_or_wide(const Problem& p, const Task& task, float* memory) {
 void run(const Problem& p, const Task& task, float* memory) {
 #if defined(__AVX2__)
   if (are_few(p)) {
+    if (p.cache_dtype == kInt4) return attend_few<Int4Pair>(p, task, memory);
     if (p.cache_dtype == kInt8) return attend_few<int8_t>(p, task, memory);
     if (p.cache_dtype == kBFloat16) return attend_few<bfloat16>(p, task, memory);
 #if !defined(__AVX512BF16__)
@@ -224,31 +273,37 @@ void merge(const Problem& p, int64_t b, int64_t kv_head, int64_t row, float* sum
     sum += weight * p.statistics[part * 2 + 1];
     for (int64_t d = 0; d < p.head_dim; ++d) sums[d] += weight * p.parts[part * p.head_dim + d];
   }
+  if (p.cache_dtype == kInt4) walsh_hadamard(sums, p.head_dim);
   const int64_t token = b * p.queries + row / group;
   const int64_t offset = (token * p.heads + kv_head * group + row % group) * p.head_dim;
-  with_dtype(p.dtype, [&](auto zero) {
-    convert(sums, p.head_dim, sum > 0 ? 1 / sum : 0, (decltype(zero)*)p.out + offset);
-  });
+  with_dtype(p.dtype,
+             [&](auto zero) { convert(sums, p.head_dim, sum > 0 ? 1 / sum : 0, (decltype(zero)*)p.out + offset); });
 }
 
 }  // namespace
 }  // namespace afnext
 
 // workspace: [threads, workspace_row] float32, for each thread what Workspace takes and 16 for its alignment.
-AFNEXT_EXPORT void afnext_attention(
-    const char* q, const char* k, const char* v, char* out, const float* k_scales, const float* v_scales,
-    const float* cos, const float* sin, const int64_t* key_lengths, const int32_t* page_table, float* workspace,
-    float* parts, float* statistics, int64_t batch, int64_t queries, int64_t heads, int64_t kv_heads, int64_t head_dim,
-    int64_t max_keys, int64_t page_size, int64_t table_row, int64_t pairs, int64_t half, int64_t causal, int64_t q_batch,
-    int64_t q_token, int64_t q_head, int64_t k_page, int64_t k_slot, int64_t k_head, int64_t v_page, int64_t v_slot,
-    int64_t v_head, int64_t row_block, int64_t part_keys, int64_t workspace_row, double scale, int64_t dtype,
-    int64_t threads) {
+AFNEXT_EXPORT void afnext_attention(const char* q, const char* k, const char* v, char* out, const float* k_scales,
+                                    const float* v_scales, const void* k_bias, const float* key_cos,
+                                    const float* key_sin, const float* cos, const float* sin,
+                                    const int64_t* key_lengths, const int32_t* page_table, float* workspace,
+                                    float* parts, float* statistics, int64_t batch, int64_t queries, int64_t heads,
+                                    int64_t kv_heads, int64_t head_dim, int64_t max_keys, int64_t page_size,
+                                    int64_t table_row, int64_t turn_row, int64_t pairs, int64_t half, int64_t causal,
+                                    int64_t int4, int64_t q_batch, int64_t q_token, int64_t q_head, int64_t k_page,
+                                    int64_t k_slot, int64_t k_head, int64_t v_page, int64_t v_slot, int64_t v_head,
+                                    int64_t row_block, int64_t part_keys, int64_t workspace_row, double scale,
+                                    int64_t dtype, int64_t threads) {
   using namespace afnext;
   Problem p{};
   p.q = q;
   p.out = out;
   p.keys = {k, k_scales, k_page, k_slot, k_head};
   p.values = {v, v_scales, v_page, v_slot, v_head};
+  p.k_bias = k_bias;
+  p.key_cos = key_cos;
+  p.key_sin = key_sin;
   p.cos = cos;
   p.sin = sin;
   p.key_lengths = key_lengths;
@@ -264,6 +319,7 @@ AFNEXT_EXPORT void afnext_attention(
   p.max_keys = key_lengths ? std::min(max_keys, *std::max_element(key_lengths, key_lengths + batch)) : max_keys;
   p.page_size = page_size;
   p.table_row = table_row;
+  p.turn_row = turn_row;
   p.pairs = pairs;
   p.half = half;
   p.causal = causal;
@@ -271,7 +327,7 @@ AFNEXT_EXPORT void afnext_attention(
   p.q_token = q_token;
   p.q_head = q_head;
   p.dtype = dtype;
-  p.cache_dtype = k_scales ? (int64_t)kInt8 : dtype;
+  p.cache_dtype = int4 ? (int64_t)kInt4 : k_scales ? (int64_t)kInt8 : dtype;
   p.row_block = row_block;
   p.part_keys = part_keys;
   p.sign = scale > 0 ? 1 : scale < 0 ? -1 : 0;

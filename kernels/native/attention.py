@@ -4,18 +4,25 @@ A task is a block of rows (queries and the heads of one KV head), of one sequenc
 of them. It converts and lays out a block of 256 keys and values once for all its rows, whose softmax is online, in
 float32 and in base 2. Rows are the lanes of its vectors, so nothing is added up across lanes. bfloat16 is multiplied by
 the matrix unit where there is one (AMX), else in pairs where the CPU can (AVX512-BF16), everything else in float32.
-The few rows of a decoded token read bfloat16 and int8 keys where they lie. Parts of the keys are merged by the maxima
-and sums of their softmax (Flash-Decoding). Results do not depend on the number of threads.
+The few rows of a decoded token read bfloat16, int8 and int4 keys where they lie. Many rows have keys and values of int4
+(`int4_cache.py`) transformed back as they are laid out; for few, queries are transformed, and sums of values. Parts of
+the keys are merged by the maxima and sums of their softmax (Flash-Decoding). Results do not depend on the number of
+threads.
 Source: Dao 2023 (FlashAttention-2); Dao et al. 2023 (Flash-Decoding).
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..rotary import Rotation
 from ..strides import with_unit_stride
 from . import call
 from .recording import current, scratch
+
+if TYPE_CHECKING:
+    from ..int4_cache import KeyBias
+    from ..rotary import Rotation
 
 
 def attend_natively(
@@ -28,7 +35,8 @@ def attend_natively(
     page_table: Tensor | None,
     k_scales: Tensor | None,
     v_scales: Tensor | None,
-    rotation: Rotation | None,
+    rotation: "Rotation | None",
+    key_bias: "KeyBias | None" = None,
     *,
     row_block: int,
     part_keys: int | None = None,
@@ -57,6 +65,9 @@ def attend_natively(
         parts = scratch("parts", rows_of_parts, head_dim)
         sums = scratch("sums", rows_of_parts, 2)
     workspace = scratch("workspace", torch.get_num_threads(), _workspace_floats(row_block, head_dim))
+    k_bias, key_cos, key_sin = (None, None, None) if key_bias is None else (key_bias.bias, key_bias.cos, key_bias.sin)
+    if key_cos is not None and current() is None and keys > len(key_cos):
+        raise ValueError(f"sequences of up to {keys} tokens, and a key_bias with the angles of {len(key_cos)}")
     call(
         "attention",
         q,
@@ -65,6 +76,9 @@ def attend_natively(
         out,
         k_scales,
         v_scales,
+        k_bias,
+        key_cos,
+        key_sin,
         cos,
         sin,
         key_lengths,
@@ -80,9 +94,11 @@ def attend_natively(
         keys,
         page_size,
         0 if page_table is None else page_table.stride(0),
+        0 if key_cos is None else key_cos.stride(0),
         0 if cos is None else cos.shape[-1],
         rotation is not None and rotation.pairing == "half",
         causal,
+        k.dtype == torch.uint8,  # two codes of an int4 cache
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],

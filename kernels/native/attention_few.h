@@ -7,6 +7,7 @@
 
 #include "attention_task.h"
 #include "elementwise.h"
+#include "int4_rows.h"
 #include "rows.h"
 
 #if defined(__AVX2__)
@@ -15,12 +16,26 @@ namespace afnext {
 
 constexpr int kFew = 8;  // rows: heads that share a KV head, of one new token
 
+template <typename From>
+constexpr bool kQuantized = std::is_same_v<From, int8_t> || std::is_same_v<From, Int4Pair>;
+
+// Channels d .. d + 2 * kLanes - 1 of a row of int4, all of them of the same half, still transformed.
+inline TwoVecs load_int4(const Int4Pair* row, int64_t d, int64_t head_dim, float scale) {
+  const int64_t half = head_dim / 2;
+  const int shift = d < half ? 0 : 4;
+  const Int4Pair* from = row + (d < half ? d : d - half);
+  const auto channels = [&](const Int4Pair* at) {
+    return to_float((IntVec)(widen(load_as<UByteVec>(at)) >> shift & 15)) * (2 * scale) - 15 * scale;
+  };
+  return {channels(from), channels(from + kLanes)};
+}
+
 // Rows that fit, rotated already.
 inline bool are_few(const Problem& p) {
 #if defined(__AVX512BF16__)
   if (p.dtype != kBFloat16) return false;
 #endif
-  return p.rows() <= kFew && p.parts && p.part_keys <= kBlock && p.head_dim % kChunk == 0 && !p.cos;
+  return p.rows() <= kFew && p.parts && p.part_keys <= kBlock && p.cache_row() % kChunk == 0 && !p.cos;
 }
 
 #if defined(__AVX512F__)
@@ -58,9 +73,20 @@ using FewRows = Pairs<1>;
 
 // Channels that are multiplied at once, from keys or values of From.
 inline __m512i load_part(const bfloat16* from, float) { return _mm512_loadu_si512(from); }
+inline __m512i narrowed(Vec first, Vec last) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)last, (__m512)first); }
 inline __m512i load_part(const int8_t* from, float scale) {
-  const Vec first = load(from) * scale, last = load(from + kLanes) * scale;
-  return (__m512i)_mm512_cvtne2ps_pbh((__m512)last, (__m512)first);
+  return narrowed(load(from) * scale, load(from + kLanes) * scale);
+}
+inline __m512i load_part(const float* from, float) { return narrowed(load(from), load(from + kLanes)); }
+
+template <typename From>
+__m512i part_of(const From* row, int64_t d, int64_t head_dim, float scale) {
+  if constexpr (std::is_same_v<From, Int4Pair>) {
+    const TwoVecs part = load_int4(row, d, head_dim, scale);
+    return narrowed(part.first, part.second);
+  } else {
+    return load_part(row + d, scale);
+  }
 }
 
 // A row of queries, for keys of From.
@@ -99,7 +125,8 @@ inline void accumulate_few(const bfloat16* weights, int count, int64_t channels,
     for (int key = 0; key < count; key += 2) {
       fetch(2);
       const __m512i even = value(key, d), odd = value(key + 1, d);
-      const __m512bh pairs[2] = {(__m512bh)_mm512_unpacklo_epi16(even, odd), (__m512bh)_mm512_unpackhi_epi16(even, odd)};
+      const __m512bh pairs[2] = {(__m512bh)_mm512_unpacklo_epi16(even, odd),
+                                 (__m512bh)_mm512_unpackhi_epi16(even, odd)};
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         int32_t pair;
@@ -125,6 +152,15 @@ inline TwoVecs load_part(const From* from, float scale) {
   return std::is_same_v<From, int8_t> ? TwoVecs{part.first * scale, part.second * scale} : part;
 }
 
+template <typename From>
+TwoVecs part_of(const From* row, int64_t d, int64_t head_dim, float scale) {
+  if constexpr (std::is_same_v<From, Int4Pair>) {
+    return load_int4(row, d, head_dim, scale);
+  } else {
+    return load_part(row + d, scale);
+  }
+}
+
 // A row of queries, for keys of From: in the order of load_part.
 template <typename From, typename T>
 void put_query(const T* from, int64_t count, float scale, float* to) {
@@ -140,7 +176,8 @@ void put_query(const T* from, int64_t count, float scale, float* to) {
   }
 }
 
-constexpr int kTogether = kLanes == 16 ? 2 : 1;  // of two keys, or halves, at once: as many sums as there are registers for
+constexpr int kTogether =
+    kLanes == 16 ? 2 : 1;  // of two keys, or halves, at once: as many sums as there are registers for
 
 // The first product for R rows and two keys, with channels as the lanes: scores[k * kLanes + r], the lanes behind R zero.
 // queries: [R][channels]; key(k, d): the channels d .. d + 2 * kLanes - 1, in the same order.
@@ -205,7 +242,7 @@ void with_rows(int64_t rows, Body body) {
   }
 }
 
-// Where a part's keys or values lie, and, of int8, their scales.
+// Where a part's keys or values lie, and, of int8 and int4, their scales.
 template <typename From>
 struct PartRows {
   const From* rows[kBlock];
@@ -218,7 +255,7 @@ struct PartRows {
       const int run = (int)std::min<int64_t>(keys - i, place.left());
       const From* row = (const From*)cache.data + place.element(cache) + task.kv_head * cache.head;
       for (int j = 0; j < run; ++j) rows[i + j] = row + j * cache.slot;
-      if constexpr (std::is_same_v<From, int8_t>) {
+      if constexpr (kQuantized<From>) {
         const float* scale = cache.scales + (place.page() * p.page_size + place.slot()) * p.kv_heads + task.kv_head;
         for (int j = 0; j < run; ++j) scales[i + j] = scale[j * p.kv_heads];
       }
@@ -227,10 +264,50 @@ struct PartRows {
     }
     for (int i = keys; i < count; ++i) {
       rows[i] = rows[keys - 1];
-      if constexpr (std::is_same_v<From, int8_t>) scales[i] = scales[keys - 1];
+      if constexpr (kQuantized<From>) scales[i] = scales[keys - 1];
     }
   }
 };
+
+// A row of queries for keys of int4: transformed as they are, and what it makes of the bias that they are stored without,
+// whose products with the cosines and sines of a token add up to the product of query and bias.
+template <typename Element>
+void put_int4_query(const Problem& p, const Task& task, int64_t row, Element* query, Element* turned) {
+  const int64_t half = p.head_dim / 2;
+  float x[kMaxHeadDim], bias[kMaxHeadDim], sums[kMaxHeadDim];
+  with_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    convert((const T*)p.q + query_offset(p, task, row), p.head_dim, p.sign, x);
+    if (p.k_bias) convert((const T*)p.k_bias + task.kv_head * p.head_dim, p.head_dim, 1.0f, bias);
+  });
+  if (p.k_bias) {
+    for (int64_t d = 0; d < half; ++d) {
+      sums[d] = x[d] * bias[d] + x[half + d] * bias[half + d];
+      sums[half + d] = x[half + d] * bias[d] - x[d] * bias[half + d];
+    }
+    put_query<Int4Pair>(sums, p.head_dim, 1.0f, turned);
+  }
+  walsh_hadamard(x, p.head_dim);
+  put_query<Int4Pair>(x, p.head_dim, 1.0f, query);
+}
+
+// Adds to the scores of the keys from `first` on what the bias of keys of int4 contributes.
+template <int R, typename Element>
+void add_bias_scores(const Problem& p, int64_t first, int keys, int count, const Element* turned, float* scores) {
+  const int64_t half = p.head_dim / 2;
+  float two[2 * kLanes];
+  for (int i = 0; i < count; i += 2) {
+    const auto key = [&](int k, int64_t d) {
+      const int64_t token = first + std::min(i + k, keys - 1);
+      return load_part(d < half ? p.key_cos + token * p.turn_row + d : p.key_sin + token * p.turn_row + d - half, 1.0f);
+    };
+    score_few<R>(turned, p.head_dim, key, two);
+    for (int k = 0; k < 2; ++k) {
+      float* at = scores + (i + k) * kLanes;
+      store(at, load(at) + load(two + k * kLanes));
+    }
+  }
+}
 
 // A part of the keys for a few rows: read where they lie, as laying them out costs more than so few products.
 template <typename From>
@@ -238,11 +315,17 @@ void attend_few(const Problem& p, const Task& task, float* memory) {
   using Products = FewRows;
   Workspace<Products::Element> work(p, memory);
   Fetch fetch = fetch_ahead(p, task);
-  Products::Element* queries = work.queries;
-  for (int64_t row = 0; row < p.rows(); ++row)
-    with_dtype(p.dtype, [&](auto zero) {
-      put_query<From>((const decltype(zero)*)p.q + query_offset(p, task, row), p.head_dim, p.sign, queries + row * p.head_dim);
-    });
+  Products::Element *queries = work.queries, *turned = queries + kFew * p.head_dim;
+  for (int64_t row = 0; row < p.rows(); ++row) {
+    Products::Element* query = queries + row * p.head_dim;
+    if constexpr (std::is_same_v<From, Int4Pair>) {
+      put_int4_query(p, task, row, query, turned + row * p.head_dim);
+    } else {
+      with_dtype(p.dtype, [&](auto zero) {
+        put_query<From>((const decltype(zero)*)p.q + query_offset(p, task, row), p.head_dim, p.sign, query);
+      });
+    }
+  }
   int32_t last[Products::kRows];
   for (int64_t i = 0; i < Products::kRows; ++i)
     last[i] = std::min(last_visible(p, task, std::min(i, p.rows() - 1)), task.end_key - 1);
@@ -254,16 +337,21 @@ void attend_few(const Problem& p, const Task& task, float* memory) {
   const auto score = [&](auto rows) {
     for (int i = 0; i < count; i += 2) {
       fetch(6);
-      const auto key = [&](int k, int64_t d) { return load_part(key_rows.rows[i + k] + d, key_rows.scales[i + k]); };
+      const auto key = [&](int k, int64_t d) {
+        return part_of(key_rows.rows[i + k], d, p.head_dim, key_rows.scales[i + k]);
+      };
       score_few<decltype(rows)::value>(queries, p.head_dim, key, work.scores + i * Products::kRows);
     }
+    if (std::is_same_v<From, Int4Pair> && p.k_bias)
+      add_bias_scores<decltype(rows)::value>(p, task.first_key, keys, count, turned, work.scores);
   };
   with_rows(p.rows(), score);
   float most[Products::kRows];
   std::copy_n(work.row_max, Products::kRows, most);
   mask<Products>(last, task.first_key, count, work.scores, most);
   const auto weigh_by = [&](auto products) {
-    weigh<decltype(products)>(p.scale, 0, count, work.scores, most, work.row_max, work.row_sum, work.weights, nullptr, fetch);
+    weigh<decltype(products)>(p.scale, 0, count, work.scores, most, work.row_max, work.row_sum, work.weights, nullptr,
+                              fetch);
   };
 #if defined(__AVX512BF16__)
   weigh_by(Products());
@@ -272,7 +360,9 @@ void attend_few(const Problem& p, const Task& task, float* memory) {
 #endif
   const int64_t first = ((task.b * p.kv_heads + task.kv_head) * p.part_count() + task.part) * p.rows();
   float* out = p.parts + first * p.head_dim;
-  const auto value = [&](int key, int64_t d) { return load_part(value_rows.rows[key] + d, value_rows.scales[key]); };
+  const auto value = [&](int key, int64_t d) {
+    return part_of(value_rows.rows[key], d, p.head_dim, value_rows.scales[key]);
+  };
   const auto accumulate = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
 #if defined(__AVX512BF16__)

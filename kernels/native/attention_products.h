@@ -18,7 +18,8 @@ namespace afnext {
 
 constexpr int kChunk = 32;   // keys, and channels, that are handled at a time
 constexpr int kBlock = 256;  // keys of a block: their scores for one tile stay in the first-level cache
-constexpr int kWide = kLanes == 8 ? 3 : 2;  // vectors of rows in a tile: with kStep, as many sums as there are registers for
+constexpr int kWide =
+    kLanes == 8 ? 3 : 2;  // vectors of rows in a tile: with kStep, as many sums as there are registers for
 
 // Rows of memory that are read soon, fetched a few lines at a time among the computations, whose pace memory then follows.
 class Fetch {
@@ -154,7 +155,8 @@ struct FloatProducts {
   static void score(const float* queries, const float* keys, int count, int depth, float* scores, float* most, Fetch&) {
     Scores<kRows> to(scores, most);
     for (int key = 0; key < count; key += kStep)
-      product(keys + (int64_t)key * depth, 0, queries, 1, depth, [&](int i, int w, Vec sum) { to.put(key + i, w, sum); });
+      product(keys + (int64_t)key * depth, 0, queries, 1, depth,
+              [&](int i, int w, Vec sum) { to.put(key + i, w, sum); });
   }
 
   static void put_weights(int key, int w, Vec even, Vec odd, float* weights) {
@@ -171,7 +173,8 @@ struct FloatProducts {
           float* at = sums + (d + i) * kRows + w * kLanes;
           store(at, load(at) + total);
         };
-        product(values + (int64_t)key * depth + d * kChunk, kChunk * depth, weights + key * kRows, run / kChunk, kChunk, put);
+        product(values + (int64_t)key * depth + d * kChunk, kChunk * depth, weights + key * kRows, run / kChunk, kChunk,
+                put);
       }
   }
 
@@ -259,7 +262,8 @@ struct Pairs : BFloat16Rows<W> {
     }
   }
 
-  static void score(const bfloat16* queries, const bfloat16* keys, int count, int depth, float* scores, float* most, Fetch&) {
+  static void score(const bfloat16* queries, const bfloat16* keys, int count, int depth, float* scores, float* most,
+                    Fetch&) {
     Scores<kRows> to(scores, most);
     for (int key = 0; key < count; key += kStep)
       product(keys + (int64_t)key * depth, depth, 2, queries, depth / 2,
@@ -351,7 +355,8 @@ struct Tiles : BFloat16Rows<W> {
     raise_to_largest<kRows>(scores, count, most);
   }
 
-  static void accumulate(const bfloat16* values, const bfloat16* weights, int count, int depth, float* sums, Fetch& fetch) {
+  static void accumulate(const bfloat16* values, const bfloat16* weights, int count, int depth, float* sums,
+                         Fetch& fetch) {
     for (int d = 0; d < depth; d += kChunk) {
       float* to = sums + d * kRows;
       _tile_loadd(0, to, kPitch);
@@ -412,8 +417,8 @@ void mask(const int32_t* last, int64_t first_key, int count, float* scores, floa
 // Weights of the block's scores, as the right operand of the second product; moves row_max, row_sum and sums, of `depth`
 // channels, on. most: the largest score of each row so far.
 template <typename Products>
-void weigh(float scale, int64_t depth, int count, const float* scores, const float* most, float* row_max, float* row_sum,
-           typename Products::Element* weights, float* sums, Fetch& fetch) {
+void weigh(float scale, int64_t depth, int count, const float* scores, const float* most, float* row_max,
+           float* row_sum, typename Products::Element* weights, float* sums, Fetch& fetch) {
   constexpr int W = Products::kRows / kLanes;
   for (int w = 0; w < W; ++w) {
     const float* column = scores + w * kLanes;

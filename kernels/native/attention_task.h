@@ -9,12 +9,12 @@
 namespace afnext {
 
 constexpr float kLowest = -3.4028234663852886e38f;  // instead of -inf: a row that has seen no key forms no inf - inf
-constexpr int kInt8 = 3;                            // dtype of a quantized cache, besides those of DType
+constexpr int kInt8 = 3, kInt4 = 4;                 // dtypes of a quantized cache, besides those of DType
 
 // Keys or values. Token t of sequence b lies in slot t % page_size of page table[b][t / page_size], or dense in page b.
 struct Cache {
   const char* data;
-  const float* scales;  // [pages, page_size, kv_heads] with int8, else null
+  const float* scales;  // [pages, page_size, kv_heads] with int8 and int4, else null
   int64_t page, slot, head;
 };
 
@@ -25,8 +25,10 @@ struct Problem {
   const float *cos, *sin;  // [batch * queries, pairs], or null
   const int64_t* key_lengths;
   const int32_t* page_table;
-  float *parts, *statistics;  // [batch, kv_heads, part, rows, head_dim], and [.., 2]: maximum and sum of each row
-  int64_t batch, queries, heads, kv_heads, head_dim, max_keys, page_size, table_row, pairs;
+  const void* k_bias;              // [kv_heads, head_dim] of `dtype`, which keys of int4 are stored without, or null
+  const float *key_cos, *key_sin;  // [tokens, head_dim / 2] in rows of turn_row, which turn it
+  float *parts, *statistics;       // [batch, kv_heads, part, rows, head_dim], and [.., 2]: maximum and sum of each row
+  int64_t batch, queries, heads, kv_heads, head_dim, max_keys, page_size, table_row, turn_row, pairs;
   bool half, causal;
   int64_t q_batch, q_token, q_head;
   int64_t dtype, cache_dtype;
@@ -37,6 +39,7 @@ struct Problem {
   int64_t rows() const { return queries * group(); }
   int64_t depth() const { return (head_dim + kChunk - 1) / kChunk * kChunk; }
   int64_t part_count() const { return part_keys ? (max_keys + part_keys - 1) / part_keys : 1; }
+  int64_t cache_row() const { return cache_dtype == kInt4 ? head_dim / 2 : head_dim; }  // elements of a head
   int64_t length(int64_t b) const { return key_lengths ? key_lengths[b] : max_keys; }
 };
 
@@ -108,9 +111,9 @@ class Place {
 // What a decoding thread reads next: while it works on one head of a part of the keys, its share of the next part, all
 // heads of a token at once, as memory gives more of what is contiguous.
 inline Fetch fetch_ahead(const Problem& p, const Task& task) {
-  const int64_t size = p.cache_dtype == kInt8 ? 1 : p.cache_dtype == kFloat32 ? 4 : 2;
-  Fetch fetch(p.kv_heads * p.head_dim * size);
-  if (!p.parts || p.keys.head != p.head_dim || p.values.head != p.head_dim) return fetch;
+  const int64_t size = p.cache_dtype >= kInt8 ? 1 : p.cache_dtype == kFloat32 ? 4 : 2, row = p.cache_row();
+  Fetch fetch(p.kv_heads * row * size);
+  if (!p.parts || p.keys.head != row || p.values.head != row) return fetch;
   const int64_t share = (p.part_keys + p.kv_heads - 1) / p.kv_heads;
   const int64_t first = task.first_key + p.part_keys + task.kv_head * share;
   const int64_t end = std::min({first + share, task.first_key + 2 * p.part_keys, p.length(task.b)});

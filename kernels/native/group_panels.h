@@ -58,8 +58,12 @@ class TokenGroups {
 
   // With room, and zeros, for tokens behind the last of a tile, and for a whole step of groups.
   TokenGroups(const Code* codes_, int64_t rows, int64_t inner, int64_t group)
-      : codes(codes_), padded_((rows + kPair - 1) / kPair * kPair), count_(((inner + group - 1) / group + 1) * padded_),
-        scales_(count_), sums_(count_), begin_(count_) {
+      : codes(codes_),
+        padded_((rows + kPair - 1) / kPair * kPair),
+        count_(((inner + group - 1) / group + 1) * padded_),
+        scales_(count_),
+        sums_(count_),
+        begin_(count_) {
     std::memset(scales_, 0, count_ * sizeof(float));
     std::memset(sums_, 0, count_ * sizeof(float));
     std::memset(begin_, 0, count_ * sizeof(int32_t));
@@ -87,7 +91,8 @@ struct GroupUnit : VectorUnit {
   using Sums = std::conditional_t<sizeof(Code) == 1, CodeSums, PairSums>;
   static constexpr int kWords = GROUP * sizeof(Code) / 4;  // of four bytes, of which a step has 16
   static constexpr int64_t kGranule = std::max(1, kWords / 16);
-  static constexpr int64_t kGroups = kSteps * 16 / kWords, kPanelBytes = kSteps * 2048 + kGroups * 2 * 32 * sizeof(float);
+  static constexpr int64_t kGroups = kSteps * 16 / kWords,
+                           kPanelBytes = kSteps * 2048 + kGroups * 2 * 32 * sizeof(float);
 
   explicit GroupUnit(const TokenGroups<Code>& tokens_of_groups) : tokens(tokens_of_groups) {}
 

@@ -94,10 +94,12 @@ class Epilogue {
   }
 };
 
-// y[c, r] = sum_k x[r, k] * weight[c, k] for C outputs and R rows, y `pitch` apart.
+// y[c, r] = sum_k x[r, k] * weight[c, k] for C outputs and R rows, y `pitch` apart. With vectors of 8 every element is one sum
+// in the order of k, so a row has the same bits in every tile; kernels/native/products.py relies on it.
 template <int C, int R, typename T>
 inline void dot(const T* weight, const float* x, int64_t inner, float* y, int64_t pitch) {
-  constexpr int kSums = C * R == 1 ? 4 : C * R <= 4 ? 2 : 1;  // so many additions need not wait for each other
+  // So many additions need not wait for each other. Four are enough for AVX2, which one row has of four outputs.
+  constexpr int kSums = kLanes == 8 ? 1 : C * R == 1 ? 4 : C * R <= 4 ? 2 : 1;
   Vec total[C][R][kSums] = {};
   Ahead<C> ahead(weight, C * inner * sizeof(T));
   const auto add = [&](int64_t k, int s, const auto& part) {

@@ -125,7 +125,7 @@ struct Weight {
 // from the sum, sum_g scale * (zero - offset) * sum of the row's activations.
 template <typename S>
 Vec weigh_groups(const S* scales, const S* zeros, int64_t count, float offset, const float* row_scales,
-                   const float* row_sums, float* products) {
+                 const float* row_sums, float* products) {
   Vec shift{};
   const auto step = [&](int64_t g, Vec scale, Vec zero) {
     store(products + g, scale * load(row_scales + g));
@@ -243,7 +243,8 @@ void multiply_4bit(const T* x, const Weight& weight, const Weight& up, GroupOf g
 #if defined(__AVX2__)
   if constexpr (kPanelsTake<T>)
     if (takes_panels(rows, write.columns)) {
-      const UnpackedMatrix<Codes, GroupOf> matrices[2] = {{weight, group_of, inner, group}, {up, group_of, inner, group}};
+      const UnpackedMatrix<Codes, GroupOf> matrices[2] = {{weight, group_of, inner, group},
+                                                          {up, group_of, inner, group}};
       return for_panels(x, rows, inner, threads, matrices, Outputs(write), write);
     }
 #endif

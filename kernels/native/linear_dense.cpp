@@ -14,17 +14,19 @@ void product_of_few(const T* x, const T* weight, const T* up, const Epilogue<T>&
   to_floats(x, wide, rows * inner);
   const float* activations = wide;
   const int64_t block = kOutputBlock * rows;
-  for_outputs(write.columns, rows * write.columns * inner, 2 * block, threads, [&](int64_t n, int64_t outputs, float* y) {
-    const auto multiply = [&](const T* by, float* to) {
-      for_tiles(outputs, rows, inner * (int64_t)sizeof(float), [&](auto width, auto height, int64_t i, int64_t row) {
-        dot<decltype(width)::value, decltype(height)::value>(by + (n + i) * inner, activations + row * inner, inner,
-                                                             to + i * rows + row, rows);
-      });
-    };
-    multiply(weight, y);
-    if (up) multiply(up, y + block);
-    write(n, outputs, rows, y, up ? y + block : nullptr);
-  });
+  for_outputs(write.columns, rows * write.columns * inner, 2 * block, threads,
+              [&](int64_t n, int64_t outputs, float* y) {
+                const auto multiply = [&](const T* by, float* to) {
+                  for_tiles(outputs, rows, inner * (int64_t)sizeof(float),
+                            [&](auto width, auto height, int64_t i, int64_t row) {
+                              dot<decltype(width)::value, decltype(height)::value>(
+                                  by + (n + i) * inner, activations + row * inner, inner, to + i * rows + row, rows);
+                            });
+                };
+                multiply(weight, y);
+                if (up) multiply(up, y + block);
+                write(n, outputs, rows, y, up ? y + block : nullptr);
+              });
 }
 
 }  // namespace

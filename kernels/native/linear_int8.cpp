@@ -44,7 +44,10 @@ class FixedRows {
   static constexpr int64_t kShared = 4 * kBytes;
 
   FixedRows(const bfloat16* x, int64_t rows, int64_t inner)
-      : inner_(inner), groups_((inner + kShared - 1) / kShared), bytes_(rows * groups_ * 2 * kShared), scales_(rows * groups_),
+      : inner_(inner),
+        groups_((inner + kShared - 1) / kShared),
+        bytes_(rows * groups_ * 2 * kShared),
+        scales_(rows * groups_),
         begin_(rows * groups_) {
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t g = 0; g < groups_; ++g) {
@@ -103,8 +106,7 @@ class FixedRows {
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c)
-        total[c][r] += to_float(high[c][r] * 128 + low[c][r]) * scales_[at + r * groups_];
+      for (int c = 0; c < C; ++c) total[c][r] += to_float(high[c][r] * 128 + low[c][r]) * scales_[at + r * groups_];
   }
 
   int64_t inner_, groups_;
@@ -143,20 +145,21 @@ template <typename X, typename T>
 void product(const X& x, const float* row_scales, const Weight& weight, const Weight& up, const Epilogue<T>& write,
              int64_t rows, int64_t inner, int64_t threads) {
   const int64_t block = kOutputBlock * rows;
-  for_outputs(write.columns, rows * write.columns * inner, 2 * block, threads, [&](int64_t n, int64_t outputs, float* y) {
-    const auto multiply = [&](const Weight& by, float* to) {
-      for_tiles(outputs, rows, x.row_bytes(), [&](auto width, auto height, int64_t i, int64_t row) {
-        x.template dot<decltype(width)::value, decltype(height)::value>(by.codes + (n + i) * inner, row, to + i * rows + row,
-                                                                        rows);
-      });
-      for (int64_t i = 0; i < outputs; ++i)
-        for (int64_t row = 0; row < rows; ++row)
-          to[i * rows + row] *= by.scales[n + i] * (row_scales ? row_scales[row] : 1);
-    };
-    multiply(weight, y);
-    if (up.codes) multiply(up, y + block);
-    write(n, outputs, rows, y, up.codes ? y + block : nullptr);
-  });
+  for_outputs(write.columns, rows * write.columns * inner, 2 * block, threads,
+              [&](int64_t n, int64_t outputs, float* y) {
+                const auto multiply = [&](const Weight& by, float* to) {
+                  for_tiles(outputs, rows, x.row_bytes(), [&](auto width, auto height, int64_t i, int64_t row) {
+                    x.template dot<decltype(width)::value, decltype(height)::value>(by.codes + (n + i) * inner, row,
+                                                                                    to + i * rows + row, rows);
+                  });
+                  for (int64_t i = 0; i < outputs; ++i)
+                    for (int64_t row = 0; row < rows; ++row)
+                      to[i * rows + row] *= by.scales[n + i] * (row_scales ? row_scales[row] : 1);
+                };
+                multiply(weight, y);
+                if (up.codes) multiply(up, y + block);
+                write(n, outputs, rows, y, up.codes ? y + block : nullptr);
+              });
 }
 
 #if defined(__AVX2__)
@@ -196,8 +199,8 @@ struct ScaledMatrix : CodeMatrix<int16_t> {
 // Rows of int8 against the weights as they lie, or of floats against the codes as floats, in which they are exact.
 // row_scales: of int8 rows, or null; up: of a SwiGLU pair.
 template <typename X, typename T>
-void product_in_panels(const X* x, const float* row_scales, const Weight& weight, const Weight& up, const Epilogue<T>& write,
-                       int64_t rows, int64_t inner, int64_t threads) {
+void product_in_panels(const X* x, const float* row_scales, const Weight& weight, const Weight& up,
+                       const Epilogue<T>& write, int64_t rows, int64_t inner, int64_t threads) {
   using Codes = CodeMatrix<Unit<true>::Element>;
   using Matrix = std::conditional_t<std::is_same_v<X, int8_t>, Codes, NumberMatrix<int8_t>>;
   const Matrix matrices[2] = {{weight.codes, inner}, {up.codes, inner}};

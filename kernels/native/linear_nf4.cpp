@@ -130,8 +130,8 @@ AFNEXT_EXPORT void afnext_linear_nf4(const void* x, const uint8_t* weight, const
 }
 
 // The weights as numbers, [columns, inner] of dtype: scales * levels, rounded once.
-AFNEXT_EXPORT void afnext_unpack_nf4(const uint8_t* weight, const float* scales, void* out, int64_t columns, int64_t inner,
-                                     int64_t dtype, int64_t threads) {
+AFNEXT_EXPORT void afnext_unpack_nf4(const uint8_t* weight, const float* scales, void* out, int64_t columns,
+                                     int64_t inner, int64_t dtype, int64_t threads) {
   using namespace afnext;
   const Weight packed{weight, scales, nullptr, kFloat32};
   with_dtype(dtype, [&](auto zero) {

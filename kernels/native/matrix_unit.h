@@ -67,7 +67,7 @@ inline void transpose_tile(const uint32_t* rows, uint32_t* out) {
 
 // One tile, rows and out contiguous; they may be the same.
 inline void transpose_tile(const uint32_t* rows, uint32_t* out) {
-  const auto load_block = [rows](int i, int j, __m256 (&block)[8]) {
+  const auto load_block = [rows](int i, int j, __m256(&block)[8]) {
     for (int row = 0; row < 8; ++row) block[row] = _mm256_loadu_ps((const float*)rows + (i + row) * 16 + j);
   };
   __m256 first[8], second[8];
@@ -87,8 +87,8 @@ inline void transpose_tile(const uint32_t* rows, uint32_t* out) {
 
 // 32 neighbours in bfloat16, from the even ones and the odd ones.
 inline void store_pairs(void* p, Vec even, Vec odd) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
 }

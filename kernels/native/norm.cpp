@@ -65,7 +65,7 @@ AFNEXT_EXPORT void afnext_norm(const void* x, const void* residual, const void* 
 #pragma omp parallel for num_threads(threads) if (rows * width > 32768)
     for (int64_t row = 0; row < rows; ++row)
       norm_row((const T*)x + row * x_row, residual ? (const T*)residual + row * residual_row : nullptr,
-               (const T*)weight, (const T*)bias, (T*)normed + row * width,
-               hidden ? (T*)hidden + row * width : nullptr, width, (float)eps);
+               (const T*)weight, (const T*)bias, (T*)normed + row * width, hidden ? (T*)hidden + row * width : nullptr,
+               width, (float)eps);
   });
 }

@@ -40,7 +40,8 @@ struct VectorUnit {
 #endif
   static constexpr int kTile = 2 * kRows;
   static constexpr int64_t kSteps = 8, kGranule = 1;
-  static constexpr int kNextLanes = kLanes == 16 ? 1024 : 4 * kLanes;  // bytes to the weights of a panel's next kLanes outputs
+  static constexpr int kNextLanes =
+      kLanes == 16 ? 1024 : 4 * kLanes;  // bytes to the weights of a panel's next kLanes outputs
   struct Configuration {
     Configuration() {}
   };
@@ -79,7 +80,7 @@ struct Unit {
   // which `count` steps are added, or with which they begin if `fresh`. The integers: see for_panels.
   static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t, int64_t, int64_t,
                        int64_t count, bool fresh, int32_t* to) {
-    auto* sums = (int32_t(*)[2][256])to;
+    auto* sums = (int32_t (*)[2][256])to;
     if (fresh) {
       _tile_zero(0);
       _tile_zero(1);
@@ -163,16 +164,16 @@ struct Unit : VectorUnit {
                        int64_t, int64_t count, bool fresh, int32_t* sums) {
     for (int output = 0; output < 32; output += 2 * kLanes)
       for (int token = 0; token < tokens; token += kRows)
-        multiply_rows(panel + output / 16 * 1024 + output % 16 * 4, tiles[token / kTile] + token % kTile * 64, begin + token,
-                      count, fresh, sums + token * 32 + output);
+        multiply_rows(panel + output / 16 * 1024 + output % 16 * 4, tiles[token / kTile] + token % kTile * 64,
+                      begin + token, count, fresh, sums + token * 32 + output);
   }
 
  private:
   using Sum = std::conditional_t<INT8, IntVec, Vec>;
   using Operand = std::conditional_t<std::is_same_v<Element, float>, Vec, IntVec>;
 
-  static void multiply_rows(const uint8_t* panel, const uint8_t* tokens, const int32_t* begin, int64_t count, bool fresh,
-                            int32_t* sums) {
+  static void multiply_rows(const uint8_t* panel, const uint8_t* tokens, const int32_t* begin, int64_t count,
+                            bool fresh, int32_t* sums) {
     Sum total[kRows][2];
     const auto for_sums = [](auto body) {
 #pragma GCC unroll 8

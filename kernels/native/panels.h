@@ -38,7 +38,8 @@ inline void convert_elements(const From* from, int64_t count, To* to) {
 // Of one step, 32 at most, and into all of it.
 inline void convert_elements(const int8_t* from, int64_t count, bfloat16* to) {
   const auto part = [&](int64_t first) {
-    return count >= first + kLanes ? load(from + first) : load_first(from + first, (int)std::max<int64_t>(0, count - first));
+    return count >= first + kLanes ? load(from + first)
+                                   : load_first(from + first, (int)std::max<int64_t>(0, count - first));
   };
   _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)part(kLanes), (__m512)part(0)));
 }
@@ -122,7 +123,8 @@ __attribute__((noinline)) void put_sums(const int32_t* sums, int64_t n, int64_t 
         for (int m = 0; m < MATRICES; ++m) parts[m] = load_as<Sums>(from + m * kOutputs);
         put(first_row + k, n + i, kLanes, parts);
       } else {
-        for (int m = 0; m < MATRICES; ++m) std::memcpy(&parts[m], from + m * kOutputs, (kLanes - start) * sizeof(int32_t));
+        for (int m = 0; m < MATRICES; ++m)
+          std::memcpy(&parts[m], from + m * kOutputs, (kLanes - start) * sizeof(int32_t));
         put(first_row + k, n + i + start, (int)(kLanes - start), parts);
       }
     }
@@ -198,15 +200,16 @@ void for_panels(const Unit& unit, const X* tokens, int64_t rows, int64_t inner, 
           for (int64_t block = from; block < to; ++block) {
             const int64_t n = output(block), skip = block * width - n;
             const bool more = block + 1 < to || !last;
-            const int64_t next = output(block + 1 < to ? block + 1 : from), next_step = block + 1 < to ? step : step + count;
+            const int64_t next = output(block + 1 < to ? block + 1 : from),
+                          next_step = block + 1 < to ? step : step + count;
             int32_t* sums = waiting + (block - from) * pairs * kSums;
             for (int m = 0; m < out.matrices; ++m) matrices[m].write(n, width, step, count, panel, m * width);
             for (int64_t tile = 0; tile < 2 * count; ++tile) Unit::arrange_weights(panel + tile * 1024);
             for (int64_t pair = 0; pair < pairs; ++pair, sums += kSums) {
               const int64_t row = first + pair * kPair, left = std::min(kPair, rows - row);
               for (int m = 0; more && m < out.matrices; ++m)
-                matrices[m].source().fetch(next + width * pair / pairs, next + width * (pair + 1) / pairs,
-                                           next_step, std::min(x.stretch, x.steps - next_step));
+                matrices[m].source().fetch(next + width * pair / pairs, next + width * (pair + 1) / pairs, next_step,
+                                           std::min(x.stretch, x.steps - next_step));
               if (last) results.fetch_to_write(row, row + left, n * out.size);
               const uint8_t* tiles[2] = {x.tile(2 * pair, step), x.tile(2 * pair + 1, step)};
               unit.multiply(panel, tiles, x.begin(2 * pair), row, left, step, count, stretch == 0, sums);
@@ -239,8 +242,8 @@ struct NumberMatrix {
 
 // The same for tokens of int8 with weights of int8, or for floats with floats, by a unit that needs to know no more.
 template <typename X, typename Matrix, typename Put>
-void for_panels(const X* tokens, int64_t rows, int64_t inner, int64_t threads, const Matrix* matrices, const Outputs& out,
-                Put put) {
+void for_panels(const X* tokens, int64_t rows, int64_t inner, int64_t threads, const Matrix* matrices,
+                const Outputs& out, Put put) {
   constexpr bool kInt8 = std::is_same_v<X, int8_t>;
   for_panels<std::conditional_t<kInt8, IntVec, Vec>>(Unit<kInt8>(), tokens, rows, inner, threads, matrices, out, put);
 }

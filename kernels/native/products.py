@@ -1,7 +1,7 @@
 """Calls of the native products with packed weights: tensors in, tensors out.
 
-Arguments are those of `linear_int8`, `linear_int4`, `linear_w4a8` and `linear_nf4`, checked already, with x as
-contiguous rows [rows, in]; results are [rows, out] in the dtype of x.
+Arguments are those of `linear_int8`, `linear_int8_groups`, `linear_int4`, `linear_w4a8` and `linear_nf4`, checked
+already, with x as contiguous rows [rows, in]; results are [rows, out] in the dtype of x.
 """
 
 import torch
@@ -16,12 +16,19 @@ NF4 = tuple[Tensor, Tensor]
 """codes, scales"""
 Int4 = tuple[Tensor, Tensor, Tensor | None]
 """packed, scales, zeros"""
+Int8Groups = tuple[Tensor, Tensor, Tensor | None]
+"""codes, scales, zeros"""
 
 
 _MOST_FEW_ROWS = {"amx": 4, "avx512": 16, "avx512vnni": 16, "avxvnni": 16, "avx2": 16}
 """Up to here a product reads the weights once; more rows go past weights in panels, at the levels that have it."""
 _BFLOAT16_LEVELS = ("amx", "avx512")
 """The levels that multiply bfloat16 as it is, which then is the only dtype for panels; at others, all are widened."""
+
+_INTEGER_LEVELS = ("amx", "avx512", "avx512vnni", "avxvnni")
+"""The levels that multiply a few rows of bfloat16 with int8 weights as integers."""
+_ONE_ORDER_LEVELS = ("avx2", "avxvnni")
+"""The levels that add up floats in one order for any number of few rows; `dot` in linear.h."""
 
 
 def has_panels() -> bool:
@@ -38,6 +45,21 @@ def in_panels(x: Tensor, columns: int) -> bool:
     """Whether the product of x with a weight or a pair of so many columns is one of many rows."""
     fits = x.dtype == torch.bfloat16 or not multiplies_bfloat16()
     return fits and has_panels() and x.shape[0] > _MOST_FEW_ROWS[isa()] and columns >= 32
+
+
+def most_few_rows() -> int:
+    """Rows up to which a product reads the weights once, 16 at levels without products of many."""
+    return _MOST_FEW_ROWS.get(isa(), 16)
+
+
+def multiplies_integers() -> bool:
+    """Whether the level in use multiplies a few rows of bfloat16 with int8 weights as integers."""
+    return isa() in _INTEGER_LEVELS
+
+
+def adds_in_one_order() -> bool:
+    """Whether the level in use adds up each row's products of floats in one order, however few rows there are."""
+    return isa() in _ONE_ORDER_LEVELS
 
 
 def dense_product(x: Tensor, weight: Tensor, up: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -95,6 +117,13 @@ def w4a8_product(x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, 
     return _grouped_product("linear_w4a8", x, weight, up, bias, residual)
 
 
+def int8_groups_product(
+    x: Tensor, weight: Int8Groups, up: Int8Groups | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """As `int8_product`, for up to 16 rows."""
+    return _grouped_product("linear_int8_groups", x, weight, up, bias, residual)
+
+
 def nf4_product(x: Tensor, weight: NF4, up: NF4 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """As `int8_product`."""
     out = x.new_empty(x.shape[0], weight[0].shape[0])
@@ -129,6 +158,15 @@ def unpack_int4(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: tor
     return out
 
 
+def unpack_int8_groups(codes: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scales * (codes - zeros), [out, in] in `dtype`, rounded once."""
+    columns, inner = codes.shape
+    out = torch.empty(columns, inner, dtype=dtype)
+    group = inner // scales.shape[1]
+    call("unpack_int8_groups", codes, scales, zeros, out, columns, inner, group, scales.dtype, dtype)
+    return out
+
+
 def unpack_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """scales * levels, [out, in] in `dtype`, rounded once."""
     columns, inner = codes.shape[0], 2 * codes.shape[1]
@@ -142,7 +180,12 @@ def _epilogue(bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor | No
 
 
 def _grouped_product(
-    name: str, x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, residual: Tensor | None
+    name: str,
+    x: Tensor,
+    weight: Int4 | Int8Groups,
+    up: Int4 | Int8Groups | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
     columns, inner, groups = weight[0].shape[0], x.shape[1], weight[1].shape[1]
     out = x.new_empty(x.shape[0], columns)

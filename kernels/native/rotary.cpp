@@ -93,9 +93,8 @@ AFNEXT_EXPORT void afnext_kv_write(const void* k, const void* v, void* k_cache, 
       if (scales) {
         quantize(row, head_dim, (int8_t*)cache + at * head_dim, scales + at);
       } else {
-        with_dtype(cache_dtype, [&](auto zero) {
-          convert(row, head_dim, 1.0f, (decltype(zero)*)cache + at * head_dim);
-        });
+        with_dtype(cache_dtype,
+                   [&](auto zero) { convert(row, head_dim, 1.0f, (decltype(zero)*)cache + at * head_dim); });
       }
     }
   }

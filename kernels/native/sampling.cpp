@@ -74,9 +74,8 @@ class Descending {
 
   void sort_next_bin() {
     const int64_t begin = (int64_t)through_.size();
-    std::sort(tokens_.begin() + begin, tokens_.begin() + end_[next_], [&](int32_t a, int32_t b) {
-      return logits_[a] > logits_[b] || (logits_[a] == logits_[b] && a < b);
-    });
+    std::sort(tokens_.begin() + begin, tokens_.begin() + end_[next_],
+              [&](int32_t a, int32_t b) { return logits_[a] > logits_[b] || (logits_[a] == logits_[b] && a < b); });
     double total = begin ? through_.back() : 0;
     for (int64_t rank = begin; rank < end_[next_]; ++rank) through_.push_back(total += mass_of(rank));
     ++next_;
@@ -121,9 +120,9 @@ int64_t draw(Descending tokens, int64_t top_k, float top_p, float min_p, float u
 
 // logits: [batch, vocab] float32, its rows `stride` apart; temperature, top_p, min_p, uniform: [batch] float32; top_k, out:
 // [batch] int64. A row without any logit above -inf gives 0.
-AFNEXT_EXPORT void afnext_sample(const float* logits, const float* temperature, const int64_t* top_k, const float* top_p,
-                                 const float* min_p, const float* uniform, int64_t* out, int64_t batch, int64_t vocab,
-                                 int64_t stride, int64_t threads) {
+AFNEXT_EXPORT void afnext_sample(const float* logits, const float* temperature, const int64_t* top_k,
+                                 const float* top_p, const float* min_p, const float* uniform, int64_t* out,
+                                 int64_t batch, int64_t vocab, int64_t stride, int64_t threads) {
   using namespace afnext;
 #pragma omp parallel for num_threads(threads) if (batch > 1) schedule(dynamic)
   for (int64_t row = 0; row < batch; ++row)

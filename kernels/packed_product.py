@@ -1,0 +1,359 @@
+"""What products with packed weights share: tiles, splits and epilogues of their kernels, and their launches.
+
+    y[m, n] = sum_k x[m, k] * weight[n, k] + bias[n] + residual[m, n]
+
+A kernel has the weights as the left operand of the tensor core's product, the tokens as its columns, and writes its
+sums [BLOCK_N, BLOCK_M] by `store_product`, or by `store_block` if it has no pairs. Few rows leave few blocks, so the
+inner dimension is split, too: each split writes float32 partial sums, and a second kernel adds them in a fixed order.
+That moves splits * rows * out * 8 bytes through L2.
+
+Without a kernel, the weights are made dense a tile of channels at a time (`linear_by_tiles`). The formats share their
+specification of a SwiGLU pair, their native products (`NativeProduct`) and the checks of weights in groups, too.
+
+Source: Osama et al. 2023, arXiv:2301.03598 (split-K).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import activation, native
+from .arguments import FLOATING, check_tensors
+from .configs import Config, Configs, multiprocessors
+from .native import products
+from .row_groups import is_row_invariant
+from .strides import as_rows
+from .triton_language import tl, triton
+
+FEW_ROWS = 64  # up to here a product is bound by reading the weights, and the inner dimension may be split
+MOST_SPLITS = 32
+BLOCKS_AT_ONCE = 4  # for each multiprocessor: enough loads in flight; more splits only cost sums
+FEW_CPU_ROWS = 16  # up to here the native products read the weights once; more rows are worth making them dense
+SMALL_MEMORY = ("sm86", "sm89", "sm120", "gfx942")
+_TILE_BYTES = 128 << 20  # of weights made dense at once
+
+Weight = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
+"""The tensors of one weight, each with a row per output: codes, scales and, in formats that know them, zeros."""
+Linear = Callable[..., Tensor]
+"""A product of x with one weight: (x, codes, scales[, zeros], bias, residual)."""
+
+
+@triton.jit
+def block_of(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tokens [BLOCK_M] and outputs [BLOCK_N] of this program. 8 blocks of tokens share the weights in L2."""
+    row_blocks = tl.cdiv(rows, BLOCK_M)
+    column_blocks = tl.cdiv(columns, BLOCK_N)
+    program = tl.program_id(0)
+    first = program // (8 * column_blocks) * 8
+    height = tl.minimum(row_blocks - first, 8)
+    within = program % (8 * column_blocks)
+    m = (first + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    return m, n
+
+
+@triton.jit
+def silu(x):  # type: ignore[no-untyped-def]
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def store_block(acc, out, bias, residual, m, n, rows, columns, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write acc [BLOCK_N, BLOCK_M]: as the result, or if SPLIT as partial sums [splits, rows, columns]."""
+    inside = (m[None, :] < rows) & (n[:, None] < columns)
+    at = m[None, :].to(tl.int64) * columns + n[:, None]
+    if SPLIT:
+        out += tl.program_id(1).to(tl.int64) * rows * columns
+    else:
+        if bias is not None:
+            acc += tl.load(bias + n, mask=n < columns, other=0).to(tl.float32)[:, None]
+        if residual is not None:
+            acc += tl.load(residual + at, mask=inside, other=0).to(tl.float32)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_product(acc, up, up_acc, out, bias, residual, m, n, rows, columns, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write the sums of a product, or with a second weight `up` those of the SwiGLU pair: silu(acc) * up_acc, or if
+    SPLIT the partial sums of both, [2, splits, rows, columns]."""
+    if up is not None:
+        if SPLIT:
+            ups = out + tl.num_programs(1).to(tl.int64) * rows * columns
+            store_block(up_acc, ups, None, None, m, n, rows, columns, SPLIT)
+        else:
+            acc = silu(acc) * up_acc
+    store_block(acc, out, bias, residual, m, n, rows, columns, SPLIT)
+
+
+@triton.jit(do_not_specialize=["size", "splits"])
+def _sum_partials_kernel(  # type: ignore[no-untyped-def]
+    partials,
+    bias,
+    residual,
+    out,
+    size,
+    columns,
+    splits,
+    PAIR: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    split = tl.arange(0, SPLITS).to(tl.int64)
+    inside = (split[:, None] < splits) & (at[None, :] < size)
+    offsets = split[:, None] * size + at[None, :]
+    y = tl.sum(tl.load(partials + offsets, mask=inside, other=0), 0)
+    if PAIR:
+        up = tl.load(partials + splits * size.to(tl.int64) + offsets, mask=inside, other=0)
+        y = silu(y) * tl.sum(up, 0)
+    if bias is not None:
+        y += tl.load(bias + at % columns, mask=at < size, other=0).to(tl.float32)
+    if residual is not None:
+        y += tl.load(residual + at, mask=at < size, other=0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=at < size)
+
+
+def tile_config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
+    """The launch of a product in tiles of block_n outputs by block_m tokens, block_k inputs at a time."""
+    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}, num_warps, num_stages)
+
+
+def within_group(config: Config, group: int) -> Config:
+    """The config with no more inputs a step than a group has."""
+    block_k = min(group, config.blocks["BLOCK_K"])
+    return Config({**config.blocks, "BLOCK_K": block_k}, config.num_warps, config.num_stages)
+
+
+def config_for(table: Mapping[int, Configs], rows: int, device: torch.device) -> Config:
+    """The entry of a table by most rows that fits `rows`, inside `row_invariant` the first one."""
+    rows = rows_to_plan_for(rows)
+    return table[next((most for most in table if rows <= most), max(table))].on(device)
+
+
+def rows_to_plan_for(rows: int) -> int:
+    """For how many rows a product is to be launched, which inside `row_invariant` must not depend on their number."""
+    return 1 if is_row_invariant() else rows
+
+
+def has_few_rows(x: Tensor) -> bool:
+    """Whether a product with x [..., in] is launched as one of few rows."""
+    return rows_to_plan_for(x.shape[:-1].numel()) <= FEW_ROWS
+
+
+def blocks(config: Config, rows: int, columns: int) -> int:
+    """How many blocks of [BLOCK_M, BLOCK_N] cover [rows, columns]."""
+    return -(-rows // config.blocks["BLOCK_M"]) * -(-columns // config.blocks["BLOCK_N"])
+
+
+def split_inner(config: Config, rows: int, columns: int, inner: int, device: torch.device) -> tuple[int, int]:
+    """How many splits of the inner dimension occupy the GPU, and the steps of each. One split if rows are not few."""
+    total = -(-inner // config.blocks["BLOCK_K"])
+    rows = rows_to_plan_for(rows)
+    if rows > FEW_ROWS:
+        return 1, total
+    wanted = BLOCKS_AT_ONCE * multiprocessors(device) // blocks(config, rows, columns)
+    steps = -(-total // max(1, min(wanted, MOST_SPLITS, total // 2)))
+    return -(-total // steps), steps
+
+
+def sum_partials(partials: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """Write to out the sums of partials, [splits, rows, columns] or, for silu(gate) * up, [2, splits, ...] float32."""
+    size, splits = out.numel(), partials.shape[-3]
+    _sum_partials_kernel[(triton.cdiv(size, 256),)](
+        partials,
+        bias,
+        residual,
+        out,
+        size,
+        out.shape[-1],
+        splits,
+        PAIR=partials.ndim == 4,
+        SPLITS=triton.next_power_of_2(splits),
+        BLOCK=256,
+        num_warps=4,
+    )
+
+
+def launch_product(
+    kernel: Any,
+    x: Tensor,
+    weight: tuple[Tensor | None, ...],
+    up: tuple[Tensor | None, ...],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    config: Config,
+    **constants: Any,
+) -> Tensor:
+    """Run a kernel that multiplies x with packed weights, and the one that sums its splits if there are several.
+
+    weight, up: the tensors of the weights, codes first, and of the SwiGLU pair's second ones, or as many None.
+    """
+    assert weight[0] is not None
+    tokens, residual = as_rows(x), None if residual is None else as_rows(residual)
+    (rows, inner), columns = tokens.shape, len(weight[0])
+    out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    splits, steps = split_inner(config, rows, columns, inner, x.device)
+    shape = (splits, rows, columns) if up[0] is None else (2, splits, rows, columns)
+    target = out if splits == 1 else torch.empty(shape, dtype=torch.float32, device=x.device)
+    kernel[(blocks(config, rows, columns), splits)](
+        tokens,
+        *weight,
+        *up,
+        bias,
+        residual,
+        target,
+        rows,
+        columns,
+        inner,
+        steps,
+        SPLIT=splits > 1,
+        **constants,
+        **config.options(),
+    )
+    if splits > 1:
+        sum_partials(target, out, bias, residual)
+    return out
+
+
+def product_by_tiles(rows: Tensor, columns: int, weight: Callable[[slice], Tensor]) -> Tensor:
+    """rows [n, in] times the transpose of a weight [columns, in] that is made dense a tile of channels at a time."""
+    height = max(1, _TILE_BYTES // (rows.shape[1] * rows.element_size()))
+    out = torch.empty(rows.shape[0], columns, dtype=rows.dtype, device=rows.device)
+    for start in range(0, columns, height):
+        tile = slice(start, min(start + height, columns))
+        torch.mm(rows, weight(tile).T, out=out[:, tile])
+    return out
+
+
+def linear_by_tiles(
+    x: Tensor, weight: Weight, dense: Callable[..., Tensor], bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """x W^T + bias + residual; `dense` makes a tile of W in the dtype of x of the same tile of the weight's tensors."""
+    columns = len(weight[0])
+
+    def tile_of(tile: slice) -> Tensor:
+        return dense(*(None if part is None else part[tile] for part in weight))
+
+    y = product_by_tiles(as_rows(x), columns, tile_of)
+    return add_epilogue(y.view(*x.shape[:-1], columns), bias, residual)
+
+
+def swiglu_of(linear: Linear, x: Tensor, gate: Weight, up: Weight) -> Tensor:
+    """silu(x G^T) * (x U^T) by two products."""
+    return activation.swiglu(*(linear(x, *weight, None, None) for weight in (gate, up)))
+
+
+def swiglu_reference_of(linear_reference: Linear, x: Tensor, gate: Weight, up: Weight) -> Tensor:
+    """The specification of a pair, in float64: two products, rounded to the dtype of x once."""
+    gated, raised = (linear_reference(x.double(), *weight, None, None) for weight in (gate, up))
+    return activation.swiglu_reference(gated, raised).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class NativeProduct:
+    """The native functions of one format of weights.
+
+    product: x W^T + bias + residual, or silu(x W^T) * (x U^T), of (x, weight, up or None, bias, residual), reading the
+    weights once; unpack: makes weights dense, of their tensors and a dtype; panels: whether `product` is for many
+    rows, too, at levels that have panels. Other products go past weights that `unpack` makes.
+    """
+
+    product: Callable[..., Tensor]
+    unpack: Callable[..., Tensor]
+    panels: bool = True
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        """x W^T + bias + residual, [..., out]."""
+        if self._reads_once(x, weight):
+            return self._once(x, weight, None, bias, residual)
+        return linear_by_tiles(x, weight, lambda *parts: self.unpack(*parts, x.dtype), bias, residual)
+
+    def swiglu(self, x: Tensor, gate: Weight, up: Weight) -> Tensor:
+        """silu(x G^T) * (x U^T), [..., out]."""
+        if self._reads_once(x, gate):
+            return self._once(x, gate, up, None, None)
+        return activation.swiglu(*(self.linear(x, weight, None, None) for weight in (gate, up)))
+
+    def _reads_once(self, x: Tensor, weight: Weight) -> bool:
+        rows = as_rows(x)
+        return len(rows) <= FEW_CPU_ROWS or (self.panels and products.in_panels(rows, len(weight[0])))
+
+    def _once(
+        self, x: Tensor, weight: Weight, up: Weight | None, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        return self.product(as_rows(x), weight, up, bias, residual).view(*x.shape[:-1], len(weight[0]))
+
+
+def misfit(x: Tensor, *_others: Tensor | None) -> str | None:
+    """Why the native products of a format with float32 scales do not cover x, or None."""
+    return native.misfit(x)
+
+
+def grouped_misfit(
+    x: Tensor, _codes: Tensor, scales: Tensor, zeros: Tensor | None, *_others: Tensor | None
+) -> str | None:
+    """Why the native products do not cover x and a weight in groups, or None."""
+    return native.misfit(x) or native.misfit(scales, zeros)
+
+
+def grouped_pair_misfit(
+    x: Tensor,
+    _gate: Tensor,
+    gate_scales: Tensor,
+    _up: Tensor,
+    up_scales: Tensor,
+    gate_zeros: Tensor | None,
+    up_zeros: Tensor | None,
+) -> str | None:
+    """The same for a pair of them."""
+    return native.misfit(x) or native.misfit(gate_scales, gate_zeros, up_scales, up_zeros)
+
+
+def add_epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """y + bias + residual in the dtype of y."""
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return y if residual is None else y + residual.to(y.dtype)
+
+
+def check_epilogue(x: Tensor, columns: int, bias: Tensor | None, residual: Tensor | None) -> None:
+    """Raise ValueError unless bias [columns] and residual [..., columns], in the dtype of x [..., in], fit."""
+    if bias is not None and (bias.shape != (columns,) or not bias.is_contiguous()):
+        raise ValueError(f"the bias must be contiguous [{columns}], got {tuple(bias.shape)}")
+    if residual is not None and (residual.shape != (*x.shape[:-1], columns) or residual.dtype != x.dtype):
+        raise ValueError(
+            f"the residual must be {x.dtype} {(*x.shape[:-1], columns)}, got {residual.dtype} {tuple(residual.shape)}"
+        )
+    check_tensors(x, FLOATING, bias=bias, residual=residual)
+
+
+def check_groups(columns: int, inner: int, scales: Tensor, zeros: Tensor | None, sizes: Sequence[int]) -> None:
+    """Raise ValueError unless scales, and zeros if there are any, are those of a weight [columns, inner] in groups.
+
+    sizes: how many inputs a group may have.
+    """
+    fits = scales.ndim == 2 and len(scales) == columns and inner in [scales.shape[1] * size for size in sizes]
+    if not fits or not scales.is_floating_point() or not scales.is_contiguous():
+        raise ValueError(
+            f"scales must be contiguous floating [{columns}, {inner} / group] with a group of {tuple(sizes)}, got "
+            f"{scales.dtype} {tuple(scales.shape)}"
+        )
+    if zeros is not None and (
+        zeros.shape != scales.shape or not zeros.is_floating_point() or not zeros.is_contiguous()
+    ):
+        raise ValueError(f"zeros must be like scales, {tuple(scales.shape)}, got {zeros.dtype} {tuple(zeros.shape)}")
+
+
+def check_alike(gate: Weight, up: Weight) -> None:
+    """Raise ValueError unless both weights of a pair have one shape and group, and both or neither zeros."""
+    zeros = [part for part in (*gate[2:], *up[2:]) if part is not None]
+    if gate[0].shape != up[0].shape or gate[1].shape != up[1].shape or len(zeros) == 1:
+        raise ValueError(
+            f"gate {tuple(gate[0].shape)} with scales {tuple(gate[1].shape)} and up {tuple(up[0].shape)} with scales "
+            f"{tuple(up[1].shape)} must have one shape and group, and both or neither zeros"
+        )
