@@ -16,8 +16,7 @@ weights (`Fold`). Where that is so in this family:
               v_proj -> out_proj;  not fc1 -> fc2, nor linear_1 -> linear_2 in the adaptor: GELU lies between
     adaptor   the encoder's last norm -> linear_1, one scale for the two channels that RoTE rotates into each other
 
-`clipped` cuts a weight's groups where fewer, finer steps give the least error of their share of the output. Calibration
-does without it: the scales that int4 fits to the error do the same.
+AWQ's second step, clipping the weights of a group, is left out: the scales that int4 fits to the error do the same.
 
 Source: Lin et al. 2023, arXiv:2306.00978 (AWQ).
 """
@@ -32,7 +31,6 @@ Rounded = Callable[[Tensor], Tensor]
 """What is left of a weight [rows, in] once it is stored: dequantize(quantize(weight)), each row by itself."""
 
 STEPS = 20
-CLIP_RATIOS = tuple(1 - step / 20 for step in range(11))
 _ROWS = 4096  # of a weight at once; rows are rounded independently of each other
 _SMALLEST = 1e-4  # of the largest magnitude: channels below, even silent ones, are scaled as if they had that
 
@@ -173,44 +171,3 @@ def scaled_source(parameter: Tensor, scales: Tensor, rows: Tensor | None = None)
     divisor = scales if rows is None else scales[rows]
     wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
     return wide / (divisor[:, None] if parameter.ndim == 2 else divisor)
-
-
-def clipped(
-    weight: Tensor,
-    activations: Tensor,
-    rounded: Rounded,
-    group_size: int,
-    ratios: Sequence[float] = CLIP_RATIOS,
-) -> Tensor:
-    """The weight [out, in], float32 or float64, with each group clamped to that of `ratios` times its largest magnitude
-    with which rounding changes the group's share of the output least.
-
-    The error counted is that of the rounded, clamped group against the group as it was, on `activations` [rows, in].
-    Raises ValueError if shapes do not fit.
-    """
-    inputs = weight.shape[1]
-    if activations.ndim != 2 or activations.shape[1] != inputs or inputs % group_size:
-        shapes = f"{tuple(activations.shape)} and groups of {group_size}"
-        raise ValueError(f"activations {shapes} do not fit a weight {tuple(weight.shape)}")
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    x = activations.to(dtype).unflatten(1, (-1, group_size)).transpose(0, 1)
-    grams = x.transpose(1, 2) @ x
-    parts = [_clipped_rows(rows.to(dtype), grams, rounded, ratios) for rows in weight.split(_ROWS)]
-    return torch.cat(parts)
-
-
-def _clipped_rows(weight: Tensor, grams: Tensor, rounded: Rounded, ratios: Sequence[float]) -> Tensor:
-    """grams: the Gram matrix of each group's activations, [groups, group, group]."""
-    groups = weight.unflatten(1, (len(grams), -1))
-    largest = groups.abs().amax(2, keepdim=True)
-    best, least = groups.clone(), torch.full_like(largest[..., 0], torch.inf)
-    for ratio in ratios:
-        candidate = torch.minimum(torch.maximum(groups, -ratio * largest), ratio * largest)
-        change = (rounded(candidate.flatten(1)).to(weight.dtype).unflatten(1, (len(grams), -1)) - groups).transpose(
-            0, 1
-        )
-        error = ((change @ grams) * change).sum(2).T
-        better = error < least
-        least = torch.where(better, error, least)
-        best = torch.where(better[..., None], candidate, best)
-    return best.flatten(1)

@@ -2,16 +2,20 @@
 
 What each tensor will be is known beforehand, so its place is, too, and no more than one of them is held in memory. The
 codes stand first in a file: their sizes are multiples of 16 bytes, so that they and the floats behind them are aligned
-for the kernels that read the mapped file. Files have at most SHARD_BYTES, and an index where there are several. A file
-bears its name only once it is whole. Format: https://github.com/huggingface/safetensors
+for the kernels that read the mapped file. Files have at most SHARD_BYTES, and an index where there are several.
+They are written under temporary names that no other run uses, and renamed once all of them are complete. Format: https://github.com/huggingface/safetensors
 """
 
+import errno
 import json
+import os
+import secrets
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -55,8 +59,9 @@ def shard_name(number: int, count: int) -> str:
 class CheckpointWriter:
     """Writes tensors into `folder` as they come: call `write` once for each that is expected, then `finish`.
 
+    As a context manager it removes, at the end of the block, what was begun and not finished (files called *.part).
     expected: of each name the shape, and the dtype as the first of its dtypes; metadata: strings for the headers, which
-    `finish` may change but not lengthen. What was begun and not finished is left in files called *.part.
+    `finish` may change but not lengthen.
     """
 
     def __init__(
@@ -72,6 +77,12 @@ class CheckpointWriter:
         files = ["model.safetensors"] if len(shards) == 1 else names
         self._shards = [_Shard(folder / name, tensors, metadata) for name, tensors in zip(files, shards, strict=True)]
         self._left = {name: shard for shard in self._shards for name in shard.tensors}
+        try:
+            for shard in self._shards:
+                shard.create()
+        except BaseException:
+            self._discard()
+            raise
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor. Raises ValueError for one that is not expected so, or comes twice."""
@@ -81,14 +92,30 @@ class CheckpointWriter:
         shard.write(name, tensor)
 
     def finish(self, metadata: Mapping[str, str]) -> list[Path]:
-        """Write headers and index, give the files their names and return them. Raises ValueError if a tensor lacks."""
+        """Write headers and index, give the files their names and return them.
+
+        Raises ValueError if a tensor is missing, FileExistsError if a file of such a name has appeared in the folder.
+        """
         if self._left:
             raise ValueError(f"{len(self._left)} tensors were not written, the first is {next(iter(self._left))}")
         if len(self._shards) > 1:
             weight_map = {name: shard.file.name for shard in self._shards for name in shard.tensors}
             index = {"metadata": {"total_size": sum(shard.nbytes for shard in self._shards)}, "weight_map": weight_map}
-            (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
-        return [shard.finish(metadata) for shard in self._shards]
+            with _create(self._folder / INDEX_FILE) as file:
+                file.write(json.dumps(index, indent=1).encode())
+        for shard in self._shards:
+            shard.complete(metadata)
+        return [shard.rename() for shard in self._shards]
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._discard()
+
+    def _discard(self) -> None:
+        for shard in self._shards:
+            shard.part.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -109,25 +136,36 @@ class _Shard:
             self._spans[name] = _Span(position, position + _nbytes(stored))
             position = self._spans[name].end
         self.nbytes = position
-        self._part = file.with_name(file.name + ".part")
+        self.part = file.with_name(f"{file.name}.{secrets.token_hex(8)}.part")
         room = 8 + len(self._header(metadata))
         self._data_start = -(-room // _ALIGNMENT) * _ALIGNMENT
-        with self._part.open("wb") as opened:
-            opened.truncate(self._data_start + position)
+
+    def create(self) -> None:
+        """Make the temporary file, as large as it will be."""
+        with _create(self.part) as opened:
+            opened.truncate(self._data_start + self.nbytes)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        with self._part.open("r+b") as file:
+        with self.part.open("r+b") as file:
             file.seek(self._data_start + self._spans[name].start)
             tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(file)
 
-    def finish(self, metadata: Mapping[str, str]) -> Path:
+    def complete(self, metadata: Mapping[str, str]) -> None:
+        """Write the header, and everything to the disk."""
         room = self._data_start - 8
         header = self._header(metadata).ljust(room)
         if len(header) != room:
             raise ValueError("the metadata is longer than what was announced")
-        with self._part.open("r+b") as file:
+        with self.part.open("r+b") as file:
             file.write(struct.pack("<Q", room) + header)
-        return self._part.replace(self.file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rename(self) -> Path:
+        """Give the file its name."""
+        if os.path.lexists(self.file):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.file))
+        return self.part.rename(self.file)
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
         entries = {
@@ -139,6 +177,11 @@ class _Shard:
             for name, stored in self.tensors.items()
         }
         return json.dumps({"__metadata__": {"format": "pt", **metadata}, **entries}).encode()
+
+
+def _create(path: Path) -> BinaryIO:
+    """A new file to write to. Raises FileExistsError if there is one of that name, a link included."""
+    return path.open("xb")
 
 
 def _shards(expected: Mapping[str, Stored], most: int) -> list[dict[str, Stored]]:

@@ -53,10 +53,15 @@ class ImportFormatError(AfnextError):
 
 @dataclass(frozen=True)
 class ForeignFormat:
-    """How another library stored its weights. group_size: inputs that share a scale, None for all of a channel."""
+    """How another library stored its weights.
+
+    group_size: inputs that share a scale, None for all of a channel. symmetric: the config says that all zero points
+    are 8.
+    """
 
     method: Method
     group_size: int | None
+    symmetric: bool = False
 
     @classmethod
     def from_config(cls, values: Any) -> "ForeignFormat":
@@ -69,7 +74,7 @@ class ForeignFormat:
         if method == "awq":
             _expect(values, "version", ("gemm",), default="gemm")
             _expect(values, "bits", (4,))
-            return cls("awq", _group_size(values.get("group_size")))
+            return cls("awq", _group_size(values.get("group_size")), values.get("zero_point") is False)
         if method == "compressed-tensors":
             return _compressed_format(values)
         raise ImportFormatError(
@@ -83,7 +88,7 @@ class ForeignFormat:
         layer: its name, for errors; tensors: by the names in `PARTS`. Raises ImportFormatError.
         """
         _check_parts(layer, self.method, tensors)
-        zeros = _zeros(layer, self.method, tensors)
+        zeros = self._zeros(layer, tensors)
         if self.method == "compressed-tensors":
             codes, scales = _compressed_codes(layer, tensors), tensors["weight_scale"]
             group_of = tensors.get("weight_g_idx")
@@ -119,7 +124,23 @@ class ForeignFormat:
     def is_symmetric(self, layer: str, tensors: Mapping[str, Tensor]) -> bool:
         """Whether `weight` gives no zeros for the layer. Reads only these."""
         _check_parts(layer, self.method, tensors)
-        return bool((_zeros(layer, self.method, tensors) == SYMMETRIC_ZERO).all())
+        return bool((self._zeros(layer, tensors) == SYMMETRIC_ZERO).all())
+
+    def _zeros(self, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Zero points [out, groups] uint8. Raises ImportFormatError if they contradict a config that says symmetric."""
+        zeros = _zeros(layer, self.method, tensors)
+        if self.symmetric and bool((zeros != SYMMETRIC_ZERO).any()):
+            found = int(zeros[zeros != SYMMETRIC_ZERO][0])
+            advice = (
+                'the weights are probably in the newer format: set "checkpoint_format" to "gptq_v2"'
+                if self.method == "gptq" and bool((zeros == SYMMETRIC_ZERO + 1).all())
+                else "use the config that was written with the weights"
+            )
+            raise ImportFormatError(
+                f"{layer} has a zero point of {found}, but the quantization_config says that the weights are "
+                f"symmetric, with zero points of {SYMMETRIC_ZERO}; {advice}"
+            )
+        return zeros
 
 
 def unpack_words(words: Tensor) -> Tensor:
@@ -135,7 +156,9 @@ def _gptq_format(values: Mapping[str, Any]) -> ForeignFormat:
         raise ImportFormatError(
             f"GPTQ weights in the format {str(stored)[:40]!r} cannot be imported, only in gptq or gptq_v2"
         )
-    return ForeignFormat("gptq" if stored == "gptq" else "gptq_v2", _group_size(values.get("group_size")))
+    return ForeignFormat(
+        "gptq" if stored == "gptq" else "gptq_v2", _group_size(values.get("group_size")), values.get("sym") is True
+    )
 
 
 def _compressed_format(values: Mapping[str, Any]) -> ForeignFormat:
@@ -150,9 +173,8 @@ def _compressed_format(values: Mapping[str, Any]) -> ForeignFormat:
     _expect(weights, "num_bits", (4,))
     _expect(weights, "type", ("int",), default="int")
     _expect(weights, "strategy", ("group", "channel"))
-    return ForeignFormat(
-        "compressed-tensors", _group_size(weights.get("group_size")) if weights["strategy"] == "group" else None
-    )
+    group_size = _group_size(weights.get("group_size")) if weights["strategy"] == "group" else None
+    return ForeignFormat("compressed-tensors", group_size, weights.get("symmetric") is True)
 
 
 def _expect(values: Mapping[str, Any], key: str, allowed: tuple[Any, ...], default: Any = None) -> None:

@@ -70,6 +70,27 @@ class Linear(_Matrix):
         return self.scheme.swiglu(x, self.packed, up.packed)
 
 
+def joined(*layers: Linear) -> Linear | None:
+    """One layer that computes what several do of the same input, side by side: [..., the sum of their out_features].
+
+    Their weights and biases become views of its own. Returns None, changing nothing, for layers that store these in
+    different ways.
+    """
+    first = layers[0]
+    stored = [dict(layer.named_buffers(recurse=False, remove_duplicate=False)) for layer in layers]
+    if any(layer.scheme != first.scheme for layer in layers) or len({frozenset(parts) for parts in stored}) > 1:
+        return None
+    whole = Linear(0, 0, bias=first.bias is not None)
+    whole.scheme = first.scheme
+    whole._buffers = dict.fromkeys(first._buffers)
+    for name in stored[0]:
+        tensor = torch.cat([parts[name] for parts in stored])
+        whole.register_buffer(name, tensor)
+        for layer, part in zip(layers, tensor.split([len(parts[name]) for parts in stored]), strict=True):
+            layer.register_buffer(name, part)
+    return whole
+
+
 class Embedding(_Matrix):
     """A table of vectors [rows, channels], also the weight of the product with its transpose."""
 

@@ -10,13 +10,15 @@ layer decides, and a layer that none matches stays dense. Layers are named as th
     int4       int4, groups     int8                           int8
     int4-w4a8  int4-w4a8        int8                           int8-w8a8
     nf4        nf4              int8                           int8
+    int4-small int4, groups     int4, groups; adaptor int8     int8
 
 Convolutions, norms, biases and the encoder's positions are always dense: together they are 0.2 % of the weights. The
-lm_head and the embeddings keep 8 bits: a row serves one token alone, so no other row makes up for its error. Of the
-embeddings only the rows looked up are read, so fewer bits would save no time.
+lm_head and the embeddings keep 8 bits, but in int4-small: a row serves one token alone, so no other row makes up for
+its error. Of the embeddings only the rows looked up are read, so fewer bits save memory and no time.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,8 +26,14 @@ from typing import Any
 from .scheme import Int4, Scheme, SchemeError, parse_scheme
 
 FORMAT_VERSION = 1
+MAX_RULES = 1024
+MAX_PATTERN = 200
+SMALL = "int4-small"
+"""The recipe with the fewest bytes: int4 with the lm_head and the embeddings in 4 bits, too."""
 RECIPES = ("int8", "int8-w8a8", "int4", "int4-w4a8", "nf4")
 _ALWAYS_INT8 = ("decoder.lm_head", "decoder.embed_tokens", "adaptor.*")
+_ENCODER, _DECODER = "encoder.layers.*", "decoder.layers.*"
+_DEFAULT_PATTERNS = {*_ALWAYS_INT8, _ENCODER, _DECODER}
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,38 @@ class Recipe:
         """The scheme of the layer, such as "decoder.layers.0.mlp.up_proj"; None where it stays dense."""
         return next((scheme for pattern, scheme in self.rules if fnmatchcase(layer, pattern)), None)
 
+    def extends(self, stored: "Recipe") -> bool:
+        """Whether this leaves every layer that `stored` packs as it is, since the same rules come first."""
+        return self.rules[: len(stored.rules)] == stored.rules
+
+    def extended(self, rest: "Recipe", layers: Iterable[str]) -> "Recipe":
+        """This, and `rest` for the layers that this leaves dense.
+
+        layers: those that there are. Raises SchemeError if a rule that `rest` adds to the default ones asks for another
+        scheme of a layer that is packed already, which would round its weights a second time.
+        """
+        for layer in layers:
+            packed, asked = self.scheme(layer), Recipe("", rest._added_rules)
+            if packed is not None and any(fnmatchcase(layer, pattern) for pattern, _ in asked.rules):
+                scheme = asked.scheme(layer)
+                if scheme != packed:
+                    raise SchemeError(
+                        f"{layer} is {packed} already, and {_spelled(scheme)} would round its weights a second time; "
+                        "leave that rule out, or quantize the dense weights"
+                    )
+        return Recipe(f"{self.name} and {rest.name}", (*self.rules, *rest.rules))
+
+    @property
+    def _added_rules(self) -> tuple[tuple[str, Scheme | None], ...]:
+        """The rules without those of the default recipes."""
+        return tuple(rule for rule in self.rules if rule[0] not in _DEFAULT_PATTERNS)
+
+    def unused_patterns(self, layers: Collection[str]) -> tuple[str, ...]:
+        """The patterns that match none of these layers, without those of the default recipes, which need not."""
+        return tuple(
+            pattern for pattern, _ in self._added_rules if not any(fnmatchcase(layer, pattern) for layer in layers)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values: what stands under quantization_config in a config.json."""
         rules = [[pattern, _spelled(scheme)] for pattern, scheme in self.rules]
@@ -56,7 +96,7 @@ class Recipe:
         if not isinstance(values, dict) or values.get("quant_method") != "afnext":
             raise SchemeError(
                 "the weights are quantized by another library; `afnext quantize` imports those of GPTQ, AWQ and "
-                "compressed-tensors, for others use the dense ones"
+                "compressed-tensors, and those of bitsandbytes load as they are; for others use the dense ones"
             )
         version, rules = values.get("version"), values.get("rules")
         name, source = values.get("recipe"), values.get("source", "")
@@ -66,10 +106,34 @@ class Recipe:
             )
         if not isinstance(name, str) or not isinstance(source, str) or not isinstance(rules, list):
             raise SchemeError("the quantization has no recipe with a list of rules; the file is damaged")
+        if len(rules) > MAX_RULES:
+            raise SchemeError(f"the quantization has {len(rules):,} rules; at most {MAX_RULES:,} are accepted")
         for rule in rules:
             if not isinstance(rule, list) or len(rule) != 2 or not all(isinstance(part, str) for part in rule):
                 raise SchemeError("a rule of the quantization is not a pattern and a scheme; the file is damaged")
+            _check_pattern(rule[0])
         return cls(name[:80], tuple((pattern, parse_scheme(scheme)) for pattern, scheme in rules), source[:128])
+
+
+def fewest_rules(schemes: Mapping[str, Scheme | None]) -> tuple[tuple[str, Scheme | None], ...]:
+    """Rules that give each layer the scheme it has here, None for dense: one for a whole part of the model where all
+    its layers agree, one for a kind of layer, or one for a single layer."""
+    rules: list[tuple[str, Scheme | None]] = []
+    left = dict(schemes)
+    for pattern in (_DECODER, _ENCODER, "adaptor.*"):
+        layers = [layer for layer in left if fnmatchcase(layer, pattern)]
+        groups = {pattern: layers}
+        if len({left[layer] for layer in layers}) > 1:
+            groups = {}
+            for layer in layers:
+                groups.setdefault(re.sub(r"\.\d+\.", ".*.", layer), []).append(layer)
+        for name, members in groups.items():
+            if len({left.pop(layer) for layer in members}) == 1:
+                rules.append((name, schemes[members[0]]))
+            else:
+                rules += [(layer, schemes[layer]) for layer in members]
+    rules += left.items()
+    return tuple((pattern, scheme) for pattern, scheme in rules if scheme is not None)
 
 
 def recipe(
@@ -79,13 +143,18 @@ def recipe(
     symmetric: bool = True,
     rules: Iterable[tuple[str, str]] = (),
 ) -> Recipe:
-    """A default recipe by name, one of `RECIPES`, or a scheme's spelling that says how int4 groups ("int4-g32-zeros").
+    """A default recipe by name, one of `RECIPES`, or a scheme's spelling with a group ("int4-g32-zeros", "int8-g32").
 
     group_size, symmetric: of int4. rules: pairs (pattern, scheme's spelling) that come before the recipe's own, such as
     ("decoder.layers.0.*", "dense"). Raises SchemeError for unknown names and for options that the recipe does not have.
     """
-    if name not in RECIPES and not name.startswith("int4-"):
-        known = ", ".join(RECIPES)
+    if name == SMALL:
+        if group_size is not None or not symmetric:
+            raise SchemeError(f"{SMALL} has no group size or zero points to choose; write them as rules")
+        extra = ((pattern, "int4") for pattern in _ALWAYS_INT8[:2])
+        return replace(recipe("int4", rules=[*rules, *extra]), name=SMALL)
+    if name not in RECIPES and not name.startswith(("int4-", "int8-g")):
+        known = ", ".join((*RECIPES, SMALL))
         raise SchemeError(f"unknown recipe {name[:80]!r}; choose from {known}, or as in int4-g32-zeros-w4a8")
     scheme = parse_scheme(name)
     if isinstance(scheme, Int4) and name in RECIPES:
@@ -94,11 +163,20 @@ def recipe(
         )
     elif group_size is not None or not symmetric:
         raise SchemeError(f"{name} has no group size or zero points to choose; only int4 and int4-w4a8 do")
-    first = tuple((pattern, parse_scheme(text)) for pattern, text in rules)
+    first = tuple((_check_pattern(pattern), parse_scheme(text)) for pattern, text in rules)
     eight = parse_scheme("int8")
     encoder = parse_scheme("int8-w8a8" if name.endswith("a8") else "int8")
-    own = [*((pattern, eight) for pattern in _ALWAYS_INT8), ("encoder.layers.*", encoder), ("decoder.layers.*", scheme)]
+    own = [*((pattern, eight) for pattern in _ALWAYS_INT8), (_ENCODER, encoder), (_DECODER, scheme)]
     return Recipe(_spelled(scheme), (*first, *own))
+
+
+def _check_pattern(pattern: str) -> str:
+    """`pattern` itself. Raises SchemeError if it is longer than any layer's name could need."""
+    if len(pattern) > MAX_PATTERN:
+        raise SchemeError(
+            f"the pattern {pattern[:40]!r}... has {len(pattern):,} characters; at most {MAX_PATTERN} are accepted"
+        )
+    return pattern
 
 
 def _spelled(scheme: Scheme | None) -> str:

@@ -3,14 +3,20 @@
     scheme        codes                    scales                      zeros               bits a weight
     int8          [out, in] int8           [out] float32               none                8
     int8-w8a8     the same; inputs of the product are rounded to int8 too, a scale a token
+    int8, groups  [out, in] int8           [out, in / group] 16 bits   none                8 + 16 / group
+    with zeros    the same                 the same                    like scales         8 + 32 / group
     int4          [out, in / 2] uint8      [out, in / group] 16 bits   none                4 + 16 / group
     int4, zeros   the same                 the same                    like scales         4 + 32 / group
+    groups, f32   the same, with scales and zeros of 32 bits
     int4, w4a8    the same, with zeros or without; inputs of the product are rounded to int8 too, a scale a group
     nf4           [out, in / 2] uint8      [out, in / 64] float32      none                4.5
 
+On GPUs few rows of inputs are not rounded: the kernels of int8 and int4 multiply them.
+
 The byte layouts are in `int8`, `int4` and `nf4`. In a file the tensors of the layer X are X.weight_codes,
-X.weight_scales and X.weight_zeros; X.bias stays as it is. A scheme is spelled as its name, for int4 followed by the
-group, by "zeros" where there are zero points, and by "w4a8": int4-g64, int4-g128-zeros, int4-g32-w4a8.
+X.weight_scales and X.weight_zeros; X.bias stays as it is. A scheme is spelled as its name, followed by the group if it
+has one, by "zeros" where there are zero points, by "f32" where scales have 32 bits, and by "w4a8": int4-g64,
+int4-g128-zeros, int4-g32-w4a8, int8-g32, int8-g16-f32.
 """
 
 import re
@@ -23,13 +29,15 @@ import torch
 from torch import Tensor
 
 from ..kernels.errors import AfnextError
-from ..kernels.linear_int4 import GROUP_SIZES, linear_int4, linear_int4_swiglu, prepare_int4
+from ..kernels.linear_int4 import GROUP_SIZES, SYMMETRIC_ZERO, linear_int4, linear_int4_swiglu, prepare_int4
 from ..kernels.linear_int8 import linear_int8, linear_int8_swiglu
+from ..kernels.linear_int8_groups import GROUP_SIZES as INT8_GROUP_SIZES
+from ..kernels.linear_int8_groups import linear_int8_groups, linear_int8_groups_swiglu
 from ..kernels.linear_nf4 import linear_nf4, linear_nf4_swiglu
 from ..kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
 from ..kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
 from .int4 import dequantize_int4, fit_int4
-from .int8 import dequantize_int8, quantize_int8
+from .int8 import dequantize_int8, dequantize_int8_groups, quantize_int8, quantize_int8_groups
 from .nf4 import BLOCK_SIZE, dequantize_nf4, quantize_nf4
 
 PARTS = ("weight_codes", "weight_scales", "weight_zeros")
@@ -79,6 +87,10 @@ class Scheme(ABC):
     @abstractmethod
     def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] that the packed one stands for, rounded to `dtype` once."""
+
+    @abstractmethod
+    def largest_weight(self, scales: Tensor, zeros: Tensor | None) -> float:
+        """A bound on the absolute value of every weight with these finite scales and zero points."""
 
     @abstractmethod
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
@@ -147,6 +159,10 @@ class Int8(Scheme):
         """See `Scheme`."""
         return dequantize_int8(packed.codes, packed.scales, dtype)
 
+    def largest_weight(self, scales: Tensor, zeros: Tensor | None) -> float:
+        """See `Scheme`."""
+        return 128 * _largest(scales)
+
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """See `Scheme`."""
         product = linear_w8a8 if self.int8_inputs else linear_int8
@@ -162,21 +178,71 @@ class Int8(Scheme):
 
 
 @dataclass(frozen=True)
+class Int8Groups(Scheme):
+    """One scale, and if not symmetric one zero point, for each `group_size` inputs of a channel. float32_scales: these
+    are float32, as exact copies of other formats need them; otherwise 16 bits are the rule."""
+
+    group_size: int
+    symmetric: bool = True
+    float32_scales: bool = False
+
+    def __post_init__(self) -> None:
+        if self.group_size not in INT8_GROUP_SIZES:
+            raise SchemeError(
+                f"int8 has groups of {', '.join(map(str, INT8_GROUP_SIZES))} inputs, not {self.group_size}"
+            )
+
+    def __str__(self) -> str:
+        return f"int8-g{self.group_size}{_suffix(self)}"
+
+    def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
+        """See `Scheme`."""
+        out, inner = _matrix(shape, self)
+        if inner % self.group_size:
+            raise SchemeError(
+                f"{inner} inputs are not divisible by groups of {self.group_size}; choose a smaller group, or keep the "
+                "layer dense"
+            )
+        grid = _grid(out, inner, self)
+        parts = {"weight_codes": Stored((out, inner), (torch.int8,)), "weight_scales": grid}
+        return parts if self.symmetric else {**parts, "weight_zeros": grid}
+
+    def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """See `Scheme`."""
+        return dequantize_int8_groups(*packed, dtype=dtype)
+
+    def largest_weight(self, scales: Tensor, zeros: Tensor | None) -> float:
+        """See `Scheme`."""
+        return _largest(scales) * (128 + (0 if zeros is None else _largest(zeros)))
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """See `Scheme`."""
+        return linear_int8_groups(x, *packed, bias, residual)
+
+    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
+        """See `Scheme`."""
+        return linear_int8_groups_swiglu(x, gate.codes, gate.scales, up.codes, up.scales, gate.zeros, up.zeros)
+
+    def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
+        return Packed(*quantize_int8_groups(rows, self.group_size, self.symmetric, _scale_dtype(self)))
+
+
+@dataclass(frozen=True)
 class Int4(Scheme):
     """One scale, and if not symmetric one zero point, for each `group_size` inputs of a channel. int8_inputs: round the
-    product's inputs to int8 as well, in the same groups (W4A8)."""
+    product's inputs to int8 as well, in the same groups (W4A8). float32_scales: see `Int8Groups`."""
 
     group_size: int = 64
     symmetric: bool = True
     int8_inputs: bool = False
+    float32_scales: bool = False
 
     def __post_init__(self) -> None:
         if self.group_size not in GROUP_SIZES:
             raise SchemeError(f"int4 has groups of {', '.join(map(str, GROUP_SIZES))} inputs, not {self.group_size}")
 
     def __str__(self) -> str:
-        zeros, inputs = "" if self.symmetric else "-zeros", "-w4a8" if self.int8_inputs else ""
-        return f"int4-g{self.group_size}{zeros}{inputs}"
+        return f"int4-g{self.group_size}{_suffix(self)}{'-w4a8' if self.int8_inputs else ''}"
 
     def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
         """See `Scheme`."""
@@ -186,13 +252,17 @@ class Int4(Scheme):
                 f"{inner} inputs are not divisible by groups of {self.group_size}; choose a smaller group or int8, or "
                 "keep the layer dense"
             )
-        grid = Stored((out, inner // self.group_size), (torch.bfloat16, torch.float16, torch.float32))
+        grid = _grid(out, inner, self)
         parts = {"weight_codes": Stored((out, inner // 2), (torch.uint8,)), "weight_scales": grid}
         return parts if self.symmetric else {**parts, "weight_zeros": grid}
 
     def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         """See `Scheme`."""
         return dequantize_int4(*packed, dtype=dtype)
+
+    def largest_weight(self, scales: Tensor, zeros: Tensor | None) -> float:
+        """See `Scheme`."""
+        return _largest(scales) * (SYMMETRIC_ZERO if zeros is None else 15 + _largest(zeros))
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """See `Scheme`."""
@@ -209,7 +279,7 @@ class Int4(Scheme):
         prepare_int4(*packed, dtype)
 
     def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
-        return Packed(*fit_int4(rows, self.group_size, self.symmetric, importance=importance))
+        return Packed(*fit_int4(rows, self.group_size, self.symmetric, _scale_dtype(self), importance))
 
 
 @dataclass(frozen=True)
@@ -235,6 +305,10 @@ class NF4(Scheme):
     def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         """See `Scheme`."""
         return dequantize_nf4(packed.codes, packed.scales, dtype)
+
+    def largest_weight(self, scales: Tensor, zeros: Tensor | None) -> float:
+        """See `Scheme`."""
+        return _largest(scales)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """See `Scheme`."""
@@ -263,13 +337,36 @@ def parse_scheme(text: str) -> Scheme | None:
     }
     if text in plain:
         return plain[text]
-    match = re.fullmatch(r"int4-g(\d{1,4})(-zeros)?(-w4a8)?", text, re.ASCII)
-    if match is None:
+    match = re.fullmatch(r"(int8|int4)-g(\d{1,4})(-zeros)?(-f32)?(-w4a8)?", text, re.ASCII)
+    if match is None or (match[1] == "int8" and match[5]):
         raise SchemeError(
-            f"unknown scheme {text[:80]!r}; choose from {', '.join(plain)}, or int4 with a group, as in int4-g32 or "
-            "int4-g128-zeros"
+            f"unknown scheme {text[:80]!r}; choose from {', '.join(plain)}, or int4 or int8 with a group, as in "
+            "int4-g32, int4-g128-zeros or int8-g32"
         )
-    return Int4(int(match[1]), symmetric=match[2] is None, int8_inputs=match[3] is not None)
+    group, symmetric, wide = int(match[2]), match[3] is None, match[4] is not None
+    if match[1] == "int8":
+        return Int8Groups(group, symmetric, float32_scales=wide)
+    return Int4(group, symmetric, int8_inputs=match[5] is not None, float32_scales=wide)
+
+
+def _suffix(scheme: Int4 | Int8Groups) -> str:
+    return ("" if scheme.symmetric else "-zeros") + ("-f32" if scheme.float32_scales else "")
+
+
+def _scale_dtype(scheme: Int4 | Int8Groups) -> torch.dtype:
+    """What scales and zero points made here are stored in."""
+    return torch.float32 if scheme.float32_scales else torch.bfloat16
+
+
+def _grid(out: int, inner: int, scheme: Int4 | Int8Groups) -> Stored:
+    """Scales or zero points, one for each group."""
+    dtypes = (torch.float32,) if scheme.float32_scales else (torch.bfloat16, torch.float16, torch.float32)
+    return Stored((out, inner // scheme.group_size), dtypes)
+
+
+def _largest(values: Tensor) -> float:
+    lowest, highest = values.aminmax()
+    return max(-float(lowest), float(highest))
 
 
 def _matrix(shape: tuple[int, ...], scheme: Scheme) -> tuple[int, int]:
