@@ -23,12 +23,20 @@ class PromptError(AfnextError):
     """The messages cannot be turned into a prompt."""
 
 
+class RequestError(AfnextError):
+    """A request of a batch is malformed, or asks for what the model cannot do."""
+
+
 class ContextLengthError(AfnextError):
     """Prompt and answer together do not fit the model's context."""
 
 
 class ContextFileError(AfnextError):
     """A saved context cannot be read or written, is damaged, or belongs to another model."""
+
+
+class OutputError(AfnextError):
+    """A file, a folder or standard output cannot be written."""
 
 
 class OutOfPagesError(AfnextError):
@@ -41,3 +49,27 @@ class SamplingError(AfnextError):
 
 class MemoryPlanError(AfnextError):
     """A memory plan asks for what no device or model has, or the model does not fit the memory that is there."""
+
+
+class InsufficientMemoryError(AfnextError):
+    """An allocation failed while a request was computed."""
+
+
+class NonFiniteError(AfnextError):
+    """The model computed scores that are NaN or infinite."""
+
+
+class EngineError(AfnextError):
+    """A step of the engine failed in a way that is not the request's fault. The request may be sent again."""
+
+
+class EngineDeadError(EngineError):
+    """The engine cannot compute any more in this process."""
+
+
+class GroupError(EngineError):
+    """Another process of a model that several compute together has ended, or did not answer."""
+
+
+class WorkerLostError(AfnextError):
+    """The processes that worked on an item of a batch have ended."""

@@ -1,6 +1,6 @@
 """What a question comes back with."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 from ..engine.repetition import Repetition
@@ -12,7 +12,7 @@ from ..engine.timings import Timings
 class Usage:
     """What a request consumed. audio_seconds: audio heard; truncated: some audio was cut to what the model can hear;
     windows: 30 s encoder windows; *_tokens: audio and text of the prompt, how many of these two had been computed
-    before, and the answer's own."""
+    before, the answer's own, and how many of those the model thought with."""
 
     audio_seconds: float
     truncated: bool
@@ -21,6 +21,13 @@ class Usage:
     text_tokens: int
     cached_tokens: int
     new_tokens: int
+    thinking_tokens: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+
+NOTHING = Usage(0.0, False, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)

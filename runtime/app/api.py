@@ -1,46 +1,58 @@
 """The Python API: load a model, ask it about audio, stream its answer, chat in batches, listen once and ask often."""
 
+import gc
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from ...kernels.dispatch import free_memory
+from ...kernels import native
+from ...kernels.device_state import TRITON_FLOOR, capability, runs_triton, total_memory
+from ...kernels.dispatch import check_forced_operations, forced_backend
 from ...kernels.errors import AfnextError
 from ...quant.recipe import Recipe, recipe
-from ..engine.memory import MemoryPlan, parse_bytes, shown_bytes
-from ..engine.options import EngineOptions
-from ..engine.scheduler import Engine
-from ..errors import AudioError, ConfigError
-from ..files import read_settings
+from ..engine.engine import Engine
+from ..engine.executor import Executor, LocalExecutor
+from ..engine.memory import parse_bytes
+from ..engine.options import EngineOptions, default_chunk_size
+from ..engine.request import OnUpdate
+from ..errors import AudioError, ConfigError, PromptError
 from ..io.audio import Audio, AudioSource
 from ..io.prompt import PromptTemplate
 from ..io.tokenizer import Tokenizer
 from ..model.audio_flamingo import AudioFlamingo
-from ..model.checkpoint import open_with_config
+from ..model.config import ModelConfig
 from ..model.hub import BUNDLED, resolve
+from ..model.opened import OpenCheckpoint, open_checkpoint
 from ..model.quantized import to_quantize
 from .answer import Answer
 from .context import Context
 from .conversation import Conversation, Message, load_audible
+from .generation_config import FILE, GenerationDefaults, generation_defaults
+from .lifetime import NotCopyable
 from .live import Live
-from .responder import DEFAULT_NEW_TOKENS, AnswerOptions, Progress, Responder, Stream, check_options
+from .loading import NetworkSettings, load_network
+from .packed import hint, packed_copy
+from .prompts import CARD, Prompts
+from .responder import AnswerOptions, Prepared, Progress, Responder, Stream, check_options
+from .tensor_parallel import check_ranks, load_parallel
 from .transcribe import (
     DEFAULT_OVERLAP,
     DEFAULT_WINDOW,
     MAX_SECONDS,
+    Transcriber,
     Transcript,
-    prompt_for,
+    TranscriptStream,
     spans,
-    transcribe,
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 _log = logging.getLogger("afnext")
 
@@ -52,7 +64,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     page_size: int = 256,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
     encode_batch: int = 4,
     max_batch: int = 32,
     kv: str = "auto",
@@ -60,8 +72,14 @@ def load(
     prefix_cache_bytes: int = 1 << 30,
     encoder_cache_bytes: int = 1 << 28,
     draft_tokens: int = 4,
+    batch_invariant: bool = False,
     memory: int | str | None = None,
     quant: str | Recipe | None = None,
+    keep_packed: bool = False,
+    fit: bool | float = False,
+    warmup: bool = False,
+    tp: int = 1,
+    sp: int = 1,
     progress: Progress | None = None,
 ) -> "Model":
     """Load a model from the package, a checkpoint folder or the Hub.
@@ -69,15 +87,30 @@ def load(
     model: a folder, a name such as "nvidia/audio-flamingo-next-hf", or "afnext-tiny", the small model that comes with
     the package and knows a closed vocabulary. device: "auto" (a GPU if there is one), or what torch takes. dtype:
     "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32". page_size,
-    chunk_size, encode_batch, max_batch, kv, release_encoder, prefix_cache_bytes, encoder_cache_bytes, draft_tokens: see
-    `EngineOptions`. memory: what the model and its work may take, in bytes or as "8GB"; None for what the device has
-    free. quant: pack dense weights while they are read, by "int8", "int8-w8a8", "int4", "int4-w4a8" or "nf4", a
-    spelling such as "int4-g32-zeros", or a recipe.
+    chunk_size (None: 1024, on GPUs 2048 from 20 GB on and 4096 from 40 GB on), encode_batch, max_batch, kv,
+    release_encoder, prefix_cache_bytes, encoder_cache_bytes, draft_tokens, batch_invariant: see `EngineOptions`.
+    memory: what the model and its work may take, in bytes or as "8GB"; None for what the device has free. quant: pack
+    dense weights while they are read, by "int8", "int8-w8a8", "int4", "int4-w4a8" or "nf4", a spelling such as
+    "int4-g32-zeros", or a recipe. keep_packed: write the packed weights to afnext's cache folder and load them from
+    there, memory-mapped, now and the next time. fit: choose kv, chunk_size, encode_batch, release_encoder and, for
+    dense weights, quant so that so many seconds of audio fit into the memory (True: the longest that the model hears);
+    what costs time comes before what costs accuracy, and the choice is logged. tp: compute in so many processes, each
+    with a GPU of its own, or with its share of a CPU's threads, and with a part of the decoder and of the KV cache
+    (docs/scaling.md); `memory` is then that of each GPU. A process that fails or is killed ends all, and every request
+    raises EngineDeadError. sp: as tp, but each process holds the whole weights, and long prompts are divided by tokens,
+    with less traffic. warmup: on a GPU, allocate the whole KV cache and record the decode steps of every size, which
+    requests would otherwise wait for. Kernels are compiled in any case, or loaded from Triton's cache on disk.
 
     Nothing is loaded that could not work: the memory plan (`afnext plan`) is made first, for the longest recording that
     there is room for, and the KV cache never outgrows it. Raises MemoryPlanError with advice when not even a short
     question has room, ValueError for an option out of range, and otherwise an AfnextError that says what to do.
     """
+    check_forced_operations()
+    where, report = usable_device(device), progress or (lambda stage, done, total: None)
+    available = parse_bytes(memory) if isinstance(memory, str) else memory
+    if chunk_size is None:
+        gpu = where.type == "cuda"
+        chunk_size = default_chunk_size((available or total_memory(where)) if gpu else 0, gpu)
     options = EngineOptions(
         page_size=page_size,
         chunk_size=chunk_size,
@@ -88,23 +121,58 @@ def load(
         prefix_cache_bytes=prefix_cache_bytes,
         encoder_cache_bytes=encoder_cache_bytes,
         draft_tokens=draft_tokens,
+        batch_invariant=batch_invariant,
     )
     quantize = recipe(quant) if isinstance(quant, str) else quant
-    folder = resolve(model, revision=revision)
-    tokenizer = Tokenizer.from_folder(folder)
-    template = PromptTemplate.from_folder(folder)
-    where = usable_device(device)
-    report = progress or (lambda stage, done, total: None)
-    options = _within(_free(memory, where), folder, where, dtype, quantize, options)
-    network = AudioFlamingo.from_folder(
-        folder,
-        device=where,
-        dtype=lambda stored: _dtype(dtype, stored, where),
-        release_encoder=release_encoder,
-        quant=quantize,
-        progress=lambda done, total: report("loading weights", done, total),
-    )
-    config = network.config
+    checkpoint = open_checkpoint(resolve(model, revision=revision, progress=progress))
+    settings = NetworkSettings(str(dtype), quantize, available, options, sequence=sp > 1)
+    if fit is not False:
+        if max(tp, sp) > 1:
+            raise ConfigError("fit chooses settings for one device; leave it out with tp or sp, and see `afnext plan`.")
+        settings = settings.fitted(checkpoint, where, None if fit is True else fit)
+        quantize = settings.quant
+    if keep_packed:
+        checkpoint = _kept(checkpoint, quantize, where, report)
+    tokenizer = Tokenizer.from_folder(checkpoint.files)
+    template = PromptTemplate.from_folder(checkpoint.files)
+    if where.type == "cpu" and forced_backend() is None:
+        native.warn_if_missing()
+    if where.type == "cuda" and not runs_triton(where):
+        _log.warning(
+            "this GPU has compute capability %d.%d and the Triton kernels need %d.%d: the model runs on torch's "
+            "kernels, which are slower",
+            *(capability(where) or ()),
+            *TRITON_FLOOR,
+        )
+    ranks = check_ranks(to_quantize(checkpoint.config, quantize), where, tp=tp, sp=sp)
+    options = settings.within(checkpoint, where, ranks)
+    _check_tokenizer(tokenizer, checkpoint.config)
+
+    def loaded(done: int, total: int) -> None:
+        report("loading weights", done, total)
+
+    executor: Executor
+    if ranks == 1:
+        executor = LocalExecutor(load_network(checkpoint, settings, where, progress=loaded), options)
+    else:
+        executor, options = load_parallel(checkpoint, settings, options, where, ranks, loaded)
+    network = executor.model
+    stored = network.config.quantization
+    _log.info("loaded %s on %s in %s, weights %s", model, where, network.dtype, stored.name if stored else "dense")
+    if isinstance(quant, str) and checkpoint.config.quantization is None:
+        hint(os.fspath(model), checkpoint.folder, quant, checkpoint.weights.nbytes)
+    stated = checkpoint.files.settings(checkpoint.files.find(FILE))
+    defaults = generation_defaults(stated, network.config.decoder.vocab_size)
+    prompts = Prompts.from_folder(checkpoint.files)
+    made = Model(network, tokenizer, template, options, defaults, prompts, executor)
+    if runs_triton(where):
+        made.engine.rehearse(lambda done, total: report("compiling kernels", done, total))
+    if warmup:
+        made.engine.warm_up(lambda done, total: report("recording decode steps", done, total))
+    return made
+
+
+def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
     if tokenizer.vocab_size > config.decoder.vocab_size:
         raise ConfigError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1} and the model {config.decoder.vocab_size} "
@@ -117,9 +185,21 @@ def load(
             "audio_eos_token_id": config.audio_eos_token_id,
         }
     )
-    stored = network.config.quantization
-    _log.info("loaded %s on %s in %s, weights %s", model, where, network.dtype, stored.name if stored else "dense")
-    return Model(network, tokenizer, template, options, _sampling_defaults(folder))
+
+
+def _kept(checkpoint: OpenCheckpoint, quant: Recipe | None, device: torch.device, report: Progress) -> OpenCheckpoint:
+    """The packed copy of a dense checkpoint; one that is packed already is its own."""
+    if quant is None and checkpoint.imported:
+        quant = checkpoint.config.quantization  # of a GGUF file, whose blocks are converted once instead of each time
+    elif quant is not None and to_quantize(checkpoint.config, quant) == checkpoint.config:
+        return checkpoint
+    if quant is None:
+        raise ConfigError('keep_packed keeps packed weights: say how to pack them, as in quant="int4".')
+    return open_checkpoint(
+        packed_copy(
+            checkpoint.folder, quant, device=device, progress=lambda done, total: report("packing weights", done, total)
+        )
+    )
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -132,70 +212,11 @@ def usable_device(device: str | torch.device) -> torch.device:
         raise AfnextError(f'the device {device!r} cannot be used ({error}); choose "auto", "cpu" or "cuda"') from None
 
 
-def _dtype(dtype: str | torch.dtype, stored: str, device: torch.device) -> torch.dtype:
-    name = str(dtype).removeprefix("torch.")
-    if name == "auto":
-        name = stored
-        if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            _log.info("this GPU has no bfloat16; computing in float16")
-            name = "float16"
-    if name not in ("bfloat16", "float16", "float32"):
-        raise AfnextError(f'the dtype {name!r} is not supported; choose "auto", "bfloat16", "float16" or "float32"')
-    return getattr(torch, name)
+class Model(NotCopyable):
+    """A loaded model. Its calls may come from several threads at once: their requests share the steps of `engine`.
 
-
-def _free(memory: int | str | None, device: torch.device) -> int:
-    if memory is None:
-        return free_memory(device)
-    return parse_bytes(memory) if isinstance(memory, str) else memory
-
-
-def _within(
-    memory: int,
-    folder: Path,
-    device: torch.device,
-    dtype: str | torch.dtype,
-    quant: Recipe | None,
-    options: EngineOptions,
-) -> EngineOptions:
-    """The options with the room for keys and values that `memory` bytes leave. Raises MemoryPlanError for none."""
-    _, stored = open_with_config(folder)
-    config = to_quantize(stored, quant)
-    computed = _dtype(dtype, config.dtype, device)
-    as_stored = config == stored and (config.quantization is not None or str(computed) == f"torch.{config.dtype}")
-    plan = MemoryPlan(
-        config,
-        memory,
-        gpu=device.type != "cpu",
-        dtype=computed,
-        audio_seconds=0,
-        text_tokens=0,
-        new_tokens=min(DEFAULT_NEW_TOKENS, config.decoder.max_positions - 2),
-        kv=options.kv,
-        page_size=options.page_size,
-        chunk_size=options.chunk_size,
-        encode_batch=options.encode_batch,
-        release_encoder=options.release_encoder,
-        mapped=device.type == "cpu" and as_stored,
-    )
-    room = plan.largest()
-    _log.info(
-        "%s of %s on %s: room for %d tokens", shown_bytes(room.weights), shown_bytes(memory), device, room.kv_room
-    )
-    return replace(options, max_kv_tokens=room.kv_room)
-
-
-def _sampling_defaults(folder: Path) -> dict[str, Any]:
-    """What generation_config.json recommends: sampling only where it says do_sample."""
-    config = read_settings(folder / "generation_config.json")
-    names = ["max_new_tokens", "repetition_penalty"]
-    if config.get("do_sample"):
-        names += ["temperature", "top_k", "top_p", "min_p"]
-    return {name: config[name] for name in names if config.get(name) is not None}
-
-
-class Model:
-    """A loaded model. Its calls may come from several threads at once: their requests share the steps of `engine`."""
+    It holds its weights and KV pages until it is closed, left as a `with` block, or dropped.
+    """
 
     def __init__(
         self,
@@ -203,14 +224,45 @@ class Model:
         tokenizer: Tokenizer,
         template: PromptTemplate,
         options: EngineOptions,
-        sampling_defaults: dict[str, Any],
+        defaults: GenerationDefaults,
+        prompts: Prompts = CARD,
+        executor: Executor | None = None,
     ):
-        self.network = network
+        """executor: what computes, if not `network` in this process."""
         self.tokenizer = tokenizer
         self.template = template
         self.options = options
-        self.engine = Engine(network, options)
-        self._responder = Responder(self.engine, network, tokenizer, template, sampling_defaults)
+        self.prompts = prompts
+        self._responder = Responder(Engine(network, options, executor), network, tokenizer, template, defaults)
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the requests. Raises AfnextError once the model has been closed."""
+        return self._responder.engine
+
+    @property
+    def network(self) -> AudioFlamingo:
+        """The network with its weights. Raises AfnextError once the model has been closed."""
+        return self._responder.network
+
+    def close(self) -> None:
+        """Stop the engine and free weights and KV pages. Answers in progress go on to their end; every later call, of
+        the model's contexts too, raises AfnextError. Closing again does nothing."""
+        self._responder.close()
+        gc.collect()  # modules and recorded steps refer to each other
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _instead(self) -> str:
+        return "it holds weights and a KV cache. Share it between threads, or load one in each process."
 
     def ask(
         self,
@@ -225,7 +277,7 @@ class Model:
         audio: a path, bytes, a file object, or a pair (array, rate); a list for several. system: replaces the
         checkpoint's own system message. Raises AudioError, PromptError, ContextLengthError or SamplingError.
         """
-        return self.chat([_question(audio, question, system)], **options)[0]
+        return self.chat([question_messages(audio, question, system)], **options)[0]
 
     def stream(
         self,
@@ -239,15 +291,20 @@ class Model:
 
         The pieces joined are the answer's thinking, then its text.
         """
-        return self.stream_chat(_question(audio, question, system), **options)
+        return self.stream_chat(question_messages(audio, question, system), **options)
 
-    def chat(self, conversations: Sequence[Sequence[Message]], **options: "Unpack[AnswerOptions]") -> list[Answer]:
-        """Continue several conversations in one batch.
+    def chat(
+        self, conversations: Sequence[Sequence[Message]] | Sequence[Message], **options: "Unpack[AnswerOptions]"
+    ) -> list[Answer]:
+        """Continue several conversations in one batch, or a single one, whose answer then is the only one in the list.
 
         conversations: lists of {"role": "system" | "user" | "assistant", "content": text or parts}; a part is {"type":
-        "text", "text": ...} or {"type": "audio", "audio": source}. Each answer equals the one it would get alone.
+        "text", "text": ...} or {"type": "audio", "audio": source}. Each answer is the one that it would get alone: bit
+        for bit if the model was loaded with batch_invariant, and otherwise up to rounding, which depends on how many
+        tokens are computed together. In bfloat16, float16 or with rounded activations that can change a token whose
+        score is ahead of another by less than the rounding; what follows it then differs too.
         """
-        return self._responder.chat(self._load(conversations, options), options)
+        return self._responder.chat(self._load(_several(conversations), options), options)
 
     def transcribe(
         self,
@@ -255,41 +312,82 @@ class Model:
         *,
         window: float | None = None,
         overlap: float = DEFAULT_OVERLAP,
-        timestamps: bool = True,
-        speakers: bool = True,
+        timestamps: bool | None = None,
+        speakers: bool | None = None,
         prompt: str | None = None,
         system: str | None = None,
         **options: "Unpack[AnswerOptions]",
     ) -> Transcript:
         """Write down what is said in a recording, with times and speakers.
 
-        The recording, of up to six hours, is heard in windows of `window` seconds (by default 300, or what the model
-        can hear), of which each shares `overlap` seconds with the one before; see `merge`. timestamps, speakers:
-        whether to ask for them; prompt: what to ask instead. max_new_tokens is that of a window. Whatever the model
-        writes comes back: what is no sound transcript is told in `warnings`.
-        Raises AudioError for audio or windows that cannot be, and what `ask` raises.
+        The recording, of up to six hours, is transcribed in windows of `window` seconds (by default 300, or what the
+        model can hear), each of which shares `overlap` seconds with the one before; see `Merger`. timestamps, speakers:
+        whether to ask for them; None asks if the checkpoint has a prompt for it. prompt: what to ask instead.
+        max_new_tokens: bound of each window's answer and thinking; by default an answer gets 12 tokens per second of
+        audio and 128, and thinking the checkpoint's max_new_tokens on top. What the model wrote is kept in
+        `Transcript.windows`; what could not be read as a transcript is listed in `Transcript.warnings`.
+        Raises AudioError for audio or windows that cannot be transcribed, PromptError if the checkpoint cannot give
+        what is asked for, and what `ask` raises.
         """
+        stream = self.stream_transcribe(
+            audio,
+            window=window,
+            overlap=overlap,
+            timestamps=timestamps,
+            speakers=speakers,
+            prompt=prompt,
+            system=system,
+            **options,
+        )
+        return stream.finish()
+
+    def stream_transcribe(
+        self,
+        audio: AudioSource,
+        *,
+        window: float | None = None,
+        overlap: float = DEFAULT_OVERLAP,
+        timestamps: bool | None = None,
+        speakers: bool | None = None,
+        prompt: str | None = None,
+        system: str | None = None,
+        **options: "Unpack[AnswerOptions]",
+    ) -> TranscriptStream:
+        """Like `transcribe`, but gives each segment as soon as no later window can change it.
+
+        `stream.transcript` is the whole once the segments have ended.
+        """
+        check_options(options, AnswerOptions)
         longest = self.network.config.max_audio_seconds
         length = min(DEFAULT_WINDOW, longest) if window is None else window
         if length > longest:
             raise AudioError(f"a window of {length:g} s is longer than the {longest} s that the model hears at once.")
+        question = prompt or self.prompts.transcript(timestamps=timestamps, speakers=speakers)
         recording = load_audible(audio, max_seconds=MAX_SECONDS, truncate=options.pop("truncate", False))
         cuts = spans(recording.duration, length, overlap)
-        question = prompt or prompt_for(timestamps=timestamps, speakers=speakers)
         report = options.get("progress") or (lambda stage, done, total: None)
+        if "max_new_tokens" in options:
+            options.setdefault("max_answer_tokens", options["max_new_tokens"])
 
         def ask(piece: Audio, tokens: int) -> Answer:
-            limited: AnswerOptions = {"max_new_tokens": tokens, **options}
+            limited: AnswerOptions = {"max_answer_tokens": tokens, **options}
             return self.ask(piece, question, system=system, **limited)
 
-        return transcribe(recording, cuts, ask, lambda done: report("transcribing", done, recording.duration))
+        transcriber = Transcriber(ask, self.tokenizer.decode, self.prompts.no_speech)
+        return TranscriptStream(
+            recording, cuts, transcriber.hear, lambda done: report("transcribing", done, recording.duration)
+        )
 
     def stream_chat(self, messages: Sequence[Message], **options: "Unpack[AnswerOptions]") -> Stream:
         """Continue one conversation, giving the answer piece by piece."""
         return self._responder.stream(self._load([messages], options)[0], options)
 
+    def prepare_chat(self, messages: Sequence[Message], options: AnswerOptions, on_update: OnUpdate) -> Prepared:
+        """The engine's request for a conversation, whose caller waits by `on_update`; for `AsyncModel`."""
+        return self._responder.prepare(self._load([messages], options)[0], options, on_update=on_update)
+
     @overload
-    def listen(self, audio: None = None, *, system: str | None = None) -> Live: ...
+    def listen(self, audio: None = None, *, system: str | None = None, salt: bytes = b"") -> Live: ...
 
     @overload
     def listen(
@@ -297,6 +395,7 @@ class Model:
         audio: AudioSource | list[AudioSource],
         *,
         system: str | None = None,
+        salt: bytes = b"",
         truncate: bool = False,
         progress: Progress | None = None,
         cancelled: Callable[[], bool] = lambda: False,
@@ -307,6 +406,7 @@ class Model:
         audio: AudioSource | list[AudioSource] | None = None,
         *,
         system: str | None = None,
+        salt: bytes = b"",
         truncate: bool = False,
         progress: Progress | None = None,
         cancelled: Callable[[], bool] = lambda: False,
@@ -314,12 +414,19 @@ class Model:
         """Hear a recording, or several, once, to be asked about any number of times; or without any, begin to hear one
         that is still being recorded.
 
-        What the arguments are, `ask` and `AnswerOptions` say. Raises AudioError, PromptError or ContextLengthError.
+        salt: see `Request`. What the other arguments are, `ask` and `AnswerOptions` say. Raises AudioError, PromptError
+        or ContextLengthError.
         """
         if audio is None:
-            return Live(self._responder, system)
+            return Live(self._responder, system, salt)
         return Context.listen(
-            self._responder, _sources(audio), system, truncate=truncate, progress=progress, cancelled=cancelled
+            self._responder,
+            _sources(audio),
+            system,
+            salt=salt,
+            truncate=truncate,
+            progress=progress,
+            cancelled=cancelled,
         )
 
     def resume(self, path: str | PathLike[str], audio: AudioSource | list[AudioSource] | None = None) -> Context:
@@ -334,7 +441,21 @@ class Model:
         return [self._responder.load(messages, truncate=options.get("truncate", False)) for messages in conversations]
 
 
-def _question(audio: AudioSource | list[AudioSource] | None, question: str, system: str | None) -> list[dict[str, Any]]:
+def _several(conversations: Sequence[Sequence[Message]] | Sequence[Message]) -> list[Sequence[Message]]:
+    """Conversations as a list of them; a single one is the only item. Raises PromptError for anything else."""
+    given: list[Any] = [conversations] if isinstance(conversations, Mapping | str) else list(conversations)
+    messages = sum(isinstance(item, Mapping) for item in given)
+    if isinstance(conversations, Mapping | str) or 0 < messages < len(given) or any(isinstance(i, str) for i in given):
+        raise PromptError(
+            'chat takes conversations, each a list of messages: chat([[{"role": "user", "content": "..."}], ...])'
+        )
+    return [given] if messages else given
+
+
+def question_messages(
+    audio: AudioSource | list[AudioSource] | None, question: str, system: str | None
+) -> list[dict[str, Any]]:
+    """The messages of one question about recordings, as `Model.chat` takes them."""
     parts = [{"type": "audio", "audio": source} for source in ([] if audio is None else _sources(audio))]
     user = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
     return [user] if system is None else [{"role": "system", "content": system}, user]

@@ -10,6 +10,7 @@ OUT/.calibration; so a run that was interrupted goes on after its last whole sta
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -27,16 +28,19 @@ from ...quant.recipe import Recipe
 from ...quant.scheme import Packed, Scheme, Stored
 from ..engine.layerwise import HiddenStates, PlacedPrompt, Stage, Stem, Window, decoder_inputs, stages
 from ..errors import CheckpointError
-from ..files import read_json_object
+from ..files import output_file, read_json_object
 from ..io.prompt import PromptTemplate
 from ..io.tokenizer import Tokenizer
-from ..model.checkpoint import check_fit, open_with_config
+from ..model.checkpoint import check_fit
 from ..model.encoder import token_count
 from ..model.hub import resolve
-from ..model.quantized import layer_schemes, quantization_metadata
+from ..model.opened import open_checkpoint
+from ..model.quantized import check_rules, layer_schemes, quantization_metadata
 from ..model.weights import fill
 from .conversation import Conversation
-from .quantize import copy_texts, weights_hash
+from .model_card import write_card
+from .output_folder import copy_texts, locked_folder, text_files
+from .quantize import weights_hash
 
 Progress = Callable[[str, float, float], None]
 _QUESTIONS = ("Describe this audio in detail.", "Transcribe the input speech.", "What can be heard, and when?")
@@ -132,41 +136,48 @@ def calibrate(
     options: Calibration | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    measured: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> tuple[LayerReport, ...]:
     """Quantize a dense checkpoint by `recipe`, calibrated on the recordings in a folder, into the folder `out`.
 
     source: a folder or Hub name; data: see the module. options: by default scaling and feedback. dtype: what the model
-    runs in, by default the checkpoint's. progress: called with ("layers", done, total) and, within a layer, ("this
-    layer", done, total). Returns what became of every layer. Memory peaks at the largest stage: its dense weights, a
-    few matrices [in, in] of its widest input, and one of its weights in float32. Raises AfnextError: CalibrationError
-    for data that cannot be used, and for an `out` that holds anything but an unfinished run of the same inputs, which
-    is continued.
+    runs in, by default the checkpoint's. measured: see `quantize`. progress: called with ("layers", done, total) and,
+    within a layer, ("this layer", done, total). Returns what became of every layer. Memory peaks at the largest stage:
+    its dense weights, a few matrices [in, in] of its widest input, and one of its weights in float32. Raises
+    AfnextError: CalibrationError for data that cannot be used, and for an `out` that holds anything but an unfinished
+    run of the same inputs, which is continued; OutputError for an `out` that another run is writing into, or that
+    cannot be written.
     """
     examples = read_examples(Path(data))
     options = options or Calibration()
-    calibrator = _Calibrator(resolve(source), Path(out), recipe, examples, options, torch.device(device), dtype)
+    calibrator = _Calibrator(source, Path(out), recipe, examples, options, torch.device(device), dtype, measured)
     return calibrator.run(progress)
 
 
 class _Calibrator:
     def __init__(
         self,
-        source: Path,
+        source: str | PathLike[str],
         out: Path,
         recipe: Recipe,
         examples: list[Example],
         options: Calibration,
         device: torch.device,
         dtype: torch.dtype | None,
+        measured: str | None,
     ):
-        self.checkpoint, self.config = open_with_config(source)
+        folder = resolve(source)
+        self.opened = open_checkpoint(folder)
+        self.checkpoint, self.config = self.opened.weights, self.opened.config
         if self.config.quantization is not None:
-            raise CalibrationError(f"{source} is quantized already; calibration takes dense weights")
+            raise CalibrationError(f"{folder} is quantized already; calibration takes dense weights")
         check_fit(self.checkpoint, self.config)
         self.recipe = replace(recipe, source=weights_hash(self.checkpoint))
+        check_rules(self.config, recipe)
         self.schemes = layer_schemes(replace(self.config, quantization=self.recipe))
-        self.source, self.out, self.work = source, out, out / _WORK
+        self.source, self.measured = os.fspath(source), measured
+        self.out, self.work = out, out / _WORK
         self.examples = examples
         self.options = options
         self.device = device
@@ -174,6 +185,11 @@ class _Calibrator:
 
     def run(self, progress: Progress) -> tuple[LayerReport, ...]:
         """See `calibrate`."""
+        text_files(self.opened.files)  # refused links are an error before the long work
+        with locked_folder(self.out):
+            return self._run(progress)
+
+    def _run(self, progress: Progress) -> tuple[LayerReport, ...]:
         state = self._started(progress)
         on_windows, on_prompts = stages(self.config, state.windows)
         steps: list[Stage | None] = [*on_windows, None, *on_prompts]
@@ -245,7 +261,7 @@ class _Calibrator:
     @torch.inference_mode()
     def _heard(self, windows: list[Window], prompts: list[PlacedPrompt]) -> Iterator[Tensor]:
         """The stem's output for every window of every recording; appends what they are to the lists."""
-        tokenizer, template = Tokenizer.from_folder(self.source), PromptTemplate.from_folder(self.source)
+        tokenizer, template = Tokenizer.from_folder(self.opened.files), PromptTemplate.from_folder(self.opened.files)
         stem = Stem(self.config.encoder.mel_bins, self.dtype, self._parameter)
         for example in self.examples:
             conversation = Conversation.load(
@@ -357,12 +373,12 @@ class _Calibrator:
     def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
         expected = {key: Stored(tuple(tensor.shape), (tensor.dtype,)) for key, tensor in tensors.items()}
         metadata = quantization_metadata(self.recipe)
-        writer = CheckpointWriter(self.work, expected, metadata, shard_bytes=1 << 62)
-        for key, tensor in tensors.items():
-            writer.write(key, tensor)
-            if key in self.checkpoint:
-                self.checkpoint.release(key)
-        (file,) = writer.finish(metadata)
+        with CheckpointWriter(self.work, expected, metadata, shard_bytes=1 << 62) as writer:
+            for key, tensor in tensors.items():
+                writer.write(key, tensor)
+                if key in self.checkpoint:
+                    self.checkpoint.release(key)
+            (file,) = writer.finish(metadata)
         file.replace(self.out / name)
 
     def _finish(self, shards: int) -> None:
@@ -372,8 +388,10 @@ class _Calibrator:
             name = shard_name(number + 1, shards)
             with safe_open(self.out / name, "pt") as file:
                 index |= dict.fromkeys(file.keys(), name)
-        (self.out / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": index}))
-        copy_texts(self.source, self.out, self.recipe)
+        with output_file(self.out / INDEX_FILE, CalibrationError) as written:
+            written.write(json.dumps({"metadata": {}, "weight_map": index}).encode())
+        write_card(self.out, self.source, self.opened.files, self.recipe, self.measured)
+        copy_texts(self.opened.files, self.out, self.recipe)
         shutil.rmtree(self.work)
 
 

@@ -1,9 +1,10 @@
-"""Listen once, ask many: a recording heard and kept as keys and values, which every question about it begins with."""
+"""Listen once, ask many: the keys and values of a recording are kept, and each conversation about it starts there."""
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -13,17 +14,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ...kernels.log_mel import SAMPLE_RATE
+from ...kernels.audio_format import SAMPLE_RATE
 from ..engine.prefix import Prefix
-from ..engine.request import Request
+from ..engine.prefix_file import SavedPrefix
+from ..engine.request import OnUpdate, Request
 from ..engine.timings import Timings
 from ..errors import ContextFileError, PromptError
-from ..files import parse_json_object
+from ..files import output_file, parse_json_object
 from ..io.audio import MAX_SECONDS, Audio, AudioSource
 from ..io.prompt import Prompt, build_prompt
 from .answer import Answer
 from .conversation import Conversation, Message, Recording, audio_inputs
-from .responder import Progress, QuestionOptions, Responder, Stream, check_options
+from .lifetime import NotCopyable
+from .responder import Prepared, Progress, QuestionOptions, Responder, Stream, check_options
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -31,30 +34,50 @@ if TYPE_CHECKING:
 MAX_SAMPLES = round(MAX_SECONDS * SAMPLE_RATE)
 
 
-class Listening(ABC):
-    """Something heard, or being heard, that answers questions until it is closed or left as a `with` block."""
+class Listening(NotCopyable, ABC):
+    """Audio that has been heard, or is being heard. It answers until it is closed or left as a `with` block."""
 
     _responder: Responder
 
     def ask(self, question: str, **options: "Unpack[QuestionOptions]") -> Answer:
-        """Answer a question about what has been heard. Each is answered by itself, without those before it.
+        """Answer a question about what has been heard, independently of the questions before it.
 
         Raises PromptError, ContextLengthError or SamplingError, AudioError while nothing has been heard, and
         AfnextError once it is closed.
         """
-        return self._responder.chat([self._conversation(question, options)], options)[0]
+        return self.chat(asked(question), **options)
 
     def stream(self, question: str, **options: "Unpack[QuestionOptions]") -> Stream:
         """Like `ask`, but gives the answer piece by piece."""
-        return self._responder.stream(self._conversation(question, options), options)
+        return self.stream_chat(asked(question), **options)
+
+    def chat(self, messages: Sequence[Message], **options: "Unpack[QuestionOptions]") -> Answer:
+        """Continue a conversation about what has been heard.
+
+        messages: user and assistant turns as in `Model.chat`, without audio. The first one is the user's, and the
+        recordings come before its text. The answer equals that of `Model.chat` for the whole conversation. Raises what
+        `ask` raises, and PromptError for other messages.
+        """
+        return self._responder.chat([self._conversation(messages, options)], options)[0]
+
+    def stream_chat(self, messages: Sequence[Message], **options: "Unpack[QuestionOptions]") -> Stream:
+        """Like `chat`, but gives the answer piece by piece."""
+        return self._responder.stream(self._conversation(messages, options), options)
+
+    def prepare(self, messages: Sequence[Message], options: QuestionOptions, on_update: OnUpdate) -> Prepared:
+        """The engine's request for a conversation, whose caller waits by `on_update`; for `AsyncListening`."""
+        return self._responder.prepare(self._conversation(messages, options), options, on_update=on_update)
+
+    def _instead(self) -> str:
+        return "it holds keys and values in the model's cache. Share it between threads, or save a Context to a file."
 
     @abstractmethod
     def close(self) -> None:
-        """Give the memory back. Answers on their way go on to their end."""
+        """Release the memory. Answers in progress are completed."""
 
     @abstractmethod
-    def _conversation(self, question: str, options: QuestionOptions) -> Conversation:
-        """The conversation that the question begins, on what is there to share."""
+    def _conversation(self, messages: Sequence[Message], options: QuestionOptions) -> Conversation:
+        """The conversation about what has been heard so far, with the prefix that has been computed."""
 
     def __enter__(self) -> "Self":
         return self
@@ -68,7 +91,7 @@ class Listening(ABC):
 class Context(Listening):
     """Recordings that have been heard. Questions share the computed prefix, also when asked from several threads.
 
-    It holds memory for its tokens until it is closed, left as a `with` block, or dropped.
+    It holds KV pages for its tokens until it is closed, left as a `with` block, or dropped.
     """
 
     def __init__(
@@ -88,24 +111,26 @@ class Context(Listening):
         sources: Sequence[AudioSource],
         system: str | None,
         *,
+        salt: bytes = b"",
         truncate: bool,
         progress: Progress | None,
         cancelled: Callable[[], bool],
     ) -> "Context":
-        """Hear the audio of `sources`; see `Model.listen`."""
+        """Load, encode and prefill the audio of `sources`; see `Model.listen`."""
         if not sources:
             raise PromptError("there is nothing to listen to; give at least one recording.")
         timings = Timings()
         with timings.measure("load_audio", torch.device("cpu")):
             audio = [responder.load_audio(source, truncate=truncate) for source in sources]
         recordings = tuple(Recording.of(recording) for recording in audio)
-        prompt = question_prompt(responder, system, recordings, "?")
+        prompt = conversation_prompt(responder, system, recordings, asked("?"))
         ids = prefix_ids(responder, system, recordings)
         report = progress or (lambda stage, done, total: None)
         request = Request(
             ids,
             audio_inputs(prompt, audio),
             sampling=None,
+            salt=salt,
             cancelled=cancelled,
             progress=lambda done, total: report("listening", done, total),
             timings=timings,
@@ -115,32 +140,44 @@ class Context(Listening):
 
     @classmethod
     def resume(cls, responder: Responder, path: Path, sources: Sequence[AudioSource] | None) -> "Context":
-        """Take up a context that `save` wrote; see `Model.resume`."""
-        saved = responder.engine.saved(path)
-        if sources is not None:
-            audio = [responder.load_audio(source, truncate=True) for source in sources]
-            if _fingerprint(audio) != saved.metadata.get("audio"):
-                raise ContextFileError(f"{path} was saved from other audio than the one given; listen to that.")
-        system, recordings = _described(saved.metadata.get("conversation", ""), path)
-        if prefix_ids(responder, system, recordings) != saved.token_ids:
-            raise ContextFileError(
-                f"{path} was saved with another tokenizer or chat template than those of this checkpoint; listen again."
-            )
-        return cls(responder, system, recordings, responder.engine.load(saved), saved.metadata.get("audio", ""))
+        """Load a context that `save` wrote; see `Model.resume`."""
+        with closing(responder.engine.saved(path)) as saved:
+            try:
+                system, recordings = _checked(responder, saved, path, sources)
+            except (ContextFileError, PromptError):
+                saved.verify()  # of a damaged file say that it is damaged
+                raise
+            return cls(responder, system, recordings, responder.engine.load(saved), saved.metadata.get("audio", ""))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the context to a safetensors file, to be taken up with `Model.resume` by the same model.
+        """Write the context to a safetensors file that `Model.resume` loads into the same model.
 
-        It holds the system message, names and lengths of the recordings, and keys and values: not the audio itself, but
-        what the model made of it. Raises ContextFileError when the file cannot be written.
+        The file holds the system message, the recordings' names and lengths, and the keys and values, not the audio.
+        Other requests continue meanwhile. Raises ContextFileError when the file cannot be written, or when `path` is
+        neither new nor a regular file.
         """
-        conversation = {"system": self._system, "recordings": [asdict(recording) for recording in self._recordings]}
+        recordings = [
+            {**asdict(each), "source": _text(each.source), "warnings": [_text(warning) for warning in each.warnings]}
+            for each in self._recordings
+        ]
+        conversation = {"system": self._system, "recordings": recordings}
         extra = {"audio": self._audio, "conversation": json.dumps(conversation)}
-        self._responder.engine.save(self._prefix, Path(path), extra)
+        with output_file(Path(path), ContextFileError) as file:
+            self._responder.engine.save(self._prefix, file, extra)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the samples that have been heard, one recording after the other."""
+        return self._audio
+
+    @property
+    def recordings(self) -> tuple[Recording, ...]:
+        """What has been heard: the name, length and warnings of each recording."""
+        return self._recordings
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prefix: the system message, and the audio with what stands around it."""
+        """Tokens of the prefix: the system message, and the audio with the text around it."""
         return len(self._prefix.token_ids)
 
     @property
@@ -152,26 +189,61 @@ class Context(Listening):
         """See `Listening`."""
         self._prefix.close()
 
-    def _conversation(self, question: str, options: QuestionOptions) -> Conversation:
+    def _conversation(self, messages: Sequence[Message], options: QuestionOptions) -> Conversation:
         check_options(options, QuestionOptions)
         timings = Timings()
-        prompt = question_prompt(self._responder, self._system, self._recordings, question)
+        prompt = conversation_prompt(self._responder, self._system, self._recordings, messages, self._prefix)
         return Conversation(self._recordings, prompt, (), timings, self._prefix)
 
 
-def question_prompt(
-    responder: Responder, system: str | None, recordings: tuple[Recording, ...], question: str
+def asked(question: str) -> list[Message]:
+    """The conversation that consists of a question."""
+    return [{"role": "user", "content": question}]
+
+
+def conversation_prompt(
+    responder: Responder,
+    system: str | None,
+    recordings: tuple[Recording, ...],
+    messages: Sequence[Message],
+    prefix: Prefix | None = None,
 ) -> Prompt:
-    """The prompt of a question about recordings."""
-    parts = [*({"type": "audio"} for _ in recordings), {"type": "text", "text": question}]
-    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": parts})
-    return build_prompt(messages, [r.tokens for r in recordings], responder.tokenizer, responder.template)
+    """The prompt of a conversation about recordings.
+
+    Raises PromptError for messages that `Listening.chat` does not take, and if the prompt does not begin with `prefix`.
+    """
+    turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    turns += _with_audio(messages, len(recordings))
+    prompt = build_prompt(turns, [r.tokens for r in recordings], responder.tokenizer, responder.template)
+    if prefix is not None and prompt.token_ids[: len(prefix.token_ids)] != prefix.token_ids:
+        raise PromptError("this checkpoint's chat template changes the first turn in a longer conversation; use chat.")
+    return prompt
+
+
+def _with_audio(messages: Sequence[Message], recordings: int) -> list[Message]:
+    """The messages with the recordings in front of the first one's text."""
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
+        raise PromptError('messages are a list of {"role": "user" or "assistant", "content": ...}.')
+    if not messages or messages[0].get("role") != "user":
+        raise PromptError("the first message about a recording is the user's; the audio belongs to it.")
+    for message in messages:
+        content = message.get("content")
+        parts = content if isinstance(content, list | tuple) else ()
+        if any(isinstance(part, Mapping) and part.get("type") == "audio" for part in parts):
+            raise PromptError("the audio has been heard already; leave it out of the messages.")
+        if message.get("role") == "system":
+            raise PromptError("the system message comes before the audio; give it to listen.")
+    first, *later = messages
+    content = first.get("content")
+    text = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(text, list | tuple) or not text:
+        raise PromptError("the first message has no content. Give a string or a list of text parts.")
+    return [{**first, "content": [*({"type": "audio"} for _ in range(recordings)), *text]}, *later]
 
 
 def prefix_ids(responder: Responder, system: str | None, recordings: tuple[Recording, ...]) -> list[int]:
-    """The prompt up to the end of the last audio. Raises PromptError where a template lets the question precede it."""
-    one, other = (question_prompt(responder, system, recordings, text) for text in ("What?", "Who is it?"))
+    """The prompt up to the end of the last audio. Raises PromptError if the template puts the question before it."""
+    one, other = (conversation_prompt(responder, system, recordings, asked(text)) for text in ("What?", "Who is it?"))
     end = one.audio[-1].position + one.audio[-1].tokens + (responder.tokenizer.audio_eos_id is not None)
     if one.token_ids[:end] != other.token_ids[:end]:
         raise PromptError("this checkpoint's chat template puts the question before the audio; use ask or chat.")
@@ -179,17 +251,17 @@ def prefix_ids(responder: Responder, system: str | None, recordings: tuple[Recor
 
 
 class Fingerprint:
-    """A hash of the samples that were heard, recording by recording."""
+    """A hash of the samples that have been heard, one recording after the other."""
 
     def __init__(self) -> None:
         self._digest = hashlib.blake2b(digest_size=32)
 
     def add(self, samples: np.ndarray) -> None:
-        """Go on with the samples that follow in this recording."""
+        """Add the next samples of the recording."""
         self._digest.update(samples.tobytes())
 
     def end(self, samples: int) -> None:
-        """End a recording of so many samples."""
+        """End a recording that has `samples` samples."""
         self._digest.update(samples.to_bytes(8, "little"))
 
     def __str__(self) -> str:
@@ -204,10 +276,32 @@ def _fingerprint(audio: Sequence[Audio]) -> str:
     return str(fingerprint)
 
 
+def _checked(
+    responder: Responder, saved: SavedPrefix, path: Path, sources: Sequence[AudioSource] | None
+) -> tuple[str | None, tuple[Recording, ...]]:
+    """The system message and recordings of a file. Raises ContextFileError if it was saved from other audio than
+    `sources`, or if they do not give its tokens."""
+    if sources is not None:
+        audio = [responder.load_audio(source, truncate=True) for source in sources]
+        if _fingerprint(audio) != saved.metadata.get("audio"):
+            raise ContextFileError(f"{path} was saved from other audio than the one given; listen to that.")
+    system, recordings = _described(saved.metadata.get("conversation", ""), path)
+    if prefix_ids(responder, system, recordings) != saved.token_ids:
+        raise ContextFileError(
+            f"{path} was saved with another tokenizer or chat template than those of this checkpoint; listen again."
+        )
+    return system, recordings
+
+
+def _text(name: str) -> str:
+    """A file name as text: bytes of it that are not UTF-8 become escapes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def _described(text: str, path: Path) -> tuple[str | None, tuple[Recording, ...]]:
-    """The system message and recordings that a file describes. Raises ContextFileError unless they are sound."""
+    """The system message and recordings that a file describes. Raises ContextFileError if it is not valid."""
     problem = f"{path} does not say what it holds; listen and save again."
-    values = parse_json_object(text.encode(), str(path), ContextFileError)
+    values = parse_json_object(text.encode(errors="surrogatepass"), str(path), ContextFileError)
     system, entries = values.get("system"), values.get("recordings")
     if not isinstance(system, str | None) or not isinstance(entries, list) or not entries:
         raise ContextFileError(problem)

@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
-from ...kernels.log_mel import SAMPLE_RATE, WINDOW_SAMPLES
+from ...kernels.audio_format import SAMPLE_RATE, WINDOW_SAMPLES
 from ..engine.prefill import AudioInput
 from ..engine.prefix import Prefix
-from ..engine.request import Request
-from ..engine.request import Sequence as EngineSequence
+from ..engine.request import FinishReason, Request, SequenceState
 from ..engine.sampler import SamplingParams
 from ..engine.timings import Timings
 from ..errors import AudioError, PromptError
@@ -23,6 +23,7 @@ from ..model.encoder import audio_token_count
 from .answer import Answer, Piece, Usage
 
 Message = Mapping[str, Any]
+MAX_RECORDINGS = 1000
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,13 @@ class Conversation:
         for "audio"). Raises AudioError or PromptError.
         """
         timings = Timings()
+        sources = list(islice(_audio_sources(messages), MAX_RECORDINGS + 1))
+        if len(sources) > MAX_RECORDINGS:
+            raise PromptError(
+                f"a conversation has at most {MAX_RECORDINGS:,} recordings; this one has more. Ask in parts."
+            )
         with timings.measure("load_audio", torch.device("cpu")):
-            audio = [
-                load_audible(source, max_seconds=max_audio_seconds, truncate=truncate)
-                for source in _audio_sources(messages)
-            ]
+            audio = [load_audible(source, max_seconds=max_audio_seconds, truncate=truncate) for source in sources]
         recordings = tuple(Recording.of(recording) for recording in audio)
         prompt = build_prompt(messages, [recording.tokens for recording in recordings], tokenizer, template)
         return cls(recordings, prompt, audio_inputs(prompt, audio), timings)
@@ -98,7 +101,7 @@ class Conversation:
         ids = self.prompt.token_ids
         return Request(ids, self.audio, sampling, prefix=self.prefix, timings=self.timings, **how)
 
-    def usage(self, new_tokens: int, cached_tokens: int) -> Usage:
+    def usage(self, new_tokens: int, cached_tokens: int, thinking_tokens: int) -> Usage:
         """What the conversation and an answer of `new_tokens` tokens consumed."""
         return Usage(
             audio_seconds=sum(recording.seconds for recording in self.recordings),
@@ -108,6 +111,7 @@ class Conversation:
             text_tokens=self.prompt.text_tokens,
             cached_tokens=cached_tokens,
             new_tokens=new_tokens,
+            thinking_tokens=thinking_tokens,
         )
 
 
@@ -145,25 +149,41 @@ def load_audible(source: AudioSource, *, max_seconds: float, truncate: bool) -> 
 class AnswerReader:
     """Turns the tokens of one answer into pieces of text, and at the end into an Answer."""
 
-    def __init__(self, conversation: Conversation, tokenizer: Tokenizer, stop: Sequence[str]):
+    def __init__(
+        self,
+        conversation: Conversation,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        max_answer_tokens: int | None = None,
+    ):
+        """stop, max_answer_tokens: what ends the answer, see `QuestionOptions`."""
         self._conversation = conversation
         self._decoder = StreamDecoder(tokenizer)
         self._stop = StopStrings(stop)
         self._splitter = ThinkingSplitter(opened=conversation.prompt.opens_thinking)
         self._text = {"thinking": "", "answer": ""}
         self._tokens: list[int] = []
+        self._thinking_tokens = 0
+        self._max_answer_tokens = max_answer_tokens
 
     @property
-    def stopped(self) -> bool:
-        """Whether a stop string has been reached."""
-        return self._stop.reached
+    def ended(self) -> FinishReason | None:
+        """Why the answer ends here, whatever tokens follow: a stop string, or max_answer_tokens; else None."""
+        if self._stop.reached:
+            return "stop"
+        limit = self._max_answer_tokens
+        return "length" if limit is not None and len(self._tokens) - self._thinking_tokens >= limit else None
 
     def push(self, token: int) -> list[Piece]:
         """The text that the next token completes."""
         self._tokens.append(token)
-        return self._split(self._stop.push(self._decoder.push(token)))
+        answering = self._splitter.answering
+        pieces = self._split(self._stop.push(self._decoder.push(token)))
+        if self._splitter.thought and not answering:
+            self._thinking_tokens = len(self._tokens)
+        return pieces
 
-    def finish(self, sequence: EngineSequence) -> tuple[list[Piece], Answer]:
+    def finish(self, sequence: SequenceState) -> tuple[list[Piece], Answer]:
         """The rest of the text, and the whole answer."""
         pieces = self._split(self._stop.push(self._decoder.finish()) + self._stop.finish())
         pieces += self._pieces(self._splitter.finish())
@@ -171,14 +191,20 @@ class AnswerReader:
         answer = Answer(
             text=self._text["answer"],
             thinking=self._text["thinking"] if self._splitter.thought else None,
-            usage=self._conversation.usage(len(self._tokens), sequence.cached),
+            usage=self._conversation.usage(len(self._tokens), sequence.cached, self._thinking_tokens),
             timings=self._conversation.timings,
-            finish_reason=sequence.finish_reason or "cancelled",
+            finish_reason=self._finish_reason(sequence),
             token_ids=self._tokens,
             repetition=sequence.guard.found,
             warnings=tuple(f"{recording.source}: {text}" for recording in recordings for text in recording.warnings),
         )
         return pieces, answer
+
+    def _finish_reason(self, sequence: SequenceState) -> FinishReason:
+        # The engine may have decoded, or even ended, beyond the token at which the reader stopped.
+        if self.ended is not None and (self._stop.reached or len(sequence.tokens) > len(self._tokens)):
+            return self.ended
+        return sequence.finish_reason or "cancelled"
 
     def _split(self, text: str) -> list[Piece]:
         return self._pieces(self._splitter.push(text))

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from ..engine.kv_cache import page_bytes
 from ..engine.memory import shown_bytes
-from ..model.checkpoint import open_with_config
 from ..model.hub import resolve
+from ..model.opened import open_checkpoint
 from ..model.parameters import PARTS, expected_shapes, part_of
 from ..model.quantized import layer_schemes
 
@@ -19,10 +19,12 @@ from ..model.quantized import layer_schemes
 def describe(model: str | PathLike[str]) -> dict[str, Any]:
     """Shape, parameters, bytes by part, token ids and context of a checkpoint, as plain values.
 
-    model: a folder, or a name on the Hub. Raises CheckpointError or ConfigError.
+    model: a folder, a GGUF file, or a name on the Hub. Raises CheckpointError or ConfigError.
     """
-    folder = resolve(model)
-    checkpoint, config = open_with_config(folder)
+    path = resolve(model)
+    opened = open_checkpoint(path)
+    folder = path if path.is_dir() else path.parent
+    checkpoint, config = opened.weights, opened.config
     parts: Counter[str] = Counter()
     for name in checkpoint.names:
         parts[part_of(name)] += checkpoint.stored_bytes(name)
@@ -36,7 +38,7 @@ def describe(model: str | PathLike[str]) -> dict[str, Any]:
     decoder = config.decoder
     return {
         "model": str(model),
-        "folder": str(folder),
+        "folder": str(path),
         "files": [str(path.relative_to(folder)) for path in checkpoint.files],
         "model_type": config.model_type,
         "dtype": config.dtype,

@@ -1,11 +1,14 @@
-"""Listening while it is being recorded: each window is heard as it completes, so a question waits for the open one."""
+"""Live listening: each window is processed as soon as it is complete, so a question waits only for the open one."""
 
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from ...kernels.log_mel import SAMPLE_RATE
+from ...kernels.audio_format import SAMPLE_RATE
+from ...kernels.errors import AfnextError
 from ..engine.prefill import AudioInput
 from ..engine.prefix import Prefix
 from ..engine.request import Request
@@ -15,20 +18,25 @@ from ..io.audio import Array
 from ..io.audio_stream import AudioStream
 from ..io.prompt import Prompt
 from ..model.encoder import audio_token_count
-from .context import Context, Fingerprint, Listening, prefix_ids, question_prompt
-from .conversation import Conversation, Recording
+from .context import Context, Fingerprint, Listening, asked, conversation_prompt, prefix_ids
+from .conversation import Conversation, Message, Recording
 from .responder import QuestionOptions, Responder, check_options
 
 
 class Live(Listening):
-    """A recording that goes on. Feed it pieces from one thread, ask about what has been heard so far from any.
+    """A recording that is still going on. One thread feeds it; any thread may ask about what has been heard so far.
 
-    Answers are those about a recording that ends where the feeding stands. It holds memory for its tokens until it is
-    closed, left as a `with` block, or dropped.
+    An answer is the one about a recording that ends at the last sample fed. The object holds KV pages until it is
+    finished, closed, left as a `with` block, or dropped.
+
+    source: a short name for people; warnings: what is wrong with the audio. Whoever feeds may set both; answers and the
+    finished context report them.
     """
 
-    def __init__(self, responder: Responder, system: str | None):
+    def __init__(self, responder: Responder, system: str | None, salt: bytes = b""):
+        """salt: of the requests that hear the audio, see `Request`."""
         self._responder = responder
+        self._salt = salt
         self._system = system
         self._lock = threading.Lock()
         self._audio = AudioStream(responder.network.config.max_audio_seconds)
@@ -37,63 +45,108 @@ class Live(Listening):
         self._windows = 0
         self._complete: list[np.ndarray] = []  # windows that are not in the prefix yet
         self._prefix: Prefix | None = None
+        self._ended: str | None = None  # why nothing can be fed or asked any more
+        self.source = "<live>"
+        self.warnings: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
         """Length of what has been fed."""
         return self._audio.samples / SAMPLE_RATE
 
-    def feed(self, pcm: Array, rate: int | float) -> None:
-        """Take in a piece of any size, as `load_audio` takes arrays; of several channels, longer than they are many.
+    @property
+    def ended(self) -> bool:
+        """Whether it has been finished or closed."""
+        return self._ended is not None
 
-        Returns once the windows that it completes have been heard. Raises AudioError, and AudioTooLongError beyond what
-        the model can hear, which leaves everything as it was.
+    def feed(self, pcm: Array, rate: int | float) -> None:
+        """Append a piece of any size: an array that `load_audio` takes, with more samples than channels.
+
+        Returns when the windows that it completes have been processed. Raises AudioError, AudioTooLongError beyond what
+        the model can hear (the piece is not appended then), and AfnextError once it is finished or closed.
         """
         with self._lock:
-            self._audio.feed(pcm, rate)
+            self._check_open()
+            with self._changing():
+                self._audio.feed(pcm, rate)
+                self._complete += self._audio.take_windows()
             self._hear_complete()
 
     def finish(self) -> Context:
-        """Hear the rest, end the recording, and return what `Model.listen` of the whole would."""
+        """Process the rest, end the recording, and return the context that `Model.listen` of the whole would return.
+
+        Raises AudioError while nothing has been heard, and AfnextError once it is finished or closed. If processing
+        fails, the recording stays open.
+        """
         with self._lock:
-            self._audio.finish()
+            self._check_open()
+            with self._changing():
+                self._audio.finish()
+                self._complete += self._audio.take_windows()
             self._hear_complete()
             recordings = self._recordings()
             ids = prefix_ids(self._responder, self._system, recordings)
             prefix = self._prefix
             if prefix is None or prefix.token_ids != ids:
-                audio = self._rest(question_prompt(self._responder, self._system, recordings, "?"))
-                prefix = self._responder.engine.listen(Request(ids, audio, sampling=None, prefix=prefix))
+                audio = self._rest(conversation_prompt(self._responder, self._system, recordings, asked("?")))
+                prefix = self._responder.engine.listen(
+                    Request(ids, audio, sampling=None, prefix=prefix, salt=self._salt)
+                )
             for window in self._audio.open_windows():
                 self._fingerprint.add(window)
             self._fingerprint.end(self._audio.samples)
-            self._prefix = None
+            self._end("the live recording has been finished; ask the context that finish() returned")
             return Context(self._responder, self._system, recordings, prefix, str(self._fingerprint))
 
     def close(self) -> None:
         """See `Listening`."""
         with self._lock:
-            self._prefix = None
+            self._end("the live recording has been closed; listen again")
+
+    def _end(self, reason: str) -> None:
+        self._ended = self._ended or reason
+        self._prefix = None
+        self._complete = []
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Ends the recording if the block is left half done, by Ctrl-C for example: answers would miss some audio."""
+        self._ended = "the live recording was interrupted while a piece was appended; listen again"
+        try:
+            yield
+        except (AfnextError, TypeError, ValueError):  # raised by the checks of a piece, before anything has changed
+            self._ended = None
+            raise
+        self._ended = None
+
+    def _check_open(self) -> None:
+        if self._ended is not None:
+            raise AfnextError(self._ended)
 
     def _recordings(self) -> tuple[Recording, ...]:
         if audio_token_count(self._audio.samples) == 0:
-            raise AudioError("nothing has been heard yet; the model needs more than 20 ms of audio. Feed some first.")
-        return (Recording("<live>", self._audio.samples),)
+            problem = "".join(f" ({warning})" for warning in self.warnings)
+            raise AudioError(
+                f"nothing has been heard yet{problem}; the model needs more than 20 ms of audio. Feed some first."
+            )
+        return (Recording(self.source, self._audio.samples, warnings=self.warnings),)
 
     def _hear_complete(self) -> None:
-        """Add complete windows to the prefix. Where that fails they stay, to be heard with what follows."""
-        self._complete += self._audio.take_windows()
+        """Add complete windows to the prefix. If that fails they are kept and processed with the next ones."""
         windows = self._complete
         if not windows:
             return
         samples = self._heard + sum(map(len, windows))
-        prompt = question_prompt(self._responder, self._system, (Recording("<live>", samples),), "?")
+        recordings = (Recording(self.source, samples),)
+        prompt = conversation_prompt(self._responder, self._system, recordings, asked("?"))
         ids = prompt.token_ids[: prompt.audio[0].position + audio_token_count(samples)]
-        request = Request(ids, self._inputs(prompt, windows), sampling=None, prefix=self._prefix)
-        self._prefix = self._responder.engine.listen(request)
-        self._heard, self._windows, self._complete = samples, self._windows + len(windows), []
-        for window in windows:
-            self._fingerprint.add(window)
+        request = Request(ids, self._inputs(prompt, windows), sampling=None, prefix=self._prefix, salt=self._salt)
+        prefix = self._responder.engine.listen(request)
+        with self._changing():
+            self._prefix, self._complete = prefix, []
+            self._heard, self._windows = samples, self._windows + len(windows)
+            for window in windows:
+                self._fingerprint.add(window)
 
     def _rest(self, prompt: Prompt) -> tuple[AudioInput, ...]:
         """All that follows the windows in the prefix."""
@@ -104,10 +157,11 @@ class Live(Listening):
         position = prompt.audio[0].position + audio_token_count(self._heard)
         return (AudioInput(position, tuple(torch.from_numpy(window) for window in windows), first=self._windows),)
 
-    def _conversation(self, question: str, options: QuestionOptions) -> Conversation:
+    def _conversation(self, messages: Sequence[Message], options: QuestionOptions) -> Conversation:
         check_options(options, QuestionOptions)
         timings = Timings()
         with self._lock:
+            self._check_open()
             recordings = self._recordings()
-            prompt = question_prompt(self._responder, self._system, recordings, question)
+            prompt = conversation_prompt(self._responder, self._system, recordings, messages, self._prefix)
             return Conversation(recordings, prompt, self._rest(prompt), timings, self._prefix)

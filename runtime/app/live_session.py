@@ -1,93 +1,127 @@
-"""A conversation about audio that is still being recorded: one thread feeds it, questions are answered meanwhile."""
+"""Live listening in the background: a thread feeds the audio, and questions are answered meanwhile."""
 
+import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import BinaryIO, TextIO, cast
 
 from ...kernels.errors import AfnextError
 from ..errors import AudioError
-from ..io.live_source import Pieces, decoded_pieces, microphone_pieces, raw_pieces
+from ..io.live_source import Pieces, Warn, decoded_pieces, microphone_pieces, raw_pieces
 from .context import Context
 from .live import Live
 from .responder import QuestionOptions, Stream
 
 MICROPHONE = "mic"
+_log = logging.getLogger("afnext")
 
 
 class LiveSession:
-    """Feeds a `Live` from pieces in a thread of its own, from `start` to the end of the pieces or `stop`."""
+    """Feeds a `Live` from a source in a thread of its own, from `start` to the end of the audio or `stop`.
 
-    def __init__(self, live: Live, pieces: Callable[[Callable[[], bool]], Pieces]):
-        """pieces: called with what tells whether to stop, returns the pieces to feed."""
+    error: what ended the audio early, if anything. An exception that is no AfnextError is its `__cause__`.
+    """
+
+    def __init__(self, live: Live, source: "Source"):
         self._live = live
+        self._live.source = source.name
+        self._source = source
         self._stopped = threading.Event()
-        self._pieces = pieces
         self._thread = threading.Thread(target=self._feed, name="afnext-listen", daemon=True)
         self._context: Context | None = None
         self.error: AfnextError | None = None
 
     @property
     def ended(self) -> bool:
-        """Whether the audio has come to its end."""
+        """Whether the audio has ended."""
         return self._context is not None or self.error is not None
 
     @property
     def seconds(self) -> float:
-        """What has been heard."""
+        """Length of what has been heard."""
         return self._live.seconds
 
     def start(self) -> None:
-        """Begin to feed."""
+        """Start the feeding thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop feeding after the piece that is under way."""
+        """Stop feeding after the present piece."""
         self._stopped.set()
 
     def wait(self) -> None:
         """Wait for the end of the audio. Raises the error that ended it."""
         self._thread.join()
+        self.raise_error()
+
+    def raise_error(self) -> None:
+        """Raise the error that ended the audio early, if there is one."""
         if self.error is not None:
             raise self.error
 
     def stream(self, question: str, options: QuestionOptions) -> Stream:
         """The answer to a question about what has been heard so far, piece by piece."""
-        heard = self._context or self._live
-        return heard.stream(question, **options)
+        if self._context is None:
+            try:
+                return self._live.stream(question, **options)
+            except AfnextError:
+                if self._live.ended:  # by the feeding thread, while the question waited for it
+                    self._thread.join()
+                if self._context is None:
+                    raise
+        return self._context.stream(question, **options)
 
     def _feed(self) -> None:
         try:
-            for pcm, rate in self._pieces(self._stopped.is_set):
+            for pcm, rate in self._source.pieces(self._stopped.is_set, self._warn):
                 self._live.feed(pcm, rate)
                 if self._stopped.is_set():
                     return
             self._context = self._live.finish()
         except AfnextError as error:
             self.error = error
+        except BaseException as error:  # nobody else would see it: the thread ends here
+            _log.info("listening failed", exc_info=error)
+            self.error = AfnextError(
+                f"listening failed with an internal error ({type(error).__name__}: {error}); please report it."
+            )
+            self.error.__cause__ = error
+
+    def _warn(self, warnings: tuple[str, ...]) -> None:
+        self._live.warnings = warnings
 
 
-def open_pieces(
-    source: str, stack: ExitStack, *, raw: str | None, rate: int, channels: int
-) -> Callable[[Callable[[], bool]], Pieces]:
+@dataclass(frozen=True)
+class Source:
+    """Where audio comes from. name: for warnings; pieces: called with a function that tells whether to stop, and with
+    one that takes the warnings so far."""
+
+    name: str
+    pieces: Callable[[Callable[[], bool], Warn], Pieces]
+
+
+def open_source(source: str, stack: ExitStack, *, raw: str | None, rate: int, channels: int) -> Source:
     """What `LiveSession` feeds from: "mic" or "mic:NAME", "-" for standard input, or the path of a pipe or file.
 
-    raw: the format of samples without a header, one of RAW_FORMATS, or None for a container. Raises AudioError when the
-    path cannot be opened.
+    raw: the format of samples without a header, one of RAW_FORMATS, or None for a container. A path is opened when the
+    pieces are asked for, which then raise AudioError if that fails.
     """
     if source == MICROPHONE or source.startswith(f"{MICROPHONE}:"):
-        name = source.partition(":")[2] or None
-        return lambda stopped: microphone_pieces(stopped, name)
+        device = source.partition(":")[2] or None
+        return Source(source, lambda stopped, warn: microphone_pieces(stopped, device, warn))
+    name = "<stdin>" if source == "-" else source
 
-    def pieces(stopped: Callable[[], bool]) -> Pieces:
+    def pieces(stopped: Callable[[], bool], warn: Warn) -> Pieces:
         file = sys.stdin.buffer if source == "-" else stack.enter_context(_opened(source))
         if raw is None:
-            return decoded_pieces(file, source)
-        return raw_pieces(file, raw, rate=rate, channels=channels)
+            return decoded_pieces(file, name, warn)
+        return raw_pieces(file, raw, rate=rate, channels=channels, warn=warn)
 
-    return pieces
+    return Source(name, pieces)
 
 
 def _opened(path: str) -> BinaryIO:
@@ -98,9 +132,9 @@ def _opened(path: str) -> BinaryIO:
 
 
 def typed_questions(source: str, stack: ExitStack) -> Iterator[str] | None:
-    """Lines typed on standard input or, where that is the audio, on the terminal; None without a terminal then.
+    """Lines typed on standard input, or on the terminal if standard input is the audio; None if there is no terminal.
 
-    An empty line ends them.
+    An empty line ends them. Raises AfnextError for a line in another encoding.
     """
     if source != "-":
         return _lines(sys.stdin)
@@ -116,7 +150,10 @@ def _lines(terminal: TextIO) -> Iterator[str]:
         if terminal.isatty():
             sys.stderr.write("> ")
             sys.stderr.flush()
-        question = terminal.readline().strip()
+        try:
+            question = terminal.readline().strip()
+        except UnicodeDecodeError as error:
+            raise AfnextError(f"the question is not {error.encoding} text ({error}); check its encoding.") from None
         if not question:
             return
         yield question

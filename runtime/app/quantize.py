@@ -2,12 +2,12 @@
 
 Every tensor is read, packed and written before the next one, so memory peaks at the largest of them. The folder has all
 that loading needs: weights under canonical names, config.json with what they are packed by, tokenizer and templates.
+The config.json is written last, so a folder that has one is complete.
 """
 
 import hashlib
-import json
 import math
-import shutil
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -18,37 +18,35 @@ from typing import Any
 
 import torch
 
-from ...kernels.errors import AfnextError
 from ...quant.convert import SHARD_BYTES, CheckpointWriter
 from ...quant.recipe import Recipe
 from ...quant.scheme import Stored
-from ..errors import ConfigError
-from ..files import read_settings
-from ..model.checkpoint import Checkpoint, load_weights, open_with_config
-from ..model.component_config import COMPONENTS
+from ..checkpoint_folder import CheckpointFolder
+from ..errors import ConfigError, OutputError
+from ..model.checkpoint import Checkpoint, load_weights
 from ..model.config import ModelConfig
 from ..model.foreign import ForeignCheckpoint, is_foreign
 from ..model.hub import resolve
+from ..model.opened import open_checkpoint
 from ..model.parameters import part_of
-from ..model.quantized import expected_tensors, quantization_metadata, to_quantize
+from ..model.quantized import expected_tensors, layer_schemes, quantization_metadata, to_quantize
+from .model_card import write_card
+from .output_folder import check_room, copy_texts, locked_folder, text_files
 
 _HASHED_AT_ONCE = 1 << 25
-_TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*")
-
-
-class OutputError(AfnextError):
-    """The folder to write into cannot be used."""
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be written: by which recipe, what that stores, and its tensors, which come from `sources`."""
+    """What is to be written: by which recipe, what that stores, and its tensors, which come from `sources`; the texts
+    of the checkpoint in `files`."""
 
     recipe: Recipe
     expected: dict[str, Stored]
     tensors: Iterator[tuple[str, torch.Tensor]]
     sources: tuple[Checkpoint, ...]
     before: dict[str, int]
+    files: CheckpointFolder
 
 
 def quantize(
@@ -60,33 +58,40 @@ def quantize(
     revision: str | None = None,
     device: torch.device | str = "cpu",
     shard_bytes: int = SHARD_BYTES,
+    measured: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write the checkpoint `source` (a folder or Hub name), packed by `recipe`, into the new folder `out`.
+    """Write the checkpoint `source` (a folder, GGUF file or Hub name), packed by `recipe`, into the new folder `out`.
 
-    Layers that GPTQ, AWQ or compressed-tensors quantized to 4 bits, in `source` or in `backbone`, keep their bits. The
-    latter is a folder or Hub name of a quantized Qwen2, taken in place of the decoder of `source`. device: where to
-    compute. `progress` is called with (stored bytes read, of all). Returns what came of it as plain values: files,
-    bytes and bytes by part before and after, seconds. Raises OutputError if `out` holds something, ConfigError if the
-    source is quantized by afnext already, SchemeError naming a layer that its scheme cannot store, ImportFormatError
-    for weights of other libraries that have no equal here.
+    Layers that GPTQ, AWQ or compressed-tensors quantized to 4 bits, in `source` or in `backbone`, keep their bits, and
+    those in blocks of a GGUF file keep their values. backbone: a folder or Hub name of a quantized Qwen2, taken in
+    place of the decoder of `source`. device: where to compute. measured: what is known of the loss, in Markdown, for
+    the model card. `progress` is called with (stored bytes read, of all). Returns what came of it as plain values:
+    files, bytes and bytes by part before and after, seconds.
+
+    Raises OutputError if `out` holds something, is in use by another run, or cannot be written, CheckpointError for a
+    text file that links out of `source`, ConfigError if the source is quantized by afnext already, SchemeError naming a
+    layer that its scheme cannot store or that a rule would round a second time, ImportFormatError for weights of other
+    libraries that have no equal here.
     """
     begun = time.perf_counter()
-    folder, target = resolve(source, revision=revision), Path(out)
-    if backbone is not None or is_foreign(folder):
-        work = _import_work(folder, None if backbone is None else resolve(backbone), recipe, device, progress)
+    path, target = resolve(source, revision=revision), Path(out)
+    if backbone is not None or is_foreign(path):
+        work = _import_work(path, None if backbone is None else resolve(backbone), recipe, device, progress)
     else:
-        work = _dense_work(folder, recipe, device, progress)
-    _check_empty(target)
-    target.mkdir(parents=True, exist_ok=True)
-    unknown = replace(work.recipe, source="0" * 64)
-    writer = CheckpointWriter(target, work.expected, quantization_metadata(unknown), shard_bytes)
-    for name, tensor in work.tensors:
-        writer.write(name, tensor)
-    known = replace(work.recipe, source=weights_hash(*work.sources))
-    files = writer.finish(quantization_metadata(known))
-    copy_texts(folder, target, known)
+        work = _dense_work(path, recipe, device, progress)
+    text_files(work.files)  # refused links are an error before the long work
     sizes = {name: math.prod(stored.shape) * stored.dtypes[0].itemsize for name, stored in work.expected.items()}
+    unknown = quantization_metadata(replace(work.recipe, source="0" * 64))
+    with locked_folder(target) as locked:
+        _prepare(target, sum(sizes.values()), locked)
+        with CheckpointWriter(target, work.expected, unknown, shard_bytes) as writer:
+            for name, tensor in work.tensors:
+                writer.write(name, tensor)
+            known = replace(work.recipe, source=weights_hash(*work.sources))
+            files = writer.finish(quantization_metadata(known))
+        write_card(target, os.fspath(source), work.files, known, measured)
+        copy_texts(work.files, target, known)
     before, after = _by_part(work.before), _by_part(sizes)
     return {
         "source": str(source),
@@ -104,15 +109,18 @@ def quantize(
 
 
 def _dense_work(
-    folder: Path, recipe: Recipe, device: torch.device | str, progress: Callable[[int, int], None] | None
+    path: Path, recipe: Recipe, device: torch.device | str, progress: Callable[[int, int], None] | None
 ) -> _Work:
-    checkpoint, config = open_with_config(folder)
+    opened = open_checkpoint(path)
+    checkpoint, config = opened.weights, opened.config
     if config.quantization is not None:
-        raise ConfigError(f"{folder} is quantized already ({config.quantization.name}); give the dense weights")
+        if not opened.imported:
+            raise ConfigError(f"{path} is quantized already ({config.quantization.name}); give the dense weights")
+        recipe = config.quantization.extended(recipe, layer_schemes(config))
     tensors = load_weights(checkpoint, config, device=device, dtype=None, quant=recipe, progress=progress)
-    before = {name: checkpoint.tensor(name).nbytes for name in checkpoint.names}
+    before = {name: checkpoint.stored_bytes(name) for name in checkpoint.names}
     stored = as_stored(lambda name: checkpoint.dtype(name) if name in checkpoint else None, to_quantize(config, recipe))
-    return _Work(recipe, stored, tensors, (checkpoint,), before)
+    return _Work(recipe, stored, tensors, (checkpoint,), before, opened.files)
 
 
 def _import_work(
@@ -126,7 +134,8 @@ def _import_work(
     whole = checkpoint.recipe(recipe)
     tensors = checkpoint.tensors(whole, torch.device(device), progress or (lambda done, total: None))
     stored = as_stored(checkpoint.dtype, to_quantize(checkpoint.config, whole))
-    return _Work(whole, stored, tensors, checkpoint.sources, checkpoint.sizes())
+    texts = CheckpointFolder(folder)
+    return _Work(whole, stored, tensors, checkpoint.sources, checkpoint.sizes(), texts)
 
 
 def as_stored(dtype: Callable[[str], torch.dtype | None], config: ModelConfig) -> dict[str, Stored]:
@@ -151,26 +160,14 @@ def weights_hash(*checkpoints: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def copy_texts(source: Path, target: Path, recipe: Recipe) -> None:
-    """Copy everything but the weights, with `recipe` in config.json."""
-    for part in ("", *COMPONENTS):
-        if part and not (source / part).is_dir():
-            continue
-        (target / part).mkdir(exist_ok=True)
-        for path in sorted({path for pattern in _TEXT_FILES for path in (source / part).glob(pattern)}):
-            if path.is_file() and not path.name.endswith(".safetensors.index.json"):
-                shutil.copyfile(path, target / part / path.name)
-    config = read_settings(source / "config.json") | {"quantization_config": recipe.to_dict()}
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_empty(target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file; give a new folder to write into")
-    if target.is_dir():
-        found = [path.name for path in target.iterdir() if not path.name.endswith(".part")]
-        if found:
-            raise OutputError(f"{target} holds {sorted(found)[0]} already; give a new folder to write into")
+def _prepare(target: Path, nbytes: int, locked: bool) -> None:
+    """Check that the folder has nothing in it and enough room. If it is locked, remove what crashed runs left."""
+    found = [path for path in target.iterdir() if path.suffix != ".part"]
+    if found:
+        raise OutputError(f"{target} holds {min(found).name} already; give a new folder to write into")
+    for path in target.iterdir() if locked else ():
+        path.unlink()
+    check_room(target, nbytes)
 
 
 def _by_part(sizes: Mapping[str, int]) -> dict[str, int]:

@@ -1,33 +1,45 @@
 """From conversations to answers: sampling options, requests to the engine, and the text that comes back."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from ...kernels.errors import AfnextError
+from ..engine.engine import Engine
 from ..engine.request import Request
-from ..engine.sampler import SamplingParams
-from ..engine.scheduler import Engine
+from ..engine.sampler import MOST_TOKENS, SamplingParams
+from ..errors import SamplingError
+from ..files import shown
 from ..io.audio import Audio, AudioSource
 from ..io.prompt import PromptTemplate
 from ..io.tokenizer import Tokenizer
 from ..model.audio_flamingo import AudioFlamingo
+from ..values import flag, real, whole
 from .answer import Answer, Piece
 from .conversation import AnswerReader, Conversation, Message, load_audible
+from .generation_config import GenerationDefaults, stop_strings
+from .token_kinds import token_kinds
 
 Progress = Callable[[str, float, float], None]
 DEFAULT_NEW_TOKENS = 2048
+MOST_PRIORITY = 10**9
 
 
 class QuestionOptions(TypedDict, total=False):
     """Options of a question about audio that has been heard. Those of sampling default to the checkpoint's
     generation_config.json.
 
-    max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed: see `SamplingParams`.
+    max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, min_new_tokens, no_repeat_ngram_size,
+    suppress_tokens, begin_suppress_tokens, bad_words_ids, sequence_bias: see `SamplingParams`.
+    max_answer_tokens: bounds the answer without the thinking before it. max_new_tokens bounds both; where it is not
+    given, it is the checkpoint's and max_answer_tokens together.
     stop_repetition: end an answer that says the same over and over; `Answer.repetition` reports it in any case.
-    ignore_eos: go on to max_new_tokens, for measurements. stop: strings that end the answer and are left out of it.
-    priority, deadline: see `Request`. progress: called with (stage, done, total). cancelled: polled between steps; once
-    it returns true the answer ends with what it has.
+    ignore_eos: go on to max_new_tokens, for measurements. stop: a string, or several, that end the answer and are left
+    out of it. priority, deadline, salt: see `Request`. progress: called with (stage, done, total). cancelled: polled
+    between steps; once it returns true the answer ends with what it has.
     """
 
+    max_answer_tokens: int
     max_new_tokens: int
     temperature: float
     top_k: int
@@ -37,9 +49,16 @@ class QuestionOptions(TypedDict, total=False):
     seed: int | None
     stop_repetition: bool
     ignore_eos: bool
-    stop: Sequence[str]
+    stop: str | Sequence[str]
+    min_new_tokens: int
+    no_repeat_ngram_size: int
+    suppress_tokens: Sequence[int]
+    begin_suppress_tokens: Sequence[int]
+    bad_words_ids: Sequence[Sequence[int]]
+    sequence_bias: Sequence[tuple[Sequence[int], float]]
     priority: int
     deadline: float | None
+    salt: bytes
     progress: Progress
     cancelled: Callable[[], bool]
 
@@ -54,10 +73,24 @@ class AnswerOptions(QuestionOptions, total=False):
 
 
 def check_options(options: QuestionOptions, known: type) -> None:
-    """Raise TypeError for an option that is not among those of `known`."""
+    """Raise TypeError for an option that `known` does not have, and SamplingError for a value of the wrong type.
+
+    Sampling options are checked by `SamplingParams`.
+    """
     names = [name for base in reversed(known.__mro__) for name in getattr(base, "__annotations__", {})]
     if unknown := options.keys() - set(names):
         raise TypeError(f"unknown option {', '.join(sorted(unknown))}; the options are {', '.join(names)}")
+    for name, value in options.items():
+        if name in ("ignore_eos", "truncate"):
+            flag(name, value, SamplingError)
+        elif name == "max_answer_tokens":
+            whole(name, value, SamplingError, least=1, most=MOST_TOKENS)
+        elif name == "priority":
+            whole(name, value, SamplingError, least=-MOST_PRIORITY, most=MOST_PRIORITY)
+        elif name == "deadline" and value is not None:
+            real(name, value, SamplingError, "a number of seconds, or None for no deadline")
+        elif name in ("progress", "cancelled") and value is not None and not callable(value):
+            raise SamplingError(f"{name} is {shown(value)}; it must be a function")
 
 
 class Stream(Iterator[Piece]):
@@ -83,6 +116,14 @@ class Stream(Iterator[Piece]):
         self._pieces.close()  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A question on its way to the engine: the request, and the reader of its answer."""
+
+    request: Request
+    reader: AnswerReader
+
+
 class Responder:
     """What it takes to answer conversations: an engine over a network, its tokenizer, template and defaults."""
 
@@ -92,13 +133,35 @@ class Responder:
         network: AudioFlamingo,
         tokenizer: Tokenizer,
         template: PromptTemplate,
-        sampling_defaults: dict[str, Any],
+        defaults: GenerationDefaults,
     ):
-        self.engine = engine
-        self.network = network
+        self._loaded: tuple[Engine, AudioFlamingo] | None = (engine, network)
         self.tokenizer = tokenizer
         self.template = template
-        self._sampling_defaults = sampling_defaults
+        self.defaults = defaults
+        self._token_kinds = token_kinds(tokenizer)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Raises AfnextError once it has been closed."""
+        return self._open()[0]
+
+    @property
+    def network(self) -> AudioFlamingo:
+        """The network. Raises AfnextError once it has been closed."""
+        return self._open()[1]
+
+    def _open(self) -> tuple[Engine, AudioFlamingo]:
+        loaded = self._loaded
+        if loaded is None:
+            raise AfnextError("the model has been closed; load it again")
+        return loaded
+
+    def close(self) -> None:
+        """Stop the engine and drop it and the network. Answers in progress go on to their end. Idempotent."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            loaded[0].stop()
 
     def load(self, messages: Sequence[Message], *, truncate: bool) -> Conversation:
         """The conversation that `messages` spell, its audio loaded. Raises AudioError or PromptError."""
@@ -131,45 +194,57 @@ class Responder:
     ) -> Iterator[tuple[int, Piece]]:
         """Check everything now; what is returned generates as it is read."""
         progress = _sum_of_progress(len(conversations), options.get("progress") or (lambda stage, done, total: None))
-        requests = [
-            conversation.request(
-                self._sampling(conversation, options),
-                priority=options.get("priority", 0),
-                deadline=options.get("deadline"),
-                cancelled=options.get("cancelled") or (lambda: False),
-                progress=report,
-            )
+        prepared = [
+            self.prepare(conversation, options, progress=report)
             for conversation, report in zip(conversations, progress, strict=True)
         ]
-        for request in requests:
-            self.engine.check(request)
-        stop = options.get("stop", ())
-        readers = [AnswerReader(conversation, self.tokenizer, stop) for conversation in conversations]
-        return self._read(requests, readers, answers)
+        return self._read(prepared, answers)
+
+    def prepare(self, conversation: Conversation, options: QuestionOptions, **how: Any) -> Prepared:
+        """The engine's request for a conversation, checked, and what reads its answer.
+
+        how: fields of `Request` besides those that the options give. Raises SamplingError, ContextLengthError or
+        OutOfPagesError.
+        """
+        stop = stop_strings("stop", options["stop"]) if "stop" in options else self.defaults.stop
+        request = conversation.request(
+            self._sampling(conversation, options),
+            priority=options.get("priority", 0),
+            deadline=options.get("deadline"),
+            salt=options.get("salt", b""),
+            token_kinds=self._token_kinds,
+            cancelled=options.get("cancelled") or (lambda: False),
+            **how,
+        )
+        self.engine.check(request)
+        return Prepared(request, AnswerReader(conversation, self.tokenizer, stop, options.get("max_answer_tokens")))
 
     def _sampling(self, conversation: Conversation, options: QuestionOptions) -> SamplingParams:
-        values = self._sampling_defaults | {
-            k: v for k, v in options.items() if k in SamplingParams.__dataclass_fields__
-        }
+        given = {name: value for name, value in options.items() if name in SamplingParams.__dataclass_fields__}
+        values = {**self.defaults.sampling, **given}
+        prompt = len(conversation.prompt.token_ids)
         # A default may be more than context and memory have room for; a number from the caller is checked as it is.
-        room = min(self.network.config.decoder.max_positions, self.engine.room) - len(conversation.prompt.token_ids)
+        room = min(self.network.config.decoder.max_positions, self.engine.room) - prompt
         if "max_new_tokens" not in options:
-            values["max_new_tokens"] = max(1, min(values.get("max_new_tokens", DEFAULT_NEW_TOKENS), room))
+            wanted = values.get("max_new_tokens", DEFAULT_NEW_TOKENS) + options.get("max_answer_tokens", 0)
+            values["max_new_tokens"] = max(1, min(wanted, room))
+        if "min_new_tokens" not in options:
+            values["min_new_tokens"] = max(values.get("min_new_tokens", 0), self.defaults.min_length - prompt)
         if not options.get("ignore_eos"):
             values["stop_token_ids"] = self.tokenizer.eos_ids
         return SamplingParams(**values)
 
-    def _read(
-        self, requests: list[Request], readers: list[AnswerReader], answers: list[Answer | None]
-    ) -> Iterator[tuple[int, Piece]]:
+    def _read(self, prepared: list[Prepared], answers: list[Answer | None]) -> Iterator[tuple[int, Piece]]:
         """Yield (conversation, piece) as text comes; fill `answers` at the end."""
-        sequences = [self.engine.submit(request) for request in requests]
-        for index, token in self.engine.follow(sequences):
-            if readers[index].stopped:
+        engine = self.engine  # it may be closed before the answers end
+        readers = [one.reader for one in prepared]
+        sequences = [engine.sequence(one.request) for one in prepared]
+        for index, token in engine.follow(sequences):
+            if readers[index].ended:
                 continue
             yield from ((index, piece) for piece in readers[index].push(token))
-            if readers[index].stopped:
-                self.engine.cancel(sequences[index], reason="stop")
+            if reason := readers[index].ended:
+                engine.cancel(sequences[index], reason=reason)
         for index, (reader, sequence) in enumerate(zip(readers, sequences, strict=True)):
             pieces, answers[index] = reader.finish(sequence)
             yield from ((index, piece) for piece in pieces)

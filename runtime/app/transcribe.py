@@ -1,57 +1,56 @@
 """Transcription: windows of a recording to the model, and its answers to one transcript with times and speakers."""
 
 import json
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ...kernels.audio_format import SAMPLE_RATE
 from ...kernels.errors import AfnextError
-from ...kernels.log_mel import SAMPLE_RATE
+from ..engine.repetition import Repetition
+from ..engine.request import FinishReason
 from ..errors import AudioError
 from ..io.audio import Audio
-from ..io.merge import Heard, merge
+from ..io.merge import Heard, Merger
 from ..io.segments import Segment, parse_segments
-from ..io.subtitles import to_srt, to_text, to_vtt
-from .answer import Answer
+from ..io.subtitles import srt_pieces, text_pieces, to_srt, to_text, to_vtt, vtt_pieces
+from ..io.transcript import CLOSE
+from .answer import NOTHING, Answer, Usage
 
-FORMATS = ("text", "json", "srt", "vtt")
+FORMATS = ("text", "json", "ndjson", "srt", "vtt")
 MAX_SECONDS = 6 * 3600.0  # 1.4 GB of samples
 DEFAULT_WINDOW, DEFAULT_OVERLAP = 300.0, 10.0
-_TOKENS_PER_SECOND, _MORE_TOKENS = 12, 128  # fast speech has five tokens a second, and its times and labels as many
-_SHORTEST = 0.1  # seconds; what is left of a recording beyond its last window is heard from this length on
+_TOKENS_PER_SECOND, _MORE_TOKENS = 12, 128  # fast speech has five tokens per second, and its times and labels as many
+_SHORTEST = 0.1  # seconds; what is left of a recording beyond its last window is transcribed from this length on
+_SILENCE = 2.0**-15  # amplitude: one step of 16-bit audio
 
-_UNFINISHED = {"length": "the transcript was cut at max_new_tokens", "cancelled": "the transcript was cancelled"}
-
-# The prompts without times are the model card's; it says to ask for timestamps directly and states no format for them.
-_PROMPTS = {
-    (True, True): "Transcribe the input audio with timestamps. If multiple speakers are present, provide diarized "
-    "transcripts with speaker labels.\n[mm:ss.s - mm:ss.s] [Speaker 1] ...\n[mm:ss.s - mm:ss.s] [Speaker 2] ...",
-    (True, False): "Transcribe the input speech with timestamps.",
-    (False, True): "Transcribe the input audio. If multiple speakers are present, provide diarized transcripts with "
-    "speaker labels.\n[Speaker 1] ...\n[Speaker 2] ...",
-    (False, False): "Transcribe the input speech.",
+_UNFINISHED: dict[FinishReason, str] = {
+    "length": "the transcript was cut at max_new_tokens",
+    "cancelled": "the transcript was cancelled",
+    "deadline": "the transcript was cut at the deadline",
+    "repetition": "the transcript was ended because it repeated itself",
 }
-
-
-def prompt_for(*, timestamps: bool, speakers: bool) -> str:
-    """What the model is asked to get a transcript of that kind."""
-    return _PROMPTS[timestamps, speakers]
 
 
 @dataclass(frozen=True)
 class TranscribedWindow:
-    """One window: its start and end in seconds, what the model wrote, its segments' times counted from the start of the
-    recording, and what was wrong with it."""
+    """One window of a recording.
+
+    start, end: seconds. raw: the model's answer, unchanged. segments: what was read from it, with times from the start
+    of the recording. problems: what to know before trusting them. thinking: what the model wrote before the answer.
+    usage: what its request consumed.
+    """
 
     start: float
     end: float
     raw: str
     segments: tuple[Segment, ...]
     problems: tuple[str, ...]
-    finish_reason: str
+    finish_reason: FinishReason
+    thinking: str | None = None
+    usage: Usage = NOTHING
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,11 @@ class Transcript:
     segments: tuple[Segment, ...]
     windows: tuple[TranscribedWindow, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def usage(self) -> Usage:
+        """What the requests of all windows consumed together."""
+        return sum((window.usage for window in self.windows), NOTHING)
 
     @property
     def text(self) -> str:
@@ -86,11 +90,103 @@ class Transcript:
         return to_vtt(self.segments)
 
 
+Hear = Callable[[Audio, float, float], TranscribedWindow]
+"""Transcribes the window of a recording from a start to an end in seconds."""
+
+
+class TranscriptStream(Iterator[Segment]):
+    """The segments of a transcript in order, each as soon as no later window can change it.
+
+    Close it (or drop it) to stop early.
+    """
+
+    def __init__(self, audio: Audio, spans: Sequence[tuple[float, float]], hear: Hear, done: Callable[[float], None]):
+        """spans: start and end of each window in seconds. done: called with the seconds that are transcribed."""
+        self._audio = audio
+        self._windows: list[TranscribedWindow] = []
+        self._transcript: Transcript | None = None
+        self._segments = self._run(spans, hear, done)
+
+    @property
+    def transcript(self) -> Transcript | None:
+        """The whole transcript, or None while segments are still to come."""
+        return self._transcript
+
+    def __next__(self) -> Segment:
+        return next(self._segments)
+
+    def finish(self) -> Transcript:
+        """Transcribe the rest and return the whole. Raises AfnextError after `close`."""
+        for _ in self:
+            pass
+        if self._transcript is None:
+            raise AfnextError("the transcript was stopped before its end; use the segments that have come")
+        return self._transcript
+
+    def close(self) -> None:
+        """Stop transcribing; there is no transcript then."""
+        self._segments.close()
+
+    def _run(
+        self, spans: Sequence[tuple[float, float]], hear: Hear, done: Callable[[float], None]
+    ) -> Generator[Segment, None, None]:
+        merger, given = Merger(), []
+        for index, (start, end) in enumerate(spans):
+            window = hear(self._piece(start, end), start, end)
+            self._windows.append(window)
+            done(end)
+            last = index == len(spans) - 1 or window.finish_reason == "cancelled"
+            heard = Heard(start, end, window.segments)
+            for segment in merger.push(heard, None if last else spans[index + 1][0]):
+                given.append(segment)
+                yield segment
+            if last:
+                break
+        self._transcript = Transcript(
+            self._audio.source,
+            self._audio.duration,
+            tuple(given),
+            tuple(self._windows),
+            tuple(_warnings(self._audio, self._windows)),
+        )
+
+    def _piece(self, start: float, end: float) -> Audio:
+        audio = self._audio
+        samples = audio.samples[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
+        return Audio(samples, audio.sample_rate_in, audio.channels_in, audio.source)
+
+
 def render(transcript: Transcript, format: str) -> str:
     """The transcript in one of FORMATS, its last line ended."""
+    return "".join(_pieces(iter(transcript.segments), lambda: transcript, format))
+
+
+def render_stream(stream: TranscriptStream, format: str) -> Iterator[str]:
+    """The transcript in one of FORMATS in pieces, as its segments come. The pieces joined are `render` of the whole.
+
+    "json" comes in one piece at the end. "ndjson" is one line per segment, {"type": "segment", ...}, and a last one for
+    the whole, {"type": "transcript", ...}.
+    """
+    return _pieces(stream, stream.finish, format)
+
+
+def _pieces(segments: Iterator[Segment], whole: Callable[[], Transcript], format: str) -> Iterator[str]:
     if format == "json":
-        return json.dumps(transcript.to_dict(), ensure_ascii=False, indent=2) + "\n"
-    return {"text": to_text, "srt": to_srt, "vtt": to_vtt}[format](transcript.segments)
+        for _ in segments:
+            pass
+        yield json.dumps(whole().to_dict(), ensure_ascii=False, indent=2) + "\n"
+    elif format == "ndjson":
+        for segment in segments:
+            yield _line({"type": "segment", **asdict(segment)})
+        yield _line({"type": "transcript", **whole().to_dict()})
+    elif format in FORMATS:
+        yield from {"text": text_pieces, "srt": srt_pieces, "vtt": vtt_pieces}[format](segments)
+    else:
+        raise ValueError(f"the format {format!r} is none of {', '.join(FORMATS)}")
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 def spans(duration: float, window: float, overlap: float) -> list[tuple[float, float]]:
@@ -109,35 +205,56 @@ def spans(duration: float, window: float, overlap: float) -> list[tuple[float, f
     return [(start, min(start + window, duration)) for start in starts]
 
 
-def transcribe(
-    audio: Audio, spans: list[tuple[float, float]], ask: Callable[[Audio, int], Answer], done: Callable[[float], None]
-) -> Transcript:
-    """Ask for the transcript of each window and join them.
+@dataclass(frozen=True)
+class Transcriber:
+    """Asks for the transcript of one window after the other and reads the answers.
 
-    ask: called with the window's audio and the tokens that its transcript may take; done: called with the seconds of
-    the recording that are transcribed.
+    ask: called with the window's audio and the tokens that its transcript may take, thinking not counted. decode: the
+    text of token ids. no_speech: answers by which the checkpoint says that nobody speaks.
     """
-    windows = []
-    for start, end in spans:
-        samples = audio.samples[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
-        piece = Audio(samples, audio.sample_rate_in, audio.channels_in, audio.source)
-        answer = ask(piece, round(_TOKENS_PER_SECOND * (end - start)) + _MORE_TOKENS)
-        windows.append(_window(start, end, answer))
-        done(end)
-        if answer.finish_reason == "cancelled":
-            break
-    heard = [Heard(window.start, window.end, window.segments) for window in windows]
-    return Transcript(
-        audio.source, audio.duration, tuple(merge(heard)), tuple(windows), tuple(_warnings(audio, windows))
-    )
 
+    ask: Callable[[Audio, int], Answer]
+    decode: Callable[[Sequence[int]], str]
+    no_speech: tuple[str, ...] = ()
 
-def _window(start: float, end: float, answer: Answer) -> TranscribedWindow:
-    segments, problems = parse_segments(answer.text, end - start)
-    if answer.finish_reason != "stop":
-        problems.append(_UNFINISHED.get(answer.finish_reason, answer.finish_reason))
-    moved = tuple(replace(segment, start=segment.start + start, end=segment.end + start) for segment in segments)
-    return TranscribedWindow(start, end, answer.text, moved, tuple(problems), answer.finish_reason)
+    def hear(self, audio: Audio, start: float, end: float) -> TranscribedWindow:
+        """Transcribe the window of a recording from `start` to `end` seconds, which `audio` holds."""
+        if np.abs(audio.samples).max(initial=0.0) < _SILENCE:
+            return TranscribedWindow(start, end, "", (), ("there is only digital silence",), "stop")
+        answer = self.ask(audio, round(_TOKENS_PER_SECOND * (end - start)) + _MORE_TOKENS)
+        segments, problems = self._read(answer, start, end)
+        moved = tuple(replace(segment, start=segment.start + start, end=segment.end + start) for segment in segments)
+        return TranscribedWindow(
+            start, end, answer.text, moved, tuple(problems), answer.finish_reason, answer.thinking, answer.usage
+        )
+
+    def _read(self, answer: Answer, start: float, end: float) -> tuple[list[Segment], list[str]]:
+        """The segments of an answer, with times from the start of the window, and what was wrong with it."""
+        silent = answer.text in self.no_speech
+        segments, problems = ([], []) if silent else parse_segments(answer.text, end - start)
+        if answer.finish_reason != "stop":
+            problems.append(self._unfinished(answer))
+        if answer.repetition is not None:
+            problems.append(self._repeats(answer, answer.repetition, start, end))
+        return segments, problems
+
+    def _unfinished(self, answer: Answer) -> str:
+        if answer.finish_reason == "length" and answer.thinking is not None and not answer.text:
+            count = len(answer.token_ids)
+            return f"thinking took all {count} tokens and nothing was transcribed; allow more by max_new_tokens"
+        return _UNFINISHED.get(answer.finish_reason, answer.finish_reason)
+
+    def _repeats(self, answer: Answer, repetition: Repetition, start: float, end: float) -> str:
+        """Says from when on the answer repeats itself: the last time stated before, else by its share of the tokens."""
+        first = repetition.start
+        text = self.decode(answer.token_ids[:first])
+        if answer.thinking is not None:
+            _, close, text = text.partition(CLOSE)
+            if not close:
+                return "the model repeats itself while it thinks"
+        stated = [segment.start for segment in parse_segments(text, end - start)[0] if segment.start_stated]
+        time = stated[-1] if stated else (end - start) * first / len(answer.token_ids)
+        return f"the model repeats itself from about {start + time:.1f} s on"
 
 
 def _warnings(audio: Audio, windows: list[TranscribedWindow]) -> Iterator[str]:
@@ -147,34 +264,3 @@ def _warnings(audio: Audio, windows: list[TranscribedWindow]) -> Iterator[str]:
     for window in windows:
         for problem in window.problems:
             yield f"{window.start:.1f} to {window.end:.1f} s: {problem}"
-
-
-def output_paths(sources: Sequence[str], output: Path | None, format: str) -> list[Path | None]:
-    """Where the transcript of each source goes: None for stdout; with several sources, `output` is a folder.
-
-    Raises AfnextError where two would go to one file.
-    """
-    if output is None:
-        return [None] * len(sources)
-    if len(sources) == 1 and not output.is_dir():
-        return [output]
-    suffix = "txt" if format == "text" else format
-    names = [f"{'stdin' if source == '-' else Path(source).stem}.{suffix}" for source in sources]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise AfnextError(f"several transcripts would be written to {twice[0]}; transcribe these recordings one by one")
-    return [output / name for name in names]
-
-
-def write_transcript(transcript: Transcript, format: str, target: Path | None) -> None:
-    """Write the transcript in one of FORMATS to `target`, or to stdout. Raises AfnextError where that fails."""
-    text = render(transcript, format)
-    if target is None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        return
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-    except OSError as problem:
-        raise AfnextError(f"{target} cannot be written: {problem.strerror or problem}") from None

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...kernels.audio_format import WINDOW_SAMPLES
 from ...kernels.conv_stem import conv_length, conv_stem
-from ...kernels.log_mel import WINDOW_SAMPLES, log_mel, valid_frames
+from ...kernels.log_mel import log_mel, valid_frames
 from ...kernels.norm import rms_norm
 from ...kernels.rotary import Rotation, rope_frequencies
 from ...kernels.rote import TimeEmbedding, pool_norm_rotate

@@ -20,8 +20,10 @@ from typing import Any, Literal
 
 import torch
 
+from ...kernels.audio_format import SAMPLE_RATE, WINDOW_SAMPLES
 from ...kernels.conv_stem import conv_length
-from ...kernels.log_mel import N_FFT, SAMPLE_RATE, WINDOW_SAMPLES, valid_frames
+from ...kernels.int4_cache import HEAD_DIMS
+from ...kernels.log_mel import N_FFT, valid_frames
 from ...quant.recipe import RECIPES, recipe
 from ...quant.scheme import PARTS as PACKED_PARTS
 from ...quant.scheme import Int4, SchemeError
@@ -31,7 +33,7 @@ from ..model.config import ModelConfig
 from ..model.encoder import audio_token_count, token_count
 from ..model.parameters import ENCODER_LAYERS, PARTS, part_of
 from ..model.quantized import expected_tensors, layer_schemes
-from .kv_cache import KV_STORAGE, page_bytes, pages_for
+from .kv_cache import KV_STORAGE, QUANTIZED, page_bytes, pages_for, turns_bytes
 
 Place = Literal["device", "host", "file"]
 RESERVE = 500_000_000
@@ -45,6 +47,8 @@ CHANGES: Mapping[str, dict[str, Any]] = {
     "kv=int8": {"kv": "int8"},
     "quant=int8": {"scheme": "int8"},
     "quant=int4": {"scheme": "int4"},
+    "kv=int4": {"kv": "int4"},
+    "quant=int4-small": {"scheme": "int4-small"},
 }
 
 
@@ -97,6 +101,10 @@ class MemoryPlan:
             raise MemoryPlanError(f"the plan is for {self.audio_seconds:g} s of audio; the model hears 0 to {limit} s")
         if self.kv not in KV_STORAGE:
             raise MemoryPlanError(f"keys and values are stored as one of {', '.join(KV_STORAGE)}, not {self.kv!r}")
+        if self.kv == "int4" and self.config.decoder.head_dim not in HEAD_DIMS:
+            raise MemoryPlanError(
+                f"keys and values of {self.config.decoder.head_dim} channels cannot be stored as int4; use int8"
+            )
         weight_bytes(self.stored, self.dtype)  # raises where the scheme cannot be
         if self.tokens > self.config.decoder.max_positions:
             raise MemoryPlanError(
@@ -117,7 +125,7 @@ class MemoryPlan:
     @property
     def kv_dtype(self) -> torch.dtype:
         """What keys and values are stored in."""
-        return torch.int8 if self.kv == "int8" else self.dtype
+        return QUANTIZED.get(self.kv, self.dtype)
 
     @property
     def page_bytes(self) -> int:
@@ -142,7 +150,8 @@ class MemoryPlan:
     @property
     def kv_room(self) -> int:
         """Tokens that the cache may hold while the rest of the plan keeps its place."""
-        return (self.pages + self.spare // self.page_bytes) * self.page_size
+        token = self.page_bytes + turns_bytes(self.config.decoder, self.page_size, self.kv_dtype)
+        return (self.pages + self.spare // token) * self.page_size
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, ready for JSON."""
@@ -186,7 +195,7 @@ class MemoryPlan:
         for (part, layers), (nbytes, kinds) in weight_bytes(self.stored, self.dtype).items():
             name = f"{part} layers" if layers else part
             if layers and self._lends:
-                yield Part(name, nbytes, "host", f"{kinds}, lent to the device one by one")
+                yield Part(name, nbytes, "host", f"{kinds}, lent to the device two at a time")
             elif self.mapped:
                 yield Part(name, nbytes, "file", f"{kinds}, mapped")
             else:
@@ -201,9 +210,15 @@ class MemoryPlan:
         table = rote_table_bytes(self.config, self.audio_seconds)
         if table:
             yield Part("RoTE table", table, "device", "angles of every window, float32")
-        kv = "int8 with float32 scales" if self.kv == "int8" else str(self.dtype).removeprefix("torch.")
+        kv = f"{self.kv} with float32 scales" if self.kv in QUANTIZED else str(self.dtype).removeprefix("torch.")
         detail = f"{self.pages} pages of {self.page_size} tokens, {kv}, {self.tokens:,} tokens"
         yield Part("KV pages", self.pages * self.page_bytes, "device", detail)
+        if self._turns:
+            yield Part("key angles", self._turns, "device", "cos and sin for each token of an int4 cache, float32")
+
+    @property
+    def _turns(self) -> int:
+        return turns_bytes(self.config.decoder, self.pages * self.page_size, self.kv_dtype)
 
     @property
     def stages(self) -> dict[str, int]:
@@ -212,9 +227,8 @@ class MemoryPlan:
             f"encoding {self.encode_batch} windows": self._encoding() if self.audio_seconds else 0,
             f"prefilling {self.chunk_size} tokens": self._prefilling(),
             "choosing a token": 80 * self.config.decoder.vocab_size,
-            "growing the KV cache by a pool at a time": self.pages
-            * self.page_bytes
-            // (2 * self.config.decoder.layers),
+            "growing the KV cache by a pool at a time": self.pages * self.page_bytes // (2 * self.config.decoder.layers)
+            + 2 * self._turns,
         }
 
     def _workspace(self) -> Part:
@@ -246,7 +260,7 @@ class MemoryPlan:
         waiting = 2 * self.encode_batch * token_count(WINDOW_SAMPLES) + self.chunk_size
         held = itemsize * self.config.decoder.hidden_size * waiting
         layers, _ = weight_bytes(self.stored, self.dtype)["encoder", True]
-        lent = layers // encoder.layers if self._lends else 0
+        lent = 2 * layers // encoder.layers if self._lends else 0  # one computes, the next is copied
         return self.encode_batch * window + held + rote_table_bytes(self.config, self.audio_seconds) * 2 + lent
 
     def _prefilling(self) -> int:
@@ -266,7 +280,8 @@ class MemoryPlan:
     def _gathered_attention(self, chunk: int) -> int:
         """What torch's attention adds: keys and values gathered and packed for every head, and a mask for the chunk."""
         decoder, itemsize = self.config.decoder, self.dtype.itemsize
-        gathered = self.tokens * decoder.kv_heads * decoder.head_dim * (3 * itemsize + 2 * 4)
+        unpacking = 5 if self.kv == "int4" else 2  # float32 copies
+        gathered = self.tokens * decoder.kv_heads * decoder.head_dim * (3 * itemsize + unpacking * 4)
         packed = self.tokens * decoder.heads * decoder.head_dim * 2 * itemsize
         return gathered + packed + chunk * self.tokens * (1 + max(itemsize, 4))
 
@@ -278,13 +293,13 @@ class MemoryPlan:
 
         if not fits(0):
             return None
-        low, high = 0, self._most_seconds()
+        low, high = 0, self.most_seconds()
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
 
-    def _most_seconds(self) -> int:
+    def most_seconds(self) -> int:
         """What the model can hear, and the context holds beside text and answer."""
         room = self.config.decoder.max_positions - replace(self, audio_seconds=0).tokens
         seconds_a_window = WINDOW_SAMPLES // SAMPLE_RATE
@@ -329,13 +344,26 @@ class MemoryPlan:
                 return tuple(changes)
         return ()
 
+    def changes_to_fit(self) -> tuple[str, ...]:
+        """The mildest of `CHANGES` with which the plan fits; none if it does already.
+
+        Raises MemoryPlanError with what would fit where even all of them do not help.
+        """
+        changes = self.remedy()
+        if not self.fits and not changes:
+            raise MemoryPlanError(
+                f"{self.audio_seconds:g} s of audio do not fit into {shown_bytes(self.memory)} with any settings. "
+                f"{self.advice()}"
+            )
+        return changes
+
     def changed(self, changes: Iterable[str]) -> "MemoryPlan":
         """The plan after some of `CHANGES`, those that would ask for more than it does left out."""
         plan = self
         for change in changes:
             try:
                 candidate = replace(plan, **CHANGES[change])
-            except SchemeError:  # not for a model of this shape
+            except (SchemeError, MemoryPlanError):  # not for a model of this shape
                 continue
             plan = candidate if candidate.total < plan.total else plan
         return plan
@@ -351,9 +379,12 @@ class MemoryPlan:
         if longest is None:
             least = shown_bytes(replace(everything, audio_seconds=0).total)
             return f"No settings make it fit: the least it takes, and that without audio, is {least}."
-        return (
-            f"With {' and '.join(self.savings()) or 'these settings'} it holds {longest} s of audio; cut the recording."
-        )
+        used = [
+            change
+            for change in self.savings()
+            if all(getattr(everything, name) == value for name, value in CHANGES[change].items())
+        ]
+        return f"With {' and '.join(used) or 'these settings'} it holds {longest} s of audio; cut the recording."
 
 
 @lru_cache(maxsize=16)

@@ -1,11 +1,20 @@
 """How the engine trades memory, speed and precision."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from ...kernels.decode_attention import MAX_NEW_TOKENS
-from .kv_cache import KV_STORAGE
+from .kv_cache import KV_STORAGE, QUANTIZED
+
+
+def default_chunk_size(memory: int, gpu: bool) -> int:
+    """Tokens of a step on a device with so many bytes. GPUs with more memory also have more multiprocessors to fill:
+    at full size a chunk of 1024 tokens is 224 blocks of attention, and GPUs of 40 GB and more run about 100 at once."""
+    if not gpu or memory < 20 * 10**9:
+        return 1024
+    return 4096 if memory >= 40 * 10**9 else 2048
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,10 @@ class EngineOptions:
     prefix_cache_bytes: of keys and values that may stay for later requests that begin alike, within max_kv_tokens;
     encoder_cache_bytes: of encoder outputs that may stay in the host's memory. 0 for none.
     draft_tokens: guesses at most that a step verifies besides an answer's next token, 0 to 7; see `speculation.py`.
-    kv: what keys and values are stored in, "auto" (the model's dtype) or "int8": half the memory, and rounded.
+    batch_invariant: give each request the tokens and scores, bit for bit, that it gets alone, whatever else runs; see
+    docs/python.md for what that covers and costs.
+    kv: what keys and values are stored in, "auto" (the model's dtype), "int8" or "int4": half or a quarter of the
+    memory that 16 bits take, and rounded.
     Raises ValueError for values out of range.
     """
 
@@ -31,6 +43,7 @@ class EngineOptions:
     max_batch: int = 32
     cuda_graphs: bool = True
     draft_tokens: int = 4
+    batch_invariant: bool = False
     kv: str = "auto"
     max_kv_tokens: int | None = None
     release_encoder: bool = False
@@ -50,6 +63,16 @@ class EngineOptions:
         if self.kv not in KV_STORAGE:
             raise ValueError(f"kv must be one of {', '.join(KV_STORAGE)}, got {self.kv!r}")
 
+    @property
+    def windows_at_once(self) -> int:
+        """Audio windows encoded at once: which ones a prompt has left to encode may depend on other requests."""
+        return 1 if self.batch_invariant else self.encode_batch
+
+    @property
+    def page_multiple(self) -> int:
+        """How many pages the prefix cache shares: as many as end with a chunk where chunks are the same for all."""
+        return self.chunk_size // math.gcd(self.chunk_size, self.page_size) if self.batch_invariant else 1
+
     def cache_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """The dtype of the KV cache of a model that computes in `model_dtype`."""
-        return torch.int8 if self.kv == "int8" else model_dtype
+        return QUANTIZED.get(self.kv, model_dtype)

@@ -4,17 +4,23 @@ At no time are the activations of more than one chunk and the encoder outputs of
 so 30 minutes of audio (60 windows, 45 000 tokens) need no more working memory than 30 seconds.
 """
 
+import hashlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..model import sequence_parallel
 from ..model.audio_flamingo import AudioFlamingo
 from ..model.encoder import token_count
 from .kv_cache import KVCache, page_table
 from .timings import Timings
+
+KEY_BYTES = 16  # of the hashes that cached results are found by
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,17 @@ class AudioInput:
     windows: tuple[Tensor, ...]
     first: int = 0
 
+    @cached_property
+    def placed(self) -> "list[PlacedWindow]":
+        """The windows that give tokens, in order."""
+        placed, start = [], self.position
+        for index, waveform in enumerate(self.windows, self.first):
+            tokens = token_count(waveform.numel())
+            if tokens:
+                placed.append(PlacedWindow(start, tokens, waveform, index))
+            start += tokens
+        return placed
+
 
 @dataclass(frozen=True)
 class PlacedWindow:
@@ -36,6 +53,12 @@ class PlacedWindow:
     tokens: int
     waveform: Tensor
     index: int
+
+    @cached_property
+    def key(self) -> bytes:
+        """A hash of what its encoder output depends on: its samples, and its index in its audio."""
+        samples: Any = self.waveform.contiguous().numpy()  # a buffer, which numpy's types do not say
+        return hashlib.blake2b(samples, digest_size=KEY_BYTES, salt=self.index.to_bytes(8, "little")).digest()
 
 
 class PromptEmbeddings:
@@ -51,11 +74,12 @@ class PromptEmbeddings:
         timings: Timings,
         start: int = 0,
         encode: "Encode | None" = None,
+        embed: Callable[[Tensor], Tensor] | None = None,
     ):
-        """start: the first token that will be asked for; audio that ends before it is not encoded. encode: does that,
-        if not `encode_windows`."""
-        self._encode = encode or encode_windows
-        self._model = model
+        """start: the first token that will be asked for; audio that ends before it is not encoded. encode, embed: what
+        computes audio tokens and the embeddings of token ids, if not the model in this process."""
+        self._encode = encode or partial(encode_windows, model)
+        self._embed = embed or model.decoder.embed
         self._token_ids = torch.tensor(token_ids, device=model.device)
         self._encode_batch = encode_batch
         self._timings = timings
@@ -64,7 +88,7 @@ class PromptEmbeddings:
 
     def piece(self, start: int, stop: int) -> Tensor:
         """Embeddings of the prompt's tokens start .. stop - 1: [1, stop - start, hidden]. Pieces come in order."""
-        x = self._model.decoder.embed(self._token_ids[start:stop])
+        x = self._embed(self._token_ids[start:stop])
         self._encode_until(stop)
         while self._encoded and self._encoded[0][0] < stop:
             first, tokens = self._encoded[0]
@@ -78,11 +102,11 @@ class PromptEmbeddings:
     def _encode_until(self, stop: int) -> None:
         while self._waiting and self._waiting[0].start < stop:
             batch = [self._waiting.popleft() for _ in range(min(self._encode_batch, len(self._waiting)))]
-            tokens = self._encode(self._model, batch, self._timings)
+            tokens = self._encode(batch, self._timings)
             self._encoded.extend((window.start, rows) for window, rows in zip(batch, tokens, strict=True))
 
 
-Encode = Callable[[AudioFlamingo, list[PlacedWindow], Timings], list[Tensor]]
+Encode = Callable[[list[PlacedWindow], Timings], list[Tensor]]
 
 
 def encode_windows(model: AudioFlamingo, batch: list[PlacedWindow], timings: Timings) -> list[Tensor]:
@@ -95,32 +119,16 @@ def encode_windows(model: AudioFlamingo, batch: list[PlacedWindow], timings: Tim
 
 def placed_windows(audio: tuple[AudioInput, ...]) -> list[PlacedWindow]:
     """The windows of a prompt that give tokens, in order."""
-    placed = []
-    for recording in audio:
-        start = recording.position
-        for index, waveform in enumerate(recording.windows, recording.first):
-            tokens = token_count(waveform.numel())
-            if tokens:
-                placed.append(PlacedWindow(start, tokens, waveform, index))
-            start += tokens
-    return placed
+    return [window for recording in audio for window in recording.placed]
 
 
-def prefill_chunk(
-    model: AudioFlamingo,
-    cache: KVCache,
-    pages: list[int],
-    embeddings: PromptEmbeddings,
-    start: int,
-    stop: int,
-    timings: Timings,
-) -> Tensor:
-    """Run the tokens start .. stop - 1 of a prompt through the decoder, their keys and values going INTO `pages` of the
-    cache, where those before are. Returns their normed hidden states, [1, stop - start, hidden]."""
-    x = embeddings.piece(start, stop)
-    with timings.measure("prefill", model.device):
-        positions = torch.arange(start, stop, device=model.device)[None]
-        return model.decoder(x, positions, cache.view(page_table([pages], model.device), positions))
+def run_chunk(model: AudioFlamingo, cache: KVCache, pages: list[int], x: Tensor, start: int) -> Tensor:
+    """Run the embedded tokens x, [1, count, hidden], of a prompt from `start` on through the decoder, their keys and
+    values going INTO `pages` of the cache, where those before are. Returns their normed hidden states, like x."""
+    positions = torch.arange(start, start + x.shape[1], device=model.device)[None]
+    several, long = model.sequence_parallel, x.shape[1] >= sequence_parallel.LONG
+    decoder = model.decoder if several is None or not long else several
+    return decoder(x, positions, cache.view(page_table([pages], model.device), positions))
 
 
 def prefill(
@@ -133,9 +141,10 @@ def prefill(
     chunk_size: int,
     timings: Timings,
 ) -> Tensor:
-    """Run a whole prompt of `length` tokens, as `prefill_chunk` does a piece of it. Returns the scores of the token
+    """Run a whole prompt of `length` tokens, as `run_chunk` does a piece of it. Returns the scores of the token
     that follows, [1, vocab] float32."""
     for start in range(0, length, chunk_size):
-        stop = min(start + chunk_size, length)
-        hidden = prefill_chunk(model, cache, pages, embeddings, start, stop, timings)
+        x = embeddings.piece(start, min(start + chunk_size, length))
+        with timings.measure("prefill", model.device):
+            hidden = run_chunk(model, cache, pages, x, start)
     return model.decoder.logits(hidden[:, -1])

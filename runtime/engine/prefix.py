@@ -1,37 +1,36 @@
-"""Keys and values of a prompt's beginning, computed once and shared by every prompt that begins with it."""
+"""Keys and values of the beginning of a prompt, computed once and shared by every prompt that begins with it."""
 
-import weakref
 from collections.abc import Callable
 
 from ...kernels.errors import AfnextError
 
 
 class Prefix:
-    """The pages that hold the first `len(token_ids)` tokens of a prompt, held until `close` or until it is dropped.
+    """Owns the pages of the first `len(token_ids)` tokens of a prompt until `close` is called or it is dropped.
 
-    Nobody writes into the pages. Who continues the prompt shares the full ones and copies the last one if it is partly
-    filled.
+    Nobody writes to the pages. A prompt that continues the prefix shares the full pages and copies a partial last one.
     """
 
-    def __init__(self, token_ids: list[int], pages: list[int], release: Callable[[list[int]], None]):
-        """release: takes the pages back, from any thread and at any time."""
+    def __init__(self, number: int, token_ids: list[int], pages: list[int], wake: Callable[[], None]):
+        """number: identifies the prefix in `PageManager`, which notices at the next step that it is closed or dropped.
+        wake: makes the engine do one, from any thread and at any time."""
+        self.number = number
         self.token_ids = token_ids
+        self.closed = False
         self._pages = pages
-        self._close = weakref.finalize(self, release, pages)
-        self._close.atexit = False
+        self._wake = wake
 
     @property
     def pages(self) -> list[int]:
-        """The pages in order. Raises AfnextError once closed."""
+        """The pages in order. Raises AfnextError after `close`."""
         if self.closed:
-            raise AfnextError("the context has been closed; listen again")
+            raise AfnextError(CLOSED)
         return self._pages
 
-    @property
-    def closed(self) -> bool:
-        """Whether the pages have been given back."""
-        return not self._close.alive
-
     def close(self) -> None:
-        """Give the pages back; those that a running request shares stay until it ends. Closing again does nothing."""
-        self._close()
+        """Release the pages before the engine's next step; running requests keep theirs. Idempotent."""
+        self.closed = True
+        self._wake()
+
+
+CLOSED = "the context has been closed; listen again"

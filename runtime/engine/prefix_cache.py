@@ -1,8 +1,9 @@
-"""What was computed for one request and may serve another: KV pages by content, encoder outputs by window.
+"""Caches of results that later requests can use: KV pages by content, encoder outputs by window.
 
-A page's key is a hash of all that its keys and values depend on: the tokens in it, the audio windows behind its
-placeholders, and the key of the page before it. So equal keys mean equal beginnings of a prompt, page by page: the
-system message, the recording, and the turns of a conversation so far.
+A page's key is a hash of everything its keys and values depend on: its tokens, the audio windows behind its
+placeholders, and the key of the page before it. Prompts that begin alike have equal keys up to the first page that
+differs. A request's salt enters the keys, so that tenants with different salts share nothing, and none can find out by
+timing what another has asked.
 """
 
 import hashlib
@@ -13,33 +14,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.audio_flamingo import AudioFlamingo
 from .kv_cache import PagePool
-from .prefill import AudioInput, PlacedWindow, encode_windows, placed_windows
+from .prefill import KEY_BYTES, AudioInput, Encode, PlacedWindow, placed_windows
 from .timings import Timings
-
-_DIGEST_BYTES = 16
-
-
-def window_key(window: PlacedWindow) -> bytes:
-    """What a window's encoder output depends on: its samples, and its place in its audio."""
-    samples = window.waveform.contiguous().numpy().tobytes()
-    return hashlib.blake2b(samples, digest_size=_DIGEST_BYTES, salt=window.index.to_bytes(8, "little")).digest()
 
 
 class PageKeys:
     """The keys of a sequence's full pages, as its tokens become known."""
 
-    def __init__(self, audio: tuple[AudioInput, ...], page_size: int):
+    def __init__(self, audio: tuple[AudioInput, ...], page_size: int, salt: bytes = b""):
+        """salt: keys of different salts are never equal."""
         self._page_size = page_size
-        self._windows = [(window.start, window.tokens, window_key(window)) for window in placed_windows(audio)]
+        self._first_parent = hashlib.blake2b(salt, digest_size=KEY_BYTES).digest() if salt else b""
+        self._windows = [(window.start, window.tokens, window.key) for window in placed_windows(audio)]
         self._keys: list[bytes] = []
 
     def of(self, token_ids: Sequence[int]) -> list[bytes]:
-        """The keys of the pages that `token_ids`, which go on from the last call's, fill."""
+        """The keys of the pages that `token_ids` fill. They must begin with the tokens of earlier calls."""
         for page in range(len(self._keys), len(token_ids) // self._page_size):
             start, stop = page * self._page_size, (page + 1) * self._page_size
-            key = hashlib.blake2b(self._keys[-1] if self._keys else b"", digest_size=_DIGEST_BYTES)
+            key = hashlib.blake2b(self._keys[-1] if self._keys else self._first_parent, digest_size=KEY_BYTES)
             key.update(np.array(token_ids[start:stop], np.int64).tobytes())
             for first, tokens, digest in self._windows:
                 if first < stop and first + tokens > start:
@@ -49,7 +43,7 @@ class PageKeys:
 
 
 class PrefixCache:
-    """Holds up to `capacity` pages of past requests, those of the beginnings of prompts longest."""
+    """Keeps up to `capacity` pages of finished requests. Pages of the beginning of a prompt are evicted last."""
 
     def __init__(self, pool: PagePool, capacity: int):
         self._pool = pool
@@ -58,38 +52,40 @@ class PrefixCache:
 
     @property
     def pages(self) -> list[int]:
-        """All pages that are held."""
-        return list(self._pages.values())
+        """All pages in the cache."""
+        return list(self._pages.copy().values())
 
-    def match(self, keys: list[bytes]) -> list[int]:
-        """The pages of the longest beginning of `keys` that is there, held once more for the caller."""
+    def match(self, keys: list[bytes], multiple: int = 1) -> list[int]:
+        """The pages of the longest beginning of `keys` that is cached, in a multiple of so many, shared with the
+        caller."""
         count = next((index for index, key in enumerate(keys) if key not in self._pages), len(keys))
+        count -= count % multiple
         pages = [self._pages[key] for key in keys[:count]]
         self._touch(keys[:count])
         self._pool.share(pages)
         return pages
 
     def insert(self, keys: list[bytes], pages: list[int]) -> None:
-        """Hold the pages with these keys, from the first of a prompt on, as far as there is room for them."""
+        """Cache the pages with these keys, from the first of a prompt on, up to the capacity."""
         for key, page in list(zip(keys, pages, strict=True))[: self._capacity]:
             if key not in self._pages:
                 self._pool.share([page])
                 self._pages[key] = page
         self._touch(keys[: self._capacity])
         while len(self._pages) > self._capacity:
-            self._drop()
+            self._evict_one()
 
     def evict(self, pages: int) -> None:
-        """Let go of the least recently used until `pages` more pages are free, or nothing is held."""
+        """Evict the least recently used pages until `pages` more are free, or the cache is empty."""
         enough = self._pool.free + pages
         while self._pages and self._pool.free < enough:
-            self._drop()
+            self._evict_one()
 
     def _touch(self, keys: list[bytes]) -> None:
         for key in reversed(keys):
             self._pages.move_to_end(key)
 
-    def _drop(self) -> None:
+    def _evict_one(self) -> None:
         _, page = self._pages.popitem(last=False)
         self._pool.release([page])
 
@@ -108,23 +104,33 @@ class EncoderCache:
         if output is None:
             return None
         self._outputs.move_to_end(key)
-        return output.to(device)
+        return output.to(device, non_blocking=True)
 
     def put(self, key: bytes, output: Tensor) -> None:
         """Keep a window's output."""
         if key not in self._outputs and output.nbytes <= self._capacity:
-            self._outputs[key] = output.detach().cpu().clone()
+            kept = torch.empty(output.shape, dtype=output.dtype, pin_memory=output.device.type == "cuda")
+            self._outputs[key] = kept.copy_(output, non_blocking=True)  # later work on this GPU finds it complete
             self._nbytes += output.nbytes
         while self._nbytes > self._capacity:
             self._nbytes -= self._outputs.popitem(last=False)[1].nbytes
 
-    def encode(self, model: AudioFlamingo, batch: list[PlacedWindow], timings: Timings) -> list[Tensor]:
-        """`encode_windows` for those that are not there."""
-        keys = [window_key(window) for window in batch]
-        outputs = {key: output for key in keys if (output := self.get(key, model.device)) is not None}
+    def encode(
+        self,
+        encode: Encode,
+        device: torch.device,
+        batch: list[PlacedWindow],
+        timings: Timings,
+        *,
+        salt: bytes = b"",
+    ) -> list[Tensor]:
+        """The audio tokens of some windows, by `encode` if they are not cached. Windows of different salts share
+        nothing."""
+        keys = [salt + window.key for window in batch]
+        outputs = {key: output for key in keys if (output := self.get(key, device)) is not None}
         missing = {key: window for key, window in zip(keys, batch, strict=True) if key not in outputs}
         if missing:
-            for key, output in zip(missing, encode_windows(model, list(missing.values()), timings), strict=True):
+            for key, output in zip(missing, encode(list(missing.values()), timings), strict=True):
                 outputs[key] = output
                 self.put(key, output)
         return [outputs[key] for key in keys]

@@ -1,63 +1,73 @@
-"""A prefix in a file: its keys and values as safetensors, with all it takes to refuse the wrong ones.
+"""A prefix in a file: its keys and values as safetensors, with everything needed to refuse the wrong file.
 
-Tensors: `token_ids` [tokens] int64; for each layer i `keys.i`, `values.i` [tokens, kv_heads, head_dim], and for an int8
-cache `k_scales.i`, `v_scales.i` [tokens, kv_heads]; last `digest`, 32 bytes of BLAKE2b over everything before it. The
-metadata names the format, the model (`model_fingerprint`), the dtype that it computed in, what the cache stores, and
-what the caller adds. A file of t tokens takes t times the bytes of a token in the cache.
+Tensors: `token_ids` [tokens] int64; for each layer i `keys.i`, `values.i` [tokens, kv_heads, head_dim], of an int4
+cache [.., head_dim / 2], and for an int8 or int4 cache `k_scales.i`, `v_scales.i` [tokens, kv_heads]; last `digest`, 32
+bytes of BLAKE2b over everything before it. The metadata names the format, the model (`model_fingerprint`), the dtype
+that it computed in, what the cache stores, and what the caller adds. A file of t tokens takes t times the bytes of a
+token in the cache.
 """
 
 import hashlib
 import json
-import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...quant.convert import TORCH_DTYPES, spelled
 from ..errors import CheckpointError, ContextFileError
-from ..model.audio_flamingo import AudioFlamingo
-from ..model.safetensors_header import StoredTensor, parse_header_and_metadata
-from .kv_cache import KVCache
-from .prefix import Prefix
+from ..files import open_regular
+from ..model.safetensors_header import MAX_HEADER_BYTES, StoredTensor, parse_header_and_metadata
+from .executor import Executor
+from .kv_cache import QUANTIZED, KVCache
 
 FORMAT = "afnext-context-1"
 _DIGEST_BYTES = 32
 _BLOCK = 1 << 24
-_SAMPLES = 4096
+_STORAGE = {dtype: name for name, dtype in QUANTIZED.items()}
+
+T = TypeVar("T")
 
 
-def model_fingerprint(model: AudioFlamingo) -> str:
-    """What tells a model's keys and values from another's: a hash of its config, the shapes and dtypes of its weights,
-    and up to 8191 numbers of each."""
-    digest = hashlib.blake2b(repr(model.config).encode(), digest_size=_DIGEST_BYTES)
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        step = max(1, weight.numel() // _SAMPLES)
-        digest.update(_bytes(weight.flatten()[::step]))
-    return digest.hexdigest()
+class Together(Protocol):
+    """Calls a function that runs on every process of an executor, and returns its result."""
+
+    def __call__(self, function: Callable[[], T], /) -> T:
+        """See the class."""
 
 
-def identity(model: AudioFlamingo, cache: KVCache) -> dict[str, str]:
+def identity(executor: Executor) -> dict[str, str]:
     """What a file must say to be read by this model into this cache."""
+    stored = executor.cache.keys[0].dtype
     return {
         "format": FORMAT,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "kv": str(cache.keys[0].dtype).removeprefix("torch."),
-        "model": model_fingerprint(model),
+        "dtype": str(executor.model.dtype).removeprefix("torch."),
+        "kv": _STORAGE.get(stored, str(stored).removeprefix("torch.")),
+        "model": executor.fingerprint(),
     }
 
 
-def save_prefix(path: Path, prefix: Prefix, model: AudioFlamingo, cache: KVCache, extra: Mapping[str, str]) -> None:
-    """Write a prefix, one layer at a time, to a new file that takes the place of `path` once it is whole.
+def write_prefix(
+    file: BinaryIO,
+    token_ids: list[int],
+    pages: list[int],
+    executor: Executor,
+    extra: Mapping[str, str],
+    together: Together,
+) -> None:
+    """Write the prefix that `pages` of the cache hold to `file`.
 
-    Raises ContextFileError when it cannot be written.
+    together: calls what the executor computes. The caller keeps the pages in use. Other requests may run and the cache
+    may be resized meanwhile.
     """
-    shapes = _shapes(cache, len(prefix.token_ids))
-    header: dict[str, Any] = {"__metadata__": {**identity(model, cache), **extra}}
+    shapes = _shapes(executor, len(token_ids))
+    header: dict[str, Any] = {"__metadata__": {**together(partial(identity, executor)), **extra}}
     offset = 0
     for name, (dtype, shape) in shapes.items():
         size = torch.Size(shape).numel() * dtype.itemsize
@@ -67,49 +77,87 @@ def save_prefix(path: Path, prefix: Prefix, model: AudioFlamingo, cache: KVCache
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    partial = path.with_name(f"{path.name}.part")
-    try:
-        with partial.open("wb") as file:
-            for piece in (len(encoded).to_bytes(8, "little"), encoded, *_contents(prefix, cache)):
-                digest.update(piece)
-                file.write(piece)
-            file.write(digest.digest())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ContextFileError(f"{path} cannot be written: {error.strerror or error}.") from None
+    start: Iterator[bytes | memoryview] = iter((len(encoded).to_bytes(8, "little"), encoded))
+    for piece in chain(start, _contents(token_ids, pages, executor, together)):
+        digest.update(piece)
+        file.write(piece)
+    file.write(digest.digest())
 
 
 class SavedPrefix:
-    """A file of `save_prefix`, checked against a model and a cache; `load` brings it into the cache's pages."""
+    """A file of `write_prefix`. Opening it checks its header against a model and a cache; `load` reads the rest, once.
 
-    def __init__(self, path: Path, model: AudioFlamingo, cache: KVCache):
-        """Raises ContextFileError for a file that cannot be read, is damaged, or is of another model or dtype."""
-        self._cache = cache
+    Every byte is read once, and nothing of the file is used before its digest has been checked except for `metadata`
+    and `token_ids`, which the caller compares with what it expects.
+    """
+
+    def __init__(self, path: Path, executor: Executor, together: Together):
+        """together: calls what the executor computes. Raises ContextFileError for a file that cannot be read, has a
+        damaged header, or is of another model."""
+        self._executor = executor
         self._path = path
+        self._digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+        self._file = open_regular(path, str(path), ContextFileError)
         try:
-            with path.open("rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch asks for writable memory
-        except (OSError, ValueError) as error:
-            raise ContextFileError(f"{path} cannot be read ({error}); check the path.") from None
-        try:
-            self._tensors, self.metadata = parse_header_and_metadata(self._data, path.name)
-        except CheckpointError as error:
-            raise ContextFileError(f"{path} is no sound context ({error}); listen and save again.") from None
-        self._check_identity(identity(model, cache))
-        self._check_shapes()
-        self._check_digest()
-        self.token_ids: list[int] = self._tensor("token_ids").tolist()
+            self._tensors, self.metadata = self._header()
+            self._check_identity(together(partial(identity, executor)))
+            self._check_shapes(executor.model.config.decoder.max_positions)
+            self.token_ids: list[int] = self._tensor("token_ids").tolist()
+        except BaseException:
+            self._file.close()
+            raise
 
-    @torch.inference_mode()
-    def load(self, pages: list[int]) -> None:
-        """Copy keys, values and scales INTO `pages` of the cache."""
-        size, tokens = self._cache.page_size, len(self.token_ids)
-        for name, pool in _pools(self._cache):
-            stored = self._tensor(name)
-            for index, page in enumerate(pages):
-                count = min(size, tokens - index * size)
-                pool[page, :count] = stored[index * size : index * size + count].to(pool.device)
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def load(self, pages: list[int], between_steps: Callable[[Callable[[], None]], object]) -> None:
+        """Copy keys, values and scales INTO `pages` of the cache; they are valid if it returns.
+
+        between_steps: calls a function between two steps of the engine, which run while the file is read. Raises
+        ContextFileError for a file that is damaged or was changed meanwhile.
+        """
+        for index, (name, _) in enumerate(_pools(self._executor.cache)):
+            between_steps(partial(self._executor.write, index, pages, self._tensor(name)))
+        self.verify()
+
+    def verify(self) -> None:
+        """Read what is left of the file. Raises ContextFileError if its contents are not those saved."""
+        while left := self._tensors["digest"].start - self._file.tell():
+            self._read(min(left, _BLOCK))
+        if self._read(_DIGEST_BYTES, hashed=False) != self._digest.digest():
+            raise ContextFileError(f"{self._path} is damaged: its contents are not those saved; listen and save again.")
+
+    def _header(self) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+        start = self._read(8)
+        length = int.from_bytes(start, "little")
+        if length > MAX_HEADER_BYTES:
+            raise ContextFileError(f"{self._path} is no context: its header is too long; listen and save again.")
+        head = start + self._read(length)
+        try:
+            return parse_header_and_metadata(_Head(head, os.fstat(self._file.fileno()).st_size), self._path.name)
+        except CheckpointError as error:
+            raise ContextFileError(f"{self._path} is no sound context ({error}); listen and save again.") from None
+
+    def _tensor(self, name: str) -> Tensor:
+        """The next tensor of the file, whose name and shape have been checked."""
+        stored = self._tensors[name]
+        data = self._read(stored.end - stored.start)
+        return torch.frombuffer(data, dtype=TORCH_DTYPES[stored.dtype]).view(stored.shape)
+
+    def _read(self, size: int, *, hashed: bool = True) -> bytearray:
+        """The next `size` bytes. Raises ContextFileError if they cannot be read."""
+        data = bytearray()
+        try:
+            while len(data) < size and (piece := self._file.read(min(size - len(data), _BLOCK))):
+                data += piece
+        except OSError as error:
+            raise ContextFileError(f"{self._path} cannot be read ({error.strerror or error}).") from None
+        if len(data) < size:
+            raise ContextFileError(f"{self._path} is cut short; listen and save again.")
+        if hashed:
+            self._digest.update(data)
+        return data
 
     def _check_identity(self, expected: dict[str, str]) -> None:
         what = {
@@ -126,29 +174,28 @@ class SavedPrefix:
                     "saved with, or listen again."
                 )
 
-    def _check_shapes(self) -> None:
+    def _check_shapes(self, most: int) -> None:
         stored = self._tensors.get("token_ids")
         tokens = stored.shape[0] if stored is not None and len(stored.shape) == 1 else 0
-        expected = {name: (spelled(dtype), shape) for name, (dtype, shape) in _shapes(self._cache, tokens).items()}
+        expected = {name: (spelled(dtype), shape) for name, (dtype, shape) in _shapes(self._executor, tokens).items()}
         expected["digest"] = ("U8", (_DIGEST_BYTES,))
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in self._tensors.items()}
-        if not tokens or found != expected or next(reversed(self._tensors)) != "digest":
+        if not 0 < tokens <= most or list(found.items()) != list(expected.items()):  # also in this order
             raise ContextFileError(f"{self._path} does not hold the tensors of a context; listen and save again.")
 
-    def _check_digest(self) -> None:
-        stored: StoredTensor = self._tensors["digest"]
-        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-        for start in range(0, stored.start, _BLOCK):
-            digest.update(self._data[start : min(start + _BLOCK, stored.start)])
-        if digest.digest() != self._data[stored.start : stored.end]:
-            raise ContextFileError(f"{self._path} is damaged: its contents are not those saved; listen and save again.")
 
-    def _tensor(self, name: str) -> Tensor:
-        stored = self._tensors[name]
-        flat = torch.frombuffer(
-            self._data, dtype=TORCH_DTYPES[stored.dtype], count=stored.elements, offset=stored.start
-        )
-        return flat.view(stored.shape)
+@dataclass(frozen=True)
+class _Head:
+    """A file of `size` bytes of which only the beginning has been read."""
+
+    head: bytes | bytearray
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: slice, /) -> bytes:
+        return bytes(self.head[index])
 
 
 def _pools(cache: KVCache) -> Iterator[tuple[str, Tensor]]:
@@ -159,19 +206,21 @@ def _pools(cache: KVCache) -> Iterator[tuple[str, Tensor]]:
             yield f"{kind}.{layer}", pool
 
 
-def _shapes(cache: KVCache, tokens: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    shapes = {name: (pool.dtype, (tokens, *pool.shape[2:])) for name, pool in _pools(cache)}
+def _shapes(executor: Executor, tokens: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What a file holds: the heads of every process, whose number may be another when the file is read."""
+    shapes = {
+        name: (pool.dtype, (tokens, pool.shape[2] * executor.size, *pool.shape[3:]))
+        for name, pool in _pools(executor.cache)
+    }
     return {"token_ids": (torch.int64, (tokens,)), **shapes}
 
 
-def _contents(prefix: Prefix, cache: KVCache) -> Iterator[bytes]:
-    """The bytes of all tensors but the digest, a page at a time."""
-    yield _bytes(torch.tensor(prefix.token_ids))
-    size, tokens = cache.page_size, len(prefix.token_ids)
-    for _, pool in _pools(cache):
-        for index, page in enumerate(prefix.pages):
-            yield _bytes(pool[page, : min(size, tokens - index * size)])
+def _contents(token_ids: list[int], pages: list[int], executor: Executor, together: Together) -> Iterator[memoryview]:
+    """The bytes of all tensors but the digest, one tensor at a time."""
+    yield _bytes(torch.tensor(token_ids))
+    for index in range(len(executor.cache.pools)):
+        yield _bytes(together(partial(executor.read, index, pages))[: len(token_ids)])
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,43 +1,93 @@
-"""Degenerate repetition: an answer that says the same few tokens again and again."""
+"""Degenerate repetition: an answer that says the same again and again, or the same with other numbers.
 
+Two kinds are looked for: a stretch of tokens that comes back token by token, and one in which only numbers differ, as
+in a loop whose time stamps or item numbers count up. For the second kind each number is one unit, however many digits
+it has, and the stretch must have a word in it: `1, 2, 3, ...` is counting.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-LONGEST = 64  # period that is looked for
+LONGEST = 512  # period that is looked for
 REPEATS = 4  # after which a period counts
-TOKENS = 32  # and how many tokens the repeats must be at least
+COUNTING_REPEATS = 6  # and where numbers differ, which honest lists have, too
+TOKENS = 32  # how many tokens, or units, the repeats must be at least
+OTHER, NUMBER, WORD = 0, 1, 2  # kinds of tokens
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """The answer's tokens from `start` on are one stretch of `period` tokens, said `repeats` times."""
+    """The answer's tokens from `start` on are one stretch of `period` tokens, said `repeats` times.
+
+    Where numbers differ, those of different length too, `period` is that of the last time.
+    """
 
     start: int
     period: int
     repeats: int
 
 
+class _Runs:
+    """For each period, how many items in a row equal the one `period` before them."""
+
+    def __init__(self, repeats: int) -> None:
+        self.count = 0
+        self._recent = np.full(LONGEST, -2)  # the newest item first
+        self._runs = np.zeros(LONGEST, np.int64)
+        periods = np.arange(1, LONGEST + 1)
+        self._needed = np.maximum(repeats * periods, TOKENS) - periods
+
+    def push(self, item: int) -> tuple[int, int] | None:
+        """Take in the next item. Returns the smallest period that counts now and the items that it covers, if any."""
+        self._runs += 1
+        self._runs[self._recent != item] = 0
+        self._recent[1:] = self._recent[:-1]
+        self._recent[0] = item
+        self.count += 1
+        enough = self._runs >= self._needed
+        at = int(enough.argmax())
+        return (at + 1, int(self._runs[at]) + at + 1) if enough[at] else None
+
+
 class RepetitionGuard:
     """Watches an answer token by token. `found` is the latest repetition, as far as it went, or None."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: npt.NDArray[np.uint8] | Sequence[int] | None = None) -> None:
+        """kinds: [vocabulary], NUMBER, WORD or OTHER for each token; without it tokens are compared as they are."""
         self.found: Repetition | None = None
-        self._recent = np.full(LONGEST, -1)  # the newest token first
-        self._runs = np.zeros(LONGEST, np.int64)  # tokens in a row that equal the one `period` before them
-        self._count = 0
-        self._needed = np.maximum(REPEATS * np.arange(1, LONGEST + 1), TOKENS)
+        self._kinds = kinds
+        self._tokens = _Runs(REPEATS)
+        self._units = _Runs(COUNTING_REPEATS)
+        self._starts: list[int] = []  # token at which each unit begins
+        self._words = [0]  # how many of the units before each one are words
+        self._after_number = False
+        self._counting: tuple[int, int] | None = None
 
     def push(self, token: int) -> bool:
         """Take in the next token. Returns whether the answer is repeating itself now."""
-        self._runs = np.where(self._recent == token, self._runs + 1, 0)
-        self._recent = np.concatenate([[token], self._recent[:-1]])
-        self._count += 1
-        said = self._runs + np.arange(1, LONGEST + 1)
-        enough = said >= self._needed
-        if not enough.any():
-            return False
-        period = int(enough.argmax()) + 1
-        length = int(said[period - 1])
-        self.found = Repetition(self._count - length, period, length // period)
-        return True
+        exact = self._tokens.push(token)
+        if self._kinds is not None:
+            self._push_unit(token, int(self._kinds[token]) if token < len(self._kinds) else OTHER)
+        if exact is not None:
+            period, length = exact
+            self.found = Repetition(self._tokens.count - length, period, length // period)
+        elif self._counting is not None:
+            period, length = self._counting
+            start, last = self._starts[self._units.count - length], self._starts[self._units.count - period]
+            self.found = Repetition(start, self._tokens.count - last, length // period)
+        return exact is not None or self._counting is not None
+
+    def _push_unit(self, token: int, kind: int) -> None:
+        if kind == NUMBER and self._after_number:
+            return
+        self._after_number = kind == NUMBER
+        self._starts.append(self._tokens.count - 1)
+        self._words.append(self._words[-1] + (kind == WORD))
+        self._counting = self._units.push(-1 if kind == NUMBER else token)
+        if self._counting is not None:
+            period, _ = self._counting
+            if self._words[-1] == self._words[-1 - period]:
+                self._counting = None

@@ -1,8 +1,12 @@
-"""What the engine is asked for, and the state of it on its way."""
+"""A request to the engine, and the state of its sequence while the engine works on it."""
 
+import contextvars
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from .prefill import AudioInput, PromptEmbeddings
 from .prefix import Prefix
@@ -13,17 +17,27 @@ from .speculation import Drafter
 from .timings import Timings
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "repetition", "error"]
+OnUpdate = Callable[[list["SequenceState"]], None]
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt with its recordings, and how to answer it. The clock of `timings` runs from its making.
+    """A prompt with its audio, and how to answer it. The clock of `timings` starts when the request is made.
 
-    sampling: None to compute the keys and values of the prompt alone, which the sequence then holds as `prefix`.
-    prefix: computed already, of the prompt's first tokens. priority: who waits for room goes first with a higher one,
-    overtaking at most 32 others for each unit; deadline: seconds from the making after which the answer ends as it is.
-    progress: called with (prompt tokens done, prompt tokens); cancelled: polled between steps; both by whichever thread
-    runs the engine.
+    sampling: None computes the keys and values of the prompt only; the sequence then ends with a `prefix`.
+    prefix: keys and values of the prompt's first tokens, computed before.
+    priority: requests with a higher priority are admitted first; one unit overtakes at most 32 earlier requests.
+    deadline: seconds after which the answer ends with the tokens that it has.
+    salt: requests share cached pages and encoder outputs only with requests of the same salt.
+    token_kinds: kind of each token of the vocabulary, for `RepetitionGuard`.
+    logprobs: record the log probabilities of the chosen tokens; see `SequenceState.mean_logprob`.
+
+    The engine's thread calls the following, in the context variables of the submitter. They must not wait for the
+    engine. An exception in `progress` or `cancelled` ends this request.
+    progress: called with (prompt tokens computed, prompt tokens) after each chunk of the prompt.
+    cancelled: polled once per step; the request ends when it returns true.
+    on_update: called after a step with those sequences that changed in it. Requests with equal `on_update` share one
+    call per step.
     """
 
     token_ids: list[int]
@@ -32,9 +46,13 @@ class Request:
     prefix: Prefix | None = None
     priority: int = 0
     deadline: float | None = None
-    progress: Callable[[int, int], None] = lambda done, total: None
-    cancelled: Callable[[], bool] = lambda: False
+    salt: bytes = b""
+    logprobs: bool = False
+    progress: Callable[[int, int], None] | None = None
+    cancelled: Callable[[], bool] | None = None
+    on_update: OnUpdate | None = None
     timings: Timings = field(default_factory=Timings)
+    token_kinds: npt.NDArray[np.uint8] | None = None
 
     @property
     def budget(self) -> int:
@@ -43,45 +61,75 @@ class Request:
 
 
 @dataclass(eq=False)
-class Sequence:
-    """One request in the engine. `tokens` grows as they come; it ends with a `finish_reason`: "stop" at a stop token
-    (kept as its last token), "length", "cancelled", "deadline", "repetition" where the request says to stop at it, or
-    "error" with the `error` that broke it off.
+class SequenceState:
+    """One request in the engine. `tokens` grows while the engine runs.
 
-    pages: all of them in order; held: those of its prefix; own: those that only it writes into; keys: of its full pages
-    in the prefix cache, None if it is not to be found or kept there.
-    computed: tokens whose keys and values are in `pages`; cached: prompt tokens that another request had computed.
+    `finish_reason` is set last, once its pages are released: "stop" at a stop token (kept as the last token),
+    "length", "cancelled", "deadline", "repetition" if the request stops at repetition, or "error" with `error` set.
+
+    pages: all pages in order, shared ones first; shared_pages: pages of its prefix, which it only reads; private_pages:
+    pages that only this sequence writes; keys: keys of its full pages in the prefix cache, None if it does not use it.
+    computed: tokens whose keys and values are in `pages`; cached: prompt tokens that were computed by earlier requests.
+    backend, threads, context: the forced backend, torch's number of threads and the context variables of the submitter.
+    queued: it is in the engine, or was; end_requested: set by any thread to end the sequence before its next step.
     """
 
     request: Request
     order: tuple[int, int]
+    backend: str | None = None
+    threads: int | None = None
+    context: contextvars.Context = field(default_factory=contextvars.Context)
+    listeners: list[OnUpdate] = field(default_factory=list)
     sampler: Sampler | None = None
     drafter: Drafter | None = None
-    guard: RepetitionGuard = field(default_factory=RepetitionGuard)
+    guard: RepetitionGuard = field(init=False)
     pages: list[int] = field(default_factory=list)
-    held: list[int] = field(default_factory=list)
-    own: list[int] = field(default_factory=list)
+    shared_pages: list[int] = field(default_factory=list)
+    private_pages: list[int] = field(default_factory=list)
     keys: PageKeys | None = None
     tokens: list[int] = field(default_factory=list)
+    logprob_sum: float = 0.0
     computed: int = 0
     cached: int = 0
     finish_reason: FinishReason | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
     prefix: Prefix | None = None
     embeddings: PromptEmbeddings | None = None
-    to_end: FinishReason | None = None
+    queued: bool = False
+    end_requested: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.guard = RepetitionGuard(self.request.token_kinds)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has a `finish_reason`."""
+        return self.finish_reason is not None
 
     @property
     def to_prefill(self) -> int:
-        """Tokens to compute before the next one can be decoded: the prompt, and what an interruption threw away."""
+        """Tokens to compute before the next one can be decoded: the prompt, after preemption also the answer's."""
         return len(self.request.token_ids) + max(0, len(self.tokens) - 1)
 
     @property
-    def ending(self) -> FinishReason | None:
-        """Why the sequence should end before its next step, if so."""
-        if self.to_end is not None:
-            return self.to_end
-        if self.request.cancelled():
+    def mean_logprob(self) -> float | None:
+        """Mean log probability of the answer's tokens by the model's scores, before penalties, temperature and filters.
+
+        None unless the request has `logprobs`, or without tokens.
+        """
+        return self.logprob_sum / len(self.tokens) if self.request.logprobs and self.tokens else None
+
+    def due_reason(self) -> FinishReason | None:
+        """Why the sequence should end before its next step, or None. Calls `request.cancelled`."""
+        if self.end_requested is not None:
+            return self.end_requested
+        cancelled, deadline = self.request.cancelled, self.request.deadline
+        if cancelled is not None and self.context.run(cancelled):
             return "cancelled"
-        deadline = self.request.deadline
         return "deadline" if deadline is not None and self.request.timings.elapsed >= deadline else None
+
+    def report_progress(self) -> None:
+        """Call `request.progress`."""
+        if self.request.progress is not None:
+            total = len(self.request.token_ids)
+            self.context.run(self.request.progress, min(self.computed, total), total)

@@ -1,24 +1,29 @@
 """Where the time of a request went."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
-from ...kernels.dispatch import synchronize
+_AHEAD = 2
+"""Stages that may be queued on a GPU while the host goes on: enough that it never runs dry, and few enough that what is
+reported as done is nearly done."""
 
 
 @dataclass
 class Timings:
     """Seconds spent in each stage of one request, and when its tokens came.
 
-    first_token and total count from the start of the request, waiting for the other requests of a batch included;
-    generate counts from the first token to the last.
+    queue is the wait for pages and a place in the batch. first_token and total count from the start of the request,
+    waiting for the other requests of a batch included; generate counts from the first token to the last.
     """
 
     load_audio: float = 0.0
+    queue: float = 0.0
     log_mel: float = 0.0
     encode: float = 0.0
     prefill: float = 0.0
@@ -27,15 +32,39 @@ class Timings:
     total: float = 0.0
     tokens_per_second: float = 0.0
     _start: float = field(default_factory=time.perf_counter, repr=False)
+    _submitted: float = field(default=0.0, repr=False)
+    _queued: deque[tuple[str, Any, Any]] = field(default_factory=deque, repr=False)
 
     @contextmanager
     def measure(self, stage: str, device: torch.device) -> Iterator[None]:
-        """Add the time spent inside the block to `stage`, work queued on `device` included."""
-        synchronize(device)
-        start = time.perf_counter()
+        """Add the time spent inside the block to `stage`, on a GPU that of the work queued there.
+
+        A GPU's time is known once the work is done: at the latest after `settle`. Waits for the work of earlier stages
+        where much is queued.
+        """
+        if device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            setattr(self, stage, getattr(self, stage) + time.perf_counter() - start)
+            return
+        while len(self._queued) >= _AHEAD:
+            self._settle_first()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(device)
+        begin.record(stream)
         yield
-        synchronize(device)
-        setattr(self, stage, getattr(self, stage) + time.perf_counter() - start)
+        end.record(stream)
+        self._queued.append((stage, begin, end))
+
+    def settle(self) -> None:
+        """Wait for the stages that are queued on a GPU, and add their time."""
+        while self._queued:
+            self._settle_first()
+
+    def _settle_first(self) -> None:
+        stage, begin, end = self._queued.popleft()
+        end.synchronize()
+        setattr(self, stage, getattr(self, stage) + begin.elapsed_time(end) / 1000)
 
     @property
     def elapsed(self) -> float:
@@ -46,8 +75,17 @@ class Timings:
         """The stages and their seconds, and tokens_per_second."""
         return {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
 
+    def submitted(self) -> None:
+        """Note that the request waits to be admitted."""
+        self._submitted = time.perf_counter()
+
+    def admitted(self) -> None:
+        """Note that the request has its pages. Later calls, after it was preempted, change nothing."""
+        self.queue = self.queue or time.perf_counter() - self._submitted
+
     def token(self, count: int) -> None:
-        """Note that the `count`-th token has come."""
+        """Note that the `count`-th token has come, for which everything queued before is done."""
+        self.settle()
         self.total = self.elapsed
         if count == 1:
             self.first_token = self.total

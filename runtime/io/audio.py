@@ -9,23 +9,30 @@ import io
 import math
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import Any, BinaryIO, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
-import torch
 
-from ...kernels.log_mel import SAMPLE_RATE, WINDOW_SAMPLES
+from ...kernels.audio_format import SAMPLE_RATE, WINDOW_SAMPLES
 from ..errors import AudioError, AudioTooLongError
-from .decode import MAX_CHANNELS, MAX_RATE, MIN_RATE, SCALES, Decoder, check_samples, mix, unreadable
+from .byte_source import unreadable
+from .decode import Decoder
+from .mixing import MAX_CHANNELS, MAX_RATE, MIN_RATE, SCALES, Cancellation, check_samples, mix
 from .resample import Resampler
 
+if TYPE_CHECKING:
+    import torch
+
 MAX_SECONDS = 1800.0
+MAX_DECODE_SECONDS = 300.0
 MAX_STREAM_BYTES = 4 << 30  # of a file object that cannot seek and is therefore spooled
+_SPOOLED_AT_ONCE = 1 << 20  # bytes
 _BLOCK = 1 << 18  # samples of an array that are converted at once
 _HEADERLESS = {".pcm", ".raw"}
 
@@ -51,7 +58,7 @@ class Audio:
         return len(self.samples) / SAMPLE_RATE
 
 
-Array: TypeAlias = np.ndarray | torch.Tensor
+Array: TypeAlias = "np.ndarray | torch.Tensor"
 AudioSource: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | tuple[Array, int | float] | Audio
 )
@@ -63,25 +70,35 @@ def load_audio(
     max_seconds: float = MAX_SECONDS,
     truncate: bool = False,
     progress: Callable[[float], None] | None = None,
+    max_decode_seconds: float = MAX_DECODE_SECONDS,
 ) -> Audio:
     """Decode, mix and resample `source` to mono float32 at 16 kHz.
 
     `source` is a local path (a str is never a URL), the bytes of a file, an open binary file (read from its start if it
     can seek), `(array, rate)` or an Audio. An array is numpy or torch, [n], [channels, n] or [n, channels]: the smaller
     dimension, at most 32, is the channels. Floats are taken as they are, int8/16/32 and uint8/16 scaled to [-1, 1).
-    `progress` is called with the seconds decoded so far, about once for each second of audio.
+    `progress` is called with the seconds decoded so far, about once for each second of audio. Decoding a file may take
+    `max_decode_seconds` of wall clock, reading it not counted; half an hour takes a few.
+
+    Where a file's time stamps say that audio is missing, or packets are damaged, there is silence in its place; that
+    and whatever else was not as it should be is in `Audio.warnings`.
 
     Raises AudioTooLongError beyond `max_seconds` unless `truncate` (then exactly max_seconds * 16000 samples are kept),
-    and AudioError when the source cannot be read, holds no samples, or a sample that is no sensible number.
+    and AudioError when the source cannot be read, holds no samples, or a sample that is no sensible number, and when
+    decoding takes too long.
     """
     if not (math.isfinite(max_seconds) and max_seconds * SAMPLE_RATE >= 1):
         raise AudioError(f"max_seconds is {max_seconds}; it must be a positive number of seconds.")
+    if not max_decode_seconds > 0:
+        raise AudioError(f"max_decode_seconds is {max_decode_seconds}; it must be a positive number of seconds.")
+    if isinstance(source, np.ndarray) or _is_tensor(source):
+        raise AudioError("an array does not state its sample rate; pass (array, sample_rate).")
     if isinstance(source, Audio):
         return _fit(source, max_seconds, truncate)
     collector = _Collector(round(max_seconds * SAMPLE_RATE), progress)
     if isinstance(source, tuple):
         return _load_array(source, collector, max_seconds, truncate)
-    return _load_file(source, collector, max_seconds, truncate)
+    return _load_file(source, collector, max_seconds, truncate, max_decode_seconds)
 
 
 def windows(samples: np.ndarray, window_samples: int = WINDOW_SAMPLES) -> list[np.ndarray]:
@@ -143,8 +160,13 @@ class _Collector:
         cast(Callable[[float], None], self._progress)(self._reported)
 
 
-def _load_file(source: Any, collector: _Collector, max_seconds: float, truncate: bool) -> Audio:
-    with _opened(source) as (file, name), Decoder(file, name) as decoder:
+def _load_file(
+    source: Any, collector: _Collector, max_seconds: float, truncate: bool, max_decode_seconds: float
+) -> Audio:
+    with (
+        _opened(source) as (file, name),
+        Decoder(file, name, max_decode_seconds=max_decode_seconds) as decoder,
+    ):
         for block, rate in decoder.blocks():
             collector.add(block, rate)
             if collector.full:
@@ -169,14 +191,24 @@ def _load_array(source: tuple[Array, int | float], collector: _Collector, max_se
     n = channels.shape[1]
     if n > max_seconds * rate and not truncate:
         raise _too_long("<array>", n / rate, max_seconds)
-    for block in mono_blocks(channels, rate):
+    cancellation = Cancellation()
+    for index, block in enumerate(mono_blocks(channels, rate)):
+        cancellation.add(channels[:, index * _BLOCK :][:, : len(block)], block)
         collector.add(block, rate)
         if collector.full:
             break
     collector.finish()
     if collector.full and not truncate:
         raise _too_long("<array>", n / rate, max_seconds)
-    return Audio(collector.samples(), rate, len(channels), "<array>", truncated=collector.full)
+    warning = cancellation.warning()
+    return Audio(
+        samples=collector.samples(),
+        sample_rate_in=rate,
+        channels_in=len(channels),
+        source="<array>",
+        truncated=collector.full,
+        warnings=(warning,) if warning else (),
+    )
 
 
 def array_channels(array: Array, rate: int | float) -> tuple[int, np.ndarray]:
@@ -209,10 +241,21 @@ def _too_long(name: str, seconds: float | None, max_seconds: float) -> AudioTooL
     )
 
 
+def _is_tensor(value: object) -> bool:
+    torch = sys.modules.get("torch")  # whoever has a tensor has imported it; decoding alone needs none
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
 def _as_numpy(array: Any) -> np.ndarray:
-    if isinstance(array, torch.Tensor):
+    if _is_tensor(array):
+        import torch
+
         array = array.detach().cpu()
         array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+    if isinstance(array, np.ma.MaskedArray):
+        if np.ma.is_masked(array):
+            raise AudioError("samples of the array are masked; say what is heard in their place, as array.filled(0).")
+        array = array.data
     if not isinstance(array, np.ndarray):
         raise AudioError(
             f"(array, sample_rate) needs a numpy array or a torch tensor, not {type(array).__name__}; "
@@ -308,12 +351,16 @@ def _seekable(file: Any, name: str) -> Iterator[BinaryIO]:
             if file.seekable():
                 yield file
                 return
-            while chunk := file.read(1 << 20):
+            while chunk := file.read(_SPOOLED_AT_ONCE):
+                if len(chunk) > _SPOOLED_AT_ONCE:
+                    raise TypeError("its read(size) must return at most size bytes")
                 copy.write(chunk)
                 if copy.tell() > MAX_STREAM_BYTES:
                     raise AudioError(
                         f"{name} gave more than {MAX_STREAM_BYTES >> 30} GiB without an end; save it first."
                     )
+            if chunk is None:
+                raise ValueError("it does not wait for its bytes; make it blocking")
         except (OSError, ValueError, TypeError) as error:
             raise unreadable(name, error) from error
         yield cast(BinaryIO, copy)

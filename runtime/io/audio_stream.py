@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from ...kernels.log_mel import SAMPLE_RATE, WINDOW_SAMPLES
+from ...kernels.audio_format import SAMPLE_RATE, WINDOW_SAMPLES
 from ..errors import AudioTooLongError
 from .audio import Array, array_channels, mono_blocks
 from .resample import Resampler
 
 
 class AudioStream:
-    """Mixes and resamples pieces as `load_audio` does the whole, and holds no more than the window that is open.
+    """Mixes and resamples pieces as `load_audio` does the whole, in time proportional to their length.
 
     Complete windows are bit for bit those of the whole recording. The end of the open one is provisional while audio of
     another rate than 16 kHz comes: see `Resampler.rest`.
@@ -20,8 +20,9 @@ class AudioStream:
         self._limit = round(max_seconds * SAMPLE_RATE)
         self._resampler = Resampler(SAMPLE_RATE)
         self._finished = 0  # samples at 16 kHz from before the present resampler
-        self._taken = 0  # of windows given out
-        self._open = [np.zeros(0, np.float32)]
+        self._complete: list[np.ndarray] = []
+        self._open = np.empty(WINDOW_SAMPLES, np.float32)
+        self._filled = 0  # samples of the open window
 
     @property
     def samples(self) -> int:
@@ -29,9 +30,9 @@ class AudioStream:
         return self._finished + self._resampler.length
 
     def feed(self, pcm: Array, rate: int | float) -> None:
-        """Take in a piece: an array as `load_audio` takes it, of `rate` samples a second, or an empty one.
+        """Append a piece: an array as `load_audio` takes it, of `rate` samples per second, or an empty one.
 
-        Raises AudioError for what is no audio, and AudioTooLongError, taking nothing in, beyond the limit.
+        Raises AudioError for a piece that is no audio, and AudioTooLongError beyond the limit, and appends nothing.
         """
         if len(pcm) == 0:
             return
@@ -47,26 +48,31 @@ class AudioStream:
             self._resampler = Resampler(frequency)
         for block in blocks:
             for start in range(0, len(block), frequency):
-                self._open.append(self._resampler.push(block[start : start + frequency]))
+                self._append(self._resampler.push(block[start : start + frequency]))
 
     def finish(self) -> None:
         """Complete what has been fed. What is fed after that begins anew, as after a change of rate."""
-        self._open.append(self._resampler.finish())
+        self._append(self._resampler.finish())
         self._finished = self.samples
         self._resampler = Resampler(SAMPLE_RATE)
 
     def take_windows(self) -> list[np.ndarray]:
         """The windows of 30 s that have become complete: float32 [480 000] each."""
-        complete = sum(map(len, self._open)) // WINDOW_SAMPLES
-        if complete == 0:
-            return []
-        settled = np.concatenate(self._open)
-        self._open = [settled[complete * WINDOW_SAMPLES :].copy()]
-        self._taken += complete * WINDOW_SAMPLES
-        return list(settled[: complete * WINDOW_SAMPLES].reshape(complete, WINDOW_SAMPLES))
+        complete, self._complete = self._complete, []
+        return complete
 
     def open_windows(self) -> list[np.ndarray]:
-        """What follows the windows taken, as if the recording ended here: none, one, or where the provisional end
-        completes a window, two."""
-        rest = np.concatenate([*self._open, self._resampler.rest()])
+        """The audio after the complete windows, as if the recording ended here: no window, one, or two if the
+        provisional end completes one."""
+        rest = np.concatenate([self._open[: self._filled], self._resampler.rest()])
         return [rest[start : start + WINDOW_SAMPLES] for start in range(0, len(rest), WINDOW_SAMPLES)]
+
+    def _append(self, samples: np.ndarray) -> None:
+        while len(samples):
+            count = min(len(samples), WINDOW_SAMPLES - self._filled)
+            self._open[self._filled : self._filled + count] = samples[:count]
+            self._filled += count
+            samples = samples[count:]
+            if self._filled == WINDOW_SAMPLES:
+                self._complete.append(self._open)
+                self._open, self._filled = np.empty(WINDOW_SAMPLES, np.float32), 0

@@ -7,9 +7,7 @@ listed here. Nothing is allocated on a header's word: blocks are yielded as they
 """
 
 import ctypes
-import io
 import logging
-import struct
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -20,60 +18,88 @@ import av
 import numpy as np
 from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
-from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Disposition
 
 from ..errors import AudioError
+from .byte_source import ByteSource
+from .containers import Layout, are_tags, layout, starts_a_file
+from .mixing import MAX_CHANNELS, Cancellation, check_rate, check_samples, mix
+from .ogg import OggFile, stated_seconds
+from .timeline import Timeline
 
-MIN_RATE, MAX_RATE = 1, 768_000  # Hz
-MAX_CHANNELS = 32
 MAX_FRAME_SAMPLES = 1 << 20
-MAX_AMPLITUDE = 2.0**31  # raw 32-bit samples kept as floats; far below what overflows a power spectrum in float32
 MAX_ALLOCATION = 128 << 20  # bytes; an index of four million packets, more than a day of AAC
 MAX_STREAMS = 64
 MAX_DAMAGED_IN_A_ROW = 1000  # packets without one frame between them
+MAX_PACKETS_AT_ONCE, MAX_BYTES_AT_ONCE = 32, 1 << 20
+_PLANAR = {"u8p": np.uint8, "s16p": np.int16, "s32p": np.int32, "fltp": np.float32, "dblp": np.float64}
+SAMPLES_AT_ONCE = 16_384  # of a channel, that are mixed and resampled together
+MAX_PARTS = 2000  # files that are joined, or runs of a damaged Ogg stream
 SHORTFALL = 0.1  # seconds that lossy codecs may pad or trim
 LOSSLESS_SHORTFALL = 0.001  # seconds
+MIN_REST = 64  # bytes after the stated end that are worth a warning
 
 FORMATS = (
     *("wav", "w64", "aiff", "au", "caf", "flac", "mp3", "aac", "amr", "ogg"),
     *("mov", "matroska", "asf", "avi", "mpegts"),
 )
 CODECS = (
-    *("aac", "ac3", "adpcm_ima_wav", "adpcm_ms", "alac", "amrnb", "amrwb", "eac3", "flac", "mp2float", "mp3float"),
-    *("opus", "vorbis", "wmapro", "wmav1", "wmav2"),
+    *("aac", "ac3", "adpcm_ima_wav", "adpcm_ms", "alac", "amrnb", "amrwb", "eac3", "flac", "mp2", "mp2float"),
+    *("mp3float", "opus", "vorbis", "wmapro", "wmav1", "wmav2"),
     *sorted(name for name in av.codecs_available if name.startswith("pcm_")),
 )
-_STATES_ITS_LENGTH = {"aiff", "caf", "flac", "mp3", "mov,mp4,m4a,3gp,3g2,mj2", "w64"}
+_STATES_ITS_LENGTH = {"flac", "mov,mp4,m4a,3gp,3g2,mj2"}
+_OPTIONS = {
+    "format_whitelist": ",".join(FORMATS),
+    "codec_whitelist": ",".join(CODECS),
+    "protocol_whitelist": "",
+    "max_streams": str(MAX_STREAMS),
+    "max_size": str(1 << 16),  # bytes a packet of WAV; the default of 4096 costs more calls than decoding
+}
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]")
-_STREAMED_WAV = 0x7FFFF000  # writers that cannot seek back leave this size or a larger one in the header
 _SAFE_PLANES = 7  # PyAV's walk over the planes of a frame overruns from the eighth on
 
 _log = logging.getLogger("afnext.io")
 
 
 class Decoder:
-    """Mono blocks from the first audio stream of a seekable binary file; use it in a `with` statement.
+    """Mono blocks from one audio stream of a binary file; use it in a `with` statement.
+
+    It is the first stream that can be decoded among those marked as default, or else among all. Files that are joined,
+    and the links of a chained Ogg stream, follow one another.
 
     `sample_rate` and `channels` are those of the first decoded frame (0 before it), `length_hint` the duration in
     seconds that the container claims or None.
     Raises AudioError when the file holds no audio that can be decoded.
     """
 
-    def __init__(self, file: BinaryIO, name: str):
+    def __init__(self, file: BinaryIO, name: str, *, max_decode_seconds: float | None = None):
+        """file: seekable, or a stream that can go back to what FFmpeg reads to recognize it; max_decode_seconds: of
+        everything but waiting for the file, None for as long as it takes; AudioError beyond."""
         self.name = name
         self.sample_rate = 0
         self.channels = 0
+        self._seconds = self._part_from = self._timeline_from = 0.0  # given out in all, and before these began
         self._notes: list[str] = []
-        self._damaged, self._first_damage = 0, 0.0
-        self._reader = _Reader(file)
-        self._container = self._open()
+        self._damaged, self._first_damage, self._unfilled = 0, 0.0, 0
+        self._cancellation = Cancellation()
+        self._source = ByteSource(file, name, max_decode_seconds)
+        self._parts = 0
+        self._start = 0
+        self._timeline: Timeline
+        self._ogg: OggFile | None = None
+        if self._source.exactly(0, 5) == b"OggS\0":
+            self._ogg = OggFile(self._source, 0)
+            self._ogg.next_run()
         try:
-            self._stream = self._first_audio_stream()
-        except AudioError:
-            self._container.close()
-            raise
+            self._open()
+        except _UnreadableError as error:
+            raise AudioError(str(error)) from None
         claimed = self._container.duration
-        self.length_hint = claimed / av.time_base if claimed and claimed > 0 else None
+        self.length_hint = claimed / av.time_base - self._timeline.begins_at if claimed and claimed > 0 else None
+        if self._ogg:
+            self.length_hint = stated_seconds(self._source, self._stream.codec_context.sample_rate)
 
     def __enter__(self) -> "Decoder":
         return self
@@ -85,99 +111,217 @@ class Decoder:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was wrong with the part that was decoded so far."""
+        """What was wrong with the part that was decoded so far, and what should be known of it."""
+        notes = [*self._damage(), *self._notes, *self._timeline.all_warnings()]
+        if self._ogg:
+            notes += self._ogg.warnings
+        cancelled = self._cancellation.warning()
+        return (*notes, cancelled) if cancelled else tuple(notes)
+
+    def _damage(self) -> list[str]:
         if not self._damaged:
-            return tuple(self._notes)
-        skipped = (
-            f"{self._damaged} damaged packet{'s' * (self._damaged > 1)} skipped, the first at "
-            f"{self._first_damage:.2f} s; after each gap the audio is earlier than in the original"
+            return []
+        effect = (
+            "after each gap the audio is earlier than in the original" if self._unfilled else "silence in its place"
         )
-        return (skipped, *self._notes)
+        return [
+            f"{self._damaged} damaged packet{'s' * (self._damaged > 1)} skipped, the first at "
+            f"{self._first_damage:.2f} s; {effect}"
+        ]
 
     def blocks(self) -> Iterator[tuple[np.ndarray, int]]:
-        """The decoded frames in order, each as (mono float32 [n], rate in Hz); the rate may change within a file.
+        """The decoded samples in order, some frames at a time, as (mono float32 [n], rate in Hz); the rate may change
+        within a file.
 
-        Damaged packets are skipped and end up in `warnings`. Raises AudioError when nothing at all can be decoded, for
-        a sample that is no sensible number, and for a rate or channel count out of bounds.
+        Where time stamps say that something is missing there is silence instead, at most a second in a block. Damaged
+        packets are skipped. Both, and what else was wrong, end up in `warnings`. Raises AudioError when nothing at all
+        can be decoded, for a sample that is no sensible number, and for a rate or channel count out of bounds.
         """
-        stated = self._stated_seconds()
-        seconds, in_a_row = 0.0, 0
-        for frames in self._frames():
-            if frames is None:
-                self._first_damage = self._first_damage if self._damaged else seconds
-                self._damaged, in_a_row = self._damaged + 1, in_a_row + 1
+        yield from self._blocks_of_part()
+        while self._next_part():
+            yield from self._blocks_of_part()
+        if not self.sample_rate:
+            raise AudioError(self._nothing_decoded())
+
+    def _blocks_of_part(self) -> Iterator[tuple[np.ndarray, int]]:
+        self._part_from = self._seconds
+        damaged, in_a_row = 0, 0
+        # Of a stream each frame goes on at once: what comes after it may not be there yet.
+        pending = _Frames(0 if self._source.size is None else SAMPLES_AT_ONCE)
+        for packet in self._packets():
+            try:
+                frames: list[Any] = packet.decode()
+            except EOFError:
+                break
+            except av.FFmpegError:
+                self._first_damage = self._first_damage if self._damaged else self._seconds
+                self._damaged, damaged, in_a_row = self._damaged + 1, damaged + 1, in_a_row + 1
                 if in_a_row >= MAX_DAMAGED_IN_A_ROW:
-                    self._notes.append(f"given up after {in_a_row} damaged packets in a row at {seconds:.2f} s")
+                    self._notes.append(f"given up after {in_a_row} damaged packets in a row at {self._seconds:.2f} s")
                     break
                 continue
             for frame in frames:
-                in_a_row = 0
-                block = self._mono(frame, seconds)
-                seconds += len(block) / frame.sample_rate
-                yield block, frame.sample_rate
-        self._reader.raise_error(self.name)
-        if not seconds:
-            raise AudioError(self._nothing_decoded())
-        lossless = self._stream.codec_context.name.startswith(("flac", "pcm_"))
-        if stated and seconds < stated - (LOSSLESS_SHORTFALL if lossless else SHORTFALL):
-            self._notes.append(f"the file is cut short or damaged: decoded {seconds:.3f} s of a stated {stated:.3f} s")
+                rate = frame.sample_rate
+                samples = self._samples(frame)
+                silence = self._silence_before(frame, packet, damaged)
+                if silence or not pending.takes(samples, rate):
+                    yield from self._mono(pending)
+                for start in range(0, silence, rate):
+                    piece = min(rate, silence - start)
+                    self._seconds += piece / rate
+                    yield np.zeros(piece, np.float32), rate
+                damaged, in_a_row = 0, 0
+                pending.add(samples, rate, self._seconds)
+                self._seconds += samples.shape[1] / rate
+                if pending.full:
+                    yield from self._mono(pending)
+        yield from self._mono(pending)
+        self._unfilled += damaged
+        self._source.raise_error()
+        self._check_length(self._seconds - self._part_from)
 
-    def _frames(self) -> Iterator[list[AudioFrame] | None]:
-        """The frames of each packet, or None for a damaged packet."""
+    def _packets(self) -> "Iterator[Packet[AudioStream]]":
+        """The packets of the part, demuxed a few at a time, for a stream one by one."""
         packets = self._container.demux(self._stream)
-        while True:
+        most = 1 if self._source.size is None else MAX_PACKETS_AT_ONCE
+        error: Exception | None = None
+        while error is None:
+            self._source.check()
+            some: list[Packet[AudioStream]] = []
+            size = 0
             try:
-                packet = next(packets)
-            except StopIteration:
-                return
-            except av.FFmpegError as error:
-                self._notes.append(f"reading stopped early: {_reason(error)}")
-                return
-            try:
-                yield packet.decode()
-            except EOFError:
-                return
-            except av.FFmpegError:
-                yield None
+                with self._source.interrupts:
+                    while len(some) < most and size < MAX_BYTES_AT_ONCE:
+                        some.append(next(packets))
+                        size += some[-1].size
+            except (StopIteration, av.FFmpegError) as end:
+                error = end
+            self._source.raise_error()
+            yield from some
+        if isinstance(error, av.FFmpegError):
+            self._notes.append(f"reading stopped early: {_reason(error)}")
 
-    def _open(self) -> InputContainer:
-        _limit_allocations()
-        options = {
-            "format_whitelist": ",".join(FORMATS),
-            "codec_whitelist": ",".join(CODECS),
-            "protocol_whitelist": "",
-            "max_streams": str(MAX_STREAMS),
-            "max_size": str(1 << 16),  # bytes a packet of WAV; the default of 4096 costs more calls than decoding
-        }
+    def _silence_before(self, frame: AudioFrame, packet: "Packet[AudioStream]", damaged: int) -> int:
+        time, first = frame.time, self._seconds == self._part_from
+        if time is None and first and packet.pts is not None:
+            time = float(packet.pts * packet.time_base)
+        resumed = False
+        if self._ogg:  # there is nothing missing within a run
+            time = time if first or damaged else None
+            resumed = first and (self._ogg.same_link or self._ogg.start_lost)
+            if resumed and not self._ogg.same_link:
+                self._timeline.start_at_zero()
+            if resumed and self._ogg.position is not None:
+                time = self._ogg.position / frame.sample_rate
+        silence = self._timeline.silence(
+            time,
+            self._seconds - self._timeline_from,
+            frame.sample_rate,
+            damaged=resumed or damaged > 0,
+            said=self._seconds,
+        )
+        if damaged and not silence:
+            self._unfilled += damaged
+        return silence
+
+    def _next_part(self) -> bool:
+        """Opens what follows: a further run of an Ogg stream, or a file that is joined to the one before."""
+        if self._parts == MAX_PARTS:
+            self._notes.append(f"given up at {self._seconds:.2f} s, after {MAX_PARTS} parts")
+            return False
+        if self._ogg:
+            return self._ogg.next_run() and self._open_following(same_clock=self._ogg.same_link)
+        end = self._layout.end
+        if end is None:
+            return False
+        rest = self._source.exactly(end, 16)
+        if starts_a_file(rest):
+            self._start = end
+            return self._open_following(same_clock=False)
+        rest = self._source.exactly(end, 4096)
+        if len(rest) >= MIN_REST and not are_tags(rest):
+            size = self._source.size
+            many = "bytes" if size is None else f"{size - end} bytes"
+            self._notes.append(
+                f"the file goes on for {many} after the end that its header states, which are not heard; "
+                "if they are sound, mend the header"
+            )
+        self._source.raise_error()
+        return False
+
+    def _open_following(self, *, same_clock: bool) -> bool:
+        """Opens a part that is not the first; what cannot be read is a warning."""
+        self._container.close()
+        clock = self._timeline, self._timeline_from
         try:
-            return av.open(self._reader, "r", container_options=options, metadata_errors="replace")
-        except av.FFmpegError as error:
-            self._reader.raise_error(self.name)
-            if self._reader.start(16).startswith(_PLAYLISTS):
-                raise AudioError(f"{self.name} is a playlist; open the audio files it lists one by one.") from None
-            raise AudioError(
-                f"{self.name} is not an audio file that can be read here, or its beginning is damaged "
-                f"({_reason(error)}). Convert it to WAV, FLAC, MP3, M4A, Ogg or WebM; "
-                "headerless PCM is passed as (array, sample_rate)."
-            ) from None
+            self._open()
+        except _UnreadableError as error:
+            self._timeline, self._timeline_from = clock
+            self._notes.append(f"what follows at {self._seconds:.2f} s cannot be decoded: {error}")
+            return False
+        if same_clock:
+            self._timeline, self._timeline_from = clock
+        else:
+            self._notes += clock[0].all_warnings()
+        return True
 
-    def _first_audio_stream(self) -> AudioStream:
+    def _open(self) -> None:
+        """Opens the file at `_start`, or the run of the Ogg stream that has begun."""
+        _limit_allocations()
+        self._parts += 1
+        self._layout = Layout() if self._ogg else layout(self._source, self._start)
+        self._source.raise_error()
+        view = self._ogg or self._layout.view(self._source, self._start)
+        self._source.begin_header()
+        try:
+            with self._source.interrupts:
+                self._container = av.open(view, "r", container_options=_OPTIONS, metadata_errors="replace")
+        except av.FFmpegError as error:
+            self._source.raise_error()
+            raise self._unreadable(error) from None
+        try:
+            self._source.raise_error()
+            self._stream = self._chosen_stream()
+        except BaseException:
+            self._container.close()
+            raise
+        format, start = self._container.format.name, self._container.start_time
+        self._timeline = Timeline(format, None if start is None else start / av.time_base, continues=self._parts > 1)
+        self._timeline_from = self._seconds
+
+    def _unreadable(self, error: av.FFmpegError) -> "_UnreadableError":
+        if self._source.exactly(self._start, 16).startswith(_PLAYLISTS):
+            return _UnreadableError(f"{self.name} is a playlist; open the audio files it lists one by one.")
+        return _UnreadableError(
+            f"{self.name} is not an audio file that can be read here, or its beginning is damaged "
+            f"({_reason(error)}). Convert it to WAV, FLAC, MP3, M4A, Ogg or WebM; "
+            "headerless PCM is passed as (array, sample_rate)."
+        )
+
+    def _chosen_stream(self) -> AudioStream:
+        """The first default stream that can be decoded, or else the first one that can be."""
         streams = self._container.streams.audio
         if not streams:
-            raise AudioError(f"{self.name} has no audio stream; extract or record the sound and pass that file.")
-        context = streams[0].codec_context
-        if context is None or context.name not in CODECS:
-            codec = "an unknown codec" if context is None else f"the codec {context.name}"
-            raise AudioError(f"the audio in {self.name} uses {codec}; convert it to WAV, FLAC, MP3, M4A or Ogg.")
-        if len(streams) > 1:
-            self._notes.append(f"the file has {len(streams)} audio streams; only the first one is used")
+            raise _UnreadableError(f"{self.name} has no audio stream; extract or record the sound and pass that file.")
+        names = [stream.codec_context.name if stream.codec_context else "" for stream in streams]
+        decodable = [index for index, name in enumerate(names) if name in CODECS]
+        if not decodable:
+            codec = f"the codec {names[0]}" if names[0] else "an unknown codec"
+            raise _UnreadableError(f"the audio in {self.name} uses {codec}; convert it to WAV, FLAC, MP3, M4A or Ogg.")
+        default = [index for index in decodable if Disposition.default in streams[index].disposition]
+        index = (default or decodable)[0]
+        count = max(len(streams), self._ogg.streams if self._ogg else 0)
+        if count > 1 and self._parts == 1:
+            which = "the first one" if index == 0 else f"number {index + 1}, {names[index]},"
+            self._notes.append(f"the file has {count} audio streams; only {which} is used")
+        context = streams[index].codec_context
         context.options = {"max_samples": str(MAX_FRAME_SAMPLES)}
         if context.name == "flac":  # its checksums tell noise from music, but FFmpeg heeds them only on request
             context.options |= {"err_detect": "crccheck+explode"}
         context.thread_count = 1
-        return streams[0]
+        return streams[index]
 
-    def _mono(self, frame: AudioFrame, seconds: float) -> np.ndarray:
+    def _samples(self, frame: AudioFrame) -> np.ndarray:
         rate, channels = frame.sample_rate, frame.layout.nb_channels
         check_rate(rate, self.name)
         if not 1 <= channels <= MAX_CHANNELS:
@@ -186,9 +330,17 @@ class Decoder:
             )
         if not self.sample_rate:
             self.sample_rate, self.channels = rate, channels
-        block = mix(_samples(frame, channels))
-        check_samples(block, self.name, rate, seconds)
-        return block
+            self._source.end_header()
+        return _samples(frame, channels)
+
+    def _mono(self, pending: "_Frames") -> Iterator[tuple[np.ndarray, int]]:
+        """The mix of the pending frames, if there are any."""
+        if pending.samples:
+            samples, rate, seconds = pending.taken()
+            block = mix(samples)
+            check_samples(block, self.name, rate, seconds)
+            self._cancellation.add(samples, block)
+            yield block, rate
 
     def _nothing_decoded(self) -> str:
         if self._damaged:
@@ -198,147 +350,89 @@ class Decoder:
             )
         return f"{self.name} has a header but contains no audio samples; record or export it again."
 
-    def _stated_seconds(self) -> float | None:
-        """The length that the header states, where it is a statement and not FFmpeg's estimate from the bit rate."""
+    def _check_length(self, seconds: float) -> None:
+        """Says where the part that gave `seconds` states that it has more."""
+        stated, allowed = self._stated_seconds(seconds)
+        if stated and seconds and seconds < stated - allowed:
+            self._notes.append(f"the file is cut short or damaged: decoded {seconds:.3f} s of a stated {stated:.3f} s")
+
+    def _stated_seconds(self, seconds: float) -> tuple[float | None, float]:
+        """The length that the header states, where it is a statement and not FFmpeg's estimate from the bit rate, and
+        by how much an intact file may fall short of it."""
+        lossless = self._stream.codec_context.name.startswith(("flac", "pcm_"))
+        allowed = LOSSLESS_SHORTFALL if lossless else SHORTFALL
+        if self._layout.samples:
+            begin, end = self._layout.samples
+            ends = [known for known in (self._source.size, self._source.end) if known is not None]
+            there = min([end, *ends]) - begin
+            return (seconds * (end - begin) / there if there > 0 else None), LOSSLESS_SHORTFALL
         name, stream = self._container.format.name, self._stream
-        if name == "wav":
-            return _wav_seconds(self._reader.start(1 << 16))
         if name == "matroska,webm" and len(self._container.streams) == 1:
-            return self.length_hint
-        if name == "mp3" and not self._mp3_states_length():
-            return None
+            return self.length_hint, allowed
+        if name == "mp3":
+            estimated = float((stream.duration or 0) * (stream.time_base or 0))
+            return (self._layout.mp3_seconds and min(estimated, self._layout.mp3_seconds)), allowed
         if name not in _STATES_ITS_LENGTH or not stream.duration or not stream.time_base:
-            return None
-        return float(stream.duration * stream.time_base)
-
-    def _mp3_states_length(self) -> bool:
-        head = self._reader.start(10)
-        tag_size = 0
-        if head.startswith(b"ID3") and len(head) == 10:
-            tag_size = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
-        first_frame = self._reader.start(4096, offset=tag_size)
-        return any(tag in first_frame for tag in (b"Xing", b"Info", b"VBRI"))
+            return None, allowed
+        return float(stream.duration * stream.time_base), allowed
 
 
-def mix(channels: np.ndarray) -> np.ndarray:
-    """Plain mean of `channels` [channels, n], any dtype of `SCALES` or floating -> float32 [n].
+class _Frames:
+    """Frames of one rate and layout that are mixed together: each one alone takes as long as a hundred times as many
+    samples would."""
 
-    Integers are scaled to [-1, 1); the mean is formed in float32, as librosa does. Overflow becomes infinity.
-    """
-    offset, scale = SCALES.get(channels.dtype.name, (0.0, 1.0))
-    with np.errstate(over="ignore", invalid="ignore"):
-        samples = channels.astype(np.float32, order="C")
-        if offset:
-            samples -= np.float32(offset)
-        mono: np.ndarray = samples[0] if len(samples) == 1 else samples.mean(axis=0, dtype=np.float32)
-        if scale != 1.0:
-            mono *= np.float32(scale)
-    return mono
+    def __init__(self, enough: int):
+        """enough: samples of a channel from which on it is `full`."""
+        self._enough = enough
+        self._parts: list[np.ndarray] = []
+        self._rate, self._seconds = 0, 0.0
+        self.samples = 0
 
+    @property
+    def full(self) -> bool:
+        """Whether there are enough frames, or half a second of them."""
+        return self.samples >= min(self._enough, self._rate // 2)
 
-SCALES = {
-    "int8": (0.0, 2.0**-7),
-    "uint8": (2.0**7, 2.0**-7),
-    "int16": (0.0, 2.0**-15),
-    "uint16": (2.0**15, 2.0**-15),
-    "int32": (0.0, 2.0**-31),
-}
+    def takes(self, samples: np.ndarray, rate: int) -> bool:
+        """Whether the frames are like `samples` [channels, n], and together with them no longer than a second."""
+        if not self._parts:
+            return True
+        first = self._parts[0]
+        alike = (first.shape[0], first.dtype, self._rate) == (samples.shape[0], samples.dtype, rate)
+        return alike and self.samples + samples.shape[1] <= rate
 
+    def add(self, samples: np.ndarray, rate: int, seconds: float) -> None:
+        """Add a frame that begins at `seconds`."""
+        if not self._parts:
+            self._rate, self._seconds = rate, seconds
+        self._parts.append(samples)
+        self.samples += samples.shape[1]
 
-def check_rate(rate: int, name: str) -> None:
-    """Raises AudioError unless `rate` lies within `MIN_RATE`..`MAX_RATE` Hz."""
-    if not MIN_RATE <= rate <= MAX_RATE:
-        raise AudioError(
-            f"{name} states a sample rate of {rate} Hz; it must lie between {MIN_RATE} and {MAX_RATE} Hz. "
-            "Write the file again with its true rate."
-        )
-
-
-def check_samples(block: np.ndarray, name: str, rate: int, seconds: float) -> None:
-    """Raises AudioError naming the first sample of mono `block` that is NaN, infinite or beyond `MAX_AMPLITUDE`.
-
-    `seconds` is where the block starts in the audio.
-    """
-    good = np.abs(block) <= MAX_AMPLITUDE
-    if not good.all():
-        index = int(np.argmin(good))
-        raise AudioError(
-            f"{name} contains a sample that is {block[index]:g} at {seconds + index / rate:.6f} s "
-            f"(sample {round(seconds * rate) + index}); get an intact copy, or replace such samples."
-        )
+    def taken(self) -> tuple[np.ndarray, int, float]:
+        """All samples [channels, n], their rate, and where they begin; none are left."""
+        samples = self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts, axis=1)
+        self._parts, self.samples = [], 0
+        return samples, self._rate, self._seconds
 
 
-def unreadable(name: str, error: Exception) -> AudioError:
-    """The error for a source that fails while it is read."""
-    return AudioError(f"{name} cannot be read ({error}); pass a file that is open, complete and readable.")
-
-
-class _Reader:
-    """What FFmpeg may see of the caller's file: bytes and positions, neither its name nor its exceptions.
-
-    An exception must not travel through FFmpeg's callbacks; it is kept, FFmpeg sees the end of the file, and
-    `raise_error` reports it afterwards.
-    """
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._error: Exception | None = None
-        file.seek(0)
-
-    def read(self, size: int) -> bytes:
-        if self._error is not None:
-            return b""
-        try:
-            data = self._file.read(size)
-        except Exception as error:
-            self._error = error
-            return b""
-        if not isinstance(data, bytes) or len(data) > size:
-            self._error = TypeError("its read(size) must return at most size bytes")
-            return b""
-        return data
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        try:
-            return self._file.seek(offset, whence)
-        except (OSError, ValueError, OverflowError):
-            return -1
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def start(self, size: int, offset: int = 0) -> bytes:
-        """Up to `size` bytes from `offset`, leaving the position as it was."""
-        position = self._file.tell()
-        self._file.seek(offset)
-        data = self.read(size)
-        self._file.seek(position)
-        return data
-
-    def raise_error(self, name: str) -> None:
-        if self._error is not None:
-            raise unreadable(name, self._error)
+class _UnreadableError(AudioError):
+    """Nothing at this place can be decoded, which is no reason to stop where something was decoded before."""
 
 
 def _samples(frame: AudioFrame, channels: int) -> np.ndarray:
     """The samples of `frame` as [channels, n] in the decoder's own dtype."""
     if frame.format.is_planar and channels > _SAFE_PLANES:
         frame = av.AudioResampler(format=frame.format.packed).resample(frame)[0]
-    samples: np.ndarray = frame.to_ndarray()
-    return samples if frame.format.is_planar else samples.reshape(-1, channels).T
-
-
-def _wav_seconds(head: bytes) -> float | None:
-    """The length that the chunks of a WAV file state, None where its writer left it open."""
-    position, bytes_a_second = 12, 0
-    while position + 20 <= len(head):
-        chunk, size = struct.unpack_from("<4sI", head, position)
-        if chunk == b"fmt ":
-            (bytes_a_second,) = struct.unpack_from("<I", head, position + 16)
-        elif chunk == b"data":
-            return size / bytes_a_second if bytes_a_second and size < _STREAMED_WAV else None
-        position += 8 + size + size % 2
-    return None
+    if not frame.format.is_planar:
+        return frame.to_ndarray().reshape(-1, channels).T
+    dtype = _PLANAR.get(frame.format.name)
+    if dtype is None:
+        return frame.to_ndarray()
+    samples = np.empty((channels, frame.samples), dtype)
+    planes: Any = frame.planes
+    for plane, row in zip(planes, samples, strict=True):
+        row[:] = np.frombuffer(plane, dtype, count=frame.samples)
+    return samples
 
 
 def _reason(error: av.FFmpegError) -> str:

@@ -1,28 +1,39 @@
-"""Audio as it comes: raw samples or an encoded stream from a pipe, or a microphone, in pieces for `Live.feed`."""
+"""Audio as it comes: raw samples or an encoded stream from a pipe, or a microphone, in pieces for `Live.feed`.
+
+Each function takes `warn`, which it calls with everything that is wrong with the audio so far whenever that changes.
+"""
 
 import io
 import queue
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from ...kernels.log_mel import SAMPLE_RATE
+from ...kernels.audio_format import SAMPLE_RATE
 from ..errors import AudioError
-from .decode import Decoder, mix
+from .decode import Decoder
+from .mixing import mix
 
 RAW_FORMATS = {"s16le": "<i2", "s32le": "<i4", "f32le": "<f4", "u8": "u1"}
 _PIECE_SECONDS = 0.1
 _HEAD = 1 << 20  # bytes at the start of a stream to which a demuxer may go back
 
 Pieces = Iterator[tuple[np.ndarray, int]]
+Warn = Callable[[tuple[str, ...]], None]
 
 
-def raw_pieces(file: BinaryIO, format: str, *, rate: int, channels: int) -> Pieces:
-    """Samples without a header, mixed down, as (float32 [n], rate), as soon as they are there.
+def ignore(warnings: tuple[str, ...]) -> None:
+    """A `Warn` for callers that do not want the warnings."""
 
-    format: one of RAW_FORMATS, as FFmpeg names them; channels interleaved. Raises AudioError for another format, for a
-    rate or a number of channels below 1, and when the stream ends within a sample.
+
+def raw_pieces(file: BinaryIO, format: str, *, rate: int, channels: int, warn: Warn = ignore) -> Pieces:
+    """Samples without a header, mixed to mono, as (float32 [n], rate), as soon as they arrive.
+
+    format: one of RAW_FORMATS, as FFmpeg names them; channels interleaved. Bytes at the end that are less than a sample
+    of every channel are left out with a warning. Raises AudioError for another format, for a rate or a number of
+    channels below 1, and for a stream that holds nothing but such bytes.
     """
     if format not in RAW_FORMATS or rate < 1 or channels < 1:
         raise AudioError(
@@ -31,41 +42,71 @@ def raw_pieces(file: BinaryIO, format: str, *, rate: int, channels: int) -> Piec
         )
     dtype = np.dtype(RAW_FORMATS[format])
     frame = dtype.itemsize * channels
-    rest = b""
+    rest, heard = b"", False
     while data := _read_some(file, max(frame, int(_PIECE_SECONDS * rate) * frame)):
         data = rest + data
         whole = len(data) // frame * frame
         rest = data[whole:]
         if whole:
+            heard = True
             yield mix(np.frombuffer(data[:whole], dtype).reshape(-1, channels).T), rate
     if rest:
-        raise AudioError(f"the audio ends within a frame of {frame} bytes; check its format and channels.")
+        problem = f"the audio ends within a frame of {frame} bytes: the last {len(rest)} bytes are not heard"
+        if not heard:
+            raise AudioError(f"{problem}, and nothing else is there; check its format and channels.")
+        warn((f"{problem}; check its format and channels",))
 
 
-def decoded_pieces(file: BinaryIO, name: str) -> Pieces:
-    """A container that can be read from its start on (WAV, MP3, FLAC, Ogg, Matroska, ...), as (mono float32 [n], rate).
+def decoded_pieces(file: BinaryIO, name: str, warn: Warn = ignore) -> Pieces:
+    """An encoded stream as (mono float32 [n], rate).
 
-    Raises what `Decoder` raises.
+    A file that can seek may hold any container; a stream that cannot holds one that can be read from its start on (WAV,
+    MP3, FLAC, Ogg, Matroska, ...). Raises what `Decoder` raises.
     """
-    with Decoder(cast(BinaryIO, _Pipe(file)), name) as decoder:
-        yield from decoder.blocks()
+    known: tuple[str, ...] = ()
+    with Decoder(file if file.seekable() else cast(BinaryIO, _Pipe(file)), name) as decoder:
+        for block in chain(decoder.blocks(), [None]):
+            if decoder.warnings != known:
+                known = decoder.warnings
+                warn(known)
+            if block is not None:
+                yield block
 
 
-def microphone_pieces(stopped: Callable[[], bool], device: str | None = None) -> Pieces:
-    """The default microphone, or the one called `device`, as (float32 [n], 16 000), until `stopped()`.
+def check_microphone(device: str | None = None) -> None:
+    """Raise AudioError if there is no microphone, or none called `device`, or no package to record with."""
+    sounddevice = _sounddevice()
+    try:
+        sounddevice.check_input_settings(device=device, channels=1, dtype="float32", samplerate=SAMPLE_RATE)
+    except (sounddevice.PortAudioError, ValueError) as error:
+        raise AudioError(f"the microphone cannot be used ({error}); choose another with mic:NAME.") from None
 
-    Raises AudioError without the package sounddevice, or without a microphone.
-    """
+
+def _sounddevice() -> Any:
     try:
         import sounddevice
     except (ImportError, OSError) as error:  # OSError: PortAudio itself is missing
         raise AudioError(
-            f"the microphone needs sounddevice and PortAudio ({error}): pip install 'afnext[microphone]'. Or use a "
+            f"the microphone needs sounddevice and PortAudio ({error}): pip install sounddevice. Or use a "
             "pipe: ffmpeg -f alsa -i default -f s16le -ac 1 -ar 16000 - | afnext listen - --raw s16le"
         ) from None
+    return sounddevice
+
+
+def microphone_pieces(stopped: Callable[[], bool], device: str | None = None, warn: Warn = ignore) -> Pieces:
+    """The default microphone, or the one called `device`, as (float32 [n], 16 000), until `stopped()`.
+
+    Raises AudioError without the package sounddevice, or without a microphone.
+    """
+    sounddevice = _sounddevice()
     pieces: queue.Queue[np.ndarray] = queue.Queue()
+    gaps = 0
 
     def heard(samples: np.ndarray, frames: int, time: Any, status: Any) -> None:
+        nonlocal gaps
+        if status:  # the only flag of an input stream is its overflow
+            gaps += 1
+            warn((f"the computer was too busy for the microphone: audio is missing in {gaps} places",))
         pieces.put(samples[:, 0].copy())
 
     try:
@@ -82,7 +123,7 @@ def microphone_pieces(stopped: Callable[[], bool], device: str | None = None) ->
 
 
 def _read_some(file: BinaryIO, size: int) -> bytes:
-    """At least one byte and at most `size`, as many as are there; empty at the end."""
+    """The bytes that are available, at least one and at most `size`; none at the end. Raises AudioError."""
     read = getattr(file, "read1", file.read)
     try:
         return bytes(read(size))
@@ -91,7 +132,7 @@ def _read_some(file: BinaryIO, size: int) -> bytes:
 
 
 class _Pipe(io.RawIOBase):
-    """A stream as a file that can go back within its first `_HEAD` bytes, which recognizing a format takes."""
+    """A stream as a file that can seek within its first `_HEAD` bytes, as demuxers do to recognize a format."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -109,7 +150,7 @@ class _Pipe(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Within the head, or to where the stream stands. Raises OSError elsewhere."""
+        """Seek within the head, or to the present end of what was read. Raises OSError for other positions."""
         target = offset + (self._position if whence == io.SEEK_CUR else 0)
         if whence == io.SEEK_END or not (0 <= target <= len(self._head) or target == self._read):
             raise OSError("a stream has no end to go to, and no way back")
@@ -117,7 +158,7 @@ class _Pipe(io.RawIOBase):
         return target
 
     def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes, as many as are there."""
+        """The bytes that are available, at most `size`."""
         if self._position < len(self._head):
             data = bytes(self._head[self._position : self._position + size])
         else:

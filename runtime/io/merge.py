@@ -5,7 +5,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from itertools import zip_longest
 
+from .scripts import units
 from .segments import Segment
 
 _ALIKE = 0.6  # share of the shorter text's words that two hearings of one sentence have in common
@@ -21,27 +23,59 @@ class Heard:
     segments: tuple[Segment, ...]
 
 
-def merge(windows: Sequence[Heard]) -> list[Segment]:
-    """The segments of consecutive windows as one list by start, each sentence once.
+class Merger:
+    """Joins the segments of windows that come one after the other, and gives out each once it is final.
 
-    Where two windows overlap, segments that agree in time and text are one, of which the hearing farther from its
-    window's edge is kept. Of the rest, the window that is closer to its edge yields where the other has heard
-    something at that time. Windows number their speakers each anew: agreeing segments tell who is who, and a speaker of
-    a later window whom none does gets the next free number.
+    Where two windows overlap, segments that agree in time and text are one; the transcript that its window cuts off
+    less is kept. Of the rest, the window that is closer to its edge yields where the other has text for that time.
+    Windows number their speakers independently: agreeing segments map one numbering to the other, and a speaker of a
+    later window without such a segment gets the next free number.
     """
-    merged: list[Segment] = []
-    for index, window in enumerate(windows):
-        here = list(window.segments)
-        before = windows[index - 1].end if index else window.start
-        if before <= window.start:
-            merged += _renamed(here, merged, [])
-            continue
-        old = [i for i, segment in enumerate(merged) if segment.end > window.start - _NEAR]
-        new = [i for i, segment in enumerate(here) if segment.start < before + _NEAR]
-        pairs = [(old[a], new[b]) for a, b in _agreeing([merged[i] for i in old], [here[i] for i in new])]
-        here = _renamed(here, merged, pairs)
-        merged = _joined(merged, here, pairs, (window.start, before))
-    return sorted(merged, key=lambda segment: segment.start)
+
+    def __init__(self) -> None:
+        self._pending: list[Segment] = []
+        self._speakers: set[str] = set()
+        self._end: float | None = None
+
+    def push(self, window: Heard, following: float | None) -> list[Segment]:
+        """Add the next window; return the segments that no later window can change, in the order of their starts.
+
+        following: where the window after this one starts, or None if this is the last.
+        """
+        old, new = self._pending, list(window.segments)
+        overlap = (window.start, window.start if self._end is None else self._end)
+        pairs: list[tuple[int, int]] = []
+        if overlap[0] < overlap[1]:
+            late = [a for a, segment in enumerate(old) if segment.end > overlap[0] - _NEAR]
+            early = [b for b, segment in enumerate(new) if segment.start < overlap[1] + _NEAR]
+            pairs = [(late[a], early[b]) for a, b in _agreeing([old[a] for a in late], [new[b] for b in early])]
+        new = _renamed(new, [(old[a], new[b]) for a, b in pairs], self._speakers | _speakers(old))
+        merged = _joined(old, new, pairs, overlap) if overlap[0] < overlap[1] else old + new
+        merged.sort(key=lambda segment: segment.start)
+        self._end = window.end
+        final = _count_final(merged, following)
+        self._pending = merged[final:]
+        self._speakers |= _speakers(merged[:final])
+        return merged[:final]
+
+
+def merge(windows: Sequence[Heard]) -> list[Segment]:
+    """The segments of consecutive windows as one list by start, each sentence once; see `Merger`."""
+    merger = Merger()
+    following = zip_longest(windows, [window.start for window in windows[1:]])
+    return [segment for window, start in following for segment in merger.push(window, start)]
+
+
+def _count_final(segments: list[Segment], following: float | None) -> int:
+    """How many of the first segments lie wholly before anything that a window from `following` on is compared with."""
+    if following is None:
+        return len(segments)
+    ends = (i for i, segment in enumerate(segments) if segment.end > following - _NEAR)
+    return next(ends, len(segments))
+
+
+def _speakers(segments: Iterable[Segment]) -> set[str]:
+    return {segment.speaker for segment in segments if segment.speaker is not None}
 
 
 def _joined(
@@ -84,7 +118,7 @@ def _covered(segment: Segment, others: Iterable[Segment]) -> bool:
 
 
 def _words(segment: Segment) -> list[str]:
-    return re.findall(r"\w+", segment.text.casefold()) or [segment.text]
+    return units(segment.text) or [segment.text]
 
 
 def _agreeing(old: list[Segment], new: list[Segment]) -> list[tuple[int, int]]:
@@ -128,24 +162,25 @@ def _likeness(one: list[str], other: list[str]) -> float:
     return sum(block.size for block in blocks) / min(len(one), len(other))
 
 
-def _renamed(new: list[Segment], old: list[Segment], pairs: list[tuple[int, int]]) -> list[Segment]:
-    """The new segments with the speakers' names that the old ones have for them."""
+def _renamed(new: list[Segment], pairs: list[tuple[Segment, Segment]], known: set[str]) -> list[Segment]:
+    """The new segments with the names that the transcript so far has for their speakers.
+
+    pairs: an old segment and the new one that agrees with it; known: the speakers so far.
+    """
     votes: Counter[tuple[str, str]] = Counter()
-    for a, b in pairs:
-        mine, theirs = new[b].speaker, old[a].speaker
-        if mine is not None and theirs is not None:
-            votes[mine, theirs] += 1
+    for old, own in pairs:
+        if own.speaker is not None and old.speaker is not None:
+            votes[own.speaker, old.speaker] += 1
     names: dict[str, str] = {}
     for (mine, theirs), _ in sorted(votes.items(), key=lambda vote: -vote[1]):
         if mine not in names and theirs not in names.values():
             names[mine] = theirs
-    known = {segment.speaker for segment in old} - {None}
     for segment in new:
         if segment.speaker is not None and segment.speaker not in names:
             names[segment.speaker] = segment.speaker if not known else _fresh(known | set(names.values()))
     return [segment if segment.speaker is None else replace(segment, speaker=names[segment.speaker]) for segment in new]
 
 
-def _fresh(taken: set[str | None]) -> str:
-    numbers = (int(match[1]) for name in taken if (match := re.fullmatch(r"Speaker (\d{1,9})", name or "")))
+def _fresh(taken: set[str]) -> str:
+    numbers = (int(match[1]) for name in taken if (match := re.fullmatch(r"Speaker (\d{1,9})", name)))
     return f"Speaker {max(numbers, default=0) + 1}"

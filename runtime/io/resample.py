@@ -1,11 +1,12 @@
 """Samples of any rate to 16 kHz, as a stream: what comes out does not depend on the pieces that go in."""
 
 import math
+from collections import deque
 
 import numpy as np
 import soxr
 
-from ...kernels.log_mel import SAMPLE_RATE
+from ...kernels.audio_format import SAMPLE_RATE
 
 _MARGIN = 2  # seconds before which nothing reaches the present sample, at rates of 100 Hz and more
 _REACH = 256  # samples that soxr's HQ filter reaches back, which is more than that at lower ones
@@ -21,22 +22,27 @@ class Resampler:
         self._taken = 0
         self._given = 0
         self._margin = max(_MARGIN, math.ceil(_REACH / rate))
-        self._recent = np.zeros(0, np.float32)  # the end of what was taken, from the second `_recent_from` on
+        self._recent: deque[np.ndarray] = deque()  # blocks at the end of what was taken, from sample `_recent_from` on
         self._recent_from = 0
         self._stream = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "HQ")
 
     def push(self, block: np.ndarray) -> np.ndarray:
-        """The samples [m] that `block` [n], of a second at most, completes."""
+        """The samples [m] that `block` [n], of a second at most, completes. The block is kept and must not change."""
         self._taken += len(block)
         if self._stream is None:
             return block
-        self._recent = np.concatenate([self._recent, block])
+        self._recent.append(block)
         completed = self._stream.resample_chunk(block)
         self._given += len(completed)
-        needed_from = max(0, self._given // SAMPLE_RATE - self._margin)
-        self._recent = self._recent[(needed_from - self._recent_from) * self.rate :]
-        self._recent_from = needed_from
+        needed_from = self._needed_from * self.rate
+        while self._recent and self._recent_from + len(self._recent[0]) <= needed_from:
+            self._recent_from += len(self._recent.popleft())
         return completed
+
+    @property
+    def _needed_from(self) -> int:
+        """The second from which on samples can still reach into what is to come."""
+        return max(0, self._given // SAMPLE_RATE - self._margin)
 
     @property
     def length(self) -> int:
@@ -49,8 +55,11 @@ class Resampler:
         """
         if self._stream is None:
             return np.zeros(0, np.float32)
-        end = soxr.resample(self._recent, self.rate, SAMPLE_RATE, "HQ") if len(self._recent) else self._recent
-        return self._padded(end[self._given - self._recent_from * SAMPLE_RATE :])
+        if not self._taken:
+            return np.zeros(0, np.float32)
+        recent = np.concatenate(self._recent)[self._needed_from * self.rate - self._recent_from :]
+        end = soxr.resample(recent, self.rate, SAMPLE_RATE, "HQ") if len(recent) else recent
+        return self._padded(end[self._given - self._needed_from * SAMPLE_RATE :])
 
     def finish(self) -> np.ndarray:
         """The samples that were still to come; nothing may be pushed any more."""

@@ -1,46 +1,34 @@
 """Who says what, and when, read from the text that the model writes.
 
-A transcript is text with markers: a time (`[00:12.3]`, `[1:02:03 - 1:02:05]`, `[12.5s]`), a speaker (`[Speaker 1]`), or
-both in one bracket; round brackets, `Speaker 1:` and `00:12 - 00:15:` at the start of a line, and SRT's arrows are
-understood as well. What follows a marker, further lines included, belongs to it, up to the next one. A model may write
-anything, so nothing is lost and nothing trusted: a time that cannot be (beyond the recording, or 00:75) stays in the
-text, times that are missing are estimated from the lengths of the texts, and both are told.
+A transcript is text with markers: times, speakers, or both (see `markers`). A marker stands before the text that it
+belongs to, further lines included; where every time stands at the end of its line, it belongs to the text before it.
+A model may write anything, so no text is lost and no time is trusted: a time beyond the recording, or one such as
+00:75, stays in the text; times that are missing are estimated from the lengths of the texts; both are reported, and so
+is what looks like a marker in an unknown layout.
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
-_CLOCK = r"(?:\d{1,3}:)?\d{1,3}:\d{1,2}(?:[.,]\d{1,6})?"
-_UNIT = r"\d{1,6}(?:\.\d{1,6})?\s*(?:seconds|sec|s)\b"
-_TO = r"\s*(?:-->|->|→|[-–—~]|to)\s*"
-_SPEAKER = r"(?:speaker|spk)(?:[ _-]+\w{1,20}|\d{1,4})"
-_TIME = rf"(?:{_CLOCK}|{_UNIT}|\d{{1,6}}\.\d{{1,6}})"
-_SURE = rf"(?:{_CLOCK}|{_UNIT})"  # a time also without square brackets around it
+from .markers import Marker, find_markers, suspects
+from .scripts import joined
+from .transcript import CLOSE, OPEN
 
-
-def _marker(time: str) -> str:
-    """A time, a range, a speaker, or a time and a speaker in either order."""
-    times = rf"{time}(?:{_TO}{time})?"
-    return rf"(?:{times}(?:[\s,:;|]+{_SPEAKER})?|{_SPEAKER}(?:[\s,:;|]+{times})?)"
-
-
-_INDEX = rf"(?:\d{{1,6}}[ \t]*\n[ \t]*(?={_CLOCK}{_TO}{_CLOCK}))?"  # SRT numbers its cues
-_NAMED = rf"{_SPEAKER}[ \t]*:"
-_BARE = rf"(?:{_SURE}(?:{_TO}{_SURE})?[ \t]+)?{_NAMED}|{_SURE}{_TO}{_SURE}:?|{_CLOCK}[ \t]*(?:[:|]|[-–—](?=\s))"
-_MARKER = re.compile(
-    rf"[*_]{{0,2}}\[\s*{_marker(_TIME)}\s*\][*_]{{0,2}}[ \t]*:?(?:[ \t]*{_NAMED})?"
-    rf"|^[ \t]*(?:[-*•][ \t]+)?(?:[*_]{{0,2}}\(\s*{_marker(_SURE)}\s*\)[*_]{{0,2}}[ \t]*:?(?:[ \t]*{_NAMED})?"
-    rf"|{_INDEX}(?:{_BARE}))",
-    re.IGNORECASE | re.MULTILINE,
-)
 _LATE = 1.0  # seconds that a time may lie beyond the end: models round
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # without those that are white space
+_SEPARATOR_AT_END = re.compile(r"(?<=.) [-–—|;,:]$")
+_TAG = re.compile(
+    r"(</?(?:think|sound|s|unk|pad)>|\[(?:BOS|EOS|PAD)\]|<\|(?! *(?:\d|speaker|spk))[\w /-]{1,40}\|>)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
 class Segment:
     """A stretch of speech: start and end in seconds, its text on one line, and its speaker ("Speaker 1") if known.
 
-    start_stated, end_stated: whether the model said so; otherwise the time is estimated.
+    start_stated, end_stated: whether the model stated the time; otherwise it is estimated.
     """
 
     start: float
@@ -60,15 +48,21 @@ class _Draft:
 
 
 def parse_segments(text: str, duration: float) -> tuple[list[Segment], list[str]]:
-    """The segments that the model's `text` about a recording of `duration` seconds tells, and what was wrong with it.
+    """The segments in the model's `text` about a recording of `duration` seconds, and what was wrong with it.
 
     Segments come in the order of their starts, within 0 .. duration, none without text.
     """
-    drafts, problems = _drafts(text, duration)
+    problems: list[str] = []
+    text = _without_tags(text, problems)
+    markers = _sound_markers(text, duration, problems)
+    pieces = _between(text, markers)
+    behind = _times_are_behind(pieces, markers)
+    drafts = (_with_times_behind if behind else _drafts)(pieces, markers)
+    if drafts and markers and not clean(pieces[-1]) and _needs_text(markers[-1], behind, pieces):
+        problems.append(f"nothing is said there: {_some([text[markers[-1].start : markers[-1].end]])}")
     untimed = sum(draft.start is None for draft in drafts)
     if untimed:
         problems.append(f"{untimed} of {len(drafts)} segments have no time of their own; theirs are estimated")
-    starts = _starts(drafts, duration)
     segments = [
         Segment(
             start,
@@ -78,99 +72,150 @@ def parse_segments(text: str, duration: float) -> tuple[list[Segment], list[str]
             start_stated=draft.start is not None,
             end_stated=draft.end is not None,
         )
-        for draft, start in zip(drafts, starts, strict=True)
+        for draft, start in zip(drafts, _starts(drafts, duration), strict=True)
     ]
     segments.sort(key=lambda segment: segment.start)
     return _with_ends(segments, duration), problems
 
 
-def _drafts(text: str, duration: float) -> tuple[list[_Draft], list[str]]:
-    """The segments as written, times unchecked against each other."""
-    drafts: list[_Draft] = []
-    problems: list[str] = []
-    draft = _Draft()
-
-    def close() -> None:
-        nonlocal draft
-        if draft.text:
-            drafts.append(draft)
-        elif draft.start is not None and drafts and drafts[-1].end is None and _follows(drafts[-1], draft.start):
-            drafts[-1].end = draft.start  # a time with nothing after it ends what was said before
-        draft = _Draft(speaker=draft.speaker)
-
-    def say(words: str) -> None:
-        """Add text; without any marker before it, each line stands for itself."""
-        nonlocal draft
-        for line in words.splitlines() if draft.start is None and draft.speaker is None else [words]:
-            said = clean(line)
-            if said:
-                draft.text = f"{draft.text} {said}".strip()
-                if draft.start is None and draft.speaker is None:
-                    close()
-
-    end = 0
-    for match in _MARKER.finditer(text):
-        times, speaker = _read(match.group())
-        if any(time is None or time > duration + _LATE for time in times):
-            problems.append(f"{clean(match.group())!r} is no time in a recording of {duration:.1f} s")
-            continue  # so it stays part of the text
-        say(text[end : match.start()])
-        end = match.end()
-        if times or (speaker is not None and draft.text):
-            before = draft.start if not draft.text and len(times) == 1 else None
-            if before is not None and times[0] is not None and times[0] >= before and draft.end is None:
-                draft.end = min(times[0], duration)  # two times in a row: from, to
-                continue
-            close()
-        if times:
-            draft.start, draft.end = _within(times, duration, match.group(), problems)
-        if speaker is not None:
-            draft.speaker = speaker
-    say(text[end:])
-    close()
-    return drafts, problems
-
-
-def _follows(draft: _Draft, time: float) -> bool:
-    return draft.start is not None and time > draft.start
-
-
-def _within(
-    times: list[float | None], duration: float, marker: str, problems: list[str]
-) -> tuple[float | None, float | None]:
-    start, *rest = (None if time is None else min(time, duration) for time in times)
-    end = rest[0] if rest else None
-    if start is not None and end is not None and end < start:
-        problems.append(f"{clean(marker)!r} ends before it starts")
-        end = None
-    return start, end
-
-
-def _read(marker: str) -> tuple[list[float | None], str | None]:
-    """The one or two times of a marker, None for an impossible one, and its speaker."""
-    speaker = re.search(_SPEAKER, marker, re.IGNORECASE)
-    name = None
-    if speaker:
-        label = re.sub(r"^(?:speaker|spk)[ _-]*", "", speaker.group(), flags=re.IGNORECASE)
-        name = f"Speaker {int(label) if label.isdecimal() else label}"
-        marker = marker[: speaker.start()] + marker[speaker.end() :]
-    marker = re.sub(r"^[ \t]*(?:[-*•][ \t]+)?\d{1,6}[ \t]*\n", "", marker)
-    return [_seconds(time) for time in re.findall(_TIME, marker, re.IGNORECASE)][:2], name
-
-
-def _seconds(time: str) -> float | None:
-    if ":" not in time:
-        return float(re.match(r"[\d.]+", time).group())  # type: ignore[union-attr]
-    *larger, seconds = time.replace(",", ".").split(":")
-    hours, minutes = (int(larger[0]), int(larger[1])) if len(larger) == 2 else (0, int(larger[0]))
-    if float(seconds) >= 60 or (len(larger) == 2 and minutes >= 60):
-        return None
-    return 3600.0 * hours + 60.0 * minutes + float(seconds)
-
-
 def clean(text: str) -> str:
-    """The text on one line: any run of whitespace is one space, and control characters are gone."""
-    return " ".join("".join(char for char in text if char.isprintable() or char.isspace()).split())
+    """The text on one line, without control characters; empty if nothing of it can be seen.
+
+    Any run of white space becomes one space, or nothing where a line break stands between Chinese or Japanese text.
+    """
+    lines = _CONTROL.sub("", text).splitlines()
+    line = joined(" ".join(line.split()) for line in lines)
+    return line if any(char != " " and unicodedata.category(char) != "Cf" for char in line) else ""
+
+
+def _without_tags(text: str, problems: list[str]) -> str:
+    """The text without thoughts between `<think>` and `</think>`, and without stray tags of the model's own format."""
+    kept: list[str] = []
+    left_out: list[str] = []
+    opened: int | None = None  # where in `kept` a thought has begun
+    for index, part in enumerate(_TAG.split(text)):
+        if index % 2 == 0:
+            kept.append(part)
+        elif part.casefold() == OPEN and opened is None:
+            opened = len(kept)
+            left_out.append(part)
+        elif part.casefold() == CLOSE and opened is not None:
+            left_out[-1] += "".join(kept[opened:]) + part
+            del kept[opened:]
+            opened = None
+        else:
+            left_out.append(part)
+        if index % 2:
+            kept.append(" ")
+    if left_out:
+        problems.append(f"left out, being no speech: {_some(left_out)}")
+    return "".join(kept)
+
+
+def _sound_markers(text: str, duration: float, problems: list[str]) -> list[Marker]:
+    """The markers whose times lie within the recording; what else is or may be one stays in the text."""
+    found = list(find_markers(text))
+    sound, impossible, backwards = [], [], []
+    for marker in found:
+        written = clean(text[marker.start : marker.end])
+        times = [min(time, duration) for time in marker.times if time <= duration + _LATE]
+        if len(times) < len(marker.times):
+            impossible.append(written)
+            continue
+        if times != sorted(times):
+            backwards.append(written)
+            times.pop()
+        sound.append(replace(marker, times=tuple(times)))
+    unknown = [suspect for piece in _between(text, found) for suspect in suspects(piece)]
+    if impossible:
+        problems.append(f"no time in a recording of {duration:.1f} s, left in the text: {_some(impossible)}")
+    if backwards:
+        problems.append(f"ends before it starts; the end is estimated: {_some(backwards)}")
+    if unknown:
+        problems.append(f"a time or speaker in an unknown layout, left in the text: {_some(unknown)}")
+    return sound
+
+
+def _some(examples: list[str]) -> str:
+    more = f" and {len(examples) - 3} more" if len(examples) > 3 else ""
+    return ", ".join(repr(shown[:80]) for shown in map(clean, examples[:3])) + more
+
+
+def _between(text: str, markers: list[Marker]) -> list[str]:
+    """The text before the first marker, between each two, and after the last."""
+    edges = [0, *(edge for marker in markers for edge in (marker.start, marker.end)), len(text)]
+    return [text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _drafts(pieces: list[str], markers: list[Marker]) -> list[_Draft]:
+    """The segments of a text in which markers stand before what they belong to."""
+    drafts = [_Draft(text=line) for line in _lines(pieces[0])]
+    draft = _Draft()
+    for marker, piece in zip(markers, pieces[1:], strict=True):
+        if draft.text or (marker.times and not _continues(draft, marker)):
+            _close(draft, drafts)
+            draft = _Draft(speaker=draft.speaker)
+        if marker.times and draft.start is not None:
+            draft.end = marker.times[0]  # two times in a row: from, to
+        elif marker.times:
+            draft.start, draft.end = (*marker.times, None)[:2]
+        draft.speaker = marker.speaker or draft.speaker
+        draft.text = clean(piece)
+    _close(draft, drafts)
+    return drafts
+
+
+def _continues(draft: _Draft, marker: Marker) -> bool:
+    """Whether the marker's time belongs to the draft, which has no text yet: it has no time, or no end."""
+    start, *rest = marker.times
+    return draft.start is None or (draft.end is None and not rest and start > draft.start)
+
+
+def _close(draft: _Draft, drafts: list[_Draft]) -> None:
+    """Add the draft; one that has a time and no text ends the one before."""
+    before = drafts[-1] if drafts else _Draft()
+    if draft.text:
+        drafts.append(draft)
+    elif draft.start is not None and before.start is not None and before.end is None and draft.start > before.start:
+        before.end = draft.start
+
+
+def _times_are_behind(pieces: list[str], markers: list[Marker]) -> bool:
+    """Whether each time stands behind the text that it belongs to, on its line."""
+    timed = [piece for piece, marker in zip(pieces, markers, strict=False) if marker.times]
+    return bool(timed) and not clean(pieces[-1]) and all(clean(f"{piece}.".splitlines()[-1][:-1]) for piece in timed)
+
+
+def _with_times_behind(pieces: list[str], markers: list[Marker]) -> list[_Draft]:
+    """The segments of a text in which each time stands behind what it belongs to.
+
+    A speaker right behind a time belongs to the same text at the end of a line, and everywhere if the text ends so.
+    """
+    drafts: list[_Draft] = []
+    speaker = None
+    always = not markers[-1].times and not pieces[-2]
+    for piece, marker, following in zip(pieces, markers, pieces[1:], strict=False):
+        drafts += [_Draft(text=line, speaker=speaker) for line in _lines(piece)]
+        if marker.times:
+            drafts[-1].start, drafts[-1].end = (*marker.times, None)[:2]
+            drafts[-1].speaker = marker.speaker or speaker
+            drafts[-1].text = _SEPARATOR_AT_END.sub("", drafts[-1].text)
+        elif drafts and not piece and (always or not clean(f".{following}".splitlines()[0][1:])):
+            drafts[-1].speaker = marker.speaker
+        else:
+            speaker = marker.speaker
+    return drafts
+
+
+def _needs_text(last: Marker, behind: bool, pieces: list[str]) -> bool:
+    """Whether the last marker, which no text follows, says something that belongs to no text before it either."""
+    if behind:
+        return not last.times and bool(pieces[-2])
+    return last.speaker is not None or len(last.times) > 1
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in map(clean, text.splitlines()) if line]
 
 
 def _starts(drafts: list[_Draft], duration: float) -> list[float]:
@@ -189,9 +234,8 @@ def _starts(drafts: list[_Draft], duration: float) -> list[float]:
         if since is None:  # the one before has no end either: it takes its share, too
             since = starts[first - 1] or 0.0
             since += max(0.0, until - since) * len(leader.text) / (len(leader.text) + sum(shares))
-        room = max(0.0, until - since)
-        for i in range(first, stop):
-            starts[i] = since + room * sum(shares[: i - first]) / sum(shares)
+        pace = max(0.0, until - since) / sum(shares)
+        starts[first:stop] = [since + pace * share for share in accumulate(shares[:-1], initial=0)]
         first = stop
     return [min(start or 0.0, duration) for start in starts]
 

@@ -1,43 +1,57 @@
-"""Segments as text, SRT and WebVTT.
+"""Segments as text, SRT and WebVTT, whole or piece by piece.
 
 Source: W3C, "WebVTT: The Web Video Text Tracks Format". SRT has no standard and follows SubRip: a number,
 `hh:mm:ss,mmm --> hh:mm:ss,mmm`, the text, an empty line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
+from .scripts import separator
 from .segments import Segment
 
 
-def to_text(segments: Sequence[Segment]) -> str:
+def to_text(segments: Iterable[Segment]) -> str:
     """The words alone, a new line for each turn, which `[Speaker n]` precedes where speakers are known."""
-    lines: list[str] = []
-    speaker: str | None = None
-    for index, segment in enumerate(segments):
-        if index and segment.speaker == speaker:
-            lines[-1] += f" {segment.text}"
-        else:
-            lines.append(labelled(segment))
-        speaker = segment.speaker
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(text_pieces(segments))
 
 
-def to_srt(segments: Sequence[Segment]) -> str:
+def to_srt(segments: Iterable[Segment]) -> str:
     """SubRip subtitles, `[Speaker n]` before the text where the speaker is known."""
-    cues = (
-        f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n{labelled(segment)}\n"
-        for number, (segment, (start, end)) in enumerate(zip(segments, _times(segments), strict=True), start=1)
-    )
-    return "\n".join(cues)
+    return "".join(srt_pieces(segments))
 
 
-def to_vtt(segments: Sequence[Segment]) -> str:
-    """WebVTT, the speaker as a voice span."""
-    cues = (
-        f"{_clock(start, '.')} --> {_clock(end, '.')}\n{_voice(segment)}{_escaped(segment.text)}\n"
-        for segment, (start, end) in zip(segments, _times(segments), strict=True)
-    )
-    return "\n".join(["WEBVTT\n", *cues])
+def to_vtt(segments: Iterable[Segment]) -> str:
+    """WebVTT subtitles, the speaker as a voice span."""
+    return "".join(vtt_pieces(segments))
+
+
+def text_pieces(segments: Iterable[Segment]) -> Iterator[str]:
+    """`to_text` in pieces, one as soon as each segment is known, and the end of the last line."""
+    before: Segment | None = None
+    for segment in segments:
+        if before is None:
+            yield labelled(segment)
+        elif segment.speaker == before.speaker:
+            yield separator(before.text, segment.text) + segment.text
+        else:
+            yield f"\n{labelled(segment)}"
+        before = segment
+    if before is not None:
+        yield "\n"
+
+
+def srt_pieces(segments: Iterable[Segment]) -> Iterator[str]:
+    """`to_srt` in pieces, one for each segment."""
+    for number, segment in enumerate(segments, start=1):
+        gap = "\n" if number > 1 else ""
+        yield f"{gap}{number}\n{_line_of_times(segment, ',')}\n{labelled(segment)}\n"
+
+
+def vtt_pieces(segments: Iterable[Segment]) -> Iterator[str]:
+    """`to_vtt` in pieces: the header, and one for each segment."""
+    yield "WEBVTT\n"
+    for segment in segments:
+        yield f"\n{_line_of_times(segment, '.')}\n{_voice(segment)}{_escaped(segment.text)}\n"
 
 
 def labelled(segment: Segment) -> str:
@@ -45,10 +59,11 @@ def labelled(segment: Segment) -> str:
     return segment.text if segment.speaker is None else f"[{segment.speaker}] {segment.text}"
 
 
-def _times(segments: Sequence[Segment]) -> list[tuple[int, int]]:
-    """Start and end of each in milliseconds; players drop a cue that lasts no time."""
-    starts = [round(segment.start * 1000) for segment in segments]
-    return [(start, max(start + 1, round(s.end * 1000))) for start, s in zip(starts, segments, strict=True)]
+def _line_of_times(segment: Segment, point: str) -> str:
+    """`start --> end`. The end is at least one millisecond later: players drop a cue of no duration."""
+    start = round(segment.start * 1000)
+    end = max(start + 1, round(segment.end * 1000))
+    return f"{_clock(start, point)} --> {_clock(end, point)}"
 
 
 def _clock(milliseconds: int, point: str) -> str:

@@ -16,11 +16,13 @@ from typing import Any
 
 import tokenizers
 
-from ..errors import CheckpointError, ConfigError, PromptError
-from ..files import read_settings, read_text
+from ..checkpoint_folder import DECODER_FOLDER, CheckpointFolder
+from ..errors import ConfigError, PromptError
+from ..files import shown
+from .tokenizer_files import is_library_error, load_backend
 
-MAX_TOKENIZER_BYTES = 256 * 2**20
 MAX_SPELLING = 256
+MAX_TEXT_CHARACTERS = 1 << 20
 
 AUDIO_TOKEN = "<sound>"
 AUDIO_BOS_TOKEN = "<|sound_bos|>"
@@ -34,8 +36,7 @@ class Tokenizer:
 
     audio_token_id: the placeholder that one audio embedding replaces. audio_bos_id, audio_eos_id: what encloses the
     placeholders, both None in Audio Flamingo 3 checkpoints. eos_ids: any of these ends an answer. pad_id: fills up
-    batches. max_audio_seconds: what the processor's config allows, None where it says nothing. template_variables: the
-    spellings that chat templates may use (`bos_token`, `eos_token`, ...).
+    batches. template_variables: the spellings that chat templates may use (`bos_token`, `eos_token`, ...).
     """
 
     def __init__(
@@ -47,7 +48,6 @@ class Tokenizer:
         audio_eos_token: str | None = None,
         eos_ids: tuple[int, ...] | None = None,
         pad_id: int | None = None,
-        max_audio_seconds: float | None = None,
         template_variables: Mapping[str, str] | None = None,
     ):
         """Wrap a loaded `tokenizers.Tokenizer`. Raises ConfigError when it is not byte-level BPE or lacks a token."""
@@ -81,15 +81,17 @@ class Tokenizer:
         for name, token_id in [*(("eos_token_id", i) for i in self.eos_ids), ("pad_token_id", self.pad_id)]:
             if self.spelling(token_id) is None:
                 raise ConfigError(
-                    f"{name} is {token_id}, and the tokenizer has no token with that id. "
+                    f"{name} is {shown(token_id)}, and the tokenizer has no token with that id. "
                     "Use the tokenizer and generation_config.json of one checkpoint."
                 )
-        self.max_audio_seconds = max_audio_seconds
         self.template_variables = dict(template_variables or {})
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "Tokenizer":
+    def from_folder(cls, folder: Path | CheckpointFolder) -> "Tokenizer":
         """Read tokenizer.json and, where present, the token settings of the other JSON files in a checkpoint's folder.
+
+        In NVIDIA's component layout each of these files may also lie in llm/. Without a tokenizer.json, vocab.json and
+        merges.txt are read.
 
         Audio tokens: processor_config.json, else tokenizer_config.json, else the usual spellings (the enclosing ones
         only if the tokenizer has them). Ends of an answer: generation_config.json, else config.json, else the
@@ -98,15 +100,15 @@ class Tokenizer:
 
         Raises CheckpointError for a missing or damaged file, ConfigError for settings that contradict each other.
         """
-        folder = Path(folder)
-        backend = _load_backend(folder / "tokenizer.json")
+        files = CheckpointFolder.of(folder)
+        backend = load_backend(files)
         spellings = {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items()}
-        processor = read_settings(folder / "processor_config.json")
-        settings = read_settings(folder / "tokenizer_config.json")
-        config = read_settings(folder / "config.json")
-        text_config = config.get("text_config")
+        processor = files.settings("processor_config.json")
+        settings = files.settings(files.find("tokenizer_config.json"))
+        config = files.settings("config.json")
+        text_config = config.get("text_config", files.settings(f"{DECODER_FOLDER}/config.json"))
         ids_in_order = [
-            read_settings(folder / "generation_config.json"),
+            files.settings(files.find("generation_config.json")),
             config,
             text_config if isinstance(text_config, dict) else {},
         ]
@@ -119,7 +121,7 @@ class Tokenizer:
             spelling = _token_string(settings, name)
             if spelling is not None and spelling not in spellings:
                 raise ConfigError(
-                    f"tokenizer_config.json names {spelling!r} as its {name}, which tokenizer.json does not have. "
+                    f"tokenizer_config.json names {shown(spelling)} as its {name}, which tokenizer.json does not have. "
                     "Use both files of one checkpoint."
                 )
             return None if spelling is None else spellings[spelling]
@@ -138,7 +140,6 @@ class Tokenizer:
             audio_eos_token=audio_token("audio_eos_token", AUDIO_EOS_TOKEN),
             eos_ids=eos_ids,
             pad_id=pad_id,
-            max_audio_seconds=_seconds(processor.get("max_audio_len")),
             template_variables=_template_variables(settings),
         )
 
@@ -177,7 +178,7 @@ class Tokenizer:
             return self.added_tokens[spelling]
         except KeyError:
             raise ConfigError(
-                f"the tokenizer has no added token {spelling!r}. Use the tokenizer.json of the checkpoint."
+                f"the tokenizer has no added token {shown(spelling)}. Use the tokenizer.json of the checkpoint."
             ) from None
 
     def spelling(self, token_id: int) -> str | None:
@@ -220,6 +221,10 @@ class Tokenizer:
             yield text[start:]
 
     def _encode_text(self, text: str) -> list[int]:
+        if len(text) > MAX_TEXT_CHARACTERS:
+            raise PromptError(
+                f"the text has {len(text):,} characters; at most {MAX_TEXT_CHARACTERS:,} can be tokenized. Shorten it."
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -227,7 +232,15 @@ class Tokenizer:
                 f"the text has a lone surrogate at position {error.start}, which is not valid Unicode. "
                 'Clean it first, for example with text.encode("utf-8", "replace").decode().'
             ) from None
-        ids: list[int] = self._text_only.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._text_only.encode(text, add_special_tokens=False).ids
+        except BaseException as problem:
+            if not is_library_error(problem):
+                raise
+            raise PromptError(
+                f"the text cannot be tokenized ({shown(str(problem))}). Shorten it; if that does not help, the "
+                "checkpoint's tokenizer is damaged."
+            ) from None
         if not self._added_bytes.keys().isdisjoint(ids):
             raise ConfigError(
                 "the vocabulary of tokenizer.json builds an added token out of plain text, so text could smuggle "
@@ -273,20 +286,10 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def _load_backend(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        raise CheckpointError(f"there is no tokenizer.json in {path.parent}. Download the checkpoint's.")
-    text = read_text(path, path.name, CheckpointError, MAX_TOKENIZER_BYTES)
-    try:
-        return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
-        raise CheckpointError(f"tokenizer.json is damaged ({error}). Download the checkpoint again.") from error
-
-
 def _check_backend(backend: tokenizers.Tokenizer) -> None:
     for token in backend.get_added_tokens_decoder().values():
         if not 0 < len(token.content) <= MAX_SPELLING:
-            raise ConfigError(f"tokenizer.json has an added token of {len(token.content)} characters. Check the file.")
+            raise ConfigError(f"the tokenizer has an added token of {len(token.content)} characters. Check the file.")
     if not isinstance(backend.model, tokenizers.models.BPE):
         raise ConfigError(f"tokenizer.json holds a {type(backend.model).__name__} model; this runtime reads BPE only.")
     missing = [symbol for symbol in BYTE_OF_SYMBOL if backend.model.token_to_id(symbol) is None]
@@ -318,7 +321,7 @@ def _token_string(settings: Mapping[str, Any], name: str) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
-        raise ConfigError(f"{name} is {value!r}; expected the spelling of a token.")
+        raise ConfigError(f"{name} is {shown(value)}; expected the spelling of a token.")
     return value or None
 
 
@@ -327,16 +330,8 @@ def _token_ids(settings: Mapping[str, Any], name: str) -> tuple[int, ...]:
     value = settings.get(name)
     values = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0 for token_id in values):
-        raise ConfigError(f"{name} is {value!r}; expected a token id or a list of token ids.")
+        raise ConfigError(f"{name} is {shown(value)}; expected a token id or a list of token ids.")
     return tuple(values)
-
-
-def _seconds(value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ConfigError(f"max_audio_len in processor_config.json is {value!r}; expected a number of seconds.")
-    return float(value)
 
 
 def _template_variables(settings: Mapping[str, Any]) -> dict[str, str]:

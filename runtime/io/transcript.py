@@ -49,6 +49,11 @@ class ThinkingSplitter:
         self._started = False  # whether the current part has given out anything
         self.thought = opened
 
+    @property
+    def answering(self) -> bool:
+        """Whether the answer has begun."""
+        return self._part == "answer"
+
     def push(self, piece: str) -> list[tuple[Part, str]]:
         """Take the next piece; return what is certain by now as (part, text) in order, often nothing."""
         self._held += piece

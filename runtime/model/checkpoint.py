@@ -8,11 +8,7 @@ Tensors are views of the mapped file: opening costs no memory, and what is read 
 the pages that it was copied from are released at once, so that loading peaks at the model plus one tensor.
 """
 
-import math
-import mmap
-import warnings
-from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 
@@ -23,63 +19,42 @@ from ...quant.recipe import Recipe
 from ...quant.scheme import PARTS, Scheme
 from ..errors import CheckpointError
 from ..files import shown
-from .checkpoint_files import first_five, part_files, weight_parts
+from .checkpoint_files import first_five, part_files, refuse_adapter, weight_parts
 from .config import ModelConfig
+from .mapped_file import MappedFile
 from .parameters import canonical_name, expected_shapes
-from .quantized import check_finite, check_written_for, expected_tensors, layer_schemes, to_quantize
-from .safetensors_header import StoredTensor, parse_header_and_metadata, shown_shape
+from .quantized import check_finite, check_scales, check_written_for, expected_tensors, layer_schemes, to_quantize
+from .safetensors_header import parse_header_and_metadata, shown_shape
+from .sharding import Shard
+from .stored_parameter import MappedParameter, StoredParameter
 
 __all__ = ["Checkpoint", "check_fit", "expected_shapes", "load_weights"]
 
 # Every 8-bit float is one of float16's, too. Scaled ones come with tensors of scales, which do not fit a config.
 _READ_AS = {**TORCH_DTYPES, "F8_E4M3": torch.float16, "F8_E5M2": torch.float16}
-# A tied model stores neither of these.
-LM_HEAD = ("decoder.lm_head.weight", "decoder.lm_head.weight_codes")
-
-
-class MappedFile:
-    """A file, memory-mapped read-only, as one uint8 tensor."""
-
-    def __init__(self, path: Path, label: str) -> None:
-        self.label = label
-        try:
-            with path.open("rb") as file:
-                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as problem:
-            raise CheckpointError(f"{label} cannot be mapped into memory: {problem}.") from None
-        with warnings.catch_warnings():
-            # torch warns that the memory is read-only; it is so on purpose.
-            warnings.simplefilter("ignore", UserWarning)
-            self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
-
-    def release(self, start: int, end: int) -> None:
-        """Give the whole pages within bytes `start..end` back to the system; a later read brings them back."""
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if length > 0 and hasattr(self.map, "madvise"):
-            self.map.madvise(mmap.MADV_DONTNEED, first, length)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """Where a parameter is stored, and under which name."""
-
-    stored_name: str
-    file: MappedFile
-    stored: StoredTensor
 
 
 class Checkpoint:
     """The tensors of a checkpoint by canonical name. Made by `Checkpoint.open`."""
 
     def __init__(
-        self, folder: Path, entries: dict[str, _Entry], files: tuple[Path, ...], metadata: dict[str, dict[str, str]]
+        self,
+        folder: Path,
+        parameters: dict[str, StoredParameter],
+        files: tuple[Path, ...],
+        metadata: dict[str, dict[str, str]],
     ) -> None:
-        """metadata: of each file, by its label, what its header holds beside the tensors."""
+        """folder: a folder, or the one file that holds everything; parameters: by canonical name; metadata: of each
+        file, by its label, what its header holds beside the tensors."""
         self.folder = folder
         self.files = files
         self.metadata = metadata
-        self._entries = entries
+        self._parameters = parameters
+
+    @property
+    def parameters(self) -> Mapping[str, StoredParameter]:
+        """Where each parameter is stored, by canonical name."""
+        return self._parameters
 
     @classmethod
     def open(cls, folder: str | PathLike[str]) -> "Checkpoint":
@@ -90,7 +65,8 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is no folder; give the folder that holds config.json and the weights.")
-        entries: dict[str, _Entry] = {}
+        refuse_adapter(folder)
+        parameters: dict[str, StoredParameter] = {}
         files: list[Path] = []
         metadata: dict[str, dict[str, str]] = {}
         for part in weight_parts(folder):
@@ -100,31 +76,37 @@ class Checkpoint:
                 tensors, metadata[file.label] = parse_header_and_metadata(file.map, file.label)
                 if names is not None:
                     _check_index(file.label, names, set(tensors))
-                _add(entries, prefix, file, tensors)
+                for name, stored in tensors.items():
+                    add(parameters, canonical_name(prefix + name), MappedParameter(file, name, stored))
                 files.append(path)
-        return cls(folder, entries, tuple(files), metadata)
+        return cls(folder, parameters, tuple(files), metadata)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Canonical names of the parameters, in the order in which they are stored."""
-        return tuple(self._entries)
+        return tuple(self._parameters)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parameters as stored."""
-        return sum(map(self.stored_bytes, self._entries))
+        return sum(map(self.stored_bytes, self._parameters))
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether every tensor is a view of its mapped file, which costs no memory."""
+        return all(parameter.is_mapped for parameter in self._parameters.values())
 
     @property
     def parameter_count(self) -> int:
         """How many numbers all parameters hold."""
-        return sum(math.prod(entry.stored.shape) for entry in self._entries.values())
+        return sum(parameter.elements for parameter in self._parameters.values())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._parameters
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the parameter called `name`. Raises CheckpointError when there is none."""
-        return self._entry(name).stored.shape
+        return self._parameter(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of `tensor(name)`: the stored one, float16 for 8-bit floats. Raises CheckpointError for one that
@@ -138,57 +120,37 @@ class Checkpoint:
             ) from None
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes of the parameter in its file."""
-        stored = self._entry(name).stored
-        return stored.end - stored.start
+        """Bytes of the parameter as it is loaded."""
+        return self._parameter(name).nbytes
 
     def origin(self, name: str) -> str:
         """File and stored name of the parameter, for error messages."""
-        entry = self._entry(name)
-        return f"{entry.file.label}: tensor {shown(entry.stored_name)}"
+        return self._parameter(name).origin
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The parameter on the CPU: a view of the mapped file (a copy if it lies unaligned there), or 8-bit floats as
+        """The parameter on the CPU: a view of the mapped file, a copy where it lies otherwise there, or 8-bit floats as
         float16, which holds each of them.
 
-        The memory is read-only: writing into the tensor ends the process, so clone it first.
+        The memory may be read-only: writing into the tensor ends the process, so clone it first.
         Raises CheckpointError when there is no such parameter.
         """
-        wanted, entry = self.dtype(name), self._entry(name)
-        dtype = TORCH_DTYPES[entry.stored.dtype]
-        flat = entry.file.bytes[entry.stored.start : entry.stored.end]
-        if entry.stored.start % dtype.itemsize:
-            flat = flat.clone()
-        return flat.view(dtype).view(entry.stored.shape).to(wanted)
+        wanted = self.dtype(name)
+        return self._parameter(name).tensor().to(wanted)
 
     def release(self, name: str, nbytes: int | None = None) -> None:
         """Give the memory behind `tensor(name)`, or its first bytes, back; reading that again reads the file again."""
-        entry = self._entry(name)
-        end = entry.stored.end if nbytes is None else min(entry.stored.end, entry.stored.start + nbytes)
-        entry.file.release(entry.stored.start, end)
+        parameter = self._parameter(name)
+        parameter.release(parameter.nbytes if nbytes is None else nbytes)
 
     def stored_dtype(self, name: str) -> str:
-        """The dtype of the parameter as the file spells it, such as BF16."""
-        return self._entry(name).stored.dtype
+        """The dtype of the parameter as safetensors spells it, such as BF16."""
+        return self._parameter(name).dtype
 
-    def _entry(self, name: str) -> _Entry:
+    def _parameter(self, name: str) -> StoredParameter:
         try:
-            return self._entries[name]
+            return self._parameters[name]
         except KeyError:
             raise CheckpointError(f"{self.folder} has no parameter {shown(name)}.") from None
-
-
-def open_with_config(folder: Path) -> tuple[Checkpoint, ModelConfig]:
-    """The checkpoint in `folder` and its config, as `with_stored_head`. Raises CheckpointError or ConfigError."""
-    checkpoint = Checkpoint.open(folder)
-    return checkpoint, with_stored_head(ModelConfig.from_folder(folder), checkpoint)
-
-
-def with_stored_head(config: ModelConfig, stored: Container[str]) -> ModelConfig:
-    """The config, untied where a head of its own is stored: the reference uses it whatever the flag says."""
-    if not config.decoder.tie_word_embeddings or not any(name in stored for name in LM_HEAD):
-        return config
-    return replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
 
 
 def check_fit(checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -227,24 +189,42 @@ def load_weights(
     device: torch.device | str | Callable[[str], torch.device],
     dtype: torch.dtype | None,
     quant: Recipe | None = None,
+    shard: Shard | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Canonical name and tensor, on `device`, of everything in `expected_tensors(config)`, one by one.
 
     Dense weights come in `dtype` (None: as stored), packed ones as stored. device: one for all, or what tells it from
-    the canonical name. quant: of a dense checkpoint, pack the layers that it packs, and yield what it stores for them.
+    the canonical name. quant: pack the dense layers that it packs, and yield what it stores for them.
+    shard: yield this part of each tensor.
     Memory peaks at the weights that the caller keeps plus one tensor. On the CPU a tensor that needs no conversion is
     not copied but a read-only view of the file. `progress(done, total)` is called with stored bytes after each weight.
-    Raises CheckpointError at once when the checkpoint does not fit the config or is packed otherwise than `quant` says,
-    and during loading when a weight does not fit `dtype` (finite values that float16 cannot hold) or its scales are not
-    finite; SchemeError when a layer does not fit its scheme.
+    Raises CheckpointError at once when the checkpoint does not fit the config, is packed otherwise than `quant` says,
+    or has scales that are not finite or too large for a product, and during loading when a weight does not fit `dtype`
+    (finite values that float16 cannot hold); SchemeError when a layer does not fit its scheme.
     """
     check_fit(checkpoint, config)
     wanted = expected_tensors(config)
     names = [name for name in checkpoint.names if name in wanted]
-    schemes = {} if config.quantization else layer_schemes(to_quantize(config, quant))
+    shapes = expected_shapes(config)
+    asked = layer_schemes(to_quantize(config, quant))
+    schemes = {layer: scheme for layer, scheme in asked.items() if f"{layer}.weight" in checkpoint}
+    for layer, scheme in layer_schemes(config).items():
+        _check_stored_scales(checkpoint, layer, scheme, shapes[f"{layer}.weight"][1], dtype)
     where = device if callable(device) else lambda name: torch.device(device)
-    return _weights(checkpoint, names, schemes, where, dtype, progress)
+    return _weights(checkpoint, names, schemes, where, dtype, shard, progress)
+
+
+def _check_stored_scales(
+    checkpoint: Checkpoint, layer: str, scheme: Scheme, inputs: int, dtype: torch.dtype | None
+) -> None:
+    _, *names = (name for part in PARTS if (name := f"{layer}.{part}") in checkpoint)
+    tensors = [checkpoint.tensor(name) for name in names]
+    for name, tensor in zip(names, tensors, strict=True):
+        check_finite(tensor, checkpoint.origin(name))
+    check_scales(
+        scheme, tensors[0], tensors[1] if len(tensors) > 1 else None, inputs, dtype, checkpoint.origin(names[0])
+    )
 
 
 def _weights(
@@ -253,32 +233,46 @@ def _weights(
     schemes: dict[str, Scheme],
     device: Callable[[str], torch.device],
     dtype: torch.dtype | None,
+    shard: Shard | None,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     total = sum(map(checkpoint.stored_bytes, names))
     done = 0
     for name in names:
-        yield from weight_tensors(checkpoint, name, schemes.get(name.removesuffix(".weight")), device(name), dtype)
+        scheme = schemes.get(name.removesuffix(".weight"))
+        yield from weight_tensors(checkpoint, name, scheme, device(name), dtype, shard)
         done += checkpoint.stored_bytes(name)
         if progress is not None:
             progress(done, total)
 
 
 def weight_tensors(
-    checkpoint: Checkpoint, name: str, scheme: Scheme | None, device: torch.device, dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    name: str,
+    scheme: Scheme | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    shard: Shard | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor of one parameter, or, where there is a scheme, of what stands for it; see `load_weights`."""
     if scheme is None:
         # No local name for the weight: the caller alone decides how long it lives.
-        yield name, _place(checkpoint, name, device, dtype)
+        yield name, _place(checkpoint, name, device, dtype, shard)
     else:
-        yield from _pack(checkpoint, name, scheme, device)
+        yield from _pack(checkpoint, name, scheme, device, dtype, shard)
 
 
 def _pack(
-    checkpoint: Checkpoint, name: str, scheme: Scheme, device: torch.device
+    checkpoint: Checkpoint,
+    name: str,
+    scheme: Scheme,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    shard: Shard | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     weight = checkpoint.tensor(name)
+    if shard is not None:  # columns are cut once they are packed: int8 has one scale for a whole row
+        weight = shard.cut_rows(shard.rows(name.removesuffix(".weight")), weight)
 
     def release(rows: int) -> None:
         checkpoint.release(name, rows * weight.shape[1] * weight.itemsize)
@@ -287,14 +281,19 @@ def _pack(
         packed = scheme.quantize(weight, device=device, progress=release)
     except ValueError as problem:
         raise CheckpointError(f"{checkpoint.origin(name)} cannot be quantized: {problem}.") from None
+    check_scales(scheme, packed.scales, packed.zeros, weight.shape[1], dtype, checkpoint.origin(name))
     checkpoint.release(name)
-    yield from packed.named(name).items()
+    for part, tensor in packed.named(name).items():
+        yield part, tensor if shard is None else shard.cut(part, tensor)
 
 
-def _place(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+def _place(
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype | None, shard: Shard | None
+) -> torch.Tensor:
     mapped = checkpoint.tensor(name)
+    if shard is not None:
+        mapped = shard.cut(name, mapped)
     if name.endswith(PARTS):
-        check_finite(mapped, checkpoint.origin(name))
         dtype = None
     dtype = dtype or mapped.dtype
     if device.type == "cpu" and mapped.dtype == dtype:
@@ -323,15 +322,12 @@ def _check_index(label: str, listed: set[str], stored: set[str]) -> None:
             )
 
 
-def _add(entries: dict[str, _Entry], prefix: str, file: MappedFile, tensors: dict[str, StoredTensor]) -> None:
-    for stored_name, stored in tensors.items():
-        name = canonical_name(prefix + stored_name)
-        if name is None:
-            continue
-        if name in entries:
-            first = entries[name]
-            raise CheckpointError(
-                f"{file.label}: tensor {shown(stored_name)} and {first.file.label}: tensor {shown(first.stored_name)} "
-                f"are both {shown(name)}; keep one of them."
-            )
-        entries[name] = _Entry(stored_name, file, stored)
+def add(parameters: dict[str, StoredParameter], name: str | None, parameter: StoredParameter) -> None:
+    """Put the parameter under its canonical name; None is left out. Raises CheckpointError if there is one already."""
+    if name is None:
+        return
+    if name in parameters:
+        raise CheckpointError(
+            f"{parameters[name].origin} and {parameter.origin} are both {shown(name)}; keep one of them."
+        )
+    parameters[name] = parameter

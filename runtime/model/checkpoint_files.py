@@ -5,16 +5,30 @@ from pathlib import Path
 from typing import NoReturn
 
 from ...quant.convert import INDEX_FILE
+from ..checkpoint_folder import DECODER_FOLDER
 from ..errors import CheckpointError
 from ..files import read_json_object, shown
 from .component_config import COMPONENTS
-from .safetensors_header import MAX_HEADER_BYTES
+from .safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS
 
+MAX_SHARDS = 1024
 SINGLE_FILE = "model.safetensors"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # A plain file name: no separator, no drive and no leading dot that could lead out of the folder.
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError if a PEFT adapter, which would not be applied, lies beside the weights."""
+    for place in (folder, folder / DECODER_FOLDER):
+        found = [name for name in ADAPTER_FILES if (place / name).exists()]
+        if found:
+            raise CheckpointError(
+                f"{place} holds a PEFT adapter ({found[0]}), which this runtime does not apply. Merge it into the "
+                "weights (peft's merge_and_unload, then save_pretrained), or remove its files to go without it."
+            )
 
 
 def weight_parts(folder: Path) -> tuple[str, ...]:
@@ -55,6 +69,10 @@ def part_files(folder: Path, part: str) -> dict[Path, set[str] | None]:
     weight_map = read_json_object(index, label + INDEX_FILE, CheckpointError, MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{label}{INDEX_FILE} has no weight_map of names to files; download it again.")
+    if len(weight_map) > MAX_TENSORS:
+        raise CheckpointError(
+            f"{label}{INDEX_FILE} names {len(weight_map):,} tensors; at most {MAX_TENSORS:,} are accepted."
+        )
     shards: dict[Path, set[str] | None] = {}
     listed: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
@@ -64,6 +82,8 @@ def part_files(folder: Path, part: str) -> dict[Path, set[str] | None]:
                 "only .safetensors files that lie beside it are read."
             )
         listed.setdefault(shard, set()).add(name)
+    if len(listed) > MAX_SHARDS:
+        raise CheckpointError(f"{label}{INDEX_FILE} names {len(listed):,} files; at most {MAX_SHARDS:,} are accepted.")
     for shard, names in sorted(listed.items()):
         if not (place / shard).is_file():
             raise CheckpointError(f"{label}{shard} is missing, though {label}{INDEX_FILE} names it; download it again.")

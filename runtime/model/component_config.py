@@ -1,17 +1,17 @@
 """The configuration of NVIDIA's component layout: folders llm, sound_tower and sound_mm_projector, a config.json each.
 
 Their top config.json, where there is one, knows neither token ids nor RoTE. The ids are looked up in the tokenizer
-beside the decoder; what else is missing has the default of the `-hf` conversions of those checkpoints.
+beside the decoder or at the top; what else is missing has the default of the `-hf` conversions of those checkpoints.
 """
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+from ..checkpoint_folder import DECODER_FOLDER, MAX_TOKENIZER_BYTES, CheckpointFolder
 from ..errors import ConfigError
-from ..files import read_json_object
 from .config_section import Section
 
-COMPONENTS = ("llm", "sound_tower", "sound_mm_projector")
+COMPONENTS = (DECODER_FOLDER, "sound_tower", "sound_mm_projector")
 
 _ID_KEYS = {
     "audio_token_id": "<sound>",
@@ -21,18 +21,18 @@ _ID_KEYS = {
 
 
 def component_sections(
-    folder: Path, top: Section | None, model_types: tuple[str, ...], encoder_types: tuple[str, ...]
+    files: CheckpointFolder, top: Section | None, model_types: tuple[str, ...], encoder_types: tuple[str, ...]
 ) -> tuple[Section, Section, Section]:
-    """The sections that a conversion of `folder` would have: the whole, the encoder's, the decoder's.
+    """The sections that the config of a converted checkpoint would have: the whole, the encoder's, the decoder's.
 
     The model is of the type that `top` states if that is one of `model_types`, else Music Flamingo's if the
     tokenizer has <|sound_bos|>, else AF3's. Raises ConfigError naming the file that is missing or wrong.
     """
-    text = _component(folder, "llm", top, "llm_cfg")
-    audio = _component(folder, "sound_tower", top, "sound_tower_cfg")
+    text = _component(files, DECODER_FOLDER, top, "llm_cfg")
+    audio = _component(files, "sound_tower", top, "sound_tower_cfg")
     if audio.values.get("model_type") in ("qwen2_audio_encoder", "whisper"):
         audio = Section({**audio.values, "model_type": encoder_types[0]}, audio.file)
-    tokens = _added_tokens(folder / "llm")
+    tokens = _added_tokens(files)
     values = dict(top.values) if top else {}
     if values.get("model_type") not in model_types:
         values["model_type"] = "musicflamingo" if "<|sound_bos|>" in tokens else "audioflamingo3"
@@ -40,25 +40,24 @@ def component_sections(
         if key not in values and token in tokens:
             values[key] = tokens[token]
     if "audio_token_id" not in values:
-        raise ConfigError(f"{folder}: neither config.json nor the tokenizer files in llm/ tell the id of <sound>.")
+        raise ConfigError(f"{files.path}: neither config.json nor the tokenizer files give the id of <sound>.")
     return Section(values, "config.json"), audio, text
 
 
-def _component(folder: Path, name: str, top: Section | None, key: str) -> Section:
-    if (folder / name / "config.json").is_file():
-        file = f"{name}/config.json"
-        return Section(read_json_object(folder / file, file, ConfigError), file)
+def _component(files: CheckpointFolder, name: str, top: Section | None, key: str) -> Section:
+    file = f"{name}/config.json"
+    if files.has(file):
+        return Section(files.settings(file), file)
     if top is not None and isinstance(top.values.get(key), dict):
         return top.section(key, required=True)
-    raise ConfigError(f"{folder} has no {name}/config.json; the component layout needs one for each of its parts.")
+    raise ConfigError(f"{files.path} has no {file}; the component layout needs one for each of its parts.")
 
 
-def _added_tokens(folder: Path) -> dict[str, int]:
+def _added_tokens(files: CheckpointFolder) -> dict[str, int]:
     """Ids of the tokens added to the base vocabulary, by spelling, from whichever tokenizer file lists them."""
 
-    def read(name: str) -> dict[str, Any]:
-        path = folder / name
-        return read_json_object(path, f"llm/{name}", ConfigError, 1 << 26) if path.is_file() else {}
+    def read(name: str) -> Mapping[str, Any]:
+        return files.settings(files.find(name), MAX_TOKENIZER_BYTES)
 
     pairs: list[tuple[Any, Any]] = list(read("added_tokens.json").items())
     decoder = read("tokenizer_config.json").get("added_tokens_decoder")
@@ -74,7 +73,5 @@ def _added_tokens(folder: Path) -> dict[str, int]:
         if not isinstance(spelling, str) or not isinstance(index, int):
             continue
         if found.setdefault(spelling, index) != index and spelling in _ID_KEYS.values():
-            raise ConfigError(
-                f"the tokenizer files in llm/ disagree about the id of {spelling}; save the tokenizer anew."
-            )
+            raise ConfigError(f"the tokenizer files disagree about the id of {spelling}; save the tokenizer anew.")
     return found

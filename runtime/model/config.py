@@ -11,13 +11,13 @@ absurd amounts of memory.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from ...quant.recipe import Recipe
 from ...quant.scheme import SchemeError
+from ..checkpoint_folder import DECODER_FOLDER, CheckpointFolder
 from ..errors import ConfigError
-from ..files import read_json_object, shown
+from ..files import shown
 from .component_config import component_sections
 from .config_section import Section
 
@@ -100,24 +100,30 @@ class ModelConfig:
     quantization: Recipe | None = None
 
     @classmethod
-    def from_folder(cls, folder: str | PathLike[str]) -> "ModelConfig":
+    def from_folder(cls, folder: str | PathLike[str] | CheckpointFolder) -> "ModelConfig":
         """Read config.json, and processor_config.json and generation_config.json where present, in `folder`.
 
         NVIDIA's component layout (folders llm, sound_tower, sound_mm_projector) is read too.
         Raises ConfigError naming the file and the key.
         """
-        folder = Path(folder)
-        path = folder / "config.json"
-        top = Section(_read(folder, "config.json"), "config.json") if path.is_file() else None
-        if (top is None or "text_config" not in top.values) and (folder / "llm").is_dir():
-            top, audio, text = component_sections(folder, top, MODEL_TYPES, ENCODER_TYPES)
-            generation = _optional(folder, "llm/generation_config.json")
+        files = CheckpointFolder.of(folder)
+        top = Section(files.settings("config.json"), "config.json") if files.has("config.json") else None
+        if (top is None or "text_config" not in top.values) and (files.path / DECODER_FOLDER).is_dir():
+            top, audio, text = component_sections(files, top, MODEL_TYPES, ENCODER_TYPES)
         elif top is None:
-            raise ConfigError(f"{folder} has no config.json; give the folder of a checkpoint, or its name on the Hub.")
+            raise ConfigError(
+                f"{files.path} has no config.json; give the folder of a checkpoint, or its name on the Hub."
+            )
         else:
             audio, text = top.section("audio_config", required=True), top.section("text_config", required=True)
-            generation = _optional(folder, "generation_config.json")
-        return _model_config(top, audio, text, _optional(folder, "processor_config.json"), generation)
+        generation, processor = files.find("generation_config.json"), "processor_config.json"
+        return _model_config(
+            top,
+            audio,
+            text,
+            Section(files.settings(processor), processor),
+            Section(files.settings(generation), generation),
+        )
 
     @classmethod
     def from_dict(
@@ -135,14 +141,6 @@ class ModelConfig:
             Section({} if processor is None else processor, "processor_config.json"),
             Section({} if generation is None else generation, "generation_config.json"),
         )
-
-
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    return read_json_object(folder / name, name, ConfigError)
-
-
-def _optional(folder: Path, name: str) -> Section:
-    return Section(_read(folder, name) if (folder / name).is_file() else {}, name)
 
 
 def _model_config(top: Section, audio: Section, text: Section, processor: Section, generation: Section) -> ModelConfig:

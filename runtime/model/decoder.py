@@ -12,13 +12,15 @@ from functools import cached_property, partial
 
 from torch import Tensor, nn
 
+from ...kernels.activation import swiglu
 from ...kernels.attention import attention
 from ...kernels.decode_attention import MAX_NEW_TOKENS, decode_attention
+from ...kernels.int4_cache import KeyBias
 from ...kernels.kv_write import kv_write
 from ...kernels.norm import add_rms_norm, rms_norm
 from ...kernels.pages import page_slots
 from ...kernels.rotary import Rotation, rope_frequencies
-from ...quant.linear import Embedding, Linear
+from ...quant.linear import Embedding, Linear, joined
 from .config import DecoderConfig
 from .weights import Norm
 
@@ -29,7 +31,9 @@ class CacheView:
 
     keys, values: one pool [pages, page_size, kv_heads, head_dim] a layer; page_table: [batch, max_pages] int32;
     key_lengths: [batch] int64, tokens in the cache once the new ones are written; slots: [batch, time] int64.
-    k_scales, v_scales: for int8 pools one [pages, page_size, kv_heads] float32 a layer, otherwise None.
+    k_scales, v_scales: for int8 and int4 pools one [pages, page_size, kv_heads] float32 a layer, otherwise None.
+    key_turns: for int4 pools, of [.., head_dim / 2] uint8, the cos and sin of the angles by which keys are rotated,
+    each [tokens, head_dim / 2] float32, of the token with that index in its sequence.
     """
 
     keys: list[Tensor]
@@ -39,6 +43,7 @@ class CacheView:
     slots: Tensor
     k_scales: list[Tensor] | None = None
     v_scales: list[Tensor] | None = None
+    key_turns: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(
@@ -50,10 +55,11 @@ class CacheView:
         *,
         k_scales: list[Tensor] | None = None,
         v_scales: list[Tensor] | None = None,
+        key_turns: tuple[Tensor, Tensor] | None = None,
     ) -> "CacheView":
         """The view for new tokens at the indices `positions`: [batch, time] int64, ascending by one in each row."""
         slots = page_slots(page_table, positions, keys[0].shape[1])
-        return cls(keys, values, page_table, positions[:, -1] + 1, slots, k_scales, v_scales)
+        return cls(keys, values, page_table, positions[:, -1] + 1, slots, k_scales, v_scales, key_turns)
 
     def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """The scales of a layer's keys and of its values."""
@@ -68,16 +74,50 @@ class DecoderAttention(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, q_width, bias=True)
-        self.k_proj = Linear(config.hidden_size, kv_width, bias=True)
-        self.v_proj = Linear(config.hidden_size, kv_width, bias=True)
-        self.o_proj = Linear(q_width, config.hidden_size, bias=False)
+        self.q_width, self.kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, self.q_width, bias=True)
+        self.k_proj = Linear(config.hidden_size, self.kv_width, bias=True)
+        self.v_proj = Linear(config.hidden_size, self.kv_width, bias=True)
+        self.o_proj = Linear(self.q_width, config.hidden_size, bias=False)
+        self._qkv: list[Linear] = []  # in a list, as it is no layer besides the three whose weights it has
+
+    @property
+    def projections(self) -> list[Linear]:
+        """The layers that make queries, keys and values: one for each, or one for all."""
+        return self._qkv or [self.q_proj, self.k_proj, self.v_proj]
+
+    def join(self) -> None:
+        """Make queries, keys and values by one product where their weights are stored alike. Those of keys and values
+        alone are too small for a GPU."""
+        qkv = joined(self.q_proj, self.k_proj, self.v_proj)
+        self._qkv = [] if qkv is None else [qkv]
 
     def forward(self, x: Tensor, rotation: Rotation, cache: CacheView, layer: int) -> Tensor:
         """x: [batch, time, hidden]. Writes keys and values into the layer's cache. Returns like x."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(self.attend(*self.project(x), self.key_bias(), rotation, cache, layer).flatten(2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x, [batch, time, heads or KV heads, head_dim]."""
+        made = [projection(x) for projection in self.projections]
+        if len(made) == 1:
+            made = list(made[0].split([self.q_width, self.kv_width, self.kv_width], dim=-1))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in made)
+        return q, k, v
+
+    def key_bias(self) -> Tensor:
+        """The bias of the keys of each KV head: [KV heads, head_dim]."""
+        assert self.k_proj.bias is not None
+        return self.k_proj.bias.unflatten(0, (-1, self.head_dim))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, rotation: Rotation, cache: CacheView, layer: int
+    ) -> Tensor:
+        """Attention of rotated queries to the layer's cache, with rotated keys and values written into it. Like q.
+
+        key_bias: [KV heads of k, head_dim], which k includes.
+        """
         keys, values = cache.keys[layer], cache.values[layer]
+        left_out = None if cache.key_turns is None else KeyBias(key_bias, *cache.key_turns)
         k_scales, v_scales = cache.scales(layer)
         q = kv_write(
             q,
@@ -89,11 +129,12 @@ class DecoderAttention(nn.Module):
             rotation=rotation,
             k_scales=k_scales,
             v_scales=v_scales,
+            k_bias=None if left_out is None else left_out.bias,
         )
         attend: Callable[..., Tensor] = (
-            decode_attention if x.shape[1] <= MAX_NEW_TOKENS else partial(attention, causal=True)
+            decode_attention if q.shape[1] <= MAX_NEW_TOKENS else partial(attention, causal=True)
         )
-        out = attend(
+        return attend(
             q,
             keys,
             values,
@@ -101,8 +142,8 @@ class DecoderAttention(nn.Module):
             page_table=cache.page_table,
             k_scales=k_scales,
             v_scales=v_scales,
+            key_bias=left_out,
         )
-        return self.o_proj(out.flatten(2))
 
 
 class DecoderMLP(nn.Module):
@@ -113,9 +154,17 @@ class DecoderMLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self._gate_up: list[Linear] = []  # in a list, as it is no layer besides the two whose weights it has
+
+    def join(self) -> None:
+        """Make gate and up by one product if they are dense; packed ones have a kernel for the pair."""
+        both = joined(self.gate_proj, self.up_proj) if self.gate_proj.scheme is None else None
+        self._gate_up = [] if both is None else [both]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden]. Returns like x."""
+        if self._gate_up:
+            return self.down_proj(swiglu(*self._gate_up[0](x).chunk(2, dim=-1)))
         return self.down_proj(self.gate_proj(x, up=self.up_proj))
 
 
@@ -156,6 +205,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = Norm(config.hidden_size, bias=False)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def join(self) -> None:
+        """Compute products of the same input as one, for GPUs: fewer launches, and each fills more of the device."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.self_attn.join()
+            layer.mlp.join()
 
     @cached_property
     def frequencies(self) -> Tensor:

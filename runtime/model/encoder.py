@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from ...kernels.activation import gelu
 from ...kernels.attention import attention
+from ...kernels.audio_format import WINDOW_SAMPLES
 from ...kernels.conv_stem import conv_length, conv_stem
-from ...kernels.log_mel import WINDOW_SAMPLES, valid_frames
+from ...kernels.device_state import sent
+from ...kernels.log_mel import valid_frames
 from ...kernels.norm import add_layer_norm, layer_norm
 from ...kernels.rote import TimeEmbedding, pool_norm_rotate, pooled_length
 from ...quant.linear import Linear
 from .config import EncoderConfig, RoteConfig
+from .lending import LentLayers
 from .weights import Conv, Embedding, Norm, on_device
 
 _FLOAT16_LIMIT = torch.finfo(torch.float16).max - 1000
@@ -87,24 +90,33 @@ class Encoder(nn.Module):
         if rote is not None:
             frames = token_count(WINDOW_SAMPLES)
             self.time_embedding = TimeEmbedding(rote.theta, rote.dim, frames, rote.frame_seconds)
+        self._lent: LentLayers | None = None
+
+    def _lent_to(self, device: torch.device) -> LentLayers:
+        if self._lent is None:
+            self._lent = LentLayers(list(self.layers), device)
+        return self._lent
 
     def forward(self, mel: Tensor, samples: list[int], windows: list[int]) -> list[Tensor]:
         """Encode a batch of windows.
 
         mel: [batch, mel_bins, frames] from `log_mel`, in the model's dtype; samples: number of samples of each window,
         enough for one token; windows: index of each window in its own audio. Layers whose weights lie on another
-        device are lent to that of `mel`, one at a time.
+        device are lent to that of `mel`, two at a time.
         Returns one [token_count(samples), hidden] tensor a window.
         """
         lengths = [conv_length(valid_frames(n)) for n in samples]
         stem = (self.conv1.weight, self.conv1.bias, self.conv2.weight, self.conv2.bias, self.embed_positions.weight)
         x = conv_stem(mel, *stem)[:, : max(lengths)].contiguous()
-        key_lengths = torch.tensor(lengths, device=x.device)
-        for layer in self.layers:
-            x = on_device(layer, x.device)(x, key_lengths)
+        key_lengths = sent(torch.tensor(lengths), x.device)
+        if x.device.type == "cuda" and x.device != next(self.layers.buffers()).device:
+            x = self._lent_to(x.device)(x, key_lengths)
+        else:
+            for layer in self.layers:
+                x = on_device(layer, x.device)(x, key_lengths)
         angles = indices = None
         if self.time_embedding is not None:
             angles = self.time_embedding.table(max(windows) + 1, x.device)
-            indices = torch.tensor(windows, device=x.device)
+            indices = sent(torch.tensor(windows), x.device)
         x = pool_norm_rotate(x, self.layer_norm.weight, self.layer_norm.bias, angles=angles, windows=indices)
         return [row[: token_count(n)] for row, n in zip(x, samples, strict=True)]

@@ -13,11 +13,12 @@ import torch
 from ...quant.importers import PARTS, ForeignFormat, ImportFormatError
 from ...quant.recipe import Recipe
 from ...quant.scheme import Int4, Packed, Scheme
+from ..checkpoint_folder import CheckpointFolder
 from ..errors import CheckpointError, ConfigError
-from ..files import read_settings
-from .checkpoint import LM_HEAD, Checkpoint, open_with_config, weight_tensors, with_stored_head
+from .checkpoint import Checkpoint, weight_tensors
 from .checkpoint_files import first_five
 from .config import ModelConfig
+from .opened import LM_HEAD, open_checkpoint, with_stored_head
 from .parameters import expected_shapes
 from .quantized import WEIGHT_DTYPES, layer_schemes
 
@@ -27,7 +28,7 @@ _METHODS = ("gptq", "awq", "compressed-tensors")
 
 def is_foreign(folder: Path) -> bool:
     """Whether the config.json in `folder` says that another library quantized the weights."""
-    stated = read_settings(folder / "config.json").get("quantization_config")
+    stated = CheckpointFolder(folder).settings("config.json").get("quantization_config")
     return isinstance(stated, dict) and stated.get("quant_method") in _METHODS
 
 
@@ -39,14 +40,16 @@ class ForeignCheckpoint:
 
         Raises CheckpointError, ConfigError, or ImportFormatError for weights that have no equal here.
         """
-        settings = read_settings(folder / "config.json")
+        texts = CheckpointFolder(folder)
+        settings = texts.settings("config.json")
         self.format = ForeignFormat.from_config(settings.get("quantization_config"))
         self.folder = folder
         self.files = Checkpoint.open(folder)
         if dense is None:
-            self._rest, config = None, self._own_config(settings)
+            self._rest, config = None, self._own_config(texts)
         else:
-            self._rest, config = open_with_config(dense)
+            opened = open_checkpoint(dense)
+            self._rest, config = opened.weights, opened.config
             if config.quantization is not None:
                 raise ConfigError(f"{dense} is quantized; the rest of the model has to come from dense weights")
         self.config = with_stored_head(config, self.files)
@@ -102,14 +105,15 @@ class ForeignCheckpoint:
         """The checkpoints that the tensors come from."""
         return (self.files,) if self._rest is None else (self.files, self._rest)
 
-    def _own_config(self, settings: dict[str, object]) -> ModelConfig:
+    def _own_config(self, texts: CheckpointFolder) -> ModelConfig:
+        settings = texts.settings("config.json")
         if "audio_config" not in settings:
             raise ConfigError(
                 f"{self.folder} has no audio_config, so it is a backbone alone: quantize the dense Audio Flamingo Next "
                 "and give this folder as its backbone"
             )
         dense = {key: value for key, value in settings.items() if key != "quantization_config"}
-        return ModelConfig.from_dict(dense, read_settings(self.folder / "processor_config.json"))
+        return ModelConfig.from_dict(dense, texts.settings("processor_config.json"))
 
     def _layers(self) -> tuple[str, ...]:
         """Canonical names of the layers that hold codes."""

@@ -1,22 +1,64 @@
-"""Where a model lies: in the package, in a local folder, or on the Hugging Face Hub, downloaded into its cache."""
+"""Where a model is: in the package, in a local folder, or in the Hugging Face Hub's cache, downloaded when needed.
 
+Nothing here imports torch. `HF_HUB_CACHE` or `HF_HOME` moves the cache, `HF_ENDPOINT` names another Hub.
+"""
+
+import logging
 import os
 import re
-from collections.abc import Sequence
+import shutil
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import NoReturn
 
+from ..checkpoint_folder import CheckpointFolder
 from ..errors import CheckpointError
-
-# Weights and text only: neither pickle nor code ever reaches the disk.
-ALLOWED_FILES = ("*.safetensors", "*.json", "*.jinja")
+from .download import GGUF_SUFFIX, PARTS, Listing, Progress, download, weight_files
 
 BUNDLED = "afnext-tiny"
-"""The model that comes with the package: AF-Next's architecture with 8 million parameters and a closed vocabulary."""
+"""The model that comes with the package: AF-Next's architecture with 11 million parameters and a closed vocabulary."""
+
+SHORT_NAMES = {
+    "tiny": BUNDLED,
+    "next": "nvidia/audio-flamingo-next-hf",
+    "next-think": "nvidia/audio-flamingo-next-think-hf",
+    "next-captioner": "nvidia/audio-flamingo-next-captioner-hf",
+}
+"""Short names, understood wherever a model is named, and what they stand for."""
 
 _BUNDLED_FOLDER = Path(__file__).parent / "afnext_tiny"
-_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_HUB_FILE = re.compile(
+    rf"({HUB_NAME.pattern}):([A-Za-z0-9_][A-Za-z0-9._-]*(?:/[A-Za-z0-9_][A-Za-z0-9._-]*)*\.gguf)", re.I
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_log = logging.getLogger("afnext")
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model on this machine.
+
+    name: as it is written to load it; folder: where it is; commit: of the Hub, None for what comes with the package;
+    nbytes: what it takes on disk; complete: whether all of its weights are there.
+    """
+
+    name: str
+    folder: Path
+    commit: str | None
+    nbytes: int
+    complete: bool
+
+    @property
+    def short_name(self) -> str | None:
+        """Its short name, if it has one."""
+        return next((short for short, name in SHORT_NAMES.items() if name == self.name), None)
+
+
+def full_name(model: str) -> str:
+    """What a short name stands for; any other name as it is. A local folder of that name comes first."""
+    return model if Path(model).expanduser().is_dir() else SHORT_NAMES.get(model, model)
 
 
 def resolve(
@@ -24,56 +66,211 @@ def resolve(
     *,
     revision: str | None = None,
     offline: bool = False,
-    files: Sequence[str] = ALLOWED_FILES,
+    weights: bool = True,
+    progress: Progress | None = None,
 ) -> Path:
-    """The local folder of `model`: the folder that it names, the package's own for `BUNDLED`, or the snapshot of the
-    Hub repository `org/name`.
+    """Where `model` is: the folder or GGUF file that it names, the package's own folder for `BUNDLED`, or the snapshot
+    of the Hub repository `org/name`, downloaded if needed; of `org/name:FILE.gguf` that file, with the mmproj file
+    beside it if there is one.
 
-    A folder that exists comes first; a path object, or a string that looks like a path, is never taken for a Hub name.
-    `revision` is a branch, tag or commit on the Hub; `files` are patterns of what is downloaded from there. With
-    `offline`, or HF_HUB_OFFLINE=1 in the environment, only the cache is looked at. Raises CheckpointError saying what
-    to do when the folder or repository cannot be had.
+    A folder or file that exists comes first, then short names; a path object, or a string that looks like a path, is
+    never taken for a Hub name. `revision` is a branch, tag or commit on the Hub. With `offline`, or HF_HUB_OFFLINE=1 in
+    the environment, only the cache is looked at; so it is, with a warning, when the Hub cannot be reached. weights:
+    whether they are needed, or the settings alone. progress: called with (stage, bytes done, bytes in all) while
+    downloading.
+    Raises CheckpointError saying what to do when the folder or repository cannot be had.
     """
     name = os.fspath(model)
     folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    if name and (folder.is_dir() or (folder.is_file() and folder.suffix.lower() == GGUF_SUFFIX)):
         if revision is not None:
+            kind = "folder" if folder.is_dir() else "file"
             raise CheckpointError(
-                f"{folder} is a local folder, which has no revision {revision!r}; leave revision out."
+                f"{folder} is a local {kind}, which has no revision {revision!r}; leave revision out."
             )
         return folder
-    if model == BUNDLED:
+    name = SHORT_NAMES.get(name, name) if isinstance(model, str) else name
+    if isinstance(model, str) and name == BUNDLED:
         if revision is not None:
             raise CheckpointError(f"{BUNDLED} comes with afnext and has no revision {revision!r}; leave revision out.")
         return _BUNDLED_FOLDER
     if name and folder.exists():
-        raise CheckpointError(f"{folder} is a file; give the folder that holds config.json and the weights.")
-    if not isinstance(model, str) or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(
-            f"there is no folder {name!r}, and a name on the Hub would read org/name; check the path."
+            f"{folder} is a file and no GGUF; give a {GGUF_SUFFIX} file, or the folder that holds config.json and "
+            "weights."
         )
-    return _snapshot(name, revision, offline or _is_offline(), files)
+    if isinstance(model, str) and (found := _HUB_FILE.fullmatch(name)):
+        return _snapshot(found[1], revision, offline or _is_offline(), True, progress, found[2]) / found[2]
+    if not isinstance(model, str) or not HUB_NAME.fullmatch(name):
+        raise CheckpointError(
+            f"there is no folder {name!r}, and a name on the Hub would read org/name; check the path. "
+            f"Short names are {', '.join(SHORT_NAMES)}."
+        )
+    return _snapshot(name, revision, offline or _is_offline(), weights, progress)
+
+
+def pull(model: str, *, revision: str | None = None, progress: Progress | None = None) -> Path:
+    """Download a model from the Hub, or what is missing of it, and return its folder. Raises CheckpointError as
+    `resolve` does, and for a local folder."""
+    if Path(model).expanduser().exists():
+        raise CheckpointError(f"{model} is here already, as a local folder or file; there is nothing to download.")
+    return resolve(model, revision=revision, progress=progress)
+
+
+def where(model: str | PathLike[str], *, revision: str | None = None) -> Path:
+    """The folder of a model that is on this machine already; nothing is downloaded. Raises CheckpointError if it is
+    not there, or not all of it."""
+    return resolve(model, revision=revision, offline=True)
+
+
+def local_models() -> list[LocalModel]:
+    """The models on this machine: the package's own, packed copies, which have their folders as names, and those of
+    the family in the Hub's cache, which may hold much else."""
+    from huggingface_hub import scan_cache_dir
+
+    models = [LocalModel(BUNDLED, _BUNDLED_FOLDER, None, _bytes_in(_BUNDLED_FOLDER), True)]
+    for folder in sorted(packed_folder().glob("*/")):
+        complete = not folder.name.startswith(".")
+        models.append(LocalModel(str(folder), folder, None, _bytes_in(folder), complete))
+    cache = cache_folder()
+    if not cache.is_dir():
+        return models
+    for repo in sorted(scan_cache_dir(cache).repos, key=lambda repo: repo.repo_id):
+        for revision in sorted(repo.revisions, key=lambda revision: revision.last_modified, reverse=True):
+            folder = revision.snapshot_path
+            if repo.repo_type == "model" and _is_of_the_family(folder):
+                nbytes = revision.size_on_disk + sum(
+                    path.stat().st_size for path in repo.repo_path.glob("blobs/*.incomplete")
+                )
+                models.append(LocalModel(repo.repo_id, folder, revision.commit_hash, nbytes, _is_complete(folder)))
+    return models
+
+
+def remove(model: str) -> int:
+    """Delete a model from the Hub's cache, with all its revisions and what an interrupted download left, or a packed
+    copy; return how many bytes that freed. Raises CheckpointError for a model that is in neither."""
+    name = full_name(model)
+    if name == BUNDLED:
+        raise CheckpointError(f"{BUNDLED} comes with afnext; uninstalling afnext removes it.")
+    if Path(name).is_dir() and Path(name).resolve().parent == packed_folder().resolve():
+        freed = _bytes_in(Path(name))
+        shutil.rmtree(name)
+        return freed
+    repository = _repository(name) if HUB_NAME.fullmatch(name) else None
+    if repository is None or not repository.is_dir():
+        raise CheckpointError(f"{name} is not in the Hub's cache; `afnext models list` shows what is there.")
+    freed = _bytes_in(repository)
+    shutil.rmtree(repository)
+    shutil.rmtree(cache_folder() / ".locks" / repository.name, ignore_errors=True)
+    return freed
+
+
+def cache_folder() -> Path:
+    """The folder of the Hub's cache, which all programs share that use the Hub's client."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).expanduser()
+
+
+def packed_folder() -> Path:
+    """The folder of packed copies: below AFNEXT_CACHE, or else $XDG_CACHE_HOME/afnext, or ~/.cache/afnext."""
+    cache = os.environ.get("AFNEXT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "afnext")
+    return Path(cache).expanduser() / "packed"
 
 
 def _is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
-def _snapshot(name: str, revision: str | None, offline: bool, files: Sequence[str]) -> Path:
-    # Imported here: most runs read a local folder and need none of it.
-    import huggingface_hub
+def _repository(name: str) -> Path:
+    return cache_folder() / f"models--{name.replace('/', '--')}"
 
+
+def _snapshot(
+    name: str,
+    revision: str | None,
+    offline: bool,
+    weights: bool,
+    progress: Progress | None,
+    file: str | None = None,
+) -> Path:
+    cached = _cached(name, revision)
+    usable = cached if cached is not None and (not weights or _is_complete(cached, file)) else None
+    if usable is not None and (offline or _COMMIT.fullmatch(revision or "")):
+        return usable
+    if offline:
+        _raise_not_cached(name if file is None else f"{name}:{file}", revision, cached)
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=list(files), local_files_only=offline
-            )
-        )
+        listing = Listing.fetch(name, revision)
+        if usable is not None and usable.name == listing.commit:
+            return usable
+        return download(listing, cache_folder(), revision, weights=weights, file=file, progress=progress)
+    except CheckpointError as problem:
+        raise CheckpointError(f"{name}: {problem}") from None
     except Exception as problem:  # the transport below the Hub's client, and its errors, change between versions
-        _explain(name, revision, offline, problem)
+        from huggingface_hub import errors
+
+        if usable is None or isinstance(problem, errors.RevisionNotFoundError):
+            _explain(name, revision, problem)
+        _log.warning(
+            "the Hub did not answer for %s (%s); loading what is in the cache, commit %s, which may be out of date",
+            name,
+            type(problem).__name__,
+            usable.name[:12],
+        )
+        return usable
 
 
-def _explain(name: str, revision: str | None, offline: bool, problem: Exception) -> NoReturn:
+def _cached(name: str, revision: str | None) -> Path | None:
+    """The snapshot of a revision in the cache, whole or not. Raises CheckpointError for an invalid revision."""
+    revision = revision or "main"
+    if ".." in revision or revision.startswith("/") or "\\" in revision:
+        raise CheckpointError(f"{revision!r} is no revision; give a branch, tag or commit.")
+    repository = _repository(name)
+    reference = repository / "refs" / revision
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    folder = repository / "snapshots" / commit
+    return folder if _COMMIT.fullmatch(commit) and folder.is_dir() else None
+
+
+def _is_complete(folder: Path, file: str | None = None) -> bool:
+    """Whether all weights that loading reads are in `folder`; file: the GGUF file that holds them."""
+    if file is not None:
+        return (folder / file).is_file()
+    files = {part + path.name for part in PARTS for path in (folder / part).glob("*") if path.is_file()}
+    try:
+        return bool(weight_files(files, folder))
+    except CheckpointError:
+        return False
+
+
+def _is_of_the_family(folder: Path) -> bool:
+    """Whether a snapshot holds the settings of a model that afnext loads."""
+    from .config import MODEL_TYPES
+
+    if all((folder / part).is_dir() for part in PARTS):
+        return True
+    try:
+        return CheckpointFolder(folder).settings("config.json").get("model_type") in MODEL_TYPES
+    except CheckpointError:
+        return False
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _raise_not_cached(name: str, revision: str | None, cached: Path | None) -> NoReturn:
+    at = f"{name} at revision {revision}" if revision else name
+    if cached is None:
+        found = "is not in the local cache"
+    else:
+        found = "is in the local cache in part only, since its download was interrupted"
+    advice = "unset HF_HUB_OFFLINE and run" if _is_offline() else "run"
+    raise CheckpointError(f"{at} {found}; {advice} `afnext models pull {name}` to download it.")
+
+
+def _explain(name: str, revision: str | None, problem: Exception) -> NoReturn:
     """Raise the CheckpointError for what huggingface_hub reported; most telling first, since its classes overlap."""
     from huggingface_hub import errors
 
@@ -84,10 +281,6 @@ def _explain(name: str, revision: str | None, offline: bool, problem: Exception)
         advice = "is not on the Hub, or is private: check the name, or log in with `hf auth login` or set HF_TOKEN."
     elif isinstance(problem, errors.RevisionNotFoundError):
         advice = "is not on the Hub, though the repository is: check the revision."
-    elif isinstance(problem, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled) and offline:
-        advice = (
-            "is not in the local cache, and the Hub is off limits: unset HF_HUB_OFFLINE (and offline) to download it."
-        )
     elif isinstance(problem, errors.LocalEntryNotFoundError):
         advice = "is not in the local cache, and the Hub cannot be reached: check the network, or give a local folder."
     elif isinstance(problem, errors.HFValidationError):
@@ -95,5 +288,8 @@ def _explain(name: str, revision: str | None, offline: bool, problem: Exception)
             "is no valid name on the Hub; it would read org/name. A local folder of that name does not exist either."
         )
     else:
-        advice = f"could not be downloaded from the Hub ({type(problem).__name__}); check network and disk, then retry."
+        advice = (
+            f"could not be downloaded from the Hub ({type(problem).__name__}); check network and disk, then retry: "
+            "the download continues where it stopped."
+        )
     raise CheckpointError(f"{at} {advice}") from problem

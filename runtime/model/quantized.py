@@ -1,6 +1,7 @@
 """Which tensors stand for the weights of a quantized model, and whether files and config belong together."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from ...quant.recipe import Recipe
 from ...quant.scheme import Scheme, SchemeError, Stored
 from ..errors import CheckpointError, ConfigError
+from ..files import shown
 from .config import ModelConfig
 from .parameters import expected_shapes
 
@@ -38,9 +40,12 @@ def layer_schemes(config: ModelConfig) -> dict[str, Scheme]:
 
 def scheme_of(recipe: Recipe, name: str, shape: tuple[int, ...]) -> Scheme | None:
     """What `recipe` makes of the parameter with this canonical name and shape; None if it stays dense."""
-    if not name.endswith(".weight") or len(shape) != 2 or name == _NO_MATRIX:
-        return None
-    return recipe.scheme(name.removesuffix(".weight"))
+    return recipe.scheme(name.removesuffix(".weight")) if is_matrix(name, shape) else None
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether the parameter with this canonical name and shape is one that schemes store."""
+    return name.endswith(".weight") and len(shape) == 2 and name != _NO_MATRIX
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, Stored]:
@@ -60,16 +65,27 @@ def expected_tensors(config: ModelConfig) -> dict[str, Stored]:
 def to_quantize(config: ModelConfig, recipe: Recipe | None) -> ModelConfig:
     """The config of the model that results where `recipe`, if any, quantizes a checkpoint with this config.
 
-    Raises ConfigError if that is quantized already, by other rules.
+    Raises ConfigError if that is quantized already, by other rules that `recipe` does not merely extend, SchemeError
+    for a rule that matches no layer.
     """
     if recipe is None or recipe == config.quantization:
         return config
-    if config.quantization is not None:
+    if config.quantization is not None and not recipe.extends(config.quantization):
         raise ConfigError(
             f"the checkpoint is quantized already ({config.quantization.name}), and not as asked for ({recipe.name}); "
             "leave quant out, or quantize the dense weights."
         )
+    check_rules(config, recipe)
     return replace(config, quantization=recipe)
+
+
+def check_rules(config: ModelConfig, recipe: Recipe) -> None:
+    """Raise SchemeError, listing the layers that there are, if a rule of `recipe` matches none of them."""
+    layers = [name.removesuffix(".weight") for name, shape in expected_shapes(config).items() if is_matrix(name, shape)]
+    unused = recipe.unused_patterns(layers)
+    if unused:
+        kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", layer) for layer in layers)
+        raise SchemeError(f"the rule for {shown(unused[0])} matches no layer of this model; it has {', '.join(kinds)}")
 
 
 def check_written_for(config: ModelConfig, metadata: Mapping[str, Mapping[str, str]], folder: Path) -> None:
@@ -94,11 +110,35 @@ def quantization_metadata(recipe: Recipe) -> dict[str, str]:
 
 def check_finite(tensor: torch.Tensor, where: str) -> None:
     """Raise CheckpointError, naming `where`, if there are numbers among scales or zeros that are not finite."""
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+    # One pass without a copy: the extremes of a tensor with NaN are NaN.
+    if tensor.is_floating_point() and not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
         bad = int((~tensor.isfinite()).sum())
         raise CheckpointError(
             f"{where} has {bad} of {tensor.numel()} values that are not finite; the file is damaged, quantize or "
             "download it again."
+        )
+
+
+def check_scales(
+    scheme: Scheme,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    inputs: int,
+    dtype: torch.dtype | None,
+    where: str,
+) -> None:
+    """Raise CheckpointError, naming `where`, if the scales are too large for a product.
+
+    Each weight must be finite in `dtype`, which the model computes in (None: float32), and so must be the sum of a row
+    of `inputs` weights in float32, in which products are accumulated.
+    """
+    largest = scheme.largest_weight(scales, zeros)
+    limit = min(torch.finfo(dtype or torch.float32).max, torch.finfo(torch.float32).max / inputs)
+    if not largest <= limit:
+        raise CheckpointError(
+            f"{where} stands for weights up to {largest:.3g}, and a product of {inputs} inputs in "
+            f"{str(dtype or torch.float32).removeprefix('torch.')} takes at most {limit:.3g}; the file is damaged, "
+            "or needs another dtype."
         )
 
 

@@ -6,14 +6,14 @@ https://github.com/huggingface/safetensors
 """
 
 import math
-import mmap
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import CheckpointError
 from ..files import parse_json_object, shown
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 1 << 24
+MAX_TENSORS = 1 << 15
 MAX_RANK = 64
 MAX_ELEMENTS = (1 << 63) - 1
 
@@ -42,7 +42,15 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
-def parse_header(data: bytes | mmap.mmap, file: str) -> dict[str, StoredTensor]:
+class Contents(Protocol):
+    """The bytes of a file, of which only the header is read: `bytes`, a `mmap`, or an object that has no more."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice, /) -> bytes: ...
+
+
+def parse_header(data: Contents, file: str) -> dict[str, StoredTensor]:
     """The tensors of the whole safetensors file `data`, by name, in the order of their bytes.
 
     Raises CheckpointError naming `file`, and the tensor, for a truncated file or a header that is not exactly true.
@@ -50,7 +58,7 @@ def parse_header(data: bytes | mmap.mmap, file: str) -> dict[str, StoredTensor]:
     return parse_header_and_metadata(data, file)[0]
 
 
-def parse_header_and_metadata(data: bytes | mmap.mmap, file: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def parse_header_and_metadata(data: Contents, file: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """As `parse_header`, and the strings that the header holds beside the tensors."""
     size = len(data)
     length = int.from_bytes(data[:8], "little")
@@ -62,6 +70,8 @@ def parse_header_and_metadata(data: bytes | mmap.mmap, file: str) -> tuple[dict[
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{file}: __metadata__ must map strings to strings; the file is damaged or forged.")
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(f"{file} has {len(header):,} tensors; at most {MAX_TENSORS:,} are accepted.")
     tensors = {name: _tensor(entry, f"{file}: tensor {shown(name)}", 8 + length) for name, entry in header.items()}
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
     _check_coverage(ordered, 8 + length, size, file)

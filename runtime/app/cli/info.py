@@ -1,0 +1,34 @@
+"""`afnext info`: what a checkpoint holds, and which implementations run here."""
+
+from typing import Annotated
+
+import typer
+
+from .options import DeviceOption, JsonOption
+from .output import write_json, write_table
+
+
+def info(
+    model: Annotated[str | None, typer.Argument(help="Checkpoint folder, GGUF file, or a name on the Hub.")] = None,
+    backend: Annotated[
+        bool, typer.Option("--backend", help="Show which implementation each operation runs on instead.")
+    ] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a checkpoint holds, or what runs here.
+
+    Of a checkpoint: shape, parameters, bytes by part, token ids, context. With --backend: the implementation that each
+    operation runs on, and how the CPU's kernels were built.
+    """
+    from .. import backend_info
+    from .. import info as model_info
+    from ..api import usable_device
+
+    if backend == (model is not None):
+        raise typer.BadParameter("name a model, or ask for --backend", param_hint="MODEL")
+    description = backend_info.describe_backends(usable_device(device)) if model is None else model_info.describe(model)
+    if as_json:
+        write_json(description)
+    else:
+        write_table((backend_info if model is None else model_info).table(description))

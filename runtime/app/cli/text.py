@@ -1,0 +1,73 @@
+"""Text on its way out: control characters made visible, and Python's option names in the command line's spelling."""
+
+import json
+import re
+from typing import Any
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
+_CONTROL_OR_DIRECTION = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+# Names with an underscore are nothing but options; the others are also English words and need their `=value`.
+_NAMES = (
+    "batch_invariant chunk_size draft_tokens encode_batch keep_packed max_new_tokens min_p page_size release_encoder "
+    "repetition_penalty top_k top_p"
+)
+_WORDS = "device dtype kv memory quant revision seed stop temperature truncate"
+_OPTION = re.compile(
+    rf"(?<![\w/\\.-])(?:(?P<name>{_NAMES.replace(' ', '|')})(?:=(?P<value>[\w.-]*\w))?"
+    rf"|(?P<word>{_WORDS.replace(' ', '|')})=(?P<quote>\"?)(?P<other>[\w.-]*\w)(?P=quote))(?![\w/\\]|[.-]\w)"
+)
+
+
+def visible(text: str, *, keep: str = "") -> str:
+    """`text` with control characters, but for those in `keep`, as backslash escapes.
+
+    A terminal would obey them: move the cursor, rename the window, write to the clipboard.
+    """
+    return _CONTROL.sub(lambda match: match[0] if match[0] in keep else _escaped(match[0]), text)
+
+
+def visible_line(text: str) -> str:
+    """`text` as one line for a message: like `visible`, and no character can reverse the direction of what follows."""
+    return _CONTROL_OR_DIRECTION.sub(lambda match: _escaped(match[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def encodable(text: str, encoding: str) -> str:
+    """`text` with the characters that `encoding` lacks as backslash escapes."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def json_text(value: Any, encoding: str) -> str:
+    """`value` as one line of JSON that `encoding` can hold; see `encodable_json`."""
+    return encodable_json(json.dumps(value, ensure_ascii=False), encoding)
+
+
+def encodable_json(text: str, encoding: str) -> str:
+    """JSON with its characters beyond ASCII escaped if `encoding` lacks any, as JSON allows: they stand in strings.
+
+    The bytes of a file name that are not UTF-8 stay the lone surrogates that Python makes of them.
+    """
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return _BEYOND_ASCII.sub(lambda match: json.dumps(match[0])[1:-1], text)
+    return text
+
+
+def command_line_spelling(message: str) -> str:
+    """A message of the library with options as the command line spells them: --max-new-tokens, --kv int8.
+
+    Words within paths are left alone.
+    """
+    return _OPTION.sub(_option, message)
+
+
+def _option(match: re.Match[str]) -> str:
+    flag = "--" + (match["name"] or match["word"]).replace("_", "-")
+    value = match["value"] or match["other"]
+    return flag if value in (None, "True") else f"{flag} {value}"

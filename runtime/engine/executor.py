@@ -1,0 +1,180 @@
+"""The seam between deciding and computing: the engine decides what is computed next, an `Executor` computes it.
+
+`LocalExecutor` runs one model over one KV cache in this process. `ParallelExecutor` runs the same in several processes,
+each with a shard of the model and of the cache. Requests, pages, sampling and time are the engine's alone.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...kernels.device_state import runs_triton
+from ..errors import EngineDeadError
+from ..model.audio_flamingo import AudioFlamingo
+from ..model.fingerprint import model_fingerprint
+from .decode_steps import DecodeSteps
+from .kv_cache import KVCache
+from .options import EngineOptions
+from .prefill import PlacedWindow, encode_windows, run_chunk
+from .timings import Timings
+
+
+class Executor(ABC):
+    """Computes for one engine. Only the engine's thread may call it, and only `failure` from any thread.
+
+    model: of this process; its `config` is that of the whole model. cache: of this process; the numbers of its pages
+    are those of every process. size: number of processes.
+    """
+
+    model: AudioFlamingo
+    cache: KVCache
+    size: int = 1
+
+    @property
+    @abstractmethod
+    def recordings(self) -> int:
+        """Decode steps set up."""
+
+    @property
+    @abstractmethod
+    def recordable(self) -> bool:
+        """Whether decode steps become CUDA graphs."""
+
+    @property
+    def failure(self) -> EngineDeadError | None:
+        """Why nothing can be computed any more, if that is so."""
+        return None
+
+    @abstractmethod
+    def set_threads(self, count: int) -> None:
+        """Compute with `count` CPU threads in all."""
+
+    @abstractmethod
+    def resize(self, pages: int) -> None:
+        """See `KVCache.resize`. Recorded decode steps, which refer to the cache's tensors by address, are dropped."""
+
+    @abstractmethod
+    def copy_page(self, source: int, target: int) -> None:
+        """See `KVCache.copy_page`."""
+
+    @abstractmethod
+    def encode(self, windows: list[PlacedWindow], timings: Timings) -> list[Tensor]:
+        """The audio tokens of some windows, as the decoder reads them: one [tokens, hidden] each."""
+
+    @abstractmethod
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """See `Decoder.embed`."""
+
+    @abstractmethod
+    def prefill(self, x: Tensor, pages: list[int], start: int) -> Tensor:
+        """Run tokens of a prompt from `start` on through the decoder; see `run_chunk`."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Decoder.logits`."""
+
+    @abstractmethod
+    def decode(self, tokens: list[list[int]], positions: list[int], pages: list[list[int]]) -> Tensor:
+        """Decode the newest tokens of several sequences; see `DecodeStep`."""
+
+    @abstractmethod
+    def warm_up(self, progress: Callable[[int, int], None]) -> None:
+        """Record the decode steps of every size. progress: called with (done, total)."""
+
+    @abstractmethod
+    def read(self, index: int, pages: list[int]) -> Tensor:
+        """What `pages` of the pool `KVCache.pools[index]` hold: [tokens, all KV heads, ...]."""
+
+    @abstractmethod
+    def write(self, index: int, pages: list[int], rows: Tensor) -> None:
+        """Write `rows`, [tokens, all KV heads, ...], into `pages` of the pool `KVCache.pools[index]`."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identifies the model that computes keys and values; see `model_fingerprint`."""
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to end
+        """End what runs outside this process. Nothing may be called afterwards."""
+
+
+class LocalExecutor(Executor):
+    """One model over one KV cache, in this process."""
+
+    def __init__(self, model: AudioFlamingo, options: EngineOptions):
+        self.model = model
+        self.cache = KVCache(
+            model.decoder.config,
+            pages=0,
+            page_size=options.page_size,
+            device=model.device,
+            dtype=options.cache_dtype(model.dtype),
+            padded=runs_triton(model.device),
+        )
+        self._steps = DecodeSteps(model, self.cache, options)
+
+    @property
+    def recordings(self) -> int:
+        """See `Executor`."""
+        return self._steps.recordings
+
+    @property
+    def recordable(self) -> bool:
+        """See `Executor`."""
+        return self._steps.recordable
+
+    def set_threads(self, count: int) -> None:
+        """See `Executor`."""
+        if count != torch.get_num_threads():
+            torch.set_num_threads(count)
+
+    def resize(self, pages: int) -> None:
+        """See `Executor`."""
+        self._steps.clear()
+        self.cache.resize(pages)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """See `Executor`."""
+        self.cache.copy_page(source, target)
+
+    def encode(self, windows: list[PlacedWindow], timings: Timings) -> list[Tensor]:
+        """See `Executor`."""
+        return encode_windows(self.model, windows, timings)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """See `Executor`."""
+        return self.model.decoder.embed(token_ids)
+
+    def prefill(self, x: Tensor, pages: list[int], start: int) -> Tensor:
+        """See `Executor`."""
+        return run_chunk(self.model, self.cache, pages, x, start)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Executor`."""
+        return self.model.decoder.logits(hidden)
+
+    def decode(self, tokens: list[list[int]], positions: list[int], pages: list[list[int]]) -> Tensor:
+        """See `Executor`."""
+        return self._steps.step(len(tokens), len(tokens[0]), max(map(len, pages)))(tokens, positions, pages)
+
+    def warm_up(self, progress: Callable[[int, int], None]) -> None:
+        """See `Executor`."""
+        self._steps.warm_up(progress)
+
+    def read(self, index: int, pages: list[int]) -> Tensor:
+        """See `Executor`."""
+        pool = self.cache.pools[index]
+        return torch.cat([pool[page] for page in pages])
+
+    @torch.inference_mode()
+    def write(self, index: int, pages: list[int], rows: Tensor) -> None:
+        """See `Executor`."""
+        pool, size = self.cache.pools[index], self.cache.page_size
+        for start, page in zip(range(0, len(rows), size), pages, strict=True):
+            part = rows[start : start + size]
+            pool[page, : len(part)] = part.to(pool.device)
+
+    def fingerprint(self) -> str:
+        """See `Executor`."""
+        return model_fingerprint(self.model)

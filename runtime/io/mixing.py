@@ -1,0 +1,88 @@
+"""Channels to one: the plain mean, its checks, and the notice when channels cancel each other."""
+
+import numpy as np
+
+from ..errors import AudioError
+
+MIN_RATE, MAX_RATE = 1, 768_000  # Hz
+MAX_CHANNELS = 32
+MAX_AMPLITUDE = 2.0**31  # raw 32-bit samples kept as floats; far below what overflows a power spectrum in float32
+SCALES = {
+    "int8": (0.0, 2.0**-7),
+    "uint8": (2.0**7, 2.0**-7),
+    "int16": (0.0, 2.0**-15),
+    "uint16": (2.0**15, 2.0**-15),
+    "int32": (0.0, 2.0**-31),
+}
+_STRIDE = 8  # every eighth sample is enough to compare powers
+_CANCELLED = 0.05  # of the power that remains of channels which have nothing in common
+_ENOUGH = 1000  # samples compared
+_SILENT = 1e-9  # mean power of a channel, of full scale 1
+
+
+def mix(channels: np.ndarray) -> np.ndarray:
+    """Plain mean of `channels` [channels, n], any dtype of `SCALES` or floating -> float32 [n].
+
+    Integers are scaled to [-1, 1); the mean is formed in float32, as librosa does. Overflow becomes infinity.
+    """
+    offset, scale = SCALES.get(channels.dtype.name, (0.0, 1.0))
+    with np.errstate(over="ignore", invalid="ignore"):
+        samples = channels.astype(np.float32, order="C")
+        if offset:
+            samples -= np.float32(offset)
+        mono: np.ndarray = samples[0] if len(samples) == 1 else samples.mean(axis=0, dtype=np.float32)
+        if scale != 1.0:
+            mono *= np.float32(scale)
+    return mono
+
+
+class Cancellation:
+    """Compares the power of a mix with that of its channels: channels of opposite phase leave little of each other."""
+
+    def __init__(self) -> None:
+        self._mix = self._alone = 0.0  # power of the mix, and what it would be if the channels had nothing in common
+        self._loudest, self._counted = 0.0, 0
+
+    def add(self, channels: np.ndarray, mono: np.ndarray) -> None:
+        """Count in `channels` [channels, n] of any dtype that `mix` takes, and their mix [n]."""
+        if len(channels) == 1:
+            return
+        offset, scale = SCALES.get(channels.dtype.name, (0.0, 1.0))
+        some = (channels[:, ::_STRIDE].astype(np.float32) - np.float32(offset)) * np.float32(scale)
+        power = float(np.vdot(some, some))
+        self._alone += power / len(channels) ** 2
+        self._mix += float(np.vdot(mono[::_STRIDE], mono[::_STRIDE]))
+        self._loudest = max(self._loudest, power / max(1, some.size))
+        self._counted += some.shape[1]
+
+    def warning(self) -> str | None:
+        """What to say of the channels so far, or None."""
+        if self._counted < _ENOUGH or self._loudest < _SILENT or self._mix > _CANCELLED * self._alone:
+            return None
+        return (
+            "the channels cancel each other: they have opposite phase, and their mix, which is what is heard, is far "
+            "quieter than each of them; pass one channel alone"
+        )
+
+
+def check_rate(rate: int, name: str) -> None:
+    """Raises AudioError unless `rate` lies within `MIN_RATE`..`MAX_RATE` Hz."""
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise AudioError(
+            f"{name} states a sample rate of {rate} Hz; it must lie between {MIN_RATE} and {MAX_RATE} Hz. "
+            "Write the file again with its true rate."
+        )
+
+
+def check_samples(block: np.ndarray, name: str, rate: int, seconds: float) -> None:
+    """Raises AudioError naming the first sample of mono `block` that is NaN, infinite or beyond `MAX_AMPLITUDE`.
+
+    `seconds` is where the block starts in the audio.
+    """
+    good = np.abs(block) <= MAX_AMPLITUDE
+    if not good.all():
+        index = int(np.argmin(good))
+        raise AudioError(
+            f"{name} contains a sample that is {block[index]:g} at {seconds + index / rate:.6f} s "
+            f"(sample {round(seconds * rate) + index}); get an intact copy, or replace such samples."
+        )
