@@ -1,0 +1,165 @@
+"""Stored uploads: each a file and a description beside it, seen only by the API key that stored it.
+
+Several servers may share the folder.
+"""
+
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Container, Iterator, Set
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..kernels.errors import AfnextError
+from ..runtime.files import output_file, read_json_object
+from .errors import ApiError
+from .threads import to_its_end
+
+KEPT_SECONDS = 24 * 3600
+_ORPHAN_SECONDS = 3600.0
+_LONGEST = 30 * 24 * 3600
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One upload. created, expires: seconds since the epoch; key: the name of the API key."""
+
+    id: str
+    filename: str
+    bytes: int
+    purpose: str
+    created: int
+    expires: int
+    key: str
+
+    def public(self) -> dict[str, Any]:
+        """The file as OpenAI's clients read it."""
+        return {
+            "id": self.id,
+            "object": "file",
+            "bytes": self.bytes,
+            "created_at": self.created,
+            "expires_at": self.expires,
+            "filename": self.filename,
+            "purpose": self.purpose,
+            "status": "processed",
+        }
+
+
+class FileStore:
+    """The uploads in a folder, which outlive the server."""
+
+    def __init__(self, folder: Path, max_bytes: int = 20 << 30):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._files: dict[str, StoredFile] = {}
+        self._writing: set[str] = set()
+        self._read()
+        remove_orphans(folder, "file-", self._files)
+
+    async def add(
+        self, source: Path, filename: str, *, purpose: str, key: str, seconds: int = KEPT_SECONDS, route: str = ""
+    ) -> StoredFile:
+        """Move a file into the store for `seconds`. Raises ApiError (413) if the store is full.
+
+        route: hexadecimal digits that end its id.
+        """
+        self.expire()
+        size, now = source.stat().st_size, int(time.time())
+        if size + sum(file.bytes for file in self._files.values()) > self._max_bytes:
+            raise ApiError(413, "payload_too_large", "the server's store is full; delete files, or try again later")
+        expires = now + max(1, min(seconds, _LONGEST))
+        stored = StoredFile(f"file-{secrets.token_hex(16)}{route}", filename, size, purpose, now, expires, key)
+        self._files[stored.id] = stored  # counted from now on
+        self._writing.add(stored.id)
+        try:
+            await to_its_end(self._write, source, stored)
+        except BaseException:
+            self._remove(stored)
+            raise
+        finally:
+            self._writing.discard(stored.id)
+        return stored
+
+    def get(self, identifier: Any, key: str, param: str | None = None) -> StoredFile:
+        """A file. Raises ApiError (404) unless this key stored it and it has not expired."""
+        self.expire()
+        stored = self._files.get(identifier) if isinstance(identifier, str) else None
+        if stored is None or stored.key != key:
+            raise ApiError(404, "file_not_found", "there is no such file", param=param)
+        return stored
+
+    def path(self, identifier: Any, key: str, param: str | None = None) -> tuple[Path, str]:
+        """The path and the name of a file; errors as of `get`."""
+        stored = self.get(identifier, key, param)
+        return self._data(stored.id), stored.filename
+
+    def of(self, key: str) -> Iterator[StoredFile]:
+        """The files of a key, the newest first."""
+        self.expire()
+        mine = [stored for stored in self._files.values() if stored.key == key]
+        yield from sorted(mine, key=lambda stored: stored.created, reverse=True)
+
+    def delete(self, identifier: str, key: str) -> None:
+        """Remove a file; errors as of `get`."""
+        self._remove(self.get(identifier, key))
+
+    def expire(self) -> None:
+        """Remove the files whose time has passed, and take note of what other servers have stored and removed."""
+        self._read()
+        now = time.time()
+        for stored in [stored for stored in self._files.values() if stored.expires <= now]:
+            self._remove(stored)
+
+    def _read(self) -> None:
+        gone, new = changes(self._folder, "file-", self._files.keys())
+        for identifier in gone - self._writing:
+            del self._files[identifier]
+        for identifier, values in new.items():
+            with suppress(TypeError):
+                stored = StoredFile(**values)
+                if stored.id == identifier and self._data(stored.id).is_file():
+                    self._files[stored.id] = stored
+
+    def _write(self, source: Path, stored: StoredFile) -> None:
+        shutil.move(source, self._data(stored.id))  # the spool may lie on another file system
+        with output_file(self._description(stored.id), AfnextError) as file:
+            file.write(json.dumps(asdict(stored)).encode())
+
+    def _remove(self, stored: StoredFile) -> None:
+        self._files.pop(stored.id, None)
+        self._description(stored.id).unlink(missing_ok=True)
+        self._data(stored.id).unlink(missing_ok=True)
+
+    def _data(self, identifier: str) -> Path:
+        return self._folder / f"{identifier}.bin"
+
+    def _description(self, identifier: str) -> Path:
+        return self._folder / f"{identifier}.json"
+
+
+def changes(folder: Path, prefix: str, known: Set[str]) -> tuple[set[str], dict[str, dict[str, Any]]]:
+    """What has changed among the descriptions ID.json in a folder whose ids have that prefix: the `known` ids that are
+    gone, and the JSON objects of the others by id. Those that cannot be read are left out."""
+    there = {path.stem: path for path in folder.glob(f"{prefix}*.json")}
+    new = {}
+    for identifier in there.keys() - known:
+        with suppress(AfnextError):
+            new[identifier] = read_json_object(there[identifier], there[identifier].name, AfnextError)
+    return set(known - there.keys()), new
+
+
+def remove_orphans(folder: Path, prefix: str, known: Container[str]) -> None:
+    """Remove what a server that was killed left half written: files of ids with that prefix that are not `known`.
+
+    Young files stay: another server with the same folder may be writing them.
+    """
+    oldest = time.time() - _ORPHAN_SECONDS
+    for path in [*folder.glob(f"{prefix}*.*"), *folder.glob(f".{prefix}*.part")]:
+        partial, identifier = path.name.startswith("."), path.name.partition(".")[0]
+        if (partial or identifier not in known) and path.stat().st_mtime < oldest:
+            path.unlink()
