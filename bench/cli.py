@@ -17,13 +17,17 @@ from rich.table import Table
 from ..kernels.errors import BackendError
 from ..kernels.triton_language import AVAILABLE as TRITON_AVAILABLE
 from ..runtime.app.api import load
-from ..runtime.app.cli_options import DeviceOption, JsonOption, ModelOption
+from ..runtime.app.cli.options import DeviceOption, JsonOption, ModelOption
 from ..runtime.engine.kv_cache import KV_STORAGE
 from ..runtime.model.hub import BUNDLED
-from .quality_data import TASKS
-from .record import DENSE_SCHEMES, SCHEMES, Record, recipe_of
+from .core.record import DENSE_SCHEMES, SCHEMES, Record, recipe_of
+from .ops.cli import ops
+from .quality.card.published import NAMES as CARD_NAMES
+from .quality.data import TASKS
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, memory and quality.", rich_markup_mode="rich")
+
+app.command(epilog="Example: [bold]afnext bench ops --op decode_attention --list[/bold]")(ops)
 
 OutOption = Annotated[
     Path, typer.Option(help="File of results (JSON lines) to append to; what it holds is not redone.")
@@ -49,7 +53,7 @@ def e2e(
     as_json: JsonOption = False,
 ) -> None:
     """Every stage from audio to answer, beside the transformers reference."""
-    from .e2e import run_e2e
+    from .model.e2e import run_e2e
 
     records = run_e2e(
         out=out,
@@ -80,7 +84,7 @@ def kernels(
     as_json: JsonOption = False,
 ) -> None:
     """Each operation over the shapes of the real model, beside torch and what else is installed."""
-    from .kernels import run_kernels
+    from .ops.kernels import run_kernels
 
     records = run_kernels(
         out,
@@ -111,8 +115,8 @@ def llama_cpp(
     as_json: JsonOption = False,
 ) -> None:
     """The encoder, prefill and decode beside llama.cpp, on random weights, at any depth."""
-    from .layers import STAGES
-    from .llama_cpp_comparison import run_llama_cpp
+    from .model.layers import STAGES
+    from .model.llama_cpp_comparison import run_llama_cpp
 
     records = run_llama_cpp(
         out,
@@ -132,7 +136,7 @@ def llama_cpp(
 def layers(
     random: Annotated[str, typer.Option(help="Shape of a random checkpoint: tiny or full-width:ENC,DEC.")],
     scheme: Annotated[
-        str, typer.Option(help=f"{', '.join(SCHEMES)}; '+kv8' behind one for an int8 KV cache.")
+        str, typer.Option(help=f"{', '.join(SCHEMES)}; '+kv8' or '+kv4' behind one for an int8 or int4 KV cache.")
     ] = "bf16",
     baseline: Annotated[
         str,
@@ -149,7 +153,7 @@ def layers(
     as_json: JsonOption = False,
 ) -> None:
     """Every scheme's layers beside transformers, at depths that no recording needs to be heard for. On the CPU."""
-    from .layers import BASELINES, STAGES, run_layers
+    from .model.layers import BASELINES, STAGES, run_layers
 
     records = run_layers(
         out,
@@ -172,12 +176,12 @@ def serving(
     audio: Annotated[float, typer.Option(help="Seconds of the recording that is asked about twice.")] = 1800.0,
     lengths: Annotated[str, typer.Option(help="Seconds of the one that is fed live.")] = "300,600,1200,1800",
     repeats: Annotated[int, typer.Option(help="Rounds of throughput.", min=1)] = 3,
-    scheme: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    scheme: Annotated[str, typer.Option(help=f"{', '.join(SCHEMES)}.")] = "bf16",
     out: OutOption = Path("results.jsonl"),
     as_json: JsonOption = False,
 ) -> None:
     """A second question about a recording, memory while listening live, and requests together and apart."""
-    from .serving import run_serving
+    from .model.serving import run_serving
 
     records = run_serving(
         out,
@@ -185,7 +189,7 @@ def serving(
         seconds=audio,
         lengths=numbers(lengths, "--lengths"),
         repeats=repeats,
-        scheme=dtype_name(scheme),
+        scheme=choice(scheme, tuple(SCHEMES), "--scheme"),
     )
     if as_json:
         show(records, as_json)
@@ -194,6 +198,72 @@ def serving(
         case = ", ".join(f"{name} {value}" for name, value in record.case.items())
         figures = ", ".join(f"{name} {value:,.4g}" for name, value in record.values.items())
         print(f"{record.name} ({case}): {figures}")
+
+
+@app.command(epilog="Example: [bold]afnext bench ranks --random full-width:1,4 --ways tp1,tp2,sp2[/bold]")
+def ranks(
+    random: Annotated[str, typer.Option(help="Shape of a random checkpoint: tiny, full-width:ENC,DEC or full.")],
+    ways: Annotated[str, typer.Option(help="tp or sp and a number of processes, with commas.")] = "tp1,tp2",
+    audio: Annotated[float, typer.Option(help="Seconds of the recording.", min=1.0)] = 30.0,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of the answer.", min=2)] = 32,
+    repeats: Annotated[int, typer.Option(help="Rounds.", min=1)] = 5,
+    scheme: Annotated[str, typer.Option(help=f"{', '.join(SCHEMES)}.")] = "bf16",
+    out: OutOption = Path("results.jsonl"),
+    as_json: JsonOption = False,
+) -> None:
+    """One question to models divided among several processes: time to the first token, and tokens a second."""
+    from .model.ranks import WAYS, run_ranks
+
+    records = run_ranks(
+        out,
+        shape=random,
+        ways=[choice(way, WAYS, "--ways") for way in ways.split(",")],
+        seconds=audio,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        scheme=choice(scheme, tuple(SCHEMES), "--scheme"),
+    )
+    if as_json:
+        show(records, as_json)
+        return
+    for record in records:
+        values = record.values
+        print(f"{record.subject}: first token {values['first_s']:.2f} s, {values['tokens_per_s']:.2f} tokens/s")
+
+
+@app.command(epilog="Example: [bold]afnext bench http --clients 1,32 --seconds 10[/bold]")
+def http(
+    url: Annotated[
+        str | None, typer.Option(help="Server to load; by default one of its own, beside the model.")
+    ] = None,
+    model: ModelOption = BUNDLED,
+    clients: Annotated[str, typer.Option(help="Clients at once, with commas.")] = "1,8,32,128",
+    seconds: Annotated[float, typer.Option(help="Time for each number of clients, and each side.", min=0.0)] = 20.0,
+    api_key: Annotated[str, typer.Option(help="Key for the server.", envvar="AFNEXT_API_KEY")] = "",
+    out: OutOption = Path("results.jsonl"),
+    as_json: JsonOption = False,
+) -> None:
+    """The HTTP server under load, beside the direct API; during uploads; and overloaded. Five minutes as it stands."""
+    from .model.serving_http import run_http
+
+    counts = [int(count) for count in numbers(clients, "--clients", least=1)]
+    records = run_http(out, url=url, model=model, clients=counts, seconds=seconds, api_key=api_key)
+    if as_json:
+        show(records, as_json)
+        return
+    for name in dict.fromkeys(record.name for record in records):
+        _show_figures(name, [record for record in records if record.name == name])
+
+
+def _show_figures(title: str, records: list[Record]) -> None:
+    """A row for each record, with all of its figures."""
+    names = list(dict.fromkeys(name for record in records for name in record.values))
+    table = Table("clients", "subject", *names, title=title, title_justify="left", box=None, pad_edge=False)
+    for record in records:
+        figures = (record.values.get(name) for name in names)
+        shown = ("" if value is None else f"{value:.4g}" for value in figures)
+        table.add_row(str(record.case["clients"]), record.subject, *shown)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 240).print(table)
 
 
 @app.command(epilog="Example: [bold]afnext bench quality librispeech/ -m CHECKPOINT --out wer.csv[/bold]")
@@ -205,7 +275,7 @@ def quality(
     baseline_scheme: Annotated[str | None, typer.Option(help="Its scheme; the checkpoint's by default.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first rows.", min=1)] = None,
     scheme: Annotated[str | None, typer.Option(help=f"{', '.join(SCHEMES)}; the checkpoint's by default.")] = None,
-    kv: Annotated[str, typer.Option(help="What keys and values are stored in: auto or int8.")] = "auto",
+    kv: Annotated[str, typer.Option(help=f"What keys and values are stored in: {', '.join(KV_STORAGE)}.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Upper bound of an answer.", min=1)] = 512,
     restart: Annotated[bool, typer.Option("--restart", help="Drop the rows that are there.")] = False,
     device: DeviceOption = "auto",
@@ -213,8 +283,8 @@ def quality(
     as_json: JsonOption = False,
 ) -> None:
     """Word error rate, multiple-choice accuracy, or perplexity and divergence from another model."""
-    from .machine import machine
-    from .quality import run_quality
+    from .core.machine import machine
+    from .quality.answers import run_quality
 
     dtype = dtype_name(scheme) if scheme else "auto"
     loaded = load(model, device=device, dtype=dtype, kv=choice(kv, KV_STORAGE, "--kv"), quant=recipe_of(scheme))
@@ -240,6 +310,55 @@ def quality(
             print(f"{name}: {value}")
 
 
+@app.command(epilog="Example: [bold]afnext bench card librispeech-clean LibriSpeech/ -m next --scheme bf16,int4[/bold]")
+def card(
+    dataset: Annotated[str, typer.Argument(help=f"{', '.join(CARD_NAMES)} (such as covost2-en-de).")],
+    source: Annotated[str, typer.Argument(help="A local copy of it, as it is published, or hub to download it.")],
+    model: ModelOption = BUNDLED,
+    scheme: Annotated[str, typer.Option(help=f"{', '.join(SCHEMES)}; several with commas.")] = "bf16",
+    batch: Annotated[int, typer.Option(help="Questions at once.", min=1)] = 8,
+    limit: Annotated[int | None, typer.Option(help="Only the first items.", min=1)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Upper bound of an answer.", min=1)] = 512,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Of open answers: an OpenAI-compatible address, such as http://localhost:8000/v1."),
+    ] = None,
+    judge_model: Annotated[str, typer.Option(help="The judge's name at that address.")] = "",
+    restart: Annotated[bool, typer.Option("--restart", help="Drop the rows that are there.")] = False,
+    device: DeviceOption = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for a CSV per dataset and scheme; what it holds is kept.")] = Path(
+        "card"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """The model card's figures from the published datasets, with confidence intervals, beside the published ones."""
+    from .quality.card.judge import Judge
+    from .quality.card.run import run_card
+    from .quality.card.run import show as show_card
+
+    if judge is not None and not judge_model:
+        raise typer.BadParameter("name the model at --judge", param_hint="--judge-model")
+    with bar("scoring", hidden=as_json) as report:
+        figures = run_card(
+            dataset,
+            source,
+            out,
+            model=model,
+            device=device,
+            schemes=scheme.split(","),
+            batch=batch,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            judge=Judge(judge, judge_model) if judge else None,
+            restart=restart,
+            progress=report,
+        )
+    if as_json:
+        print(json.dumps([asdict(figure.record) for figure in figures], ensure_ascii=False))
+    else:
+        show_card(figures, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
+
+
 @app.command(
     epilog="Example: [bold]afnext bench quantization --model FOLDER --data clips/ --calibrate recordings/[/bold]"
 )
@@ -257,7 +376,7 @@ def quantization(
     as_json: JsonOption = False,
 ) -> None:
     """What each scheme costs, calibrated and not: errors of layers, and word errors of Whisper and of a checkpoint."""
-    from . import quantization_quality as measured
+    from .quality import quantization as measured
 
     results = measured.Results(out / "quantization.json")
     schemes = tuple(scheme or measured.SCHEMES)
@@ -282,10 +401,21 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """One page with plots: stages, roofline, context length, memory, speedups."""
-    from .report import write_report
+    from .report.page import write_report
 
     pages = write_report(results, out)
     print(json.dumps([str(page) for page in pages]) if as_json else "\n".join(map(str, pages)))
+
+
+@app.command(epilog="Example: [bold]afnext bench tables docs/performance.md --results bench/results[/bold]")
+def tables(
+    page: Annotated[Path, typer.Argument(help="A Markdown page with parts marked <!-- results: FILE.jsonl -->.")],
+    results: Annotated[Path, typer.Option(help="The folder of the files of results.")] = Path("bench/results"),
+) -> None:
+    """Fill the marked parts of a page with tables of results: one row per case, one column per subject."""
+    from .report.tables import update
+
+    print(f"{page}: {'updated' if update(page, results) else 'nothing changed'}")
 
 
 @app.command(epilog="Example: [bold]afnext bench compare before.jsonl after.jsonl[/bold]")
@@ -295,8 +425,8 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """What was measured in both: ratios, and which of them exceed the spread."""
-    from .compare import compare as paired
-    from .compare import render, to_dict
+    from .report.compare import compare as paired
+    from .report.compare import render, to_dict
 
     comparison = paired(a, b)
     if as_json:
@@ -319,8 +449,8 @@ def codegen(
     """
     if not TRITON_AVAILABLE:
         raise BackendError("Triton is not installed here, and compiles the kernels; it comes with afnext on Linux")
-    from .codegen import audit, to_dict
-    from .codegen_report import show_audit, write_audit
+    from .codegen.audit import audit, to_dict
+    from .codegen.report import show_audit, write_audit
 
     with bar("tracing, then compiling", hidden=as_json) as report:
         result = audit(targets=target or (), operations=operation or (), workers=workers, progress=report)
@@ -336,6 +466,24 @@ def codegen(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: [bold]afnext bench first-run --device cuda --minutes 10[/bold]")
+def first_run(
+    minutes: Annotated[float, typer.Option(help="Time for all of it.", min=0.1)] = 10.0,
+    out: Annotated[Path, typer.Option(help="Folder for results and archive; what it holds is not redone.")] = Path(
+        "first-run"
+    ),
+    device: DeviceOption = "auto",
+) -> None:
+    """What a new GPU should be asked first: kernels, CUDA graphs, answers, end to end, times; most important first.
+
+    Each step runs in a process of its own. An interrupted run is continued by the same command. Everything found is in
+    one archive, first-run.zip.
+    """
+    from .first_run.run import first_run
+
+    raise typer.Exit(first_run(out, device=device, minutes=minutes, say=lambda line: print(line, flush=True)))
+
+
 @app.command(epilog="Example: [bold]afnext bench all --out bench/results[/bold]")
 def all(
     out: Annotated[Path, typer.Option(help="Folder for the results and the report.")] = Path("bench/results"),
@@ -343,9 +491,9 @@ def all(
     as_json: JsonOption = False,
 ) -> None:
     """The committed table: kernels, then end to end at full width with two layers of each kind, then the report."""
-    from .e2e import run_e2e
-    from .kernels import run_kernels
-    from .report import write_report
+    from .model.e2e import run_e2e
+    from .ops.kernels import run_kernels
+    from .report.page import write_report
 
     results = out / "results.jsonl"
     run_kernels(results, device=device, progress=not as_json)

@@ -1,0 +1,1 @@
+"""The kernels compiled for chips that are not here."""

@@ -1,0 +1,202 @@
+"""What the full-size model computes, on meta tensors: the stages of a request, each by the runtime's own host code.
+
+    encode               four 30 s windows, from waveforms to audio tokens
+    prefill              a chunk of the prompt, at its start and behind 45 000 tokens
+    decode               one step at 45 000 tokens, one and four sequences
+    choose               the next token from the scores
+    W8A16, W8A8, W4A16, W4A8, NF4
+                         the decoder's matrix products with weights of that scheme, at the rows of decode and prefill
+
+each that touches the KV cache with a cache in bfloat16, in int8 and in int4.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ...kernels.audio_format import WINDOW_SAMPLES
+from ...kernels.linear_int4 import linear_int4, linear_int4_swiglu
+from ...kernels.linear_int8 import linear_int8, linear_int8_swiglu
+from ...kernels.linear_nf4 import BLOCK_SIZE, linear_nf4, linear_nf4_swiglu
+from ...kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
+from ...kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
+from ...kernels.packed_product import FEW_ROWS
+from ...kernels.sampling import SamplingRows, greedy, penalize, sample
+from ...quant.linear import Linear
+from ...runtime.engine.decode_graph import DecodeStep
+from ...runtime.engine.kv_cache import KVCache, page_table
+from ...runtime.engine.options import EngineOptions
+from ...runtime.model.audio_flamingo import AudioFlamingo
+from ...runtime.model.config import ModelConfig
+from ...runtime.model.decoder import DecoderLayer
+from ..core.random_checkpoint import byte_tokenizer, checkpoint_config
+
+CONTEXT = 45_000
+NEW_TOKENS = 4096
+ROWS = (1, 4)  # sequences decoded at once
+PRODUCT_ROWS = (1, 2, 4, 8, 32, 1024, 4096)
+GROUP = 64  # inputs that share a scale of int4 weights, as in the scheme int4
+_META = torch.device("meta")
+_OPTIONS = EngineOptions()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """name: for people; context: tokens in each sequence of the KV cache at its end; run: does it, on meta tensors."""
+
+    name: str
+    context: int
+    run: Callable[[], object]
+
+
+def full_size_model(*, joined: bool = True) -> AudioFlamingo:
+    """The network of the released checkpoints in bfloat16, without a byte of weights.
+
+    joined: products of the same input are one, as on a GPU.
+    """
+    model = AudioFlamingo(ModelConfig.from_dict(checkpoint_config("full", byte_tokenizer()))).to(torch.bfloat16)
+    if joined:
+        model.decoder.join()
+    return model
+
+
+def stages(model: AudioFlamingo) -> Iterator[Stage]:
+    """All stages, in the order of a request."""
+    yield Stage(f"encode {_OPTIONS.encode_batch} windows", 0, partial(_encode, model, _OPTIONS.encode_batch))
+    for dtype, suffix in ((torch.bfloat16, ""), (torch.int8, ", int8 KV"), (torch.uint8, ", int4 KV")):
+        for start in (0, CONTEXT):
+            name, end = f"prefill {_OPTIONS.chunk_size} at {start}{suffix}", start + _OPTIONS.chunk_size
+            yield Stage(name, end, partial(_prefill, model, start, end, dtype))
+        for rows in ROWS:
+            name = f"decode {rows} at {CONTEXT}{suffix}"
+            yield Stage(name, CONTEXT + 1, partial(_decode, model, rows, dtype))
+    for rows in ROWS:
+        yield Stage(f"choose {rows}", 0, partial(_choose, rows, model.config.decoder.vocab_size))
+    for name, product, pair in _SCHEMES:
+        for rows in PRODUCT_ROWS:
+            yield Stage(f"{name} products, {rows} rows", 0, partial(_products, model, rows, product, pair))
+
+
+def _encode(model: AudioFlamingo, windows: int) -> None:
+    mel = model.log_mel([_float(WINDOW_SAMPLES) for _ in range(windows)])
+    model.encode(mel, [WINDOW_SAMPLES] * windows, list(range(windows)))
+
+
+def _prefill(model: AudioFlamingo, start: int, end: int, dtype: torch.dtype) -> None:
+    cache = _cache(model, 1, dtype)
+    table = page_table([cache.allocate(CONTEXT + NEW_TOKENS)], _META)
+    positions = torch.arange(start, end, device=_META)[None]
+    hidden = model.decoder(model.decoder.embed(positions), positions, cache.view(table, positions))
+    model.decoder.logits(hidden[:, -1])
+
+
+def _decode(model: AudioFlamingo, rows: int, dtype: torch.dtype) -> None:
+    cache = _cache(model, rows, dtype)
+    pages = [cache.allocate(CONTEXT + NEW_TOKENS) for _ in range(rows)]
+    step = DecodeStep(model, cache, rows=rows, width=len(pages[0]), cuda_graph=False)
+    step([[0]] * rows, [CONTEXT] * rows, pages)
+
+
+def _choose(rows: int, vocabulary: int) -> None:
+    logits = _float(rows, vocabulary)
+    penalize(logits, torch.empty(rows, vocabulary, dtype=torch.bool, device=_META), _float(rows))
+    greedy(logits)
+    top_k = torch.empty(rows, dtype=torch.int64, device=_META)
+    sample(logits, SamplingRows(_float(rows), top_k, _float(rows), _float(rows)), _float(rows))
+
+
+def _products(
+    model: AudioFlamingo,
+    rows: int,
+    product: Callable[[Tensor, Linear], object],
+    pair: Callable[[Tensor, Linear, Linear], object],
+) -> None:
+    """All products of the decoder's forward pass over `rows` tokens. Only the last one's scores are formed."""
+    for layer in model.decoder.layers:
+        attention, mlp = cast(DecoderLayer, layer).self_attn, cast(DecoderLayer, layer).mlp
+        for linear in (*attention.projections, attention.o_proj, mlp.down_proj):
+            product(_inputs(linear, rows), linear)
+        pair(_inputs(mlp.gate_proj, rows), mlp.gate_proj, mlp.up_proj)
+    if model.decoder.lm_head is not None:
+        product(_inputs(model.decoder.lm_head, rows if rows <= FEW_ROWS else 1), model.decoder.lm_head)
+
+
+def _inputs(linear: Linear, rows: int) -> Tensor:
+    return torch.empty(rows, linear.weight.shape[1], dtype=torch.bfloat16, device=_META)
+
+
+def _int8(linear: Linear) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(linear.weight, dtype=torch.int8), _float(len(linear.weight))
+
+
+def _w8a16(x: Tensor, linear: Linear) -> None:
+    linear_int8(x, *_int8(linear), linear.bias)
+
+
+def _w8a16_pair(x: Tensor, gate: Linear, up: Linear) -> None:
+    linear_int8_swiglu(x, *_int8(gate), *_int8(up))
+
+
+def _w8a8(x: Tensor, linear: Linear) -> None:
+    linear_w8a8(x, *_int8(linear), linear.bias)
+
+
+def _w8a8_pair(x: Tensor, gate: Linear, up: Linear) -> None:
+    linear_w8a8_swiglu(x, *_int8(gate), *_int8(up))
+
+
+def _int4(linear: Linear) -> tuple[Tensor, Tensor]:
+    outputs, inputs = linear.weight.shape
+    scales = torch.empty(outputs, inputs // GROUP, dtype=torch.bfloat16, device=_META)
+    return torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=_META), scales
+
+
+def _w4a16(x: Tensor, linear: Linear) -> None:
+    linear_int4(x, *_int4(linear), bias=linear.bias)
+
+
+def _w4a16_pair(x: Tensor, gate: Linear, up: Linear) -> None:
+    linear_int4_swiglu(x, *_int4(gate), *_int4(up))
+
+
+def _w4a8(x: Tensor, linear: Linear) -> None:
+    linear_w4a8(x, *_int4(linear), bias=linear.bias)
+
+
+def _w4a8_pair(x: Tensor, gate: Linear, up: Linear) -> None:
+    linear_w4a8_swiglu(x, *_int4(gate), *_int4(up))
+
+
+def _nf4(linear: Linear) -> tuple[Tensor, Tensor]:
+    outputs, inputs = linear.weight.shape
+    return torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=_META), _float(outputs, inputs // BLOCK_SIZE)
+
+
+def _nf4_product(x: Tensor, linear: Linear) -> None:
+    linear_nf4(x, *_nf4(linear), bias=linear.bias)
+
+
+def _nf4_pair(x: Tensor, gate: Linear, up: Linear) -> None:
+    linear_nf4_swiglu(x, *_nf4(gate), *_nf4(up))
+
+
+_SCHEMES = (
+    ("W8A16", _w8a16, _w8a16_pair),
+    ("W8A8", _w8a8, _w8a8_pair),
+    ("W4A16", _w4a16, _w4a16_pair),
+    ("W4A8", _w4a8, _w4a8_pair),
+    ("NF4", _nf4_product, _nf4_pair),
+)
+
+
+def _cache(model: AudioFlamingo, sequences: int, dtype: torch.dtype) -> KVCache:
+    pages = sequences * -(-(CONTEXT + NEW_TOKENS) // _OPTIONS.page_size)
+    return KVCache(model.config.decoder, pages=pages, page_size=_OPTIONS.page_size, device=_META, dtype=dtype)
+
+
+def _float(*shape: int) -> Tensor:
+    return torch.empty(shape, device=_META)

@@ -1,0 +1,1 @@
+"""What every benchmark uses: timing, the machine, records, ceilings, random checkpoints."""

@@ -1,0 +1,1 @@
+"""The whole model, or layers of it, beside other implementations."""

@@ -1,0 +1,238 @@
+"""The server under load on the loopback interface: beside the same model without HTTP, during uploads, and overloaded.
+
+Three kinds of records:
+
+- "load": each of so many clients asks one question after the other about recordings of different lengths and reads the
+  stream of the answer. Tokens a second of all clients together, time to the first token and between the pieces of an
+  answer. Beside a server of its own the same questions go to `AsyncModel`, in alternating order: `over_direct` is the
+  time per answer over HTTP, divided by that of the model alone, and `same_answers` the part of the answers that are
+  equal.
+- "uploads": how late the server's event loop runs a timer, and how soon it answers `/health`, while some clients upload
+  files and others ask.
+- "overload": how soon a request beyond the server's limit is refused, while it works on as many as it admits.
+"""
+
+import asyncio
+import itertools
+import json
+import math
+import re
+import secrets
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from ...kernels.errors import AfnextError
+from ...runtime.app.api import load as load_model
+from ...runtime.app.async_model import AsyncModel
+from ..core.machine import machine
+from ..core.record import Record, append
+from .http_clients import LENGTHS, NEW_TOKENS, Ask, Http, Load, Question, direct, load, quantiles
+
+_UPLOADERS, _ASKING, _UPLOAD_BYTES = 4, 8, 32 << 20
+_PROBE_SECONDS = 0.02  # between two probes
+_EXTRA = 4  # clients beyond the server's limit, so that it stays reached
+_TRIAL = 8  # questions at least, to see how many are answered in a second
+
+
+def run_http(
+    out: Path, *, url: str | None, model: str, clients: Iterable[int], seconds: float, api_key: str = ""
+) -> list[Record]:
+    """Load a server at `url`, or one of its own, with each number of clients for `seconds`; append to `out`.
+
+    With its own server the same questions go to the model directly, too, for as long. Then come uploads and overload,
+    for at most ten seconds each. Raises AfnextError without an answer.
+    """
+    return asyncio.run(_run(out, url, model, list(clients), seconds, api_key))
+
+
+async def _run(
+    out: Path, url: str | None, model: str, clients: list[int], seconds: float, api_key: str
+) -> list[Record]:
+    records: list[Record] = []
+    where, questions = machine(), map(Question, itertools.count())
+
+    def note(name: str, subject: str, case: dict[str, Any], values: dict[str, Any]) -> None:
+        record = Record("http", name, f"{subject} {model}", case, values, machine=where)
+        append(out, record)
+        records.append(record)
+
+    async def others(http: Http) -> None:
+        upload_case = {"uploads": _UPLOADERS, "upload_bytes": _UPLOAD_BYTES, "clients": _ASKING}
+        note("uploads", "HTTP", upload_case, await _uploads(http, questions, min(10.0, seconds)))
+        count = await _limit(http) + _EXTRA
+        note("overload", "HTTP", {"clients": count}, await _overload(http, count, questions, min(10.0, seconds)))
+
+    def case(count: int) -> dict[str, Any]:
+        return {"clients": count, "audio_s": list(LENGTHS), "new_tokens": NEW_TOKENS}
+
+    if url is not None:
+        http = Http(url, api_key)
+        for count in clients:
+            asked = _prepared(questions, await _count(http.ask, count, questions, seconds))
+            note("load", "HTTP", case(count), (await load(http.ask, count, asked)).values())
+        await others(http)
+        return records
+    alone = AsyncModel(await asyncio.to_thread(load_model, model))
+    async with _own_server(model) as http:
+        for count in clients:
+            beside, served = await _compared(alone, http, count, questions, seconds)
+            note("load", "direct", case(count), beside.values())
+            note("load", "HTTP", case(count), {**served.values(), **beside_direct(served, beside)})
+        await alone.close()
+        await others(http)
+    return records
+
+
+def beside_direct(served: Load, alone: Load) -> dict[str, float]:
+    """Time per answer over that of the model alone, and the share of the server's answers that are the model's. The
+    server refuses questions where there are too many clients."""
+    if not served.answers:
+        return {}
+    same = sum(alone.answers[number] == text for number, text in served.answers.items())
+    return {
+        "over_direct": served.seconds / len(served.answers) / (alone.seconds / len(alone.answers)),
+        "same_answers": same / len(served.answers),
+    }
+
+
+async def _compared(
+    model: AsyncModel, http: Http, clients: int, questions: Iterator[Question], seconds: float
+) -> tuple[Load, Load]:
+    """The same questions to the model and to the server, for about `seconds` each.
+
+    They take turns, and each begins once, so that whatever else the machine does meets both alike.
+    """
+    sides = ((direct(model), Load()), (http.ask, Load()))
+    count = await _count(direct(model), clients, questions, seconds / 2)
+    await _count(http.ask, clients, questions, 0.0)
+    for order in (sides, sides[::-1]):
+        asked = _prepared(questions, count)
+        for ask, result in order:
+            result.add(await load(ask, clients, asked))
+    return sides[0][1], sides[1][1]
+
+
+async def _count(ask: Ask, clients: int, questions: Iterator[Question], seconds: float) -> int:
+    """Questions that clients ask in so many seconds, at least one each, after what is made when it is first needed."""
+    for _ in range(2):
+        trial = _prepared(questions, max(clients, _TRIAL))
+        result = await load(ask, clients, trial)
+    return clients * max(1, round(seconds / result.seconds * len(trial) / clients))
+
+
+def _prepared(questions: Iterator[Question], count: int) -> list[Question]:
+    """Questions whose bodies are made."""
+    asked = list(itertools.islice(questions, count))
+    for question in asked:
+        _ = question.body
+    return asked
+
+
+async def _uploads(http: Http, questions: Iterator[Question], seconds: float) -> dict[str, Any]:
+    """The server's event loop and its /health while some clients upload files and others ask."""
+    asked = itertools.cycle(_prepared(questions, 8 * _ASKING))
+    content, uploaded, before = secrets.token_bytes(_UPLOAD_BYTES), 0, await _lag(http)
+    start = time.perf_counter()
+
+    async def upload() -> None:
+        nonlocal uploaded
+        while True:
+            await http.store(content)
+            uploaded += len(content)
+            if time.perf_counter() >= start + seconds:
+                return
+
+    async with _probing(http, "GET", "/health") as health:
+        asking = asyncio.create_task(load(http.ask, _ASKING, asked, seconds))
+        await asyncio.gather(asking, *(upload() for _ in range(_UPLOADERS)))
+    late, result = _since(before, await _lag(http)), asking.result()
+    return {
+        **{f"loop_lag_p{percent}_at_most_s": _quantile(late, percent / 100) for percent in (50, 95, 99)},
+        **quantiles("health", [took for _, took in health]),
+        "uploaded_bytes_per_s": uploaded / (time.perf_counter() - start),
+        "tokens_per_s": result.tokens / result.seconds,
+    }
+
+
+async def _overload(http: Http, clients: int, questions: Iterator[Question], seconds: float) -> dict[str, Any]:
+    """How soon one request more is refused while the server answers as many as it admits."""
+    asked = _prepared(questions, 2 * clients)
+    async with _probing(http, "POST", "/v1/chat/completions", asked[0].body) as probes:
+        result = await load(http.ask, clients, itertools.cycle(asked), seconds)
+    refusals = [took for status, took in probes if status == 429]
+    numbers = {"refused": result.refused + len(refusals), "answered": len(result.answers)}
+    return {**quantiles("refusal", refusals), **numbers}
+
+
+@asynccontextmanager
+async def _probing(http: Http, method: str, path: str, body: bytes = b"") -> AsyncIterator[list[tuple[int, float]]]:
+    """Send a request again and again for the length of the block: the statuses, and how long each took."""
+    probes: list[tuple[int, float]] = []
+
+    async def probe() -> None:
+        while True:
+            probes.append(await asyncio.to_thread(http.probe, method, path, body))
+            await asyncio.sleep(_PROBE_SECONDS)
+
+    probing = asyncio.create_task(probe())
+    try:
+        yield probes
+    finally:
+        probing.cancel()
+        await asyncio.gather(probing, return_exceptions=True)
+
+
+async def _limit(http: Http) -> int:
+    """Requests that the server admits at once."""
+    status = json.loads(await http.get("/v1/status"))
+    most: int | None = status["settings"]["max_requests"]
+    return most or 4 * int(status["engine"]["max_batch"])
+
+
+@asynccontextmanager
+async def _own_server(model: str) -> AsyncIterator[Http]:
+    """A server in a process of its own, which ends with the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = ("-m", "afnext", "serve", "--model", model, "--port", str(port))
+    process = await asyncio.create_subprocess_exec(sys.executable, *arguments, stderr=asyncio.subprocess.PIPE)
+    assert process.stderr is not None
+    lines = []
+    async for line in process.stderr:
+        lines.append(line.decode())
+        if line == b"ready\n":
+            break
+    else:
+        raise AfnextError(f"the server ended while it started: {''.join(lines)}")
+    draining = asyncio.create_task(process.stderr.read())  # its log
+    try:
+        yield Http(f"http://127.0.0.1:{port}")
+    finally:
+        process.terminate()
+        await draining
+        await process.wait()
+
+
+async def _lag(http: Http) -> dict[float, float]:
+    """How often the server's loop was late by at most so many seconds, since it started."""
+    text = (await http.get("/metrics")).decode()
+    found = re.findall(r'^afnext_event_loop_lag_seconds_bucket{le="(.*)"} (.*)$', text, re.MULTILINE)
+    return {float(bound): float(count) for bound, count in found}
+
+
+def _since(before: dict[float, float], after: dict[float, float]) -> dict[float, float]:
+    return {bound: count - before[bound] for bound, count in after.items()}
+
+
+def _quantile(counts: dict[float, float], part: float) -> float | None:
+    """The least bound below which that part of the times lies; None without any, or beyond the last bound."""
+    total = max(counts.values(), default=0.0)
+    found = (bound for bound, count in sorted(counts.items()) if count >= part * total > 0)
+    bound = next(found, math.inf)
+    return bound if math.isfinite(bound) else None

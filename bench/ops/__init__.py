@@ -1,0 +1,1 @@
+"""Each operation over the shapes of the real model."""
