@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.accuracy import InaccurateError, judged_over_draws, seeded
+from support.accuracy import InaccurateError, begin_test, judged_over_draws, seeded, untested
+from support.pairing import interpreted_repetitions
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(int(os.environ.get("AFNEXT_TEST_THREADS", "2")))
+_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _PROCESSES)))
+
+
+def pytest_report_header() -> str:
+    lacks = "; ".join(untested()) or "nothing"
+    return f"not tested on this machine: {lacks}"
 
 
 @pytest.fixture
@@ -58,8 +65,16 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device("cuda" if request.node.get_closest_marker("gpu") else "cpu")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    begin_test(on_gpu=item.get_closest_marker("gpu") is not None)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skip_gpu = pytest.mark.skip(reason="no GPU on this machine")
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip_gpu)
+    spared = interpreted_repetitions(items)
+    if spared:
+        items[:] = [item for item in items if item not in spared]
+        config.hook.pytest_deselected(items=list(spared))

@@ -8,9 +8,21 @@ import pytest
 from support.command_line import CommandLine
 
 import afnext.bench
-from afnext.bench.random_checkpoint import write_random_checkpoint
+from afnext.bench.core.random_checkpoint import write_random_checkpoint
 
-COMMANDS = ("e2e", "kernels", "quality", "quantization", "report", "compare", "all")
+COMMANDS = (
+    "e2e",
+    "kernels",
+    "ops",
+    "first-run",
+    "card",
+    "quality",
+    "quantization",
+    "report",
+    "tables",
+    "compare",
+    "all",
+)
 RECORDING = Path(afnext.bench.__path__[0]) / "data" / "jfk.flac"
 
 
@@ -49,6 +61,16 @@ def test_kernels(run: CommandLine) -> None:
     assert {record["name"] for record in json.loads(done.stdout)} == {"ceiling", "gelu"}
 
 
+def test_problems_are_listed(run: CommandLine) -> None:
+    done = run("ops", "--list", "--op", "decode_attention", "--problem", "*8x1-of-45001*", "--json")
+    assert done.returncode == 0, done.stderr
+    listed = {problem["name"]: problem for problem in json.loads(done.stdout)}
+    assert set(listed) == {f"decode_attention/8x1-of-45001{kv}-bfloat16" for kv in ("", "-int8-kv")}
+    assert listed["decode_attention/8x1-of-45001-bfloat16"]["launches"]["decode 8 at 45000, int4"] == 28
+    done = run("ops", "--list", "--op", "gelu")
+    assert "gelu/6000x5120-bfloat16" in done.stdout.split()
+
+
 def test_quality(run: CommandLine, tmp_path: Path) -> None:
     model = write_random_checkpoint(tmp_path / "model")
     shutil.copy(RECORDING, tmp_path / "clip.flac")
@@ -70,6 +92,8 @@ def test_quality(run: CommandLine, tmp_path: Path) -> None:
         (("e2e",), 1, "--random"),
         (("kernels", "--dtype", "int3"), 2, "'int3' is none of"),
         (("kernels", "--operation", "knitting"), 1, "knitting"),
+        (("ops", "--op", "knitting"), 1, "unknown operation 'knitting'"),
+        (("ops", "--problem", "*knitting*"), 1, "no problem is called '*knitting*'"),
         (("quality", "nowhere.jsonl", "-m", "nowhere"), 1, "nowhere"),
         (("report", "nowhere.jsonl"), 1, "nowhere.jsonl"),
         (("compare", "a.jsonl", "b.jsonl"), 1, "a.jsonl"),

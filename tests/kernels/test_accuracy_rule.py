@@ -4,7 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.accuracy import InaccurateError, assert_accurate, judged_over_draws, seeded
+from support.accuracy import InaccurateError, assert_accurate, judged_over_draws, poisoned, seeded
+
+from afnext.kernels import activation
+from afnext.kernels.triton_language import AVAILABLE as TRITON_AVAILABLE
 
 
 def compare(factor: float, elements: int = 1) -> None:
@@ -80,3 +83,14 @@ def test_draws_differ_and_an_error_ends_them(seed: int) -> None:
     assert len(set(drawn)) == 3
     with pytest.raises(InaccurateError):
         compare(1000.0, 100)  # judged at once again
+
+
+@pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed")
+def test_kernels_that_get_tensors_of_the_cpu_are_interpreted_also_beside_a_gpu(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    x = torch.randn(2, 5)
+    with poisoned("triton"):
+        actual = activation.gelu(x)
+    torch.testing.assert_close(actual, torch.nn.functional.gelu(x))

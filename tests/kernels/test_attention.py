@@ -15,11 +15,11 @@ from support.accuracy import (
     poisoned,
     without_races,
 )
-from support.guarded import guarded
 from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from afnext.bench.ops.guarded import guarded
 from afnext.kernels import attention as module
 from afnext.kernels import rotary as rotary_module
 from afnext.kernels.attention import attention

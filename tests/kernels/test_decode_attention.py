@@ -12,9 +12,9 @@ from support.accuracy import (
     poisoned,
     without_races,
 )
-from support.guarded import guarded
 from torch import Tensor
 
+from afnext.bench.ops.guarded import guarded
 from afnext.kernels import decode_attention as module
 from afnext.kernels.attention import attention
 from afnext.kernels.decode_attention import MAX_NEW_TOKENS, decode_attention, split_count

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from afnext import kernels
-from afnext.kernels.dispatch import Operation, forced_backend, operations, synchronize
+from afnext.kernels.dispatch import Operation, check_forced_operations, forced_backend, operations
 from afnext.kernels.errors import AfnextError, BackendError
 
 CPU, CUDA, OTHER = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
@@ -77,6 +77,42 @@ def test_a_forced_backend_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> 
         example.on(CPU)
 
 
+def test_a_backend_for_single_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    example, another = operation("native", "torch"), Operation("another", lambda: "reference")
+    another.implementation("torch")(lambda: "torch")
+    monkeypatch.setenv("AFNEXT_BACKEND", "example=torch")
+    assert [made.on(CPU)() for made in (example, another)] == ["torch", "torch"]
+    assert forced_backend() is None
+    assert forced_backend("example") == "torch"
+    monkeypatch.setenv("AFNEXT_BACKEND", " reference, example = native ")
+    assert [made.on(CPU)() for made in (example, another)] == ["native", "reference"]
+    assert forced_backend() == "reference"
+    with kernels.backend("torch"):
+        assert [made.on(CPU)() for made in (example, another)] == ["torch", "torch"]
+    check_forced_operations()
+    monkeypatch.setenv("AFNEXT_BACKEND", "exmple=torch")
+    with pytest.raises(BackendError, match=r"unknown operations exmple; there are .*example"):
+        check_forced_operations()
+    monkeypatch.setenv("AFNEXT_BACKEND", "example=tensorflow")
+    with pytest.raises(BackendError, match="unknown backend 'tensorflow'"):
+        example.on(CPU)
+
+
+def test_several_backends_for_single_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = picky(torch="odd numbers", native=None)
+    monkeypatch.setenv("AFNEXT_BACKEND", "example=torch+native")
+    assert [example.on(CPU)(number) for number in (2, 3)] == ["torch", "native"]
+    assert forced_backend("example") == "torch"
+    monkeypatch.setenv("AFNEXT_BACKEND", "example=torch+reference")
+    assert example.on(CPU)(3) == "reference"
+    monkeypatch.setenv("AFNEXT_BACKEND", "example=native+triton")
+    with pytest.raises(BackendError, match="example has no triton implementation"):
+        example.on(CPU)
+    monkeypatch.setenv("AFNEXT_BACKEND", "torch+native")
+    with pytest.raises(BackendError, match=r"unknown backend 'torch\+native'"):
+        example.on(CPU)
+
+
 def picky(**misfits: str | None) -> Operation[Callable[[int], str]]:
     """Implementations named by keyword: each returns its name and misses odd numbers for the reason given."""
     made: Operation[Callable[[int], str]] = Operation("example", lambda number: "reference")
@@ -116,10 +152,13 @@ def test_operations_are_listed_by_name() -> None:
 
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BackendError, match=r"'cudnn'.*triton, native, torch, reference"), kernels.backend("cudnn"):
+    with (
+        pytest.raises(BackendError, match=r"'tensorrt'.*triton, native, torch, reference"),
+        kernels.backend("tensorrt"),
+    ):
         pass
-    with pytest.raises(BackendError, match="'cudnn'"):
-        operation().implementation("cudnn")
+    with pytest.raises(BackendError, match="'tensorrt'"):
+        operation().implementation("tensorrt")
     monkeypatch.setenv("AFNEXT_BACKEND", "Torch")
     with pytest.raises(BackendError, match="'Torch'"):
         operation("torch").on(CPU)
@@ -140,8 +179,3 @@ def test_the_choice_is_logged_once_per_device_and_backend(caplog: pytest.LogCapt
         (logging.INFO, "example on cuda runs on torch"),
         (logging.INFO, "example on cpu runs on reference"),
     ]
-
-
-def test_synchronize_accepts_any_device() -> None:
-    synchronize(CPU)
-    synchronize(OTHER)

@@ -16,9 +16,10 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from support.interpreter import OutOfBoundsError, RaceError, interpreted
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from afnext.bench.ops.interpreter import OutOfBoundsError, RaceError, interpreted
 
 BF16, F32 = torch.bfloat16, torch.float32
 

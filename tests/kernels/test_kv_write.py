@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import DTYPES, UNREAD_PAGE, assert_accurate, backends, exactly, poisoned
-from support.guarded import guarded
 from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
+from afnext.bench.ops.guarded import guarded
 from afnext.kernels import decode_attention as decode_module
 from afnext.kernels import kv_write as module
 from afnext.kernels import rotary as rotary_module

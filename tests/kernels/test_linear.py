@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 from support.accuracy import DTYPES, assert_accurate, backends, exactly, native_backends, poisoned
-from support.guarded import guarded
 from torch import Tensor
 from torch.nn import functional as F
 
+from afnext.bench.ops.guarded import guarded
 from afnext.kernels import linear as module
 from afnext.kernels import native
 from afnext.kernels.linear import linear, linear_swiglu

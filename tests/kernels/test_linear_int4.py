@@ -1,14 +1,17 @@
 """int4 linear layers: every backend against the float64 reference, and the error against a plain dense product."""
 
+import re
+
 import pytest
 import torch
 from support.accuracy import DTYPES, assert_accurate, backends, exactly, native_backends, poisoned
-from support.guarded import guarded
 from torch import Tensor
 from torch.nn import functional as F
 
+from afnext.bench.ops.guarded import guarded
 from afnext.kernels import linear_int4 as module
 from afnext.kernels.linear_int4 import linear_int4, linear_int4_swiglu, prepare_int4
+from afnext.kernels.packed_product import FEW_CPU_ROWS
 
 # rows, in, out, group
 SHAPES = [
@@ -177,7 +180,7 @@ def test_native_stays_within_its_memory(
 
     Many rows may be added up by torch, whose order depends on the threads.
     """
-    tolerance = {"rtol": 0, "atol": 0 if rows <= module.FEW_CPU_ROWS else 0.05}
+    tolerance = {"rtol": 0, "atol": 0 if rows <= FEW_CPU_ROWS else 0.05}
     inner = 7 * group
     packed, scales, zeros = weights(53, inner, group, True, torch.device("cpu"))
     x, bias, residual = torch.randn(rows, inner).bfloat16(), torch.randn(53), torch.randn(rows, 53).bfloat16()
@@ -224,3 +227,63 @@ def test_refusals() -> None:
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def run_ptx(source: str, words: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """What the instructions in `source` make of its operand $4, by their definitions: the 32 bits of $0 to $3."""
+
+    def halves(register: Tensor) -> Tensor:
+        return torch.stack((register, register >> 16), -1).to(torch.int16).view(dtype).double()
+
+    def byte(a: Tensor, b: Tensor, selector: int) -> Tensor:
+        return ((b if selector & 4 else a) >> (8 * (selector & 3))) & 0xFF
+
+    registers: dict[str, Tensor] = {"$4": words & 0xFFFFFFFF}
+    for line in source.strip("{}\n ").splitlines():
+        if line.startswith(".reg"):
+            continue
+        name, to, *operands = re.split(r",? ", line.strip(" ;"))
+        values = [registers[o] if o in registers else torch.full_like(words, int(o, 0)) for o in operands]
+        if name == "mov.b32":
+            result = values[0]
+        elif name == "shr.u32":
+            result = values[0] >> values[1]
+        elif name == "prmt.b32":
+            selectors = [(int(operands[2], 0) >> (4 * i)) & 15 for i in range(4)]
+            result = sum(byte(values[0], values[1], selectors[i]) << (8 * i) for i in range(4))
+        elif name == "lop3.b32":
+            a, b, c = values[:3]
+            table, result = int(operands[3], 0), torch.zeros_like(words)
+            for case in range(8):
+                chosen = [v if case >> (2 - i) & 1 else ~v for i, v in enumerate((a, b, c))]
+                result |= (chosen[0] & chosen[1] & chosen[2] & 0xFFFFFFFF) if table >> case & 1 else 0
+        else:
+            assert name == f"fma.rn.{'bf16x2' if dtype == torch.bfloat16 else 'f16x2'}"
+            a, b, c = map(halves, values)
+            bits = (a * b + c).to(dtype).view(torch.int16).long() & 0xFFFF
+            result = bits[..., 0] | bits[..., 1] << 16
+        registers[to] = result
+    return [registers[f"${i}"] for i in range(4)]
+
+
+@pytest.mark.skipif("triton" not in module._linear.implementations, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_instructions_that_the_interpreter_cannot_run(dtype: torch.dtype, seed: int) -> None:
+    """The PTX of the kernel for few rows makes each code less 8, in the order of the inputs."""
+    source = (module.BFLOAT16_PAIRS if dtype == torch.bfloat16 else module.FLOAT16_PAIRS).value
+    words = torch.cat((torch.tensor([0, 0x76543210, 0xFEDCBA98]), torch.randint(0, 2**32, (1000,))))
+    pairs = torch.stack(run_ptx(source, words, dtype), -1)
+    numbers = torch.stack((pairs, pairs >> 16), -1).to(torch.int16).view(dtype).flatten(-2)
+    codes = torch.stack([words >> 4 * i & 15 for i in range(8)], -1)
+    assert torch.equal(numbers.double(), codes.double() - 8)
+
+
+@pytest.mark.parametrize("backend", backends(module._linear, module._swiglu))
+def test_codes_that_begin_within_a_word(backend: str, seed: int, device: torch.device) -> None:
+    memory = torch.randint(0, 256, (1 + 48 * 64,), dtype=torch.uint8).to(device)
+    packed, scales = memory[1:].view(48, 64), torch.rand(48, 2).bfloat16().to(device)
+    x = torch.randn(2, 128).bfloat16().to(device)
+    with poisoned(backend):
+        assert torch.equal(linear_int4(x, packed, scales), linear_int4(x, packed.clone(), scales))
+        pair = linear_int4_swiglu(x, packed, scales, packed, scales)
+        assert torch.equal(pair, linear_int4_swiglu(x, packed.clone(), scales, packed.clone(), scales))

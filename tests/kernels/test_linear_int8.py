@@ -3,12 +3,13 @@
 import pytest
 import torch
 from support.accuracy import DTYPES, assert_accurate, backends, exactly, native_backends, poisoned
-from support.guarded import guarded
 from support.int8_products import dense, product, weights
 from torch.nn import functional as F
 
+from afnext.bench.ops.guarded import guarded
 from afnext.kernels import linear_int8 as module
 from afnext.kernels.linear_int8 import linear_int8, linear_int8_swiglu
+from afnext.kernels.packed_product import FEW_CPU_ROWS
 
 SHAPES = [(1, 256, 96), (3, 144, 37), (201, 16, 1), (33, 272, 70), (64, 512, 64), (70, 144, 131)]  # rows, in, out
 
@@ -89,7 +90,7 @@ def test_native_stays_within_its_memory(
 
     Many rows may be added up by torch, whose order depends on the threads.
     """
-    tolerance = {"rtol": 0, "atol": 0 if rows <= module.FEW_CPU_ROWS else 0.05}
+    tolerance = {"rtol": 0, "atol": 0 if rows <= FEW_CPU_ROWS else 0.05}
     x, (codes, scales), bias = torch.randn(rows, 1040), weights(53, 1040, torch.device("cpu")), torch.randn(53)
     x, residual = x.bfloat16(), torch.randn(rows, 53).bfloat16()
     torch.set_num_threads(1)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from support.accuracy import DTYPES, assert_accurate, backends, exactly, native_backends, poisoned
-from support.guarded import guarded
 from torch import Tensor
 from torch.nn import functional as F
 
+from afnext.bench.ops.guarded import guarded
 from afnext.kernels import linear_nf4 as module
-from afnext.kernels.linear_int8 import FEW_CPU_ROWS
 from afnext.kernels.linear_nf4 import LEVELS, linear_nf4, linear_nf4_swiglu
+from afnext.kernels.packed_product import FEW_CPU_ROWS
 
 
 def dense(codes: Tensor, scales: Tensor) -> Tensor:

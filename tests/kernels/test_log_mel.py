@@ -14,7 +14,8 @@ from transformers.audio_utils import mel_filter_bank
 
 from afnext import kernels
 from afnext.kernels import log_mel as module
-from afnext.kernels.log_mel import HOP_LENGTH, WINDOW_SAMPLES, frame_count, log_mel, mel_filters, valid_frames
+from afnext.kernels.audio_format import WINDOW_SAMPLES
+from afnext.kernels.log_mel import HOP_LENGTH, frame_count, log_mel, mel_filters, valid_frames
 
 CPU = torch.device("cpu")
 SIGNALS = ["silence", "full scale", "noise", "quiet noise", "one click", "tone"]

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.accuracy import DTYPES, native_backends, poisoned
-from support.guarded import guarded
 
 from afnext import kernels
+from afnext.bench.ops.guarded import guarded
 from afnext.kernels import activation, native, norm
 from afnext.kernels.activation import gelu, swiglu
 from afnext.kernels.errors import BackendError
@@ -73,16 +73,16 @@ def test_a_build_without_a_compiler_is_said_and_not_fatal(tmp_path: Path) -> Non
     earlier.write_bytes(b"of other sources, which an installed package cannot tell")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=99)
     assert done.returncode == 0, done.stderr
-    assert "the native kernels are not built, the CPU will run on torch" in done.stderr
+    assert "the native CPU kernels are not built, operations will run on torch" in done.stderr
     assert not list((tmp_path / "lib").rglob("*.so"))
 
 
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        (lambda folder: None, "not built"),
-        (lambda folder: (folder / build.library_name("portable")).write_bytes(b"no library"), "cannot be loaded"),
-        (lambda folder: _build_with_another_fingerprint(folder), "other sources"),
+        (lambda folder: None, "they were not built"),
+        (lambda folder: (folder / build.library_name("portable")).write_bytes(b"no library"), "they cannot be loaded"),
+        (lambda folder: _build_with_another_fingerprint(folder), "from other sources"),
     ],
     ids=["absent", "broken", "stale"],
 )
@@ -106,6 +106,32 @@ def test_libraries_that_do_not_fit_leave_the_cpu_to_torch(
     assert done.stdout.strip() == str([[1.0] * 8]), done.stderr
     assert done.stderr.count(said) == 1
     assert "rms_norm on cpu runs on torch" in done.stderr
+
+
+@pytest.mark.parametrize(("device", "forced", "said"), [("cpu", "", 1), ("cpu", "torch", 0), ("meta", "", 0)])
+def test_missing_kernels_are_said_once_where_they_would_run(
+    device: str, forced: str, said: int, tmp_path: Path
+) -> None:
+    script = f"""
+import afnext
+from afnext.kernels.errors import AfnextError
+for _ in range(2):
+    try:
+        afnext.load("tiny", device={device!r})
+    except (AfnextError, NotImplementedError, RuntimeError):
+        assert {device!r} != "cpu"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "AFNEXT_NATIVE": str(tmp_path), "AFNEXT_BACKEND": forced},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the native CPU kernels are missing") == said
+    assert done.stderr.count("25 times as long") == done.stderr.count("Install a C++ compiler") == said
 
 
 def _build_with_another_fingerprint(folder: Path) -> None:

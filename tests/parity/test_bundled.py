@@ -6,8 +6,8 @@ import soundfile
 
 import afnext
 from afnext.bench.ask_demo import QUESTIONS, RECORDING
-from afnext.bench.tiny.reference import reference_tokens
 from afnext.runtime.model.hub import BUNDLED, resolve
+from training.reference import reference_tokens
 
 
 @pytest.mark.parametrize("question", [*QUESTIONS, "Transcribe the input speech with timestamps."])

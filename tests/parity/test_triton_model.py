@@ -10,7 +10,7 @@ from support.accuracy import poisoned
 from torch import Tensor
 
 import afnext
-from afnext.bench.random_checkpoint import write_random_checkpoint
+from afnext.bench.core.random_checkpoint import write_random_checkpoint
 from afnext.kernels.triton_language import AVAILABLE
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed here")
@@ -40,14 +40,16 @@ def answer(model: afnext.Model, backend: str, samples: np.ndarray) -> tuple[list
     return list(result.token_ids), scores
 
 
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kv", ["auto", "int8"])
 @pytest.mark.parametrize("seconds", [2.3, pytest.param(61.0, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-def test_tokens_equal_those_of_torch(seconds: float, kv: str, tmp_path: Path, seed: int) -> None:
+def test_tokens_equal_those_of_torch(seconds: float, kv: str, where: str, tmp_path: Path, seed: int) -> None:
     """Where two tokens are as likely as bfloat16 can tell, either is right and what follows is not compared.
 
     Without drafts, so that every token has scores of its own.
     """
-    model = afnext.load(write_random_checkpoint(tmp_path, seed=seed), dtype="bfloat16", kv=kv, draft_tokens=0)
+    folder = write_random_checkpoint(tmp_path, seed=seed)
+    model = afnext.load(folder, device=where, dtype="bfloat16", kv=kv, draft_tokens=0)
     samples = np.random.default_rng(seed).standard_normal(round(16_000 * seconds)).astype(np.float32) * 0.1
     expected, scores = answer(model, "torch", samples)
     actual, own = answer(model, "triton", samples)

@@ -60,6 +60,26 @@ def test_activation_order_is_refused_and_a_trivial_order_is_not(seed: int) -> No
         form.weight("decoder.x", tensors)
 
 
+@pytest.mark.parametrize("method", ["gptq", "gptq_v2", "compressed-tensors"])
+def test_zero_points_that_contradict_a_symmetric_config_are_refused(method: str, seed: int) -> None:
+    stated = {"sym": True} if method != "compressed-tensors" else {}
+    config = compressed_config(32, symmetric=True) if method == "compressed-tensors" else configs(32)[method]
+    form = ForeignFormat.from_config(config | stated)
+    codes, scales, zeros = example(8, 64, 32, symmetric=True)
+    tensors = stored_as(method, codes, scales, zeros, symmetric=False)
+    assert form.weight("layer", tensors)[2] is None
+    zeros[3, 1] = 5
+    with pytest.raises(ImportFormatError, match=r"decoder\.x has a zero point of 5, .* symmetric"):
+        form.weight("decoder.x", stored_as(method, codes, scales, zeros, symmetric=False))
+
+
+def test_symmetric_weights_in_the_other_gptq_format_are_refused_with_advice(seed: int) -> None:
+    codes, scales, zeros = example(8, 64, 32, symmetric=True)
+    form = ForeignFormat.from_config(configs(32)["gptq"] | {"sym": True})
+    with pytest.raises(ImportFormatError, match=r"zero point of 9, .* \"checkpoint_format\" to \"gptq_v2\""):
+        form.is_symmetric("layer", as_gptq(codes, scales, zeros, less=0))
+
+
 def test_wrapped_zero_points_are_refused(seed: int) -> None:
     codes, scales, zeros = example(8, 64, 32, False)
     zeros[3, 1] = 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from afnext.quant.linear import Embedding, Linear
+from afnext.quant.linear import Embedding, Linear, joined
 from afnext.quant.scheme import Scheme, SchemeError, parse_scheme
 
 SPELLINGS = ("int8", "int8-w8a8", "int4-g32", "int4-g64-zeros", "int4-g32-w4a8", "nf4")
@@ -51,6 +51,34 @@ def test_linear(spelling: str, bias: bool, seed: int) -> None:
     assert_near(layer(x), exact)
     residual = 10 * torch.randn(2, 3, 48)
     assert_near(layer(x, residual=residual), exact + residual.double())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("spelling", ["dense", *SPELLINGS])
+def test_joined_layers_compute_what_each_did(spelling: str, bias: bool, seed: int) -> None:
+    layers = [Linear(128, outputs, bias=bias) for outputs in (48, 16, 32)]
+    for layer, outputs in zip(layers, (48, 16, 32), strict=True):
+        filled(layer, torch.randn(outputs, 128), spelling)
+        if bias:
+            layer.register_buffer("bias", torch.randn(outputs))
+    x = torch.randn(2, 3, 128)
+    expected, stored = [layer(x) for layer in layers], [dict(layer.state_dict()) for layer in layers]
+    whole = joined(*layers)
+    assert whole is not None
+    torch.testing.assert_close(whole(x), torch.cat(expected, -1), rtol=1e-5, atol=1e-5)
+    for layer, out, before in zip(layers, expected, stored, strict=True):
+        torch.testing.assert_close(layer(x), out, rtol=1e-5, atol=1e-5)
+        assert layer.state_dict().keys() == before.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+        for name, tensor in layer.state_dict().items():
+            assert tensor.untyped_storage().data_ptr() == whole.get_buffer(name).untyped_storage().data_ptr()
+
+
+def test_layers_stored_differently_are_not_joined(seed: int) -> None:
+    dense, other, biased = Linear(128, 48, bias=False), Linear(128, 48, bias=False), Linear(128, 48, bias=True)
+    filled(other, torch.randn(48, 128), "int8")
+    assert joined(dense, other) is None
+    assert joined(dense, biased) is None
 
 
 @pytest.mark.parametrize("spelling", ["dense", *SPELLINGS])

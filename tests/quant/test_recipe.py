@@ -1,11 +1,12 @@
 """Recipes: which rule decides, what is written down of them, and what is refused."""
 
+import random
 from typing import Any
 
 import pytest
 
-from afnext.quant.recipe import RECIPES, Recipe, recipe
-from afnext.quant.scheme import NF4, Int4, Int8, SchemeError
+from afnext.quant.recipe import RECIPES, Recipe, fewest_rules, recipe
+from afnext.quant.scheme import NF4, Int4, Int8, Int8Groups, SchemeError
 
 MLP = "decoder.layers.11.mlp.up_proj"
 
@@ -42,6 +43,15 @@ def test_what_is_written_down_is_read_back() -> None:
         again = Recipe.from_dict(one.to_dict())
         assert again == one
         assert (again.name, again.source) == (one.name, one.source)
+
+
+def test_long_patterns_and_lists_of_rules_are_refused() -> None:
+    written = recipe("int8").to_dict()
+    for rules, message in (([["[" * 50_000, "int8"]], "50,000 characters"), ([["a", "int8"]] * 2000, "2,000 rules")):
+        with pytest.raises(SchemeError, match=message):
+            Recipe.from_dict(written | {"rules": rules})
+    with pytest.raises(SchemeError, match="characters"):
+        recipe("int8", rules=[("[" * 50_000, "int8")])
 
 
 def test_equal_rules_are_equal_recipes() -> None:
@@ -83,3 +93,43 @@ def test_damaged_quantizations_are_refused(change: dict[str, Any], message: str)
         Recipe.from_dict(recipe("int4").to_dict() | change)
     with pytest.raises(SchemeError, match="another library"):
         Recipe.from_dict([])
+
+
+def test_the_smallest_recipe_has_int4_for_head_and_embeddings() -> None:
+    small = recipe("int4-small", rules=[("decoder.layers.0.*", "int8")])
+    assert small.name == "int4-small"
+    assert small.scheme("decoder.lm_head") == small.scheme("decoder.embed_tokens") == small.scheme(MLP) == Int4()
+    assert small.scheme("adaptor.linear_1") == small.scheme("decoder.layers.0.mlp.up_proj") == Int8()
+    with pytest.raises(SchemeError, match="no group size"):
+        recipe("int4-small", group_size=32)
+
+
+def test_the_fewest_rules_give_each_layer_its_scheme(seed: int) -> None:
+    for _ in range(50):
+        layers = [f"decoder.layers.{i}.mlp.{kind}" for i in range(3) for kind in ("up_proj", "down_proj")]
+        layers += ["encoder.layers.0.fc1", "encoder.layers.1.fc1", "adaptor.linear_1", "decoder.lm_head"]
+        choices = random.sample([None, Int8(), Int4(32), NF4()], random.randint(1, 4))
+        schemes = {layer: random.choice(choices) for layer in layers}
+        rules = fewest_rules(schemes)
+        assert {layer: Recipe("x", rules).scheme(layer) for layer in layers} == schemes
+        assert len(rules) <= len(layers)
+    assert fewest_rules(dict.fromkeys(layers, Int8())) == (
+        ("decoder.layers.*", Int8()),
+        ("encoder.layers.*", Int8()),
+        ("adaptor.*", Int8()),
+        ("decoder.lm_head", Int8()),
+    )
+
+
+def test_an_extended_recipe_leaves_what_is_packed(seed: int) -> None:
+    stored = Recipe("gguf-q8_0", (("decoder.layers.*", Int8Groups(32)),))
+    layers = ["decoder.layers.0.mlp.up_proj", "decoder.lm_head"]
+    whole = stored.extended(recipe("int4"), layers)
+    assert whole.extends(stored)
+    assert whole.scheme(layers[0]) == Int8Groups(32)
+    assert whole.scheme(layers[1]) == Int8()
+    assert not recipe("int4").extends(stored)
+    same = recipe("int4", rules=[("*.up_proj", "int8-g32")])
+    assert stored.extended(same, layers).scheme(layers[0]) == Int8Groups(32)
+    with pytest.raises(SchemeError, match=r"up_proj is int8-g32 already, and int4-g32 would round"):
+        stored.extended(recipe("int4", rules=[("*.up_proj", "int4-g32")]), layers)

@@ -12,7 +12,8 @@ from afnext.quant.scheme import Int4, Scheme, SchemeError, parse_scheme
 SPELLINGS = (
     *("int8", "int8-w8a8", "nf4"),
     *(f"int4-g{group}{zeros}" for group in (32, 64, 128) for zeros in ("", "-zeros")),
-    *("int4-g32-w4a8", "int4-g64-zeros-w4a8"),
+    *("int4-g32-w4a8", "int4-g64-zeros-w4a8", "int4-g32-zeros-f32", "int8-g16", "int8-g128"),
+    *("int8-g32-zeros", "int8-g16-f32"),
 )
 # RMS of the error over that of normal weights, with room for small samples.
 ERRORS = {"int8": 0.012, "nf4": 0.11, "int4-g32": 0.09, "int4-g64": 0.10, "int4-g128": 0.11}
@@ -48,6 +49,8 @@ def test_dense_and_defaults() -> None:
         "int4-g99999",
         "nf4-g64",
         "int4-w4a8-g32",
+        "int8-g8",
+        "int8-g32-w8a8",
     ],
 )
 def test_unknown_schemes_are_refused_by_name(spelling: str) -> None:
@@ -117,6 +120,7 @@ def assert_near(actual: torch.Tensor, exact: torch.Tensor, relative: float) -> N
         ("int4-g64", (8, 96), "96 inputs are not divisible by groups of 64"),
         ("nf4", (8, 96), "96 inputs are not divisible"),
         ("int8", (8, 40), "multiples of 16, not 40"),
+        ("int8-g64", (8, 96), "96 inputs are not divisible by groups of 64"),
         ("int8", (8, 4, 16), r"\[8, 4, 16\]"),
         ("int4-g32", (0, 32), r"\[0, 32\]"),
     ],

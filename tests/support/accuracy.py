@@ -11,11 +11,9 @@ many further draws together (`judged_over_draws`, which conftest.py calls), wher
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,70 +21,77 @@ import torch
 from torch import Tensor
 
 from afnext import kernels
+from afnext.bench.ops.accuracy import Errors, exactly, poisoned_memory
 from afnext.kernels import native
-from afnext.kernels.dispatch import Operation
+from afnext.kernels.dispatch import LIBRARIES, Operation
+
+__all__ = ["Errors", "exactly"]  # of the lab, and used by most tests of kernels together with what is here
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNREAD_PAGE = 2**30  # stands past the end of a sequence in page tables: reading it fails
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()  # how Triton's kernels run
 
-T = TypeVar("T")
+
+_on_gpu = False
+
+
+def begin_test(*, on_gpu: bool) -> None:
+    """To be called before each test. on_gpu: it has the `gpu` marker, so its tensors are on the GPU."""
+    global _on_gpu
+    _on_gpu = on_gpu
 
 
 def backends(*operations: Operation[Any]) -> list[Any]:
     """Parameters for `backend`: every backend that all of `operations` have, once for each device it can run on here.
 
-    Triton's kernels run on the CPU, interpreted, where there is no GPU. Native kernels run once for each
-    instruction-set level, as "native-<level>", which `poisoned` understands. Parameters that need a GPU carry the
-    `gpu` marker, by which the `device` fixture picks the device.
+    Libraries of others are left out, as they cover less. On the CPU Triton's kernels run interpreted, whether or not
+    there is a GPU. Native kernels run once for each instruction-set level of this machine, as "native-<level>", which
+    `poisoned` understands. Parameters that need a GPU carry the `gpu` marker, by which the `device` fixture picks the
+    device, and `poisoned` whether to interpret. The report's first lines name what this machine lacks.
     """
-    shared = set.intersection(*(set(operation.implementations) for operation in operations)) - {"reference"}
+    shared = set.intersection(*(set(operation.implementations) for operation in operations))
     parameters: list[Any] = []
-    for name in sorted(shared):
+    for name in sorted(shared - {"reference", *LIBRARIES}):
         if name == "native":
             parameters.extend(native_backends(*operations))
             continue
-        if name != "triton" or INTERPRETED:
-            parameters.append(name)
-        parameters.append(pytest.param(name, id=f"{name}-gpu", marks=pytest.mark.gpu))
+        parameters.append(name)
+        if torch.cuda.is_available():
+            parameters.append(pytest.param(name, id=f"{name}-gpu", marks=pytest.mark.gpu))
     return parameters
 
 
-def native_backends(*operations: Operation[Any]) -> list[Any]:
-    """Those of `backends` that are compiled for the CPU: one for each instruction-set level."""
+def native_backends(*operations: Operation[Any]) -> list[str]:
+    """Those of `backends` that are compiled for the CPU: one for each instruction-set level that runs here."""
     if not all("native" in operation.implementations for operation in operations):
         return []
-    return [
-        pytest.param(
-            f"native-{level}",
-            marks=pytest.mark.skipif(
-                level not in native.supported_levels(), reason=f"this machine cannot run the level {level}"
-            ),
-        )
-        for level in native.build.levels()
-    ]
+    return [f"native-{level}" for level in native.supported_levels()]
+
+
+def untested() -> list[str]:
+    """What the parameters above leave out on this machine."""
+    levels = [level for level in native.build.levels() if level not in native.supported_levels()]
+    lacks = [f"the instruction-set levels {', '.join(levels)}"] if levels else []
+    return [*lacks, *([] if torch.cuda.is_available() else ["compiled Triton kernels, CUDA graphs (no GPU)"])]
 
 
 @contextmanager
 def poisoned(backend: str) -> Iterator[None]:
     """Force `backend`; memory allocated inside the block holds NaN (integers: their maximum) until it is written.
 
-    backend: one of `backends(...)`. Without a GPU, Triton's kernels run in the interpreter and are checked there.
+    backend: one of `backends(...)`. In tests without the `gpu` marker Triton's kernels run in the interpreter, and are
+    checked there.
     """
     backend, _, level = backend.partition("-")
-    torch.use_deterministic_algorithms(True, warn_only=True)  # the switch that fill_uninitialized_memory hangs on
-    try:
+    with poisoned_memory():
         assert torch.empty(1).isnan().all(), "uninitialized memory is not poisoned"
         with kernels.backend(backend), _interpreted(backend), _at_level(level):
             yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def _interpreted(backend: str) -> AbstractContextManager[None]:
-    if backend != "triton" or not INTERPRETED:
+    if backend != "triton" or (_on_gpu and os.environ.get("TRITON_INTERPRET") != "1"):
         return nullcontext()
-    from support.interpreter import interpreted  # here, because it needs Triton to be installed
+    from afnext.bench.ops.interpreter import interpreted  # here, because it needs Triton to be installed
 
     return interpreted()
 
@@ -99,16 +104,6 @@ def _at_level(level: str) -> Iterator[None]:
         yield
 
 
-def exactly(function: Callable[..., T], *args: Any, **options: Any) -> T:
-    """What `function` returns for the same numbers in float64, computed by its reference."""
-    with kernels.backend("reference"):
-        return function(*map(_widened, args), **{name: _widened(value) for name, value in options.items()})
-
-
-def _widened(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
 class InaccurateError(AssertionError):
     """The accuracy rule is broken by `errors`, in comparison number `comparison` of a test."""
 
@@ -116,32 +111,6 @@ class InaccurateError(AssertionError):
         actual, plain = errors.actual**0.5, errors.plain**0.5
         super().__init__(f"RMS error {actual:.3g}, allowed {errors.allowed:.3g}; plain torch has {plain:.3g}")
         self.errors, self.comparison = errors, comparison
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Mean squares over one comparison's elements: of both computations' errors, and of the exact result."""
-
-    actual: float
-    plain: float
-    exact: float
-    eps: float
-
-    @property
-    def allowed(self) -> float:
-        """The largest RMS error that keeps the rule."""
-        return max(2 * self.plain**0.5, self.eps * self.exact**0.5)
-
-    @property
-    def kept(self) -> bool:
-        """Whether the rule is kept."""
-        return self.actual**0.5 <= self.allowed
-
-    @staticmethod
-    def together(draws: Sequence["Errors"]) -> "Errors":
-        """The same comparison over several draws of its inputs."""
-        squares = (fmean(getattr(draw, name) for draw in draws) for name in ("actual", "plain", "exact"))
-        return Errors(*squares, eps=draws[0].eps)
 
 
 _compared: list[Errors] = []
@@ -157,8 +126,7 @@ def assert_accurate(actual: Tensor, exact: Tensor, plain: Tensor) -> None:
     assert (actual.shape, actual.dtype) == (exact.shape, plain.dtype)
     assert plain.shape == exact.shape, f"the plain computation returned {tuple(plain.shape)}"
     assert actual.isfinite().all(), f"{int((~actual.isfinite()).sum())} of {actual.numel()} values are not finite"
-    squares = (float(x.double().square().mean()) for x in (actual.double() - exact, plain.double() - exact, exact))
-    errors = Errors(*squares, eps=torch.finfo(actual.dtype).eps)
+    errors = Errors.of(actual, exact, plain)
     _compared.append(errors)
     if not (errors.kept or _judged_later):
         raise InaccurateError(errors, len(_compared) - 1)
@@ -241,4 +209,4 @@ def without_races(backend: str, device: torch.device, monkeypatch: pytest.Monkey
     if backend == "triton" and device.type == "cpu":
         for name in ("read", "write"):
             unrecorded = staticmethod(lambda addresses, program, ordered: addresses != addresses)
-            monkeypatch.setattr(f"support.interpreter._Allocation.{name}", unrecorded)
+            monkeypatch.setattr(f"afnext.bench.ops.interpreter._Allocation.{name}", unrecorded)

@@ -1,7 +1,13 @@
 """Random int8 weights, and plain products to compare with."""
 
+from types import ModuleType
+
+import pytest
 import torch
 from torch import Tensor
+
+from afnext.kernels.packed_product import FEW_ROWS
+from afnext.kernels.quantize_rows import reference
 
 
 def weights(columns: int, inner: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -19,3 +25,17 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 def dense(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes.float() * scales[:, None]).to(dtype)
+
+
+def rounds_inputs(backend: str, rows: int) -> bool:
+    """Whether the schemes with int8 activations round them: Triton's kernels for few rows do not."""
+    return backend != "triton" or rows > FEW_ROWS
+
+
+def spare_the_interpreter(backend: str, groups: int, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the product of many groups of activations round them by the reference where Triton's kernels are interpreted.
+
+    They round one group per program, which the interpreter takes 5 ms for; fewer ones go through both kernels.
+    """
+    if backend == "triton" and groups > 250:
+        monkeypatch.setattr(module, "quantize_rows", reference)

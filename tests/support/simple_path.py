@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from support.audio import speech_like
+from support.constraints import processed
 
 from afnext.kernels.sampling import SamplingRows, penalize_reference, sample_reference
 from afnext.runtime.engine.kv_cache import KVCache, page_table
@@ -73,9 +74,12 @@ def simple_answer(model: AudioFlamingo, request: Request) -> SimpleAnswer:
         positions = torch.arange(start, len(ids), device=model.device)[None]
         view = cache.view(page_table([[0]], model.device), positions)
         logits = model.decoder.logits(model.decoder(x, positions, view)[:, -1])
+        raw = logits
         seen = torch.zeros_like(logits, dtype=torch.bool)
         seen[0, ids] = True
         logits = penalize_reference(logits, seen, torch.tensor([sampling.repetition_penalty]))
+        if sampling.constrained:
+            logits = processed(sampling, request.token_ids, tokens, raw[0])[None]
         token, lead = _greedy(logits) if sampling.temperature == 0 else _drawn(logits, sampling, generator)
         tokens.append(token)
         leads.append(lead)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import afnext
-from afnext.bench.random_checkpoint import write_random_checkpoint
+from afnext.bench.core.random_checkpoint import write_random_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ def test_it_says_which_model_answers(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert (json.loads(quiet.stdout)["text"], quiet.stderr) == (done.stdout.strip(), "")
 
 
-@pytest.mark.parametrize("kv", ["auto", "int8"])
+@pytest.mark.parametrize("kv", ["auto", "int8", "int4"])
 def test_an_event_deep_in_a_recording_is_found(kv: str) -> None:
     """Four windows of faint noise, three events in the third: their time comes from RoTE."""
     scene, rate = soundfile.read(RECORDING, dtype="float32")

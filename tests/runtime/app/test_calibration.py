@@ -16,6 +16,7 @@ import afnext
 from afnext.quant.calibrate import Calibration
 from afnext.quant.recipe import Recipe, recipe
 from afnext.runtime.app.calibration import CalibrationError, calibrate, read_examples
+from afnext.runtime.app.output_folder import OutputError
 
 FOUR_BITS = recipe("int4-g32")
 
@@ -62,6 +63,21 @@ def test_folding_without_quantization_leaves_the_model_alone(source: Path, recor
     assert relative_rms(last_scores(model, 11), last_scores(dense, 11)) < 0.01
     norm = "decoder.layers.0.post_attention_layernorm.weight"
     assert not torch.equal(model.network.get_buffer(norm), dense.network.get_buffer(norm))
+
+
+def test_a_second_run_into_the_same_folder_is_refused(source: Path, recordings: Path, tmp_path: Path) -> None:
+    refused: list[int] = []
+
+    def progress(name: str, done: float, total: float) -> None:
+        if name == "layers" and not refused:
+            with pytest.raises(OutputError, match="another run"):
+                calibrate(source, tmp_path / "out", FOUR_BITS, recordings)
+            refused.append(1)
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        calibrate(source, tmp_path / "out", FOUR_BITS, recordings, progress=progress)
+    assert refused
 
 
 class StoppedError(Exception):

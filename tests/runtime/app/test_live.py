@@ -48,6 +48,7 @@ def test_any_pieces_give_the_answers_of_the_whole(
     with context:
         assert context.ask("What?", **options).token_ids == expected.token_ids
         assert model.engine.cache.nbytes > 0
+    model.engine.release_memory()
     assert model.engine.cache.nbytes == 0
 
 
@@ -121,3 +122,94 @@ def test_windows_that_found_no_room_are_heard_later(model: afnext.Model, monkeyp
         answer = live.ask("What?", **GREEDY)
         assert answer.token_ids == model.ask((SPEECH[: 36 * 16_000], 16_000), "What?", **GREEDY).token_ids
         assert answer.usage.cached_tokens > 750
+
+
+@pytest.mark.parametrize("end", ["finish", "close"])
+def test_nothing_can_be_done_after_the_end(model: afnext.Model, end: str, tmp_path: Path) -> None:
+    """Windows that were in the KV cache are gone: an answer would be about the rest alone."""
+    live = model.listen()
+    live.feed(SPEECH[: 35 * 16_000], 16_000)
+    expected = live.ask("What?", **GREEDY).token_ids
+    context = getattr(live, end)()
+    said = "has been finished" if end == "finish" else "has been closed"
+    for call in (
+        lambda: live.ask("What?", **GREEDY),
+        lambda: live.stream("What?", **GREEDY),
+        lambda: live.feed(SPEECH[:16_000], 16_000),
+        live.finish,
+    ):
+        with pytest.raises(afnext.AfnextError, match=said):
+            call()
+    live.close()
+    assert live.seconds == 35.0
+    if context is not None:
+        with context:
+            assert context.ask("What?", **GREEDY).token_ids == expected
+            with pytest.raises(afnext.AfnextError, match="has been finished"):
+                live.finish()
+    model.engine.release_memory()
+    assert model.engine.cache.nbytes == 0
+
+
+def test_an_end_without_room_can_be_tried_again(model: afnext.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(request: object) -> None:
+        raise OutOfPagesError("no room")
+
+    live = model.listen()
+    live.feed(SPEECH[: 35 * 16_000], 16_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.engine, "listen", full)
+        with pytest.raises(OutOfPagesError):
+            live.finish()
+    with live.finish() as context:
+        expected = model.ask((SPEECH[: 35 * 16_000], 16_000), "What?", **GREEDY).token_ids
+        assert context.ask("What?", **GREEDY).token_ids == expected
+
+
+def test_warnings_reach_answers_and_the_context(model: afnext.Model, tmp_path: Path) -> None:
+    with model.listen() as live:
+        live.feed(SPEECH[:16_000], 16_000)
+        assert live.ask("What?", **GREEDY).warnings == ()
+        live.source, live.warnings = "street.mp3", ("one packet is damaged",)
+        assert live.ask("What?", **GREEDY).warnings == ("street.mp3: one packet is damaged",)
+        context = live.finish()
+    with context:
+        assert [each.warnings for each in context.recordings] == [("one packet is damaged",)]
+        assert context.ask("What?", **GREEDY).warnings == ("street.mp3: one packet is damaged",)
+        context.save(tmp_path / "saved")
+    with model.resume(tmp_path / "saved") as resumed:
+        assert resumed.ask("What?", **GREEDY).warnings == ("street.mp3: one packet is damaged",)
+
+
+def test_a_conversation_about_what_has_been_heard(model: afnext.Model) -> None:
+    heard = (SPEECH[: 32 * 16_000], 16_000)
+    later = [{"role": "assistant", "content": "A dog."}, {"role": "user", "content": "And then?"}]
+    first = [{"type": "audio", "audio": heard}, {"type": "text", "text": "What?"}]
+    expected = model.chat([[{"role": "user", "content": first}, *later]], **GREEDY)[0].token_ids
+    with model.listen() as live:
+        live.feed(*heard)
+        assert live.chat([{"role": "user", "content": "What?"}, *later], **GREEDY).token_ids == expected
+        assert live.ask("What?", **GREEDY).token_ids == model.ask(heard, "What?", **GREEDY).token_ids
+
+
+@pytest.mark.parametrize("where", ["append", "engine"])
+def test_an_interrupt_loses_no_audio_silently(model: afnext.Model, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    expected = model.ask((SPEECH[: 31 * 16_000], 16_000), "What?", **GREEDY).token_ids
+    live = model.listen()
+    live.feed(SPEECH[:16_000], 16_000)
+    with monkeypatch.context() as patch:
+        if where == "append":
+            patch.setattr("afnext.runtime.io.audio_stream.AudioStream._append", interrupted)
+        else:
+            patch.setattr(model.engine, "listen", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            live.feed(SPEECH[16_000 : 31 * 16_000], 16_000)
+    if where == "engine":
+        assert live.ask("What?", **GREEDY).token_ids == expected
+        live.close()
+    else:
+        with pytest.raises(afnext.AfnextError, match="interrupted while a piece was appended"):
+            live.ask("What?", **GREEDY)

@@ -9,8 +9,8 @@ import torch
 from support.command_line import CommandLine
 
 import afnext
-from afnext.runtime.engine.memory import MemoryPlan
-from afnext.runtime.errors import MemoryPlanError, OutOfPagesError
+from afnext.runtime.engine.memory import CHANGES, MemoryPlan
+from afnext.runtime.errors import ConfigError, MemoryPlanError, OutOfPagesError
 from afnext.runtime.model.config import ModelConfig
 
 
@@ -34,6 +34,34 @@ def test_thirty_minutes_on_eight_gigabytes(run: CommandLine) -> None:
     assert "Projected" in shown.stdout
 
 
+def test_settings_are_chosen_so_that_it_fits(run: CommandLine) -> None:
+    plan = json.loads(run("plan", "--gpu", "6GB", "--audio", 1800, "--fit", "--json").stdout)
+    assert plan["fits"]
+    assert plan["total"] <= 6.0e9
+    assert plan["changes"] == ["release_encoder", "kv=int4", "quant=int4-small"]
+    assert (plan["scheme"], plan["kv"], plan["release_encoder"]) == ("int4-small", "int4", True)
+    assert "Chosen so that it fits: release_encoder, kv=int4" in run("plan", "--gpu", "6GB", "--fit").stdout
+    refused = run("plan", "--gpu", "4GB", "--audio", 300, "--fit")
+    assert refused.returncode != 0
+    assert "300 s of audio do not fit into 4.00 GB with any settings" in refused.stderr
+
+
+def test_load_chooses_settings_that_fit(folder: Path) -> None:
+    plan = MemoryPlan(
+        ModelConfig.from_folder(folder), 10**12, gpu=False, dtype=torch.bfloat16, audio_seconds=60, mapped=True
+    )
+    roomy = afnext.load(folder, memory=plan.total, fit=60)
+    assert (roomy.options.kv, roomy.options.chunk_size) == ("auto", 1024)
+    tight = afnext.load(folder, memory=plan.changed(["kv=int8"]).total - 1, fit=60)
+    assert tight.options.chunk_size == 256
+    assert tight.options.encode_batch == 1
+    assert tight.ask(None, "What?", max_new_tokens=2).token_ids
+    with pytest.raises(MemoryPlanError, match="do not fit into"):
+        afnext.load(folder, memory=plan.changed(CHANGES).total // 2, fit=60)
+    with pytest.raises(ConfigError, match="one device"):
+        afnext.load(folder, fit=True, tp=2)
+
+
 def test_what_does_not_fit_comes_with_what_to_change(run: CommandLine) -> None:
     shown = run("plan", "--gpu", "rtx3060")
     assert shown.returncode == 0, shown.stderr
@@ -43,6 +71,15 @@ def test_what_does_not_fit_comes_with_what_to_change(run: CommandLine) -> None:
     assert "quant=int4: 11.32 GB" in text
     lent = json.loads(run("plan", "--gpu", "8GB", "--release-encoder", "--json").stdout)
     assert [part["name"] for part in lent["parts"] if part["place"] == "host"] == ["encoder layers"]
+
+
+def test_two_gpus_hold_what_one_does_not(run: CommandLine) -> None:
+    one, two = (json.loads(run("plan", "--gpu", "rtx3060", "--tp", count, "--json").stdout) for count in (1, 2))
+    assert (one["fits"], two["fits"]) == (False, True)
+    parts = [{part["name"]: part["nbytes"] for part in plan["parts"]} for plan in (one, two)]
+    for name, of_one, of_two in (("KV pages", 2, 1), ("lm_head", 2, 1), ("encoder layers", 1, 1)):
+        assert parts[0][name] * of_two == parts[1][name] * of_one, name
+    assert "RTX 3060 12GB, each of 2" in " ".join(run("plan", "--gpu", "rtx3060", "--tp", 2).stdout.split())
 
 
 def test_a_plan_for_a_folder_a_config_and_this_machine(run: CommandLine, folder: Path) -> None:
@@ -56,13 +93,32 @@ def test_a_plan_for_a_folder_a_config_and_this_machine(run: CommandLine, folder:
 
 
 @pytest.mark.parametrize(
+    ("name", "device"),
+    [("4090", "RTX 4090"), ("NVIDIA GeForce RTX 3060", "RTX 3060 12GB"), ("rtx-5090", "RTX 5090"), ("l4", "L4")],
+)
+def test_known_gpus_by_the_names_that_people_use(run: CommandLine, name: str, device: str) -> None:
+    assert json.loads(run("plan", "--gpu", name, "--json").stdout)["device"] == device
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_explained(run: CommandLine) -> None:
+    done = run("plan", "--gpu", "cuda")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no GPU that torch can use; give an amount of memory" in done.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--gpu", "abacus"), "unknown device 'abacus'"),
         (("--gpu", "8 gallons"), "8 gallons"),
+        (("--gpu", "8"), "write 8GB"),
+        (("--gpu", "rtx4060ti"), "or give an amount of memory, such as 16GB"),
+        (("--gpu", "4070"), "unknown device '4070'"),
         (("--gpu", "8GB", "--scheme", "int3"), "int3"),
         (("--gpu", "8GB", "--audio", 9999), "9999 s"),
         (("--gpu", "8GB", "-m", "nowhere"), "nowhere"),
+        (("--gpu", "8GB", "--tp", 3), "3 processes cannot share this model's 28 attention heads"),
     ],
 )
 def test_impossible_wishes_are_explained(run: CommandLine, arguments: tuple[object, ...], message: str) -> None:

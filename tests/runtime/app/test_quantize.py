@@ -1,8 +1,11 @@
 """`afnext quantize`: what it writes loads as what `load(quant=...)` makes, and bad input has errors that name it."""
 
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +18,12 @@ from support.layouts import write_components
 from support.logits import last_logits, question
 
 import afnext
-from afnext.bench.random_checkpoint import write_random_checkpoint
+from afnext.bench.core.random_checkpoint import write_random_checkpoint
 from afnext.quant.recipe import recipe
-from afnext.runtime.app.quantize import OutputError, quantize
-from afnext.runtime.errors import AfnextError, CheckpointError, ConfigError
+from afnext.quant.scheme import SchemeError
+from afnext.runtime.app import output_folder
+from afnext.runtime.app.quantize import quantize
+from afnext.runtime.errors import AfnextError, CheckpointError, ConfigError, OutputError
 
 
 @pytest.fixture
@@ -109,11 +114,106 @@ def test_wrong_arguments(
 
 
 def test_nothing_is_overwritten(folder: Path, four: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="holds chat_template"):
+    with pytest.raises(OutputError, match="holds README"):
         quantize(folder, four, recipe("int8"))
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file"):
         quantize(folder, tmp_path / "file", recipe("int8"))
+
+
+def test_a_second_run_into_the_same_folder_is_refused_and_harms_nothing(folder: Path, tmp_path: Path) -> None:
+    out, refused = tmp_path / "out", []
+
+    def progress(done: int, total: int) -> None:
+        if not refused:
+            with pytest.raises(OutputError, match="another run is writing into") as caught:
+                quantize(folder, out, recipe("int4-g32"))
+            refused.append(caught)
+        assert not (out / "config.json").exists()  # which marks the folder complete
+
+    quantize(folder, out, recipe("int8"), progress=progress)
+    assert refused
+    quantize(folder, tmp_path / "alone", recipe("int8"))
+    for path in out.iterdir():
+        assert path.read_bytes() == (tmp_path / "alone" / path.name).read_bytes()
+    assert len(list(out.iterdir())) == len(list((tmp_path / "alone").iterdir()))
+
+
+def test_without_locks_the_run_that_ends_last_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_folder, "fcntl", None)
+    out, names = tmp_path / "out", []
+
+    def progress(done: int, total: int) -> None:
+        if not names:
+            quantize(folder, out, recipe("int8"), progress=lambda done, total: names.append(done))
+
+    with pytest.raises(OutputError, match="exists"):
+        quantize(folder, out, recipe("int4-g32"), progress=progress)
+    assert afnext.load(out).network.config.quantization == recipe("int8")
+
+
+def test_a_run_that_fails_leaves_nothing_and_remains_of_a_crash_are_removed(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def fail(done: int, total: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        quantize(folder, out, recipe("int8"), progress=fail)
+    assert not out.exists()
+    out.mkdir()
+    (out / "model.safetensors.0123.part").write_bytes(b"from a crash")
+    quantize(folder, out, recipe("int8"))
+    assert not list(out.glob("*.part"))
+    afnext.load(out)
+
+
+def test_disks_that_are_full_or_read_only_are_errors_with_advice(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot be written"):
+            quantize(folder, tmp_path / "out", recipe("int8"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match="cannot be written"):
+        quantize(folder, "/proc/afnext", recipe("int8"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OutputError, match="room for 1,000 bytes"):
+        quantize(folder, tmp_path / "out", recipe("int8"))
+
+
+def test_links_out_of_the_checkpoint_are_not_copied(folder: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "id_rsa"
+    secret.write_text("secret")
+    source = Path(shutil.copytree(folder, tmp_path / "source"))
+    (source / "inner.txt").symlink_to(source / "chat_template.jinja")
+    quantize(source, tmp_path / "inside", recipe("int8"))
+    (source / "README.md").symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"README\.md leads out of the checkpoint"):
+        quantize(source, tmp_path / "out", recipe("int8"))
+    (source / "README.md").unlink()
+    os.mkfifo(source / "README.md")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        quantize(source, tmp_path / "out", recipe("int8"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_links_of_the_hubs_cache_are_copied(folder: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    quantize(snapshot, tmp_path / "out", recipe("int8"))
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
 
 
 def test_quantized_weights_are_not_quantized_again(four: Path, tmp_path: Path) -> None:
@@ -172,6 +272,12 @@ def _cut(tensors: dict[str, torch.Tensor]) -> None:
     tensors[f"{UP}.weight_scales"] = tensors[f"{UP}.weight_scales"][:, :1].contiguous()
 
 
+def _enlarge(tensors: dict[str, torch.Tensor]) -> None:
+    scales = tensors[f"{UP}.weight_scales"].float()
+    scales[5, 1] = -1e36
+    tensors[f"{UP}.weight_scales"] = scales
+
+
 def _wrong_type(tensors: dict[str, torch.Tensor]) -> None:
     tensors[f"{UP}.weight_codes"] = tensors[f"{UP}.weight_codes"].float()
 
@@ -185,6 +291,7 @@ def _drop(tensors: dict[str, torch.Tensor]) -> None:
     [
         (_poison, r"up_proj\.weight_scales'? has 1 of 576 values that are not finite"),
         (_cut, r"1 misshapen .*up_proj\.weight_scales.* \[192, 1\] instead of \[192, 3\]"),
+        (_enlarge, r"up_proj\.weight_scales'? stands for weights up to"),
         (_wrong_type, r"1 in a dtype other than U8 \(.*up_proj\.weight_codes.* F32"),
         (_drop, r"1 missing \(decoder\.layers\.0\.mlp\.up_proj\.weight_zeros\)"),
     ],
@@ -222,3 +329,34 @@ def test_random_packed_checkpoints_load_and_answer(tmp_path: Path, name: str) ->
     answer = model.ask(None, "What?", max_new_tokens=8)
     assert len(answer.token_ids) == 8
     assert answer.text.isprintable()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-g32", "nf4"])
+@pytest.mark.parametrize(("dtype", "weight", "accepted"), [("float16", 7e4, False), ("float32", 7e4, True)])
+def test_scales_of_weights_beyond_the_dtype_are_refused(
+    folder: Path, tmp_path: Path, scheme: str, dtype: str, weight: float, accepted: bool
+) -> None:
+    layers = "decoder.layers.*.mlp.down_proj"
+    quantize(folder, tmp_path / "packed", recipe("int8", rules=[(layers, scheme)]))
+    name = "decoder.layers.1.mlp.down_proj.weight_scales"
+
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        steps = {"int8": 128, "int4-g32": 8, "nf4": 1}[scheme]
+        tensors[name] = tensors[name].float()
+        tensors[name].view(-1)[7] = weight / steps
+
+    changed = damaged(tmp_path / "packed", tmp_path, enlarge)
+    if accepted:
+        afnext.load(changed, dtype=dtype)
+    else:
+        with pytest.raises(CheckpointError, match=rf"{name}'? stands for weights up to 7e\+04, .* in {dtype}"):
+            afnext.load(changed, dtype=dtype)
+
+
+def test_a_rule_that_matches_no_layer_is_an_error_that_lists_the_layers(folder: Path, tmp_path: Path) -> None:
+    rules = [("decoder.layers.0.*", "dense"), ("nosuch.*", "dense")]
+    with pytest.raises(SchemeError, match=r"'nosuch\.\*' matches no layer .*decoder\.layers\.\*\.mlp\.up_proj"):
+        quantize(folder, tmp_path / "out", recipe("int8", rules=rules))
+    with pytest.raises(SchemeError, match="matches no layer"):
+        afnext.load(folder, quant=recipe("int8", rules=rules))
+    assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from afnext.bench.random_checkpoint import write_random_checkpoint
+from afnext.bench.core.random_checkpoint import write_random_checkpoint
 from afnext.runtime.model.config import ModelConfig
 from afnext.runtime.model.parameters import expected_shapes
 
@@ -32,7 +32,7 @@ PROBE = """
 import gc, sys
 import torch
 import afnext
-from afnext.bench.machine import peak_rss, reset_peaks
+from afnext.bench.core.machine import peak_rss, reset_peaks
 from afnext.quant.recipe import recipe
 from afnext.runtime.app.quantize import quantize
 

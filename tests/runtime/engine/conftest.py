@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from afnext.bench.random_checkpoint import write_random_checkpoint
+from afnext.bench.core.random_checkpoint import write_random_checkpoint
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
 
 

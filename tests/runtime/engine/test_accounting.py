@@ -1,4 +1,4 @@
-"""Every KV page has exactly the holders that there are, whatever is asked for, broken off or dropped, in any order."""
+"""The reference count of every KV page is right, whatever is submitted, cancelled or dropped, in any order."""
 
 import dataclasses
 import weakref
@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.simple_path import request
 
-from afnext.bench.random_checkpoint import write_random_checkpoint
+from afnext.bench.core.random_checkpoint import write_random_checkpoint
 from afnext.kernels.errors import AfnextError
+from afnext.runtime.engine.engine import Engine
 from afnext.runtime.engine.options import EngineOptions
 from afnext.runtime.engine.prefix import Prefix
-from afnext.runtime.engine.request import Sequence
-from afnext.runtime.engine.scheduler import Engine
+from afnext.runtime.engine.request import SequenceState
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
 
 with TemporaryDirectory() as scratch:
@@ -41,7 +41,7 @@ class EngineMachine(RuleBasedStateMachine):
             page_size=page_size, chunk_size=13, max_batch=max_batch, max_kv_tokens=room, prefix_cache_bytes=cached
         )
         self.engine = Engine(NETWORK, options)
-        self.sequences: list[Sequence] = []
+        self.sequences: list[SequenceState] = []
         self.prefixes: list[Prefix] = []
         self.alive: weakref.WeakSet[Prefix] = weakref.WeakSet()  # dropped ones too, which requests may still name
 
@@ -107,19 +107,20 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.cancel(data.draw(st.sampled_from(self.sequences)))
 
     @invariant()
-    def every_page_has_its_holders(self) -> None:
+    def every_page_has_its_users(self) -> None:
         if not hasattr(self, "engine"):
             return
-        holders: Counter[int] = Counter(self.engine._prefixes.pages)
+        self.engine._steps.settle()
+        users: Counter[int] = Counter(self.engine._steps.pages.prefix_cache.pages)
         for sequence in self.sequences:
-            holders.update(sequence.own)
-            holders.update(sequence.held)
-            assert sequence.finish_reason is None or not (sequence.own or sequence.held)
+            users.update(sequence.private_pages)
+            users.update(sequence.shared_pages)
+            assert sequence.finish_reason is None or not (sequence.private_pages or sequence.shared_pages)
             if sequence.prefix is not None:
-                holders.update(sequence.prefix.pages)
+                users.update(sequence.prefix.pages)
         for prefix in self.alive:
-            holders.update([] if prefix.closed else prefix.pages)
-        assert holders == self.engine.cache.pool._holders
+            users.update([] if prefix.closed else prefix.pages)
+        assert users == self.engine.cache.pool._ref_counts
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
@@ -133,9 +134,10 @@ class EngineMachine(RuleBasedStateMachine):
         for sequence in self.sequences:
             if sequence.prefix is not None:
                 sequence.prefix.close()
-        self.engine._prefixes.evict(self.engine.cache.pool.pages)
+        self.engine._steps.settle()
+        self.engine._steps.pages.prefix_cache.evict(self.engine.cache.pool.pages)
         assert self.engine.cache.pool.free == self.engine.cache.pool.pages
-        assert not self.engine.cache.pool._holders
+        assert not self.engine.cache.pool._ref_counts
 
 
 TestEngine = EngineMachine.TestCase

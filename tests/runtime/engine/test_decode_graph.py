@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from afnext import kernels
-from afnext.bench.random_checkpoint import write_random_checkpoint
+from afnext.bench.core.random_checkpoint import write_random_checkpoint
+from afnext.runtime.engine import decode_graph
 from afnext.runtime.engine.decode_graph import DecodeStep, capturable
-from afnext.runtime.engine.kv_cache import KVCache, page_table, pages_for
+from afnext.runtime.engine.kv_cache import QUANTIZED, KVCache, page_table, pages_for
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
 
 PAGE_SIZE = 16
@@ -31,7 +32,7 @@ def filled_cache(model: AudioFlamingo, dtype: torch.dtype) -> tuple[KVCache, lis
     pages = sum(pages_for(tokens, PAGE_SIZE) for tokens in budget)
     cache = KVCache(model.config.decoder, pages=pages, page_size=PAGE_SIZE, device=model.device, dtype=dtype)
     for pool in cache.pools:
-        pool.copy_(torch.randint(-127, 128, pool.shape) if pool.dtype == torch.int8 else torch.rand(pool.shape) / 64)
+        pool.copy_(torch.rand(pool.shape) / 64 if pool.is_floating_point() else torch.randint(0, 128, pool.shape))
     return cache, [cache.allocate(tokens) for tokens in budget]
 
 
@@ -50,12 +51,12 @@ def copies(cache: KVCache) -> list[Tensor]:
     return [pool.clone() for pool in cache.pools]
 
 
-@pytest.mark.parametrize("kv", ["dense", "int8"])
+@pytest.mark.parametrize("kv", ["dense", "int8", "int4"])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.gpu)])
 @torch.inference_mode()
 def test_step_equals_plain_calls(backend: str, kv: str, model: AudioFlamingo, seed: int) -> None:
     """On the CPU through the buffers alone; on a GPU recorded from the second step on."""
-    cache, pages = filled_cache(model, torch.int8 if kv == "int8" else model.dtype)
+    cache, pages = filled_cache(model, QUANTIZED.get(kv, model.dtype))
     before = copies(cache)
     tokens = torch.randint(0, 256, (STEPS, len(LENGTHS)))
     with kernels.backend(backend):
@@ -126,3 +127,28 @@ def test_only_triton_on_a_gpu_is_recorded() -> None:
         assert not capturable(torch.device("cuda"))
     with kernels.backend("triton"):
         assert capturable(torch.device("cuda"))
+
+
+@torch.inference_mode()
+def test_a_failed_capture_leaves_eager_steps_and_is_tried_again(
+    model: AudioFlamingo, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, pages = filled_cache(model, model.dtype)
+    tokens = torch.randint(0, 256, (STEPS, len(LENGTHS)))
+    expected = eager(model, cache, pages, tokens)
+    attempts: list[int] = []
+
+    def failing(run: object, device: torch.device, memory: object) -> None:
+        attempts.append(at)
+        raise torch.OutOfMemoryError("no memory for the graph")
+
+    monkeypatch.setattr(decode_graph, "captured", failing)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(decode_graph, "_RETRY_CALLS", 3)
+    step = DecodeStep(model, cache, rows=len(LENGTHS), width=WIDTH, cuda_graph=False)
+    step._capturable = True
+    for at, newest in enumerate(tokens):
+        actual = step(newest[:, None].tolist(), [n + at for n in LENGTHS], pages)[:, 0]
+        torch.testing.assert_close(actual, expected[at], rtol=1e-4, atol=1e-4)
+    assert attempts == [1, 4]
+    assert "without a CUDA graph, as capture failed: no memory for the graph" in caplog.text

@@ -1,11 +1,14 @@
 """The account of KV pages under any order of allocations and releases."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from afnext.runtime.engine.kv_cache import KVCache, PagePool, page_table, pages_for
+from afnext.kernels.rotary import Rotation, rope_frequencies
+from afnext.runtime.engine.kv_cache import KVCache, PagePool, page_table, pages_for, turns_bytes
 from afnext.runtime.errors import OutOfPagesError
 from afnext.runtime.model.config import DecoderConfig
 
@@ -71,7 +74,7 @@ class PagePoolMachine(RuleBasedStateMachine):
     @invariant()
     def every_page_has_the_holders_that_hold_it(self) -> None:
         for page in range(self.pages):
-            assert self.pool.holders(page) == sum(page in pages for pages in self.held)
+            assert self.pool.ref_count(page) == sum(page in pages for pages in self.held)
         assert self.in_use <= set(range(self.pages))
         assert self.pool.free == self.pages - len(self.in_use)
         assert self.pool.end == max(self.in_use, default=-1) + 1
@@ -91,40 +94,43 @@ def test_page_table_pads_short_rows() -> None:
     assert table.dtype == torch.int32
 
 
+FULL_SIZE = DecoderConfig(
+    vocab_size=10,
+    hidden_size=3584,
+    intermediate_size=10,
+    layers=28,
+    heads=28,
+    kv_heads=4,
+    head_dim=128,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    max_positions=100,
+    tie_word_embeddings=False,
+)
+
+
 def full_size(page_size: int, pages: int, dtype: torch.dtype) -> KVCache:
     """A cache of the full model's shape."""
-    config = DecoderConfig(
-        vocab_size=10,
-        hidden_size=3584,
-        intermediate_size=10,
-        layers=28,
-        heads=28,
-        kv_heads=4,
-        head_dim=128,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        max_positions=100,
-        tie_word_embeddings=False,
-    )
-    return KVCache(config, pages=pages, page_size=page_size, device=torch.device("cpu"), dtype=dtype)
+    return KVCache(FULL_SIZE, pages=pages, page_size=page_size, device=torch.device("cpu"), dtype=dtype)
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 57_344), (torch.int8, 29_568)])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 57_344), (torch.int8, 29_568), (torch.uint8, 15_232)])
 def test_bytes_of_a_token_at_full_size(dtype: torch.dtype, size: int) -> None:
-    """57 344 bytes a token in bfloat16, as the model's shape has it; in int8 half, and 4 bytes a scale."""
+    """57 344 bytes per token in bfloat16, as the model's shape has it; in int8 half, in int4 a quarter, and scales."""
     cache = full_size(16, 3, dtype)
     assert cache.nbytes == 3 * 16 * size
     assert len(cache.allocate(33)) == 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-def test_view_has_the_scales_of_int8_and_of_nothing_else(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.uint8])
+def test_view_has_the_scales_of_int8_and_int4_and_of_nothing_else(dtype: torch.dtype) -> None:
     cache = full_size(4, 3, dtype)
     view = cache.view(page_table([[2, 1]], torch.device("cpu")), torch.tensor([[3, 4]]))
     assert view.slots.tolist() == [[2 * 4 + 3, 1 * 4]]
     assert view.key_lengths.tolist() == [5]
     k_scales, v_scales = view.scales(7)
-    if dtype != torch.int8:
+    assert (view.key_turns is not None) == (dtype == torch.uint8)
+    if dtype == torch.float32:
         assert k_scales is v_scales is None
         return
     assert cache.k_scales is not None
@@ -134,12 +140,12 @@ def test_view_has_the_scales_of_int8_and_of_nothing_else(dtype: torch.dtype) -> 
     assert (k_scales.shape, k_scales.dtype) == ((3, 4, 4), torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.uint8])
 def test_resizing_keeps_what_is_in_use(dtype: torch.dtype, seed: int) -> None:
     cache = full_size(4, 3, dtype)
     kept = cache.pool.allocate(2)
     for pool in cache.pools:
-        pool.copy_(torch.randint(-9, 9, pool.shape))
+        pool.copy_(torch.randint(0, 9, pool.shape))
     before = [pool[kept].clone() for pool in cache.pools]
     for pages in (7, 2):
         cache.resize(pages)
@@ -149,12 +155,31 @@ def test_resizing_keeps_what_is_in_use(dtype: torch.dtype, seed: int) -> None:
         cache.resize(1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.uint8])
 def test_a_page_is_copied_in_every_layer(dtype: torch.dtype, seed: int) -> None:
     cache = full_size(4, 3, dtype)
     for pool in cache.pools:
-        pool.copy_(torch.randint(-9, 9, pool.shape))
+        pool.copy_(torch.randint(0, 9, pool.shape))
     before = [pool.clone() for pool in cache.pools]
     cache.copy_page(2, 0)
     for pool, old in zip(cache.pools, before, strict=True):
         assert torch.equal(pool, old[[2, 1, 2]])
+
+
+def test_an_int4_cache_has_the_angles_of_every_token_that_it_has_room_for() -> None:
+    """As the decoder rotates keys, bit for bit, and no more than the longest sequence has."""
+    cache = full_size(4, 3, torch.uint8)
+    for pages in (3, 7, 1000, 2):
+        cache.resize(pages)
+        assert cache.key_turns is not None
+        positions = torch.arange(min(pages * 4, 100))  # max_positions
+        rotation = Rotation(positions[None].float(), rope_frequencies(128, 1e6), "half")
+        assert all(torch.equal(ours, one[0, :, 0]) for ours, one in zip(cache.key_turns, rotation.cos_sin, strict=True))
+        assert turns_bytes(FULL_SIZE, pages * 4, torch.uint8) == sum(turn.nbytes for turn in cache.key_turns)
+    assert turns_bytes(FULL_SIZE, 8, torch.int8) == 0
+
+
+def test_heads_that_int4_cannot_store_are_refused() -> None:
+    config = dataclasses.replace(FULL_SIZE, head_dim=96)
+    with pytest.raises(ValueError, match='those of this model have 96; use kv="int8"'):
+        KVCache(config, pages=1, page_size=4, device=torch.device("cpu"), dtype=torch.uint8)

@@ -7,7 +7,7 @@ import torch
 from support.audio import speech_like
 from support.checkpoints import relative_rms, save_checkpoint
 
-from afnext.kernels.log_mel import WINDOW_SAMPLES
+from afnext.kernels.audio_format import WINDOW_SAMPLES
 from afnext.quant.calibrate import InputStatistics
 from afnext.runtime.engine.kv_cache import KVCache, page_table
 from afnext.runtime.engine.layerwise import HiddenStates, PlacedPrompt, Stage, Stem, Window, decoder_inputs, stages

@@ -12,5 +12,5 @@ def test_sizes_below_one_are_refused(name: str) -> None:
 
 
 def test_an_unknown_kv_storage_is_refused() -> None:
-    with pytest.raises(ValueError, match="kv must be one of auto, int8, got 'int3'"):
+    with pytest.raises(ValueError, match="kv must be one of auto, int8, int4, got 'int3'"):
         EngineOptions(kv="int3")

@@ -8,19 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.simple_path import request, simple_answer
 
+from afnext.runtime.engine.engine import Engine
 from afnext.runtime.engine.kv_cache import PagePool
 from afnext.runtime.engine.options import EngineOptions
 from afnext.runtime.engine.prefill import AudioInput
 from afnext.runtime.engine.prefix_cache import EncoderCache, PageKeys, PrefixCache
-from afnext.runtime.engine.request import Request, Sequence
-from afnext.runtime.engine.scheduler import Engine
+from afnext.runtime.engine.request import Request, SequenceState
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
 
 OPTIONS = EngineOptions(page_size=16, chunk_size=64, encode_batch=2)
 WINDOW = 480_000
 
 
-def run(engine: Engine, requests: list[Request]) -> list[Sequence]:
+def run(engine: Engine, requests: list[Request]) -> list[SequenceState]:
     sequences = [engine.submit(request) for request in requests]
     for _ in engine.follow(sequences):
         pass
@@ -168,7 +168,7 @@ def test_the_cache_makes_room_and_keeps_to_its_bytes(network: AudioFlamingo, see
         (sequence,) = run(engine, [asked])
         expected.assert_equals(sequence.tokens)
         pool = engine.cache.pool
-        assert pool.pages - pool.free == len(engine._prefixes.pages) <= 5
+        assert pool.pages - pool.free == len(engine._steps.pages.prefix_cache.pages) <= 5
     (sequence,) = run(engine, [request(network, 119)])
     assert len(sequence.tokens) == 119, "the whole cache is there for who needs it"
 
@@ -181,4 +181,5 @@ def test_none_of_it_where_it_is_switched_off(
     sequences = [run(engine, [request(network, 3, 1.0, seed)])[0] for _ in range(2)]
     assert [sequence.cached for sequence in sequences] == [0, 0]
     assert counts == [1, 1]
+    engine.release_memory()
     assert engine.cache.nbytes == 0

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from afnext import kernels
-from afnext.bench.random_checkpoint import write_random_checkpoint
+from afnext.bench.core.random_checkpoint import write_random_checkpoint
 from afnext.kernels import native
 from afnext.quant.recipe import recipe
-from afnext.runtime.engine.kv_cache import KVCache, page_table
+from afnext.runtime.engine.kv_cache import QUANTIZED, KVCache, page_table
 from afnext.runtime.engine.repeated_calls import MOST_TOKENS, RepeatedCalls, repeatable
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
 from afnext.runtime.model.decoder import CacheView
@@ -35,7 +35,7 @@ def one_sequence(model: AudioFlamingo) -> tuple[Tensor, Callable[[], CacheView]]
 
 
 @needs_native
-@pytest.mark.parametrize("kv", ["dense", "int8"])
+@pytest.mark.parametrize("kv", ["dense", "int8", "int4"])
 @pytest.mark.parametrize("scheme", ["int8", "int8-w8a8", "int4-g32", "int4-g32-w4a8"])
 @torch.inference_mode()
 def test_repeated_equals_plain(
@@ -49,10 +49,10 @@ def test_repeated_equals_plain(
         pages=3 * ROOM // PAGE_SIZE,
         page_size=PAGE_SIZE,
         device=model.device,
-        dtype=torch.int8 if kv == "int8" else model.dtype,
+        dtype=QUANTIZED.get(kv, model.dtype),
     )
     for pool in cache.pools:
-        pool.copy_(torch.randint(-127, 128, pool.shape) if pool.dtype == torch.int8 else torch.rand(pool.shape) / 64)
+        pool.copy_(torch.rand(pool.shape) / 64 if pool.is_floating_point() else torch.randint(0, 128, pool.shape))
     table = torch.zeros(3, ROOM // PAGE_SIZE, dtype=torch.int32)
     layers, tokens = RepeatedCalls(decoder), torch.randint(0, 256, (6, 3, 1))
     pages = [cache.allocate(ROOM) for _ in range(3)]

@@ -1,5 +1,9 @@
 """Per-request sampling: parameters, seeds, independence of the batch."""
 
+import re
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
@@ -77,18 +81,92 @@ def test_rows_keep_their_own_parameters(seed: int) -> None:
     ("name", "value"),
     [
         ("max_new_tokens", 0),
+        ("max_new_tokens", 2.5),
+        ("max_new_tokens", "5"),
+        ("max_new_tokens", None),
+        ("max_new_tokens", True),
+        ("max_new_tokens", 2**31),
         ("temperature", -0.1),
+        ("temperature", 1e-46),
+        ("temperature", 1e39),
+        ("temperature", "1"),
+        ("temperature", True),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
         ("top_k", -1),
+        ("top_k", 50.0),
         ("top_p", 0.0),
+        ("top_p", 1e-46),
         ("top_p", 1.1),
         ("min_p", -0.1),
         ("min_p", 2.0),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e300),
+        ("repetition_penalty", 1e-50),
         ("repetition_penalty", float("nan")),
+        ("seed", 1.0),
+        ("stop_repetition", 1),
+        ("min_new_tokens", -1),
+        ("no_repeat_ngram_size", 1.0),
     ],
 )
-def test_values_out_of_range_are_named(name: str, value: float) -> None:
-    with pytest.raises(SamplingError, match=f"{name} is {value}"):
-        SamplingParams(**{"max_new_tokens": 4, name: value})
+def test_values_of_another_type_or_out_of_range_are_named(name: str, value: object) -> None:
+    with pytest.raises(SamplingError, match=re.escape(f"{name} is {value!r}; it must be")):
+        SamplingParams(**{"max_new_tokens": 4, name: value})  # type: ignore[arg-type]
+
+
+def test_huge_integers_are_refused_with_a_short_sentence() -> None:
+    for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"):
+        with pytest.raises(SamplingError, match=f"{name} is a huge integer"):
+            SamplingParams(**{"max_new_tokens": 4, name: 10**400})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("suppress_tokens", "12"),
+        ("suppress_tokens", 3),
+        ("suppress_tokens", np.array(3)),
+        ("suppress_tokens", [1.0]),
+        ("begin_suppress_tokens", [-1]),
+        ("bad_words_ids", [[]]),
+        ("bad_words_ids", [5]),
+        ("bad_words_ids", [[1]] * 10_001),
+        ("bad_words_ids", [[1] * 257]),
+        ("sequence_bias", [[[1]]]),
+        ("sequence_bias", [[[1], float("nan")]]),
+        ("sequence_bias", [[[1], 1e31]]),
+    ],
+)
+def test_token_lists_are_checked(name: str, value: object) -> None:
+    with pytest.raises(SamplingError, match=name):
+        SamplingParams(4, **{name: value})  # type: ignore[arg-type]
+
+
+ALIKE: list[dict[str, list[object]]] = [
+    {"temperature": [1.0, 1, np.int64(1), np.float32(1), np.float64(1), Fraction(1)]},
+    {"top_k": [3, np.int32(3), np.uint8(3)], "temperature": [1.0]},
+    {"top_p": [1.0, 1, np.int8(1), np.float16(1)], "temperature": [1.0]},
+    {"min_p": [1.0, 1, np.int64(1)], "temperature": [1.0]},
+    {"repetition_penalty": [2.0, 2, np.float32(2)], "temperature": [1.0]},
+    {"temperature": [float(2**31), 2**31]},
+    {"seed": [7, np.int64(7), np.uint8(7)], "temperature": [1.0]},
+]
+
+
+@pytest.mark.parametrize("alike", ALIKE, ids=lambda alike: next(iter(alike)))
+def test_a_number_means_the_same_whatever_its_type(alike: dict[str, list[object]], seed: int) -> None:
+    """Integers, floats and numpy's scalars: what was drawn with one is drawn with the others."""
+    name, values = next(iter(alike.items()))
+    others = {other: value[0] for other, value in alike.items() if other != name}
+    logits = torch.randn(20, VOCAB)
+    drawn = [
+        draws([SamplingParams(**{"max_new_tokens": 20, "seed": 7, **others, name: value})], 0, logits)
+        for value in values
+    ]
+    assert all(one == drawn[0] for one in drawn)
+
+
+def test_a_high_temperature_draws_from_all_tokens(seed: int) -> None:
+    hot = SamplingParams(200, temperature=2**31, seed=seed)
+    assert len(set(draws([hot], 0, torch.randn(200, VOCAB)))) > VOCAB / 2

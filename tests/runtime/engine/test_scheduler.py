@@ -15,10 +15,13 @@ from support.simple_path import SimpleAnswer, request, simple_answer
 
 from afnext import kernels
 from afnext.kernels.dispatch import forced_backend
-from afnext.runtime.engine import scheduler
+from afnext.runtime.engine import decode_runner, decode_steps
+from afnext.runtime.engine.engine import Engine
+from afnext.runtime.engine.kv_cache import KV_STORAGE, QUANTIZED
 from afnext.runtime.engine.options import EngineOptions
-from afnext.runtime.engine.request import Request, Sequence
-from afnext.runtime.engine.scheduler import OVERTAKEN, Engine
+from afnext.runtime.engine.request import Request, SequenceState
+from afnext.runtime.engine.scheduler import OVERTAKEN
+from afnext.runtime.engine.stats import STEP_SECONDS
 from afnext.runtime.errors import ContextLengthError, OutOfPagesError
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
 
@@ -41,7 +44,7 @@ def simple(network: AudioFlamingo, kind: str) -> SimpleAnswer:
     return simple_answer(network, request(network, **KINDS[kind]))
 
 
-def run(engine: Engine, requests: list[Request]) -> list[Sequence]:
+def run(engine: Engine, requests: list[Request]) -> list[SequenceState]:
     sequences = [engine.submit(request) for request in requests]
     for _ in engine.follow(sequences):
         pass
@@ -49,6 +52,9 @@ def run(engine: Engine, requests: list[Request]) -> list[Sequence]:
 
 
 def assert_nothing_is_held(engine: Engine) -> None:
+    """No page is in use once the engine has taken in what was closed."""
+    engine.stop()
+    engine._steps.settle()
     assert engine.cache.pool.free == engine.cache.pool.pages
     assert engine.cache.pool.end == 0
 
@@ -92,7 +98,7 @@ def test_any_interleaving_gives_the_tokens_of_the_simple_path(
         draft_tokens=draft_tokens,
     )
     engine = Engine(network, options)
-    sequences: dict[int, Sequence] = {}
+    sequences: dict[int, SequenceState] = {}
     step, more = 0, True
     while more or len(sequences) < len(arrivals):
         for index, (when, kind, priority) in enumerate(arrivals):
@@ -106,7 +112,7 @@ def test_any_interleaving_gives_the_tokens_of_the_simple_path(
         whole = sequence.finish_reason == "length"
         assert whole or sequence.finish_reason == "cancelled"
         simple(network, arrivals[index][1]).assert_equals(sequence.tokens, whole=whole)
-    engine._prefixes.evict(engine.cache.pool.pages)
+    engine._steps.pages.prefix_cache.evict(engine.cache.pool.pages)
     assert_nothing_is_held(engine)
 
 
@@ -158,6 +164,7 @@ def test_all_pages_are_free_at_the_end_and_the_memory_is_given_back(network: Aud
     for _ in engine.follow([first, second]):
         pass
     assert_nothing_is_held(engine)
+    engine.release_memory()
     assert engine.cache.nbytes == 0
     assert [len(sequence.tokens) for sequence in (first, second)] == [5, 20]
     assert {sequence.finish_reason for sequence in (first, second)} == {"length"}
@@ -188,9 +195,13 @@ def test_cancellation_keeps_what_there_is_and_frees_the_rest(network: AudioFlami
     sequence = engine.submit(wanted)
     for count, _ in enumerate(engine.follow([sequence])):
         state["cancelled"] |= when == "decode" and count == 10
-    assert len(sequence.tokens) == (0 if when == "prefill" else 11)
+    if when == "prefill":
+        assert not sequence.tokens
+    else:
+        assert 11 <= len(sequence.tokens) < 50
     assert sequence.finish_reason == "cancelled"
-    assert set(engine.cache.pool._holders) == set(other.own)
+    engine.stop()
+    assert set(engine.cache.pool._ref_counts) == set(other.private_pages)
     for _ in engine.follow([other]):
         pass
     assert len(other.tokens) == 30
@@ -249,7 +260,7 @@ def test_a_higher_priority_interrupts_and_nothing_is_lost(network: AudioFlamingo
     urgent = engine.submit(dataclasses.replace(request(network, **KINDS["drawn"]), priority=1))
     engine.step()
     assert urgent.tokens
-    assert slow.own == []
+    assert slow.private_pages == []
     for _ in engine.follow([slow, urgent]):
         pass
     for kind, sequence in zip(kinds, (slow, urgent), strict=True):
@@ -312,14 +323,16 @@ def test_without_memory_to_grow_requests_wait(
     sequences = [engine.submit(request(network, **KINDS["text"]))]
     engine.step()
     sequences += [engine.submit(request(network, **KINDS["heard"])), engine.submit(request(network, **KINDS["text"]))]
-    with pytest.raises(OutOfPagesError, match="5 KV pages are needed"):
+    with pytest.raises(
+        OutOfPagesError, match="5 KV pages of 16 tokens are needed, and the device has memory for 4 now"
+    ):
         for _ in engine.follow([engine.submit(request(network, 60))]):
             pass
     for _ in engine.follow(sequences[::2]):
         pass
     for sequence in sequences[::2]:
         simple(network, "text").assert_equals(sequence.tokens)
-    assert "no memory for more than" in caplog.text
+    assert "no memory for 13 KV pages" in caplog.text
 
 
 def test_threads_share_their_steps(network: AudioFlamingo) -> None:
@@ -390,8 +403,10 @@ def test_windows_are_encoded_just_ahead_of_their_chunk(
     assert seen[-1][:2] == (len(asked.token_ids), len(asked.token_ids))
 
 
-def test_int8_kv_follows_the_dense_scores(network: AudioFlamingo, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Teacher-forced: the same 24 tokens decoded over both caches, after a prompt with audio in several chunks."""
+def test_quantized_kv_follows_the_dense_scores(
+    network: AudioFlamingo, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Teacher-forced: the same 24 tokens decoded over all caches, after a prompt with audio in several chunks."""
     steps = torch.randint(0, 256, (24,)).tolist()
     rows: list[torch.Tensor] = []
 
@@ -399,18 +414,19 @@ def test_int8_kv_follows_the_dense_scores(network: AudioFlamingo, monkeypatch: p
         rows.append(logits[0].clone())
         return [steps[indices[0]]]
 
-    monkeypatch.setattr(scheduler, "choose", forced)
+    monkeypatch.setattr(decode_runner, "choose", forced)
     scores = []
-    for kv in ("auto", "int8"):
+    for kv in KV_STORAGE:
         engine = Engine(network, dataclasses.replace(OPTIONS, kv=kv))
-        assert engine.cache.keys[0].dtype == (torch.int8 if kv == "int8" else torch.float32)
+        assert engine.cache.keys[0].dtype == QUANTIZED.get(kv, torch.float32)
         run(engine, [request(network, 24, 4.0, seed)])
         scores.append(torch.stack(rows))
         rows.clear()
-    dense, rounded = scores
-    assert not torch.equal(dense, rounded)
-    errors = (rounded - dense).square().mean(-1).sqrt() / dense.std(-1)
-    assert errors.max() < 0.02, f"relative errors of the scores {errors.tolist()}"
+    dense, *rounded = scores
+    for found, bound in zip(rounded, (0.02, 0.3), strict=True):
+        assert not torch.equal(dense, found)
+        errors = (found - dense).square().mean(-1).sqrt() / dense.std(-1)
+        assert errors.max() < bound, f"relative errors of the scores {errors.tolist()}"
 
 
 def test_timings_add_up(network: AudioFlamingo, seed: int) -> None:
@@ -421,11 +437,38 @@ def test_timings_add_up(network: AudioFlamingo, seed: int) -> None:
     assert timings.tokens_per_second == pytest.approx(7 / timings.generate)
 
 
+def test_the_queue_time_is_the_wait_for_a_place_in_the_batch(network: AudioFlamingo, seed: int) -> None:
+    engine = Engine(network, dataclasses.replace(OPTIONS, max_batch=1))
+    requests = [request(network, 8, 1.0, seed) for _ in range(2)]
+    first, second = (sequence.request.timings for sequence in run(engine, requests))
+    assert 0 < first.queue < second.queue
+    assert second.queue > first.generate
+    stats = engine.stats()
+    assert len(stats.step_counts) == len(STEP_SECONDS) + 1
+    assert sum(stats.step_counts) == stats.steps > 8
+
+
+def test_requests_are_listed_by_phase(network: AudioFlamingo) -> None:
+    engine = Engine(network, dataclasses.replace(OPTIONS, max_batch=2, chunk_size=16))
+    requests = [request(network, 8), request(network, 8, 1.9), request(network, 8)]
+    for one in requests:
+        engine.submit(one)
+    assert [listed.phase for listed in engine.requests()] == ["waiting"] * 3
+    seen = set()
+    while engine._steps.step():
+        for listed in engine.requests():
+            seen.add(listed.phase)
+            assert 0 <= listed.computed_tokens <= listed.prompt_tokens
+            assert (listed.new_tokens > 0) == (listed.phase == "decoding")
+    assert seen == {"waiting", "prefilling", "decoding"}
+    assert engine.requests() == []
+
+
 def test_a_forced_backend_meets_no_recorded_step(network: AudioFlamingo, monkeypatch: pytest.MonkeyPatch) -> None:
     """A decode step is called under the backend alone that it was made under, so what it recorded is that backend's."""
     calls: list[tuple[str | None, str | None]] = []
 
-    class Noted(scheduler.DecodeStep):
+    class Noted(decode_steps.DecodeStep):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             self.made_under = forced_backend()
@@ -434,7 +477,7 @@ def test_a_forced_backend_meets_no_recorded_step(network: AudioFlamingo, monkeyp
             calls.append((self.made_under, forced_backend()))
             return super().__call__(*args)
 
-    monkeypatch.setattr(scheduler, "DecodeStep", Noted)
+    monkeypatch.setattr(decode_steps, "DecodeStep", Noted)
     engine = Engine(network, OPTIONS)
     for forced in (None, "torch", None):
         with kernels.backend(forced) if forced else nullcontext():

@@ -8,9 +8,9 @@ import resource
 import pytest
 from support.simple_path import request, simple_answer
 
+from afnext.runtime.engine.engine import Engine
 from afnext.runtime.engine.options import EngineOptions
-from afnext.runtime.engine.request import Sequence
-from afnext.runtime.engine.scheduler import Engine
+from afnext.runtime.engine.request import SequenceState
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
 
 KINDS = [
@@ -21,9 +21,9 @@ KINDS = [
 ]
 
 
-def serve(engine: Engine, network: AudioFlamingo, count: int, choice: random.Random) -> list[tuple[int, Sequence]]:
+def serve(engine: Engine, network: AudioFlamingo, count: int, choice: random.Random) -> list[tuple[int, SequenceState]]:
     """Submit `count` requests, a few steps apart, cancelling every sixth or so, to the end."""
-    going: list[tuple[int, Sequence]] = []
+    going: list[tuple[int, SequenceState]] = []
     for _ in range(count):
         kind = choice.randrange(len(KINDS))
         asked = dataclasses.replace(request(network, **KINDS[kind]), priority=choice.choice([0, 0, 0, 1]))
@@ -61,7 +61,7 @@ def test_five_hundred_requests_leave_nothing_behind(network: AudioFlamingo, seed
         expected[kind].assert_equals(sequence.tokens, whole=whole)
     assert sum(sequence.finish_reason == "length" for _, sequence in served) > 250
     pool = engine.cache.pool
-    assert pool.pages - pool.free == len(engine._prefixes.pages)
-    engine._prefixes.evict(pool.pages)
+    assert pool.pages - pool.free == len(engine._steps.pages.prefix_cache.pages)
+    engine._steps.pages.prefix_cache.evict(pool.pages)
     assert pool.free == pool.pages
     assert grown < 30_000, f"peak memory grew by {grown} KiB over 400 requests"

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.simple_path import request, simple_answer
 
+from afnext.runtime.engine.engine import Engine
 from afnext.runtime.engine.options import EngineOptions
-from afnext.runtime.engine.request import Request, Sequence
-from afnext.runtime.engine.scheduler import Engine
+from afnext.runtime.engine.request import Request, SequenceState
 from afnext.runtime.engine.speculation import Drafter
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
 
@@ -22,7 +22,7 @@ MODES = [
 ]
 
 
-def run(engine: Engine, requests: list[Request]) -> tuple[list[Sequence], int]:
+def run(engine: Engine, requests: list[Request]) -> tuple[list[SequenceState], int]:
     sequences = [engine.submit(request) for request in requests]
     steps = 0
     while engine.step():

@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -37,6 +39,19 @@ def sine(frequency: float, rate: int, seconds: float = 1.0) -> np.ndarray:
 
 def decibels(error: np.ndarray, signal: np.ndarray) -> float:
     return float(10 * np.log10(np.mean(np.square(error, dtype=np.float64)) / np.mean(np.square(signal)) + 1e-30))
+
+
+def test_loading_imports_no_torch(rng: np.random.Generator, tmp_path: Path) -> None:
+    """Processes that only decode start in a moment and stay small."""
+    path = tmp_path / "a.wav"
+    path.write_bytes(wav(noise(rng, 4000)))
+    code = (
+        "import sys; from afnext.runtime.io.audio import load_audio\n"
+        "for source in (sys.argv[1], open(sys.argv[1], 'rb').read()):\n"
+        "    assert len(load_audio(source).samples) == 4000\n"
+        "assert not {'torch', 'triton'} & set(sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, path], timeout=99).returncode == 0
 
 
 # arrays
@@ -132,6 +147,33 @@ def test_the_first_senseless_sample_is_named(bad, position, rng):
 def test_other_sources_are_refused(source):
     with pytest.raises(AudioError):
         load_audio(source)
+
+
+def test_a_masked_sample_is_refused_and_an_empty_mask_is_none(rng):
+    samples = noise(rng, 500)
+    with pytest.raises(AudioError, match=r"masked.*filled"):
+        load_audio((np.ma.array(samples, mask=np.arange(500) == 7), SAMPLE_RATE))
+    np.testing.assert_array_equal(load_audio((np.ma.array(samples), SAMPLE_RATE)).samples, samples)
+
+
+@pytest.mark.parametrize("array", [np.zeros(100, np.float32), torch.zeros(100), np.zeros((2, 100))])
+def test_an_array_without_a_rate_gets_advice(array):
+    with pytest.raises(AudioError, match=r"pass \(array, sample_rate\)"):
+        load_audio(array)
+
+
+@pytest.mark.parametrize("kind", ["array", "file"])
+def test_channels_that_cancel_each_other_are_reported(kind, rng):
+    left = noise(rng, 20_000)
+
+    def warnings(right: np.ndarray) -> tuple[str, ...]:
+        both = np.stack([left, right])
+        return load_audio((both, SAMPLE_RATE) if kind == "array" else wav(both.T)).warnings
+
+    assert "cancel each other" in warnings(-left)[0]
+    assert "cancel each other" in warnings(-0.9 * left)[0]
+    for harmless in (left, 0 * left, noise(rng, 20_000), 0.5 * left):
+        assert warnings(harmless) == ()
 
 
 # resampling

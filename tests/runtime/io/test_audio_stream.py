@@ -1,6 +1,8 @@
 """Audio fed in pieces is the audio of the whole, whatever the pieces."""
 
 import itertools
+import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,8 +72,47 @@ def test_looking_at_the_end_changes_nothing(rate: int) -> None:
 def test_little_is_held_however_long_it_goes_on(rate: int) -> None:
     resampler = Resampler(rate)
     for second in range(60):
-        resampler.push(noise(1, rate, second))
-    assert len(resampler._recent) < 6 * rate
+        for start in range(0, rate, rate // 5):
+            resampler.push(noise(1, rate, second)[start : start + rate // 5])
+    assert sum(map(len, resampler._recent)) < 6 * rate
+
+
+@pytest.mark.parametrize("rate", [16_000, 48_000])
+def test_small_pieces_are_not_copied_again_and_again(rate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples copied by joining arrays, for 12 s in pieces of 1 ms: none of it may grow with the number of pieces."""
+    copied = 0
+    concatenate = np.concatenate
+
+    def counting(arrays: Any, *rest: Any, **options: Any) -> np.ndarray:
+        nonlocal copied
+        joined = concatenate(arrays, *rest, **options)
+        copied += len(joined)
+        return joined
+
+    monkeypatch.setattr(np, "concatenate", counting)
+    samples = noise(12, rate)
+    stream = AudioStream(100)
+    for start in range(0, len(samples), rate // 1000):
+        stream.feed(samples[start : start + rate // 1000], rate)
+        stream.take_windows()
+    stream.finish()
+    assert stream.samples == 12 * 16_000
+    assert copied <= 2 * len(samples)
+
+
+def test_the_time_of_a_piece_does_not_grow_with_the_pieces_before_it() -> None:
+    samples = noise(30, 16_000)
+    stream = AudioStream(100)
+
+    def feeding(pieces: range) -> float:
+        start = time.process_time()
+        for piece in pieces:
+            stream.feed(samples[16 * piece : 16 * piece + 16], 16_000)
+            stream.take_windows()
+        return time.process_time() - start
+
+    first, _, last = (feeding(range(start, start + 10_000)) for start in (0, 10_000, 20_000))
+    assert last < 3 * first, "quadratic: five times as long"
 
 
 def test_a_change_of_rate_is_that_of_two_recordings_in_a_row() -> None:

@@ -1,6 +1,8 @@
 """Chat templates: where they are found, what they may use, and what hostile ones cannot do."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -28,6 +30,14 @@ RENDERED_LIKE_THE_REFERENCE = {
     "arithmetic": "{{ 3 * 4 + 2 ** 5 }}{{ '-' * 3 }}{{ 3 * '+' }}{{ [1] * 2 }}{{ 'x' ~ 1 ~ none }}",
     "absent names": "{{ tools is none }}{{ documents is none }}{{ other is defined }}{% for x in other %}{% endfor %}",
     "special names": "{{ bos_token }}{{ eos_token }}{{ add_generation_prompt }}",
+    "membership": "{{ 'user' in messages | map(attribute='role') }}{{ 'x' in 'xyz' }}{{ messages[0] == messages[0] }}",
+    "filters": "{{ messages | map(attribute='role') | join(', ') }}{{ messages | join('|', attribute='role') }}"
+    "{{ 'a-b-c' | replace('-', '+') }}{{ 'a\\nb' | indent(2, first=true) }}{{ [3, 1, 2] | sort | list }}"
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ '<b>' | safe }}{{ none | default('d') }}"
+    "{{ ' x ' | trim | upper }}{{ {'b': 1, 'a': 2} | dictsort }}{{ [1, 2] | sum }}{{ '7' | int + 1 }}",
+    "methods": "{{ ' a,b '.strip().split(',') }}{{ 'x'.join(['1', '2']) }}{{ 'aXb'.replace('X', 'Y', 1) }}"
+    "{{ messages[0].get('role').upper() }}{{ 'abc'.startswith('ab') }}{{ 'abc'[::-1] }}{{ messages[::-1][0].role }}",
+    "set block": "{% set x %}a{{ messages[0].role }}{% endset %}{{ x }}{% filter upper %}{{ x }}{% endfilter %}",
     "today": "{{ strftime_now('%Y') }}",
 }
 
@@ -119,6 +129,74 @@ def test_endless_work_meets_the_deadline(source, monkeypatch):
     with pytest.raises(PromptError, match="did not finish within"):
         PromptTemplate(source).render(MESSAGES)
     assert time.monotonic() - start < 5
+
+
+COPIES = "{% set n = namespace(v=['x' * 1000]) %}{% for i in range(40) %}{% set n.v = [n.v, n.v] %}{% endfor %}"
+LONG = "{% set s = 'ab' * 1000000 %}"
+
+
+BOMBS = [
+    "{{ 'x' | center(10 ** 9) }}",
+    "{{ 'x'.center(10 ** 9) }}{{ 'x'.ljust(10 ** 9) }}",
+    "{{ '{:>999999999}'.format(1) }}",
+    "{{ '%999999999d' % 1 }}",
+    "{{ 'a' * 4000 | replace('a', 'b' * 4000) }}",
+    "{{ ('a' * 9999).replace('a', 'b' * 9999) }}",
+    "{{ ('a' * 9999).replace('', 'b' * 9999) }}",
+    "{{ ('b' * 9999).join('a' * 9999) }}",
+    "{{ ('a' * 9999) | join('b' * 9999) }}",
+    "{{ ('\\n' * 9999) | indent(9999) }}",
+    "{{ range(9) | batch(10 ** 9, 1) | list }}",
+    "{{ 'x' | slice(10 ** 9) | list }}",
+    "{{ range(99999) | map('string') | map('list') | sum(start=[]) }}",
+    "{{ messages | tojson(indent=10 ** 9) }}",
+    "{{ messages | tojson(separators=('x' * 1000000, 'y')) }}",
+    *(COPIES + use for use in ("{{ n.v }}", "{{ n.v | tojson }}", "{{ n.v | string }}", "{{ n.v == n.v }}", "")),
+    "{% set n = namespace(v='') %}{% for i in range(60) %}{% set n.v = namespace(a=n, b=n) %}{% endfor %}{{ n }}",
+    LONG + "{% for i in range(9999) %}{% if s ~ 'x' == s ~ 'y' %}{% endif %}{% endfor %}",
+    LONG + "{% macro f() %}" + "{{ s }}" * 5000 + "{% endmacro %}{{ f() }}",
+    LONG + "{% set x %}" + "{{ s }}" * 5000 + "{% endset %}",
+    LONG + "".join(f"{{% set s{i} = s[1:] %}}" for i in range(2000)),
+    LONG + "{% if " + " or ".join(["'c' in s"] * 2000) + " %}{% endif %}",
+    LONG + "{{ s | list }}{{ s.split('a') }}",
+    LONG + "{{ s | int(0, 16) // 7 }}",
+    "{% for i in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
+    "{% for i in range(99999) %}" + "x" * 50_000 + "{% endfor %}",
+    "{{ strftime_now('%999999999d') }}",
+    "{{ [1, 2] | random }}",
+]
+RENDER_IN_CHILD = """
+import json, resource, sys, time
+from afnext.runtime.errors import PromptError
+from afnext.runtime.io import chat_template
+bombs, messages = json.load(sys.stdin)
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_CPU, (100, 100))
+chat_template.RENDER_SECONDS = 1
+for bomb in bombs:
+    start = time.process_time()
+    try:
+        chat_template.PromptTemplate(bomb).render(messages)
+    except PromptError as error:
+        if len(str(error)) < 1000 and time.process_time() - start < 20:
+            continue
+    print(bomb[:200])
+print("done")
+"""
+
+
+def test_no_single_operation_takes_time_or_memory_without_bound():
+    """In a child with little memory: some of these would take many gigabytes."""
+    done = subprocess.run(
+        [sys.executable, "-c", RENDER_IN_CHILD],
+        input=json.dumps([BOMBS, MESSAGES]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "done\n", done.stdout + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.audio import speech_like
+from support.mp3 import with_cover
 
 from afnext.runtime.errors import AudioError
 from afnext.runtime.io.audio import load_audio
@@ -110,10 +111,59 @@ def test_a_real_pipe_of_an_encoded_stream(seed: int) -> None:
     assert (len(heard), rates) == (80_000, {22_050})
 
 
+@pytest.mark.parametrize("size", [1 << 10, 3 << 20])
+def test_a_cover_before_the_audio(size: int, seed: int) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, speech_like(3.0, seed), 16_000, format="MP3")
+    plain, _ = whole(decoded_pieces(Portions(file.getvalue(), seed), "pipe"))
+    heard, _ = whole(decoded_pieces(Portions(with_cover(file.getvalue(), size), seed), "pipe"))
+    np.testing.assert_array_equal(heard, plain)
+
+
+@pytest.mark.parametrize("surplus", [1, 2, 3])
+def test_surplus_bytes_of_raw_samples_are_a_warning(surplus: int, seed: int) -> None:
+    samples = (speech_like(0.5, seed) * 2**15).astype("<i2").repeat(2)
+    data = samples.tobytes() + b"\1" * surplus
+    warnings: list[tuple[str, ...]] = []
+    heard, _ = whole(raw_pieces(Portions(data, seed), "s16le", rate=16_000, channels=2, warn=warnings.append))
+    np.testing.assert_allclose(heard, samples[::2] / 2**15)
+    ((warning,),) = warnings
+    assert f"within a frame of 4 bytes: the last {surplus} bytes are not heard" in warning
+
+
+@pytest.mark.parametrize("damage", ["overwritten", "cut"])
+def test_a_file_gives_the_samples_and_warnings_of_loading_it(damage: str, seed: int, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.mp3"
+    soundfile.write(path, speech_like(8.0, seed), 16_000)
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        del data[len(data) * 2 // 3 :]
+    else:
+        data[len(data) // 2 : len(data) // 2 + 3000] = random.Random(seed).randbytes(3000)
+    path.write_bytes(data)
+    loaded = load_audio(path)
+    warnings: list[tuple[str, ...]] = []
+    with path.open("rb", buffering=0) as file:
+        heard, _ = whole(decoded_pieces(file, str(path), warnings.append))
+    np.testing.assert_array_equal(heard, loaded.samples)
+    assert loaded.warnings
+    assert warnings[-1] == loaded.warnings
+
+
+def test_shared_damaged_file(shared_data: Path) -> None:
+    path = shared_data / "faults" / "damaged.mp3"
+    loaded, warnings = load_audio(path), []
+    with path.open("rb", buffering=0) as file:
+        for _ in decoded_pieces(file, str(path), lambda found: warnings.append(found)):
+            pass
+    assert len(loaded.warnings) == 2
+    assert warnings[-1] == loaded.warnings
+
+
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        (b"\0" * 7, {"format": "s16le", "rate": 16_000, "channels": 2}, "within a frame of 4"),
+        (b"\0" * 3, {"format": "s16le", "rate": 16_000, "channels": 2}, "within a frame of 4"),
         (b"\0" * 8, {"format": "mp3", "rate": 16_000, "channels": 1}, "s16le"),
         (b"\0" * 8, {"format": "u8", "rate": 0, "channels": 1}, "0 Hz"),
     ],
@@ -130,7 +180,7 @@ def test_noise_is_no_stream() -> None:
 
 def test_without_sounddevice_the_microphone_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", None)
-    with pytest.raises(AudioError, match=r"afnext\[microphone\]"):
+    with pytest.raises(AudioError, match="pip install sounddevice"):
         next(microphone_pieces(lambda: False))
 
 
@@ -149,7 +199,7 @@ class FakeSoundDevice:
         def __enter__(self) -> "FakeSoundDevice.InputStream":
             for start in range(0, 300, 100):
                 block = np.arange(start, start + 100, dtype=np.float32)[:, None]
-                self._callback(block, 100, None, None)  # type: ignore[operator]
+                self._callback(block, 100, None, start == 200)  # type: ignore[operator]
                 block[:] = np.nan  # the driver reuses its buffer
             return self
 
@@ -159,10 +209,12 @@ class FakeSoundDevice:
 
 def test_the_microphone_is_heard_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", FakeSoundDevice)
-    pieces = microphone_pieces(lambda: False)
+    warnings: list[tuple[str, ...]] = []
+    pieces = microphone_pieces(lambda: False, warn=warnings.append)
     heard = [next(pieces) for _ in range(3)]
     assert {rate for _, rate in heard} == {16_000}
     np.testing.assert_array_equal(np.concatenate([piece for piece, _ in heard]), np.arange(300))
+    assert [(len(found), "audio is missing in 1 place" in found[0]) for found in warnings] == [(1, True)]
     assert list(microphone_pieces(lambda: True)) == []
     with pytest.raises(AudioError, match="no such device"):
         list(microphone_pieces(lambda: True, "none"))

@@ -6,30 +6,47 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afnext.runtime.io.merge import Heard, merge
+from afnext.runtime.io.merge import Heard, Merger, merge
 from afnext.runtime.io.segments import Segment
 
 VOCABULARY = [a + b + c for a in "bdfgklm" for b in "aeiou" for c in ("n", "r", "st", "")]
 
 
-def conversation(rng: random.Random, duration: float, longest: float, speakers: int) -> list[Segment]:
+LETTERS = {
+    "Latin": None,
+    "Chinese": "的一是不了在人有我他这为之大来以个中上们到说国和地也子时道出而要于就下得可你年生",
+    "Japanese": "のにはをたがでてとしれさあるいるもするからなこととしていやなどなっ日本語今天気人行見",
+    "Thai": "กขคงจชซญดตถทนบปผพฟมยรลวสหอเแโใไ",
+}
+
+
+def conversation(rng: random.Random, duration: float, longest: float, speakers: int, script: str) -> list[Segment]:
     """Sentences one after the other, the same few words again and again in places, each by one of the speakers."""
     segments, time = [], rng.uniform(0, 2)
     while time < duration - 1:
         end = min(time + rng.uniform(0.4, longest), duration)
-        count = max(1, round((end - time) * 2))
-        words = rng.choices(VOCABULARY if rng.random() < 0.8 else ["no", "yes"], k=count)
-        segments.append(Segment(time, end, " ".join(words), f"Speaker {rng.randint(1, speakers)}"))
+        text = sentence(rng, end - time, script)
+        segments.append(Segment(time, end, text, f"Speaker {rng.randint(1, speakers)}"))
         time = end + rng.choice([0.0, 0.1, rng.uniform(0, 3)])
     return segments
 
 
+def sentence(rng: random.Random, seconds: float, script: str) -> str:
+    """Two words, or four letters of a script without spaces, a second."""
+    if letters := LETTERS[script]:
+        return "".join(rng.choices(letters if rng.random() < 0.8 else letters[:2], k=max(1, round(seconds * 4))))
+    words = rng.choices(VOCABULARY if rng.random() < 0.8 else ["no", "yes"], k=max(1, round(seconds * 2)))
+    return " ".join(words)
+
+
 def hear(segment: Segment, start: float, end: float) -> Segment:
     """The segment as a window from `start` to `end` hears it: without the words that are spoken outside."""
-    words = segment.text.split()
+    between = " " if " " in segment.text or segment.text.isascii() else ""
+    words = segment.text.split() if between else list(segment.text)
     each = (segment.end - segment.start) / len(words)
     inside = [word for i, word in enumerate(words) if start <= segment.start + (i + 0.5) * each < end]
-    return replace(segment, start=max(start, segment.start), end=min(end, segment.end), text=" ".join(inside))
+    text = between.join(inside)
+    return replace(segment, start=max(start, segment.start), end=min(end, segment.end), text=text)
 
 
 def listen(truth: list[Segment], start: float, end: float, jitter: random.Random | None = None) -> Heard:
@@ -41,6 +58,19 @@ def listen(truth: list[Segment], start: float, end: float, jitter: random.Random
     return Heard(start, end, tuple(sorted((s for s in heard if s.text), key=lambda s: s.start)))
 
 
+def listen_in_windows(
+    truth: list[Segment], window: float, overlap: float, jitter: random.Random | None = None
+) -> list[Heard]:
+    duration = truth[-1].end if truth else 1.0
+    windows, start = [], 0.0
+    while True:
+        end = min(start + window, duration)
+        windows.append(listen(truth, start, end, jitter))
+        if end >= duration:
+            return windows
+        start += window - overlap
+
+
 def test_windows_side_by_side_are_put_in_a_row() -> None:
     a, b = Segment(1, 2, "one"), Segment(3, 4, "two")
     assert merge([Heard(0, 2.5, (a,)), Heard(2.5, 5, (b,))]) == [a, b]
@@ -49,24 +79,59 @@ def test_windows_side_by_side_are_put_in_a_row() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from([12.0, 20.0, 60.0]), st.booleans())
-def test_perfect_hearing_of_overlapping_windows_is_the_truth(seed: int, window: float, jittered: bool) -> None:
+@given(st.integers(0, 2**32), st.sampled_from([12.0, 20.0, 60.0]), st.booleans(), st.sampled_from(list(LETTERS)))
+def test_perfect_hearing_of_overlapping_windows_is_the_truth(
+    seed: int, window: float, jittered: bool, script: str
+) -> None:
     rng = random.Random(seed)
     overlap = window / rng.choice([2, 3])
-    truth = conversation(rng, rng.uniform(5, 4 * window), overlap / 2, speakers=1)
-    duration = truth[-1].end if truth else 1.0
-    windows, start = [], 0.0
-    while True:
-        end = min(start + window, duration)
-        windows.append(listen(truth, start, end, rng if jittered else None))
-        if end >= duration:
-            break
-        start += window - overlap
-    merged = merge(windows)
+    truth = conversation(rng, rng.uniform(5, 4 * window), overlap / 2, 1, script)
+    merged = merge(listen_in_windows(truth, window, overlap, rng if jittered else None))
     assert [segment.text for segment in merged] == [segment.text for segment in truth]
     for found, true in zip(merged, truth, strict=True):
         assert abs(found.start - true.start) <= 0.11
         assert abs(found.end - true.end) <= 0.11
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(["Latin", "Chinese"]), st.integers(1, 3))
+def test_what_has_been_given_out_is_never_changed_by_later_windows(seed: int, script: str, speakers: int) -> None:
+    """After each window, whatever follows it: here the true rest, silence, or another conversation."""
+    rng = random.Random(seed)
+    window, overlap = 12.0, rng.choice([0.0, 2.0, 4.0, 6.0])
+    windows = listen_in_windows(conversation(rng, rng.uniform(5, 60), 5.0, speakers, script), window, overlap, rng)
+    other = listen_in_windows(conversation(rng, 60, 5.0, speakers, script), window, overlap, rng)
+    merger = Merger()
+    given_out: list[Segment] = []
+    for index, heard in enumerate(windows):
+        last = index == len(windows) - 1
+        given_out += merger.push(heard, None if last else windows[index + 1].start)
+        for rest in (
+            []
+            if last
+            else [windows[index + 1 :], [Heard(h.start, h.end, ()) for h in windows[index + 1 :]], other[index + 1 :]]
+        ):
+            assert merge([*windows[: index + 1], *rest])[: len(given_out)] == given_out
+    assert given_out == merge(windows)
+
+
+def test_segments_come_as_soon_as_they_are_final() -> None:
+    truth = [Segment(i, i + 1, f"word{i}") for i in range(60)]
+    merger = Merger()
+    windows = listen_in_windows(truth, 20.0, 5.0)
+    assert merger.push(windows[0], windows[1].start) == truth[:14]
+    assert merger.push(windows[1], windows[2].start) == truth[14:29]
+
+
+def test_speakers_are_recognized_across_a_cut_in_chinese() -> None:
+    """A sentence that each window cuts off on one side is one sentence, and its speaker one speaker."""
+    old = Heard(0, 10, (Segment(1, 4, "你好吗", "Speaker 1"), Segment(6, 10, "今天天气很好我们", "Speaker 2")))
+    new = Heard(5, 15, (Segment(6, 11, "今天天气很好我们去公园", "Speaker 1"), Segment(12, 14, "好的", "Speaker 2")))
+    assert [(s.text, s.speaker) for s in merge([old, new])] == [
+        ("你好吗", "Speaker 1"),
+        ("今天天气很好我们去公园", "Speaker 2"),
+        ("好的", "Speaker 3"),
+    ]
 
 
 def test_equal_words_in_a_row_are_neither_lost_nor_doubled() -> None:

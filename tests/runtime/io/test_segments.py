@@ -1,12 +1,14 @@
 """Reading segments from what a model writes: every spelling of times and speakers, and anything else it may write."""
 
 import re
+import timeit
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afnext.runtime.io.segments import Segment, parse_segments
+from afnext.runtime.io.segments import Segment, clean, parse_segments
 
 WORD = st.from_regex(r"[a-z]{2,6}", fullmatch=True).filter(lambda word: word not in ("to", "sec", "spk", "speaker"))
 
@@ -34,10 +36,70 @@ def seen(text: str, duration: float = 100.0) -> list[tuple[float, float, str | N
         "[00:01.5] [Speaker 1] hello there\n[00:03.0] [Speaker 2] hi [00:04.25]",
         "00:01.5 - 00:03 Speaker 1: hello there\n00:03 - 00:04.25 Speaker 2: hi",
         "[Speaker 1]: [00:01.5 - 00:03]: hello there\n[Speaker 2]: [00:03 - 00:04.25]: hi",
+        "Speaker 1 [00:01.5-00:03]: hello there\nSpeaker 2 [00:03-00:04.25]: hi",
+        "Speaker 1 (00:01.5 - 00:03):\nhello there\nSpeaker 2 (00:03 - 00:04.25):\nhi",
+        "**Speaker 1** [00:01.5 - 00:03]: hello there\n**Speaker 2** [00:03 - 00:04.25]: hi",
+        "[00:01.5 - 00:03] **Speaker 1:** hello there\n[00:03 - 00:04.25] **Speaker 2:** hi",
+        "**[00:01.5 - 00:03] Speaker 1:** hello there\n**[00:03 - 00:04.25] Speaker 2:** hi",
+        "【00:01.5－00:03】【Speaker 1】hello there\n【00:03－00:04.25】【Speaker 2】hi",
+        "［00：01.5～00：03］ Speaker 1：hello there\n［00：03～00：04.25］ Speaker 2：hi",
+        "（00:01.5 → 00:03） Speaker 1： hello there\n（00:03 → 00:04.25） Speaker 2： hi",
+        "Speaker 1: hello there [00:01.5-00:03]\nSpeaker 2: hi [00:03-00:04.25]",
+        "[Speaker 1] hello there (00:01.5 - 00:03)\n[Speaker 2] hi (00:03 - 00:04.25)",
+        "hello there [00:01.5-00:03] [Speaker 1]\nhi [00:03-00:04.25] [Speaker 2]",
+        "hello there [00:01.5-00:03, Speaker 1] hi [00:03-00:04.25, Speaker 2]",
+        "[00:01:500 - 00:03:000] Speaker 1: hello there\n[00:03:000 - 00:04:250] Speaker 2: hi",
+        "[00:00:01:500 - 00:00:03:000] Speaker 1: hello there\n[00:00:03:000 - 00:00:04:250] Speaker 2: hi",
+        "[1.5-3] [Speaker 1] hello there\n[3.0-4.25s] [Speaker 2] hi",
+        "<|1.50|> <|speaker 1|> hello there <|3.00|><|3.00|> <|speaker 2|> hi <|4.25|>",
+        "1. [00:01.5 - 00:03] Speaker #1: hello there\n2. [00:03 - 00:04.25] Speaker #2: hi",
+        "Speaker 1 | 00:01.5 - 00:03 : hello there\nSpeaker 2 | 00:03 - 00:04.25 : hi",
+        "00:01.5 - 00:03 - Speaker 1\nhello there\n\n00:03 - 00:04.25 - Speaker 2\nhi",
+        "1\r\n00:00:01,500 --> 00:00:03,000\r\n[Speaker 1] hello there\r\n\r\n"
+        "2\r\n00:00:03,000 --> 00:00:04,250\r\n[Speaker 2] hi\r\n",
     ],
 )
 def test_one_conversation_in_many_spellings(text: str) -> None:
     assert seen(text) == [(1.5, 3.0, "Speaker 1", "hello there"), (3.0, 4.25, "Speaker 2", "hi")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Speaker 1 [00:01]: hello there\nSpeaker 2 [00:03]: hi",
+        "Speaker 1  0:01\nhello there\n\nSpeaker 2  0:03\nhi",
+        "0:01 - Speaker 1: hello there\n0:03 - Speaker 2: hi",
+        "00:01 [Speaker 1] hello there\n00:03 [Speaker 2] hi",
+        "**Speaker 1** (00:01): hello there\n**Speaker 2** (00:03): hi",
+        "[00:01] Speaker 1: hello there [00:03] Speaker 2: hi",
+        "hello there [Speaker 1, 00:01]\nhi [Speaker 2, 00:03]",
+    ],
+)
+def test_one_conversation_with_starts_alone(text: str) -> None:
+    found = [(start, speaker, words) for start, _, speaker, words in seen(text)]
+    assert found == [(1.0, "Speaker 1", "hello there"), (3.0, "Speaker 2", "hi")]
+
+
+def test_lines_that_all_start_with_a_clock() -> None:
+    assert [(start, words) for start, _, _, words in seen("0:00 hello\n0:12 it was 3:30\n1:03 bye")] == [
+        (0.0, "hello"),
+        (12.0, "it was 3:30"),
+        (63.0, "bye"),
+    ]
+    segments, problems = parse_segments("3:30 he came\nand left", 300.0)
+    assert [segment.text for segment in segments] == ["3:30 he came", "and left"]
+    assert problems
+
+
+def test_speakers_on_one_line_are_apart() -> None:
+    segments, _ = parse_segments("Speaker 1: hello there Speaker 2: hi", 10.0)
+    assert [(s.speaker, s.text) for s in segments] == [("Speaker 1", "hello there"), ("Speaker 2", "hi")]
+
+
+@pytest.mark.parametrize(("last", "rate"), [(24, 25), (29, 30), (59, 60)])
+def test_frames_are_counted_at_the_rate_that_the_largest_number_needs(last: int, rate: int) -> None:
+    (first, _, _, _), (second, _, _, _) = seen(f"[00:00:01:00] one [00:00:02:{last}] two")
+    assert (first, second) == (1.0, pytest.approx(2 + last / rate))
 
 
 def test_starts_alone_end_where_the_next_begins() -> None:
@@ -84,6 +146,29 @@ def test_an_impossible_time_stays_in_the_text_and_is_told(marker: str) -> None:
     assert [(segment.start, segment.text) for segment in segments] == [(1.0, f"one {marker} two")]
     assert len(problems) == 1
     assert marker in problems[0]
+
+
+def test_many_impossible_times_are_one_problem() -> None:
+    _, problems = parse_segments("".join(f"[00:01] one [99:{i % 60:02}] two " for i in range(100)), 30.0)
+    assert problems == [
+        "no time in a recording of 30.0 s, left in the text: '[99:00]', '[99:01]', '[99:02]' and 97 more"
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[00:01 Ann] one",
+        "one {at 00:01} two",
+        "(Speaker 1 00:01 loud) one",
+        "[00:01] one 00:05-00:07 two",
+        "see [Speaker 1",
+    ],
+)
+def test_a_marker_in_an_unknown_layout_stays_in_the_text_and_is_told(text: str) -> None:
+    segments, problems = parse_segments(text, 30.0)
+    assert [segment.text for segment in segments] == [text.removeprefix("[00:01] ")]
+    assert any("unknown layout" in problem for problem in problems)
 
 
 def test_an_end_before_its_start_is_dropped_and_told() -> None:
@@ -150,6 +235,76 @@ def test_no_word_is_lost_or_moved(sentences: list[list[str]], form: str) -> None
     assert [segment.start for segment in segments] == [i + 0.5 for i in range(len(sentences))]
 
 
+TIMES = (
+    "{m:02}:{s:04.1f}",
+    "{m}:{s:04.1f}",
+    "00:{m:02}:{s:06.3f}",
+    "00:{m:02}:{s:04.1f}",
+    "{t:.1f}",
+    "{t:.1f}s",
+    "{t:.1f} sec",
+)
+BRACKETS = (
+    "[]",
+    "()",
+    "{}",
+    "<>",
+    "【】",
+    "［］",
+    "（）",
+    ("**[", "]**"),
+    ("<|", "|>"),
+    ("", ""),
+    ("", ":"),
+    ("**", ":**"),
+    ("", "："),
+)
+RANGES = ("-", " - ", " – ", " --> ", "->", " to ", "~", "～", " → ", "..", None)
+NAMES = ("Speaker {}", "SPEAKER_0{}", "speaker {}", "Spk{}", "Speaker #{}", None)
+SEPARATORS = ("", " ", ", ", ": ", " - ", " | ", "\n", "\t", "; ")
+
+
+@st.composite
+def rendered(draw: st.DrawFn) -> tuple[str, list[tuple[float, float | None, str | None, str]]]:
+    """A conversation written in any combination of spellings, and what is said in it."""
+    time, name, to = (draw(st.sampled_from(choices)) for choices in (TIMES, NAMES, RANGES))
+    around_time, around_name, around_both = (draw(st.sampled_from(BRACKETS)) for _ in range(3))
+    order = draw(st.permutations(["time", "name"] if draw(st.booleans()) else ["both"]))
+    between, after = draw(st.sampled_from(SEPARATORS)), draw(st.sampled_from(SEPARATORS[1:]))
+    behind = draw(st.booleans())
+    lines, truth = [], []
+    for i, words in enumerate(draw(st.lists(st.lists(WORD, min_size=1, max_size=4), min_size=1, max_size=4))):
+        start, end = 12.5 * i + 1.5, 12.5 * i + 9.0
+        spelled = [time.format(m=int(t // 60), s=t % 60, t=t) for t in (start, end)]
+        times = spelled[0] if to is None else to.join(spelled)
+        speaker = name and name.format(i % 2 + 1)
+        parts = {
+            "time": f"{around_time[0]}{times}{around_time[1]}",
+            "name": f"{around_name[0]}{speaker}{around_name[1]}" if speaker else "",
+            "both": f"{around_both[0]}{times}{between if speaker else ''}{speaker or ''}{around_both[1]}",
+        }
+        header = between.join(parts[part] for part in order if parts[part])
+        text = " ".join(words)
+        lines.append(f"{text}{after}{header}" if behind else f"{header}{after}{text}")
+        truth.append((start, None if to is None else end, speaker and f"Speaker {i % 2 + 1}", text))
+    return draw(st.sampled_from(["\n", "\n\n", " "])).join(lines), truth
+
+
+@settings(max_examples=400, deadline=None)
+@given(rendered())
+def test_a_layout_is_read_back_or_all_words_are_kept_with_a_warning(
+    conversation: tuple[str, list[tuple[float, float | None, str | None, str]]],
+) -> None:
+    text, truth = conversation
+    segments, problems = parse_segments(text, 60.0)
+    if problems:
+        kept = " ".join(segment.text for segment in segments)
+        assert [word for *_, words in truth for word in words.split() if word not in kept] == []
+    else:
+        found = [(s.start, s.end if s.end_stated else None, s.speaker, s.text.strip(" -|,;:")) for s in segments]
+        assert found == truth
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(WORD | MARKERISH, max_size=20))
 def test_words_of_broken_transcripts_all_come_back(pieces: list[str]) -> None:
@@ -161,9 +316,82 @@ def test_words_of_broken_transcripts_all_come_back(pieces: list[str]) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize(
+    "flood",
+    [
+        "line\n",
+        "[ 00:01 ",
+        "[",
+        " ",
+        "00:01 - ",
+        "<think>",
+        "*",
+        "Speaker 1: ",
+        "[99:99] ",
+        "[00:01] ",
+        "(00:01\n",
+        "1\n",
+        "{ ",
+        "x [00:01]\n",
+    ],
+)
+def test_time_grows_with_the_text_and_not_with_its_square(flood: str) -> None:
+    """Four times the text may take nine times as long; its square would take 16 times."""
+
+    def seconds(count: int) -> float:
+        text = flood * count
+        return min(timeit.repeat(lambda: parse_segments(text, 60.0), number=1, repeat=2))
+
+    assert seconds(6_000) < 9 * seconds(1_500) + 0.05
+
+
 def test_a_flood_of_brackets_takes_no_time() -> None:
     text = "[ 00:01 " * 5000 + "[" * 5000 + " " * 5000 + "00:01 - " * 3000
     assert parse_segments(text, 60.0)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("a\x00b\x1b[0m", "ab[0m"),
+        ("می\u200cخواهم \u200fx\u200d", "می\u200cخواهم \u200fx\u200d"),
+        (
+            "soft\u00adhyphen \U0001f3f4\U000e0067\U000e007f \U0001faea\u0378",
+            "soft\u00adhyphen \U0001f3f4\U000e0067\U000e007f \U0001faea\u0378",
+        ),
+        (" a \t\n\u2028 b\x85c\x0b", "a b c"),
+        ("今天\n天气 很好\nand", "今天天气 很好 and"),
+        ("\u200b\u00ad \x07", ""),
+    ],
+)
+def test_only_control_characters_are_removed(text: str, cleaned: str) -> None:
+    assert clean(text) == cleaned
+    segments, _ = parse_segments(f"[00:01] {text}", 30.0)
+    assert [segment.text for segment in segments] == [cleaned] * bool(cleaned)
+
+
+@given(st.text())
+def test_every_character_but_those_of_control_is_kept(text: str) -> None:
+    kept = [char for char in text if unicodedata.category(char) != "Cc" and not char.isspace()]
+    visible = any(unicodedata.category(char) != "Cf" for char in kept)
+    assert [char for char in clean(text) if not char.isspace()] == (kept if visible else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("hello </think> there", "hello there"),
+        ("hello <think>so I think</think> there", "hello there"),
+        ("hello<|im_end|><|endoftext|>", "hello"),
+        ("<think> hello <sound>", "hello"),
+        ("[BOS]hello[PAD][PAD]", "hello"),
+    ],
+)
+def test_tags_never_reach_a_segment(text: str, said: str) -> None:
+    segments, problems = parse_segments(f"[00:01] {text}", 30.0)
+    assert [segment.text for segment in segments] == [said]
+    assert len(problems) == 1
+    assert problems[0].startswith("left out, being no speech: '")
 
 
 def test_segments_are_plain_values() -> None:

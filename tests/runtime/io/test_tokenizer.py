@@ -71,7 +71,6 @@ def test_ids_of_the_shared_variants_follow_their_files(shared_folder, shared_tok
     assert shared_tokenizer.audio_eos_id == library.token_to_id("<|sound_eos|>")
     assert shared_tokenizer.pad_id == library.token_to_id(settings["pad_token"])
     assert shared_tokenizer.eos_ids == (151645,)
-    assert shared_tokenizer.max_audio_seconds == 1800
     assert shared_tokenizer.vocab_size == config["text_config"]["vocab_size"]
     names = ("audio_token_id", "audio_bos_token_id", "audio_eos_token_id")
     shared_tokenizer.check_against({name: config.get(name) for name in names})
@@ -175,10 +174,9 @@ def test_end_tokens_come_from_generation_config_then_config_then_tokenizer(tmp_p
 
 def test_audio_tokens_may_be_renamed_by_the_processor(tmp_path):
     write_checkpoint_texts(tmp_path)
-    write_json(tmp_path / "processor_config.json", {"audio_token": TOOL_CALL, "max_audio_len": 600})
+    write_json(tmp_path / "processor_config.json", {"audio_token": TOOL_CALL})
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.audio_token_id == BACKEND.token_to_id(TOOL_CALL)
-    assert tokenizer.max_audio_seconds == 600
 
 
 def test_a_config_of_another_checkpoint_is_refused_naming_both_ids():
@@ -197,16 +195,14 @@ def test_a_config_of_another_checkpoint_is_refused_naming_both_ids():
 @pytest.mark.parametrize(
     ("file", "content", "error", "says"),
     [
-        ("tokenizer.json", "{", CheckpointError, "damaged"),
-        ("tokenizer.json", "[]", CheckpointError, "damaged"),
+        ("tokenizer.json", "{", CheckpointError, "not valid JSON"),
+        ("tokenizer.json", "[]", CheckpointError, "not an object"),
         ("tokenizer.json", "\ud800".encode("utf-16", "surrogatepass"), CheckpointError, "UTF-8"),
         ("processor_config.json", "nope", CheckpointError, "processor_config.json is not valid JSON"),
         ("processor_config.json", "[" * 100_000, CheckpointError, "not valid JSON"),
         ("processor_config.json", "[1]", CheckpointError, "not an object"),
         ("processor_config.json", '{"audio_token": "<music>"}', ConfigError, "no added token '<music>'"),
         ("processor_config.json", '{"audio_token": 5}', ConfigError, "audio_token is 5"),
-        ("processor_config.json", '{"max_audio_len": NaN}', ConfigError, "max_audio_len"),
-        ("processor_config.json", '{"max_audio_len": -1}', ConfigError, "max_audio_len"),
         ("tokenizer_config.json", '{"pad_token": "<none>"}', ConfigError, "'<none>' as its pad_token"),
         ("generation_config.json", '{"eos_token_id": "end"}', ConfigError, "eos_token_id is 'end'"),
         ("generation_config.json", '{"eos_token_id": [1, -5]}', ConfigError, "eos_token_id"),
@@ -234,6 +230,62 @@ def edited(backend: tokenizers.Tokenizer, **changes: object) -> tokenizers.Token
         place = value["model"] if name.startswith("model_") else value
         place[name.removeprefix("model_")] = change
     return tokenizers.Tokenizer.from_str(json.dumps(value))
+
+
+SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_dropout": 0.5}, "BPE dropout of 0.5"),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 9}}, r"other than NFC \(Repl"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}}, "Lowercase"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTES]}}, "Split"),
+        ({"pre_tokenizer": SPLIT}, "ends with ByteLevel"),
+        ({"pre_tokenizer": None}, "ends with ByteLevel"),
+        ({"pre_tokenizer": BYTES | {"add_prefix_space": True}}, "ends with ByteLevel"),
+        ({"decoder": {"type": "Replace", "pattern": {"Regex": "(a{9})+"}, "content": "x"}}, "decoder with an unknown"),
+        ({"added_tokens": [{"id": 300 + i, "content": f"<{i}>"} for i in range(5000)]}, "at most 4096"),
+    ],
+)
+def test_files_that_could_stall_or_change_texts_are_refused(tmp_path, changes, says):
+    write_checkpoint_texts(tmp_path)
+    value = json.loads((tmp_path / "tokenizer.json").read_text())
+    for name, change in changes.items():
+        place = value["model"] if name.startswith("model_") else value
+        place[name.removeprefix("model_")] = change
+    write_json(tmp_path / "tokenizer.json", value)
+    with pytest.raises(ConfigError, match=says):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_the_splits_of_gpt2_are_read(tmp_path):
+    write_checkpoint_texts(tmp_path)
+    value = json.loads((tmp_path / "tokenizer.json").read_text()) | {"pre_tokenizer": BYTES}
+    write_json(tmp_path / "tokenizer.json", value)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_folder(tmp_path).encode("it's 12 cafés") == library.encode("it's 12 cafés").ids
+
+
+def test_texts_that_are_too_long_are_refused_before_they_are_tokenized():
+    assert len(TOKENIZER.encode(" " * 2**16)) > 1
+    with pytest.raises(PromptError, match="1,048,577 characters"):
+        TOKENIZER.encode(" " * (2**20 + 1))
+
+
+def test_panics_of_the_library_are_errors(monkeypatch):
+    panic = type("PanicException", (BaseException,), {})
+
+    class Panicking:
+        def encode(self, *arguments, **options):
+            raise panic("match-stack limit over")
+
+    tokenizer = Tokenizer(small_tokenizer())
+    monkeypatch.setattr(tokenizer, "_text_only", Panicking())
+    with pytest.raises(PromptError, match="cannot be tokenized"):
+        tokenizer.encode("a")
 
 
 def test_tokenizers_that_would_lose_or_invent_text_are_refused():

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from support.layouts import LAYOUTS, Weights, write, write_components
 
 from afnext.runtime.errors import CheckpointError
-from afnext.runtime.model.checkpoint import Checkpoint, expected_shapes, load_weights, with_stored_head
+from afnext.runtime.model.checkpoint import Checkpoint, expected_shapes, load_weights
 from afnext.runtime.model.config import ModelConfig
+from afnext.runtime.model.opened import with_stored_head
 from afnext.runtime.model.parameters import canonical_name
 
 

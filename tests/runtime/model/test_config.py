@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -367,9 +368,16 @@ def test_refusals_name_file_and_key(changes: list[tuple[str, Any]], message: str
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0"), (-1, "-1"), (10**400, "a huge integer"), (math.nan, "nan"), (math.inf, "inf"), ("60", "'60'")],
+)
+def test_an_impossible_limit_of_seconds_is_refused(seconds: object, shown: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^processor_config\.json: max_audio_len is {shown}; expected"):
+        ModelConfig.from_dict(small_config(), processor={"max_audio_len": seconds})
+
+
 def test_refusals_name_the_other_files() -> None:
-    with pytest.raises(ConfigError, match=r"^processor_config\.json: max_audio_len is 0"):
-        ModelConfig.from_dict(small_config(), processor={"max_audio_len": 0})
     with pytest.raises(ConfigError, match=r"^generation_config\.json: eos_token_id is 'stop'"):
         ModelConfig.from_dict(small_config(), generation={"eos_token_id": "stop"})
 
@@ -383,7 +391,7 @@ def test_refusals_name_the_other_files() -> None:
         (b'{"model_type": "a", "model_type": "b"}', "config.json: the key 'model_type' stands twice"),
         (b"[" * 200_000, "config.json is not valid JSON"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "config.json is not valid JSON"),
-        (b" " * ((1 << 24) + 1), "config.json is longer than 16,777,216 bytes"),
+        (b" " * ((1 << 22) + 1), "config.json is longer than 4,194,304 bytes"),
     ],
 )
 def test_damaged_files(data: bytes, message: str, tmp_path: Path) -> None:
@@ -437,7 +445,7 @@ def test_component_layout_with_the_parts_inside_the_top_config(tmp_path: Path) -
 
 def test_component_layout_refusals(tmp_path: Path) -> None:
     write_components(tmp_path, {})
-    with pytest.raises(ConfigError, match=r"tell the id of <sound>"):
+    with pytest.raises(ConfigError, match=r"give the id of <sound>"):
         ModelConfig.from_folder(tmp_path)
     (tmp_path / "llm" / "added_tokens.json").write_text('{"<sound>": 5}')
     (tmp_path / "llm" / "tokenizer.json").write_text('{"added_tokens": [{"content": "<sound>", "id": 9}]}')

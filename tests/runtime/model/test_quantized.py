@@ -10,7 +10,7 @@ from support.checkpoints import relative_rms
 from support.logits import last_logits, question
 
 import afnext
-from afnext.bench.random_checkpoint import write_random_checkpoint
+from afnext.bench.core.random_checkpoint import write_random_checkpoint
 from afnext.quant.linear import Embedding, Linear
 from afnext.quant.recipe import recipe
 from afnext.quant.scheme import SchemeError, parse_scheme
@@ -76,7 +76,7 @@ def test_weights_that_are_not_finite_are_an_error_that_names_the_tensor(tmp_path
     path = folder / "model.safetensors"
     data = bytearray(path.read_bytes())
     checkpoint = Checkpoint.open(folder)
-    entry = checkpoint._entry("decoder.layers.1.mlp.up_proj.weight").stored
+    entry = checkpoint._parameter("decoder.layers.1.mlp.up_proj.weight")._stored
     del checkpoint
     data[entry.start : entry.start + 2] = b"\x80\x7f"  # infinity in bfloat16
     path.write_bytes(data)

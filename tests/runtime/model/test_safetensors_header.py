@@ -44,6 +44,15 @@ def test_reads_what_safetensors_writes(seed: int) -> None:
     assert max(stored.end for stored in header.values()) == len(data)
 
 
+def test_more_tensors_than_any_model_has_are_refused() -> None:
+    empty = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    many = b"{" + b",".join(empty % index for index in range(40_000)) + b"}"
+    with pytest.raises(CheckpointError, match=r"m has 40,000 tensors; at most 32,768"):
+        parse_header(pack(many), "m")
+    with pytest.raises(CheckpointError, match="claims a header of"):
+        parse_header(pack(many.ljust(17 << 20)), "m")
+
+
 def test_offsets_are_positions_in_the_file() -> None:
     header = parse_header(VALID, "m")
     start = len(VALID) - 32

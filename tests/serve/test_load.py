@@ -1,0 +1,132 @@
+"""The loader of `afnext bench http`, overload, and a long run that must leave nothing behind."""
+
+import ctypes
+import gc
+import json
+import os
+import random
+import threading
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import afnext
+from afnext import AfnextError
+from afnext.bench.core.record import read
+from afnext.bench.model import serving_http
+from afnext.bench.model.http_clients import Load
+from afnext.bench.model.serving_http import beside_direct, run_http
+
+from .conftest import SCENE, Running, running
+from .test_disconnects import descriptors, forget_everything, leave, settled
+
+
+def test_the_loader_records_what_it_sees(service: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service.server, "settings", replace(service.server.settings, max_requests=2))
+    monkeypatch.setattr(serving_http, "_UPLOAD_BYTES", 1 << 20)
+    monkeypatch.setattr(serving_http, "_TRIAL", 1)
+    out, files = tmp_path / "results.jsonl", service.openai().files.list().data
+    records = run_http(out, url=service.url, model="afnext-tiny", clients=[1, 2], seconds=0.0)
+    assert [record.name for record in records] == ["load", "load", "uploads", "overload"]
+    for record in records[:2]:
+        assert record.values["requests"] == record.case["clients"]
+        assert record.values["tokens_per_s"] > 0
+        assert 0 < record.values["first_token_p50_s"] <= record.values["first_token_p99_s"]
+    uploads, overload = records[2].values, records[3].values
+    assert uploads["uploaded_bytes_per_s"] > 0
+    assert uploads["loop_lag_p50_at_most_s"] <= uploads["loop_lag_p99_at_most_s"]
+    assert 0 < uploads["health_p50_s"] <= uploads["health_p99_s"]
+    assert records[3].case["clients"] == 6
+    assert overload["refused"] > 0 < overload["answered"]
+    assert [record.key for record in read(out)] == [record.key for record in records]
+    assert service.openai().files.list().data == files
+
+
+def test_questions_that_the_server_refuses_are_not_compared() -> None:
+    alone = Load(answers={1: "a", 2: "b", 3: "c", 4: "d"}, seconds=8.0)
+    served = Load(answers={1: "a", 2: "x"}, refused=2, seconds=6.0)
+    assert beside_direct(served, alone) == {"over_direct": 1.5, "same_answers": 0.5}
+    assert beside_direct(Load(refused=4, seconds=1.0), alone) == {}
+
+
+@pytest.mark.slow
+def test_the_loader_compares_with_the_model_alone(tmp_path: Path) -> None:
+    records = run_http(tmp_path / "r", url=None, model="afnext-tiny", clients=[1, 4], seconds=1.0)
+    loads = [record for record in records if record.name == "load"]
+    assert [record.subject for record in loads] == ["direct afnext-tiny", "HTTP afnext-tiny"] * 2
+    for direct, served in zip(loads[::2], loads[1::2], strict=True):
+        assert served.values["requests"] == direct.values["requests"]
+        assert served.values["same_answers"] == 1.0
+        assert served.values["over_direct"] > 0
+
+
+def test_the_loader_names_a_server_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(AfnextError, match="afnext serve"):
+        run_http(tmp_path / "r", url="http://127.0.0.1:9", model="x", clients=[1], seconds=0.0)
+
+
+def test_overload_is_refused_before_anything_is_decoded(service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def decode(*_: object, **__: object) -> None:
+        raise AssertionError("it was decoded")
+
+    monkeypatch.setattr(service.server.pool, "decode", decode)
+    monkeypatch.setattr(service.server, "_admitted", 10_000)
+    with service.http() as client:
+        chat = client.post("/v1/chat/completions", json={"messages": []})
+        form = client.post("/v1/audio/transcriptions", files={"file": SCENE.read_bytes()})
+        assert client.get("/health").status_code == 200
+        metrics = client.get("/metrics").text
+    for response in (chat, form):
+        assert response.status_code == 429
+        assert response.json()["error"]["code"] == "server_overloaded"
+        assert 1 <= int(response.headers["retry-after"]) <= 120
+    assert 'afnext_rejected_total{reason="server_overloaded"}' in metrics
+
+
+def resident() -> int:
+    """Bytes of memory of this process, without what the C library keeps for later."""
+    with suppress(AttributeError):  # glibc's
+        ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_a_long_run_leaves_nothing_behind() -> None:
+    """AFNEXT_SOAK_SECONDS of mixed requests and clients that leave, half an hour by default."""
+    seconds = float(os.environ.get("AFNEXT_SOAK_SECONDS", "1800"))
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    caches = {"prefix_cache_bytes": 32 << 20, "encoder_cache_bytes": 32 << 20}  # full after the first part
+    with running(lambda: afnext.load("afnext-tiny", **caches)) as service:
+
+        def load(until: float, chance: random.Random) -> None:
+            while time.monotonic() < until:
+                leave(service, chance)
+
+        def tidied() -> tuple[int, int]:
+            now = settled(service)
+            assert not any(now.values()), now
+            forget_everything(service)
+            service.model.engine.release_memory()
+            gc.collect()
+            return resident(), descriptors()
+
+        measured = []
+        for part in range(5):
+            until = time.monotonic() + seconds / 5
+            clients = [
+                threading.Thread(target=load, args=(until, random.Random(f"{seed} {part} {i}"))) for i in range(4)
+            ]
+            for client in clients:
+                client.start()
+            for client in clients:
+                client.join()
+            measured.append(tidied())
+            print(json.dumps({"part": part, "bytes": measured[-1][0], "descriptors": measured[-1][1]}))
+    memory = [size for size, _ in measured]
+    assert memory[-1] <= 1.05 * max(memory[1:3])  # caches fill in the first part
+    assert measured[-1][1] <= measured[1][1] + 8

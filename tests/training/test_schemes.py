@@ -1,0 +1,26 @@
+"""The table of schemes, and the recordings that calibration hears."""
+
+from pathlib import Path
+
+from afnext.runtime.app.calibration import read_examples
+from training.evaluate import Row
+from training.schemes import table, write_calibration_set
+from training.voices import VoiceBank
+
+
+def test_the_table_has_a_line_a_scheme() -> None:
+    def rows(rate: float, f1: float) -> list[Row]:
+        words = Row("words, clean", 4, {"word error rate": rate}, stopped=4)
+        return [words, Row("words with times", 4, {"F1": f1, "90th percentile, s": 0.1}, stopped=3)]
+
+    text = table({"dense": rows(0.125, 0.9), "int8": rows(0.25, 0.8)})
+    lines = text.splitlines()
+    assert lines[0] == "| scheme | words, clean: word error rate | words with times: F1 | ended by itself |"
+    assert lines[2:] == ["| dense | 12.5 % | 0.900 | 87.5 % |", "| int8 | 25.0 % | 0.800 | 87.5 % |"]
+
+
+def test_calibration_reads_what_is_written_for_it(bank: VoiceBank, tmp_path: Path) -> None:
+    write_calibration_set(bank, tmp_path, 6)
+    examples = read_examples(tmp_path)
+    assert len(examples) == 6
+    assert all(example.question.endswith((".", "?")) and example.answer for example in examples)
