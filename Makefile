@@ -4,10 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+RAY := build/ray-venv
 
 NATIVE := $(wildcard kernels/native/*.cpp kernels/native/*.h) kernels/native/build.py
 
-.PHONY: ask native test test-slow test-gpu sanitize lint llama-cpp clean
+FUZZ_SECONDS ?= 1200
+# Processes that share the tests: one per core, and at most four, since each holds a model.
+TEST_PROCESSES ?= -n auto --maxprocesses 4 --dist worksteal
+
+.PHONY: ask browser native test test-slow test-gpu test-ray sanitize fuzz lint docs llama-cpp clean
 
 ask: native
 	$(BIN)/python -m afnext.bench.ask_demo
@@ -20,10 +25,10 @@ build/native/.built: $(INSTALLED) $(NATIVE)
 	mkdir -p build/native && touch $@
 
 # Threads that wait do not spin: the suite starts many processes, and often shares its cores with others.
-test test-slow test-gpu sanitize: export OMP_WAIT_POLICY = passive
+test test-slow test-gpu test-ray sanitize fuzz: export OMP_WAIT_POLICY = passive
 
 test: native
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(TEST_PROCESSES)
 
 test-slow: native
 	$(BIN)/python -m pytest -m slow
@@ -31,19 +36,56 @@ test-slow: native
 test-gpu: native
 	$(BIN)/python -m pytest -m gpu
 
+# The fleet's tests on a Ray cluster of this machine. Ray has an environment of its own, which adds it to the other one.
+test-ray: native $(RAY)/.installed
+	$(RAY)/bin/python -m pytest -p no:cacheprovider tests/fleet
+
+$(RAY)/.installed: $(INSTALLED)
+	rm -rf $(RAY) && $(PYTHON) -m venv $(RAY)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> "$$($(RAY)/bin/python -c 'import site; print(site.getsitepackages()[0])')/afnext.pth"
+	$(RAY)/bin/pip install -q -c constraints.txt "ray[serve]>=2.60"
+	touch $@
+
 # The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer. Python itself leaks at exit.
 sanitize: $(INSTALLED)
 	$(BIN)/python kernels/native/build.py build/sanitize build/sanitize/objects --sanitize
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 AFNEXT_NATIVE=build/sanitize \
 		$(BIN)/python -m pytest -m "not slow" -k native -p no:cacheprovider tests/kernels
 
-lint: $(INSTALLED)
+# Every module of tests/fuzz in turn, FUZZ_SECONDS in all; what it finds goes to build/fuzz.
+fuzz: native
+	$(BIN)/python tests/fuzz --seconds $(FUZZ_SECONDS)
+
+# What the browser's tests need beside Python packages. Where nobody may install it, they skip and say why.
+browser:
+	@if command -v chromium >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
+	else echo "chromium is not installed, the browser's tests will skip: apt-get install chromium"; fi
+
+# mypy sees the checkout as the packages that it becomes: `afnext` with its floors inside, and `training`.
+TYPES := build/types
+FLOORS := kernels quant runtime bench serve
+
+.PHONY: $(TYPES)
+$(TYPES):
+	rm -rf $(TYPES) && mkdir -p $(TYPES)/afnext
+	ln -s $(addprefix $(CURDIR)/,$(wildcard afnext/*.py) afnext/py.typed $(FLOORS)) $(TYPES)/afnext/
+	ln -s $(CURDIR)/training $(TYPES)/
+
+lint: $(INSTALLED) $(TYPES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/lint build/lib* && $(BIN)/pip install -q --no-deps --target build/lint .
-	cd build/lint && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p afnext
+	$(BIN)/clang-format --dry-run -Werror kernels/native/*.cpp kernels/native/*.h
+	MYPYPATH=$(TYPES) $(BIN)/mypy --cache-dir .mypy_cache -p afnext -p training
 
-# llama.cpp compiled for this machine, ten minutes of a core; docs/benchmarks.md says how the bench is told to use it.
+# The site of README and docs, in build/site. A broken link or reference is an error.
+docs: $(INSTALLED) $(TYPES)
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
+
+# llama.cpp compiled for this machine, ten minutes of a core; docs/benchmarks.md says how to use it.
 # gcc takes _tile_loadconfig to read 8 of its 64 bytes and drops the rest of the configuration unless it escapes.
 llama-cpp: build/llama.cpp/bin/libmtmd.so
 
@@ -65,5 +107,5 @@ clean:
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade-strategy only-if-needed -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e ".[test,bench,lint]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[test,bench,serve,lint]"
 	touch $(INSTALLED)

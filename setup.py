@@ -19,7 +19,16 @@ FLOORS = {
     "afnext.quant": "quant",
     "afnext.runtime": "runtime",
     "afnext.bench": "bench",
+    "afnext.serve": "serve",
 }
+
+
+def packages() -> list[str]:
+    """Every folder of Python files below a floor. `training` and `tests` are no floors and stay out of the wheel."""
+    folders = (path.parent for floor in FLOORS.values() for path in Path(floor).rglob("__init__.py"))
+    names = {".".join(folder.parts) for folder in folders}
+    return ["afnext", *sorted(f"afnext.{name}" for name in names - {"afnext"})]
+
 
 _spec = importlib.util.spec_from_file_location("native_build", NATIVE / "build.py")
 native_build = importlib.util.module_from_spec(_spec)
@@ -36,7 +45,11 @@ class BuildNative(build_ext):
         try:
             native_build.build(folder, Path("build", "native"))
         except native_build.BuildError as error:
-            print(f"the native kernels are not built, the CPU will run on torch: {error}", file=sys.stderr)
+            print(
+                "warning: the native CPU kernels are not built, operations will run on torch instead, int4 weights "
+                f"about 25 times slower: {error}",
+                file=sys.stderr,
+            )
 
     def get_outputs(self):
         if self.inplace:
@@ -57,16 +70,14 @@ class NativeWheel(bdist_wheel):
 
 setup(
     package_dir=FLOORS,
-    packages=[
-        *FLOORS,
-        "afnext.kernels.native",
-        "afnext.runtime.io",
-        "afnext.runtime.model",
-        "afnext.runtime.engine",
-        "afnext.runtime.app",
-        "afnext.bench.tiny",
-    ],
-    package_data={"afnext": ["py.typed"], "afnext.bench": ["data/*"], "afnext.runtime.model": ["afnext_tiny/*"]},
+    packages=packages(),
+    include_package_data=False,  # MANIFEST.in is for the source distribution alone
+    package_data={
+        "afnext": ["py.typed"],
+        "afnext.bench": ["data/*"],
+        "afnext.runtime.model": ["afnext_tiny/*"],
+        "afnext.serve": ["static/*"],
+    },
     exclude_package_data={"afnext.kernels.native": ["*.cpp", "*.h"]},
     # Named so that sources and headers are in the source distribution and wheels are per platform.
     ext_modules=[
