@@ -11,6 +11,8 @@ NATIVE := $(wildcard kernels/native/*.cpp kernels/native/*.h) kernels/native/bui
 FUZZ_SECONDS ?= 1200
 # Processes that share the tests: one per core, and at most four, since each holds a model.
 TEST_PROCESSES ?= -n auto --maxprocesses 4 --dist worksteal
+# CI repeats a failed test, since its machine may stall for seconds; the summary lists each repetition.
+TEST_RERUNS ?= $(if $(CI),--reruns 2)
 
 .PHONY: ask browser native test test-slow test-gpu test-ray sanitize fuzz lint docs llama-cpp clean
 
@@ -28,7 +30,7 @@ build/native/.built: $(INSTALLED) $(NATIVE)
 test test-slow test-gpu test-ray sanitize fuzz: export OMP_WAIT_POLICY = passive
 
 test: native
-	$(BIN)/python -m pytest -m "not slow" $(TEST_PROCESSES)
+	$(BIN)/python -m pytest -m "not slow" $(TEST_PROCESSES) $(TEST_RERUNS)
 
 test-slow: native
 	$(BIN)/python -m pytest -m slow

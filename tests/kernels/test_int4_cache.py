@@ -49,7 +49,7 @@ def read(codes: Tensor, scales: Tensor) -> Tensor:
     return (2 * unpacked - 15) @ hadamard(unpacked.shape[-1]).to(codes.device) * scales.double()[..., None]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     channels=st.sampled_from(HEAD_DIMS),
     seed=st.integers(0, 2**32 - 1),

@@ -26,7 +26,7 @@ def filled_pool(lengths: list[int], page_size: int, order: list[int]) -> tuple[t
     return pool, table
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=60, database=None)
 @given(data=st.data(), page_size=PAGE_SIZES, lengths=LENGTHS)
 def test_written_tokens_are_read_back_in_order(data: st.DataObject, page_size: int, lengths: list[int]) -> None:
     total = sum(-(-length // page_size) for length in lengths) + 2
@@ -40,7 +40,7 @@ def test_written_tokens_are_read_back_in_order(data: st.DataObject, page_size: i
     assert int((pool[..., 0] >= 0).sum()) == sum(lengths), "two tokens share a slot"
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=60, database=None)
 @given(page_size=PAGE_SIZES, first=st.integers(0, 3), length=st.integers(1, 600))
 def test_consecutive_pages_are_read_without_a_copy(page_size: int, first: int, length: int) -> None:
     count = -(-length // page_size)

@@ -146,14 +146,14 @@ def assert_agrees_with_the_reference(
 
 
 @pytest.mark.parametrize("backend", ["torch", *native_backends(module._sample)])
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=150, database=None)
 @given(**FILTERS_WITH_TIES)
 def test_torch_and_native_agree_on_ties_and_banned_tokens(backend: str, **case: Any) -> None:
     assert_agrees_with_the_reference(backend, **case)
 
 
 @pytest.mark.skipif("triton" not in SAMPLERS, reason="Triton is not installed")
-@settings(max_examples=20, deadline=None, database=None)
+@settings(max_examples=20, database=None)
 @given(**FILTERS_WITH_TIES)
 def test_triton_agrees_on_ties_and_banned_tokens(**case: Any) -> None:
     assert_agrees_with_the_reference("triton", **case)

@@ -28,7 +28,7 @@ def random_tensor(shape: list[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.randint(0, 100, shape).to(dtype)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     kinds=st.lists(
         st.tuples(st.lists(st.integers(1, 5), max_size=3), st.sampled_from(DTYPES)), min_size=1, max_size=12

@@ -14,7 +14,7 @@ def test_the_even_input_has_the_low_bits() -> None:
     assert torch.equal(unpack_int4(pack_int4(codes)), codes)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     out=st.integers(1, 5),
     groups=st.integers(1, 4),
@@ -116,7 +116,7 @@ def squared_error(weight: torch.Tensor, packed: tuple[torch.Tensor, ...], import
     return float((error if importance is None else error * importance.double()).sum())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     out=st.integers(1, 5),
     groups=st.integers(1, 3),

@@ -9,7 +9,7 @@ from afnext.kernels.linear_w8a8 import linear_w8a8
 from afnext.quant.int8 import dequantize_int8, quantize_int8
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     out=st.integers(1, 9),
     inner=st.integers(1, 70),

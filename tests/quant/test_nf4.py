@@ -27,7 +27,7 @@ def test_bits_and_numbers_are_those_of_bitsandbytes(dtype: torch.dtype, size: fl
     )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     out=st.integers(1, 6),
     blocks=st.integers(1, 4),

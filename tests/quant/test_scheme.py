@@ -58,7 +58,7 @@ def test_unknown_schemes_are_refused_by_name(spelling: str) -> None:
         parse_scheme(spelling)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     spelling=st.sampled_from(SPELLINGS),
     out=st.integers(1, 40),

@@ -100,7 +100,7 @@ def edit_distance(a: list[str], b: list[str]) -> int:
 WORDS = st.lists(st.sampled_from(["yes", "no", "maybe", "so"]), max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(WORDS, WORDS)
 def test_word_errors_are_the_edit_distance(reference: list[str], hypothesis: list[str]) -> None:
     errors = word_errors(" ".join(reference), " ".join(hypothesis))
@@ -123,7 +123,7 @@ def test_normalisation(text: str, words: str) -> None:
     assert normalise(text) == words
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.text(max_size=30))
 def test_normalising_twice_changes_nothing(text: str) -> None:
     assert normalise(normalise(text)) == normalise(text)
@@ -226,7 +226,7 @@ FORMS = (
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.lists(st.from_regex(r"[a-z]{2,7}( [a-z]{2,7}){0,2}", fullmatch=True), min_size=2, max_size=8, unique=True),
     st.data(),

@@ -202,7 +202,6 @@ def test_a_task_is_asked_and_what_no_recording_can_be_asked_is_refused(
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=()), min_size=1, max_size=8)
 
 
-@settings(deadline=None)
 @given(st.lists(NAMES, max_size=12), st.randoms())
 def test_ids_depend_on_nothing_but_the_item(names: list[str], random: Any) -> None:
     items = plan_files(names, ASK, MODEL)
@@ -225,14 +224,13 @@ PLAIN: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(PLAIN, PLAIN)
 def test_equal_ids_mean_equal_values(one: Any, two: Any) -> None:
     same = json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
     assert (item_id(value=one) == item_id(value=two)) == same
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.data())
 def test_any_cut_of_a_file_is_taken_up(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.mktemp("rows") / "out.jsonl"
@@ -384,7 +382,6 @@ def test_requests_are_answered_as_openai_does(
     assert ran(model, plan_requests(batch, MODEL), out)["items"] == 2  # "named", and the one that repeats its custom_id
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=60) | PLAIN.map(lambda v: json.dumps(v).encode()))
 def test_any_line_is_an_item(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.mktemp("requests") / "requests.jsonl"

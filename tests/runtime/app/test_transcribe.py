@@ -144,7 +144,6 @@ def test_cancelling_ends_after_the_window(model: afnext.Model, clip: Path) -> No
     assert any("cancelled" in warning for warning in transcript.warnings)
 
 
-@settings(deadline=None)
 @given(st.floats(0.1, 20_000), st.floats(20, 1800), st.floats(0, 0.5))
 def test_windows_cover_everything_and_share_the_overlap(duration: float, window: float, share: float) -> None:
     overlap = share * window
@@ -204,7 +203,7 @@ def test_a_stream_checks_its_options_before_it_starts(model: afnext.Model, clip:
         model.stream_transcribe(clip, **problem)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_pieces_of_a_stream_joined_are_the_whole(data: st.DataObject) -> None:
     """For any segments of any windows, in every format."""

@@ -51,7 +51,7 @@ def part(plan: MemoryPlan, name: str) -> int:
     return next(part.nbytes for part in plan.parts if part.name == name)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(plans())
 def test_weights_and_pages_are_what_is_allocated(plan: MemoryPlan) -> None:
     plan = replace(plan, release_encoder=False, audio_seconds=min(plan.audio_seconds, 60))
@@ -88,7 +88,7 @@ def test_packed_weights_are_what_loading_allocates(scheme: str, tmp_path: Path) 
     assert bool(packed) == (scheme != "dense")
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(plans(), st.data())
 def test_the_workspace_is_an_upper_bound_and_no_wild_one(plan: MemoryPlan, data: st.DataObject) -> None:
     plan = replace(plan, gpu=False, audio_seconds=data.draw(st.sampled_from([30, 61, 240])))
@@ -121,7 +121,7 @@ def test_the_workspace_is_an_upper_bound_and_no_wild_one(plan: MemoryPlan, data:
     assert part(plan, "workspace") == max(planned.values())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans(), st.floats(0, 600), st.integers(0, 1000))
 def test_more_work_never_takes_less_memory(plan: MemoryPlan, seconds: float, more: int) -> None:
     longer = replace(plan, audio_seconds=max(plan.audio_seconds, seconds))
@@ -133,7 +133,7 @@ def test_more_work_never_takes_less_memory(plan: MemoryPlan, seconds: float, mor
     assert replace(plan, memory=plan.memory + more).spare == plan.spare + more
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans())
 def test_the_longest_audio_fits_and_a_second_more_does_not(plan: MemoryPlan) -> None:
     longest = plan.longest_audio()
@@ -151,7 +151,7 @@ def test_the_longest_audio_fits_and_a_second_more_does_not(plan: MemoryPlan) -> 
     assert largest.kv_room >= largest.tokens
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans(st.just(FULL)))
 def test_advice_works_and_asks_for_nothing_needless(plan: MemoryPlan) -> None:
     remedy = plan.remedy()

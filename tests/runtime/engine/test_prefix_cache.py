@@ -27,7 +27,7 @@ def run(engine: Engine, requests: list[Request]) -> list[SequenceState]:
     return sequences
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(1, 9), st.data())
 def test_keys_differ_from_the_first_difference_on(ids: list[int], page_size: int, data: st.DataObject) -> None:
     keys = PageKeys((), page_size).of(ids)
@@ -61,7 +61,7 @@ def test_keys_differ_where_the_audio_does(change: str, seed: int) -> None:
     assert not set(changed[same:]) & set(keys)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=5), st.booleans()), max_size=25))
 def test_the_cache_holds_whole_beginnings_and_the_latest_longest(uses: list[tuple[list[int], bool]]) -> None:
     """Prompts as paths in a tree: a page is never held without those before it, and the last one used is there."""

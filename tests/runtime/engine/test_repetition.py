@@ -42,7 +42,7 @@ def by_definition(tokens: list[int]) -> Repetition | None:
     return None
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.lists(st.integers(0, 3), max_size=20),
     st.lists(st.integers(0, 3), min_size=1, max_size=9),

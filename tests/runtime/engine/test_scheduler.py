@@ -59,7 +59,7 @@ def assert_nothing_is_held(engine: Engine) -> None:
     assert engine.cache.pool.end == 0
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     arrivals=st.lists(
         st.tuples(st.integers(0, 12), st.sampled_from(sorted(KINDS)), st.integers(-1, 1)), min_size=1, max_size=6

@@ -63,7 +63,7 @@ def test_stop_tokens_within_a_draft_end_the_answer(network: AudioFlamingo, seed:
     assert sequence.finish_reason == "stop"
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 7))
 def test_a_draft_is_what_followed_the_same_end_before(tokens: list[int], count: int) -> None:
     draft = Drafter(tokens).draft(count)

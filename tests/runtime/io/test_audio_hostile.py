@@ -272,9 +272,7 @@ SEEDS = {
     "aiff": encoded("AIFF"),
     "mp4": mp4(20, 1024, b"mp4a"),
 }
-relaxed = settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+relaxed = settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 def check_harmless(data: bytes) -> None:

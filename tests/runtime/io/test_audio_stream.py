@@ -21,7 +21,7 @@ def noise(seconds: float, rate: int, seed: int = 0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(round(seconds * rate)) * 0.1).astype(np.float32)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     rate=st.sampled_from(RATES),
     seconds=st.floats(0.05, 65),

@@ -38,7 +38,7 @@ def whole(pieces: Iterator[tuple[np.ndarray, int]]) -> tuple[np.ndarray, set[int
     return np.concatenate([part for part, _ in parts]), {rate for _, rate in parts}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 2**32),
     st.sampled_from([("s16le", "int16"), ("s32le", "int32"), ("f32le", "float32"), ("u8", "uint8")]),

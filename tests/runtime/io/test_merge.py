@@ -78,7 +78,7 @@ def test_windows_side_by_side_are_put_in_a_row() -> None:
     assert merge([Heard(0, 5, (a, b))]) == [a, b]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32), st.sampled_from([12.0, 20.0, 60.0]), st.booleans(), st.sampled_from(list(LETTERS)))
 def test_perfect_hearing_of_overlapping_windows_is_the_truth(
     seed: int, window: float, jittered: bool, script: str
@@ -93,7 +93,7 @@ def test_perfect_hearing_of_overlapping_windows_is_the_truth(
         assert abs(found.end - true.end) <= 0.11
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32), st.sampled_from(["Latin", "Chinese"]), st.integers(1, 3))
 def test_what_has_been_given_out_is_never_changed_by_later_windows(seed: int, script: str, speakers: int) -> None:
     """After each window, whatever follows it: here the true rest, silence, or another conversation."""
@@ -170,7 +170,7 @@ def test_speakers_keep_their_names_across_windows() -> None:
     ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.tuples(st.floats(0, 30), st.floats(0, 10), st.sampled_from(["a", "a b", "b c", "", "?"]), st.integers(0, 3)),

@@ -67,7 +67,7 @@ def test_missing_pages_are_silence(name):
     np.testing.assert_allclose(audio.samples[-8000:], whole.samples[: len(audio.samples)][-8000:], atol=1e-3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from(sorted(FILES)), st.floats(0.4, 0.995))
 def test_a_cut_stream_keeps_every_whole_packet(name, kept):
     data = FILES[name]

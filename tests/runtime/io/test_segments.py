@@ -208,7 +208,7 @@ PIECES = ("[", "]", "(", ")", "**", ":", ",", "-", "-->", "1\n", "\n", " ", "\u2
 MARKERISH = st.sampled_from([*PIECES, "1:02:03.5", "[00:05]", "[00:05-00:07]", "[Speaker_2]", "Speaker 1:", "[99:99]"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(MARKERISH | WORD | st.text(max_size=4), max_size=30).map("".join), st.floats(0.01, 90_000))
 def test_whatever_the_model_writes(text: str, duration: float) -> None:
     segments, problems = parse_segments(text, duration)
@@ -222,7 +222,7 @@ def test_whatever_the_model_writes(text: str, duration: float) -> None:
     assert any(not segment.start_stated for segment in segments) == any("no time of their own" in p for p in problems)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.lists(WORD, min_size=1, max_size=5), max_size=12),
     st.sampled_from(["[{}] {}", "[{}] [Speaker 1] {}", "({}) {}", "[Speaker 3] [{}] {}"]),
@@ -290,7 +290,7 @@ def rendered(draw: st.DrawFn) -> tuple[str, list[tuple[float, float | None, str 
     return draw(st.sampled_from(["\n", "\n\n", " "])).join(lines), truth
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(rendered())
 def test_a_layout_is_read_back_or_all_words_are_kept_with_a_warning(
     conversation: tuple[str, list[tuple[float, float | None, str | None, str]]],
@@ -305,7 +305,7 @@ def test_a_layout_is_read_back_or_all_words_are_kept_with_a_warning(
         assert found == truth
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(WORD | MARKERISH, max_size=20))
 def test_words_of_broken_transcripts_all_come_back(pieces: list[str]) -> None:
     text = " ".join(pieces)

@@ -41,7 +41,7 @@ def milliseconds(segment: Segment) -> tuple[int, int]:
     return start, max(start + 1, round(segment.end * 1000))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(segment_lists())
 def test_srt_reads_back(segments: list[Segment]) -> None:
     cues = list(srt.parse(to_srt(segments)))
@@ -53,7 +53,7 @@ def test_srt_reads_back(segments: list[Segment]) -> None:
         assert cue.content == label + segment.text
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(segment_lists())
 def test_vtt_reads_back(segments: list[Segment]) -> None:
     cues = webvtt.from_buffer(io.StringIO(to_vtt(segments))).captions

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.tokenizers import (
     AF3_ORDER,
@@ -84,7 +84,6 @@ def test_bytes_of_symbols_are_the_librarys_alphabet():
     assert BYTE_OF_SYMBOL.keys() == set(library.alphabet())
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_plain_text_encodes_like_the_library_and_comes_back_normalized(text):
     ids = TOKENIZER.encode(text)
@@ -95,7 +94,6 @@ def test_plain_text_encodes_like_the_library_and_comes_back_normalized(text):
 mixed_texts = st.lists(st.one_of(st.sampled_from(AFNEXT_ORDER), st.text(max_size=5))).map("".join)
 
 
-@settings(deadline=None)
 @given(mixed_texts)
 def test_spellings_of_added_tokens_are_text_unless_allowed(text):
     ids = TOKENIZER.encode(text)
@@ -109,7 +107,6 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
     return "".join([decoder.push(token_id) for token_id in ids] + [decoder.finish()])
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size + 5)))
 def test_any_ids_decode_like_the_library_whole_and_streamed(ids):
     assert TOKENIZER.decode(ids) == BACKEND.decode(ids) == streamed(TOKENIZER, ids)

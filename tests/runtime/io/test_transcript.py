@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from afnext.runtime.io.transcript import ThinkingSplitter, split_thinking
@@ -71,7 +71,6 @@ fragments = st.sampled_from(
 texts = st.lists(st.one_of(fragments, st.text(max_size=3)), max_size=12).map("".join)
 
 
-@settings(deadline=None)
 @given(texts, st.booleans(), st.data())
 @example("  <think> a </think> b ", False, None)
 def test_streams_in_any_pieces_give_the_whole_cut(text, opened, data):

@@ -381,7 +381,7 @@ def test_single_file_beside_an_index(saved: Saved, tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damage_is_refused_or_harmless(data: st.DataObject, saved: Saved, tmp_path: Path) -> None:
     content = bytearray((saved.folder / "model.safetensors").read_bytes())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afnext.runtime.errors import ConfigError
@@ -482,7 +482,7 @@ KEYS = [
 ]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(st.lists(st.tuples(st.sampled_from(KEYS), JSON), min_size=1, max_size=4))
 def test_any_json_value_is_understood_or_refused(changes: list[tuple[str, Any]]) -> None:
     config = small_config()
@@ -499,7 +499,7 @@ def test_any_json_value_is_understood_or_refused(changes: list[tuple[str, Any]])
     assert understood.encoder.head_dim * understood.encoder.heads == understood.encoder.hidden_size <= 1 << 16
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(JSON, JSON, JSON)
 def test_any_json_document_is_refused(config: Any, processor: Any, generation: Any) -> None:
     with pytest.raises(ConfigError):

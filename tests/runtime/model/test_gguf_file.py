@@ -159,7 +159,7 @@ def test_lying_files_are_refused(message: str) -> None:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_mutated_files_are_read_or_refused(data: st.DataObject) -> None:
     content = bytearray(VALID)
     for _ in range(data.draw(st.integers(1, 4))):

@@ -136,7 +136,7 @@ def is_sound(header: dict[str, StoredTensor], size: int) -> bool:
     return inside and all(first[1] == second[0] for first, second in pairwise(spans))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=6), st.integers(0, 40)
 )
@@ -162,7 +162,7 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.dictionaries(st.text(max_size=3), ENTRIES, max_size=3), st.integers(0, 48))
 def test_forged_headers_are_sound_or_refused(header: dict[str, Any], size: int) -> None:
     data = pack(header, bytes(size))

@@ -45,7 +45,7 @@ def inline(data: bytes) -> dict[str, Any]:
     return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": "wav"}}
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.binary(min_size=1, max_size=5000), st.integers(1, 6000))
 def test_a_recording_has_one_route_however_it_comes(data: bytes, piece: int) -> None:
     expected = raw_route(data)
@@ -110,7 +110,6 @@ def test_a_form_that_makes_no_sense_has_no_route(kind: str) -> None:
     assert finder.route("key") is None
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_any_bytes_are_fed_to_a_form(data: bytes) -> None:
     finder = FormFinder("multipart/form-data; boundary=x")

@@ -1,7 +1,7 @@
 """The order of the replicas for each route."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from afnext.serve.context_store import new_id
@@ -12,7 +12,6 @@ REPLICAS = st.lists(st.integers(0, 999).map("replica{}".format), min_size=1, max
 KEYS = st.sampled_from(["", "me", "you"])
 
 
-@settings(deadline=None)
 @given(ROUTES, REPLICAS, st.randoms())
 def test_the_order_holds_all_replicas_and_does_not_depend_on_theirs(route, replicas, random) -> None:
     order = preference(route, replicas)
@@ -21,7 +20,6 @@ def test_the_order_holds_all_replicas_and_does_not_depend_on_theirs(route, repli
     assert candidates(route, replicas) == order[:3]
 
 
-@settings(deadline=None)
 @given(ROUTES, REPLICAS, st.data())
 def test_a_replica_that_comes_or_goes_leaves_the_others_in_their_order(route, replicas, data) -> None:
     """So only what is at home on it moves, and it moves to the replica that took its overflow."""
@@ -40,7 +38,6 @@ def test_routes_are_spread_evenly(seed: int) -> None:
     assert after_first == set(replicas[1:])
 
 
-@settings(deadline=None)
 @given(ROUTES)
 def test_ids_carry_the_route(route: str) -> None:
     assert route_in(new_id(route)) == route
@@ -55,7 +52,6 @@ def test_other_ids_carry_none(identifier: str) -> None:
     assert route_in(new_id()) is None
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=40), KEYS, KEYS)
 def test_a_route_belongs_to_a_recording_and_a_key(digest: bytes, one: str, two: str) -> None:
     assert route_of(digest, one) == route_of(digest, one)
