@@ -390,8 +390,10 @@ def _sample_native(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tenso
 
 @_penalize.implementation("torch")
 def _penalize_torch(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    penalty = penalty[:, None]
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    out, (rows, tokens) = logits.clone(), seen.nonzero(as_tuple=True)
+    chosen, penalties = logits[rows, tokens], penalty[rows]
+    out[rows, tokens] = torch.where(chosen > 0, chosen / penalties, chosen * penalties)
+    return out
 
 
 @_greedy.implementation("torch")

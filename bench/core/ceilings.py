@@ -69,8 +69,11 @@ def _measured(device: torch.device, _threads: int, quick: bool) -> Ceilings:
     size = 1 << 20 if quick else uncached_bytes(device)
     side = 128 if quick else (8192 if device.type == "cuda" else 3072)
     copy, read = _bandwidths(device, size)
-    rates = {name: _product_rate(device, name, side) for name in _dtypes(device)}
-    return Ceilings(copy, read, {name: rate for name, rate in rates.items() if rate is not None})
+    measured = {name: _product_rate(device, name, side) for name in _dtypes(device)}
+    rates = {name: rate for name, rate in measured.items() if rate is not None}
+    # A CPU without instructions for a dtype can still widen it to float32, which torch's own products may not do.
+    least = rates.get("float32", 0.0) if device.type == "cpu" else 0.0
+    return Ceilings(copy, read, {name: max(rate, least) for name, rate in rates.items()})
 
 
 def _bandwidths(device: torch.device, size: int) -> tuple[float, float]:
