@@ -9,7 +9,7 @@ __all__ = ["backend"]
 
 
 def __getattr__(name: str) -> Any:
-    # Deferred, because it imports torch: the command line's help and its errors need none.
+    # Deferred, because it imports torch, which the command line's help and errors do not need.
     if name != "backend":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .dispatch import backend

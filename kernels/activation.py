@@ -3,9 +3,9 @@
     gelu(x)          = x / 2 * (1 + erf(x / sqrt(2)))
     swiglu(gate, up) = gate / (1 + exp(-gate)) * up
 
-Memory-bound: gelu reads and writes each element once, swiglu reads two and writes one; so do the Triton and the native
-kernels, with some 30 operations an element in float32. A bias before GELU belongs to the product that comes before it,
-whose library adds it for nothing; where none does, `conv_stem` fuses the two.
+Memory-bound: gelu reads and writes each element once; swiglu reads two elements and writes one. The Triton and the
+native kernels do the same, with some 30 FLOPs per element in float32. A bias before GELU belongs to the preceding
+product, whose library adds it at no cost; where no library does, `conv_stem` fuses the two.
 Source: Hendrycks & Gimpel 2016 (GELU); Shazeer 2020, "GLU Variants Improve Transformer" (SwiGLU).
 """
 
@@ -20,7 +20,7 @@ from .row_groups import any_rows
 from .strides import strided_rows
 from .triton_language import tl, triton
 
-_BLOCK = 1024  # elements a program: 16 bytes of bf16 a thread with 4 warps, on every GPU
+_BLOCK = 1024  # elements per program: 16 bytes of bf16 per thread with 4 warps, on every GPU
 
 
 def gelu_reference(x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def _swiglu_kernel(gate, up, out, gate_row, up_row, columns, BLOCK: tl.constexpr
     inside = column < columns
     gates = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
     ups = tl.load(up + row * up_row + column, mask=inside, other=0.0).to(tl.float32)
-    values = tl.div_rn(gates, 1.0 + tl.exp(-gates)) * ups  # the quick division is too coarse for float32
+    values = tl.div_rn(gates, 1.0 + tl.exp(-gates)) * ups  # the approximate division is too coarse for float32
     tl.store(out + row * columns + column, values.to(out.dtype.element_ty), mask=inside)
 
 
@@ -100,7 +100,7 @@ def _swiglu_native(gate: Tensor, up: Tensor) -> Tensor:
 
 @_gelu.implementation("torch")
 def _gelu_torch(x: Tensor) -> Tensor:
-    if x.dtype == torch.float32 and on_cpu(x):  # with AVX2, F.gelu is off by more than its rounding near zero
+    if x.dtype == torch.float32 and on_cpu(x):  # with AVX2, the error of F.gelu near zero exceeds rounding
         return torch.erf(x * 0.5**0.5).add_(1).mul_(x).mul_(0.5)
     return F.gelu(x)
 
@@ -111,13 +111,13 @@ def _swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Exact GELU of x, elementwise; any shape and floating dtype, returned alike."""
+    """Exact GELU of x, elementwise; any shape and floating dtype. Returns a tensor like x."""
     check_tensors(x, FLOATING, x=x)
     return _gelu.on(x.device)(x)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise. gate, up: same shape and dtype, returned alike. Raises ValueError otherwise."""
+    """silu(gate) * up, elementwise. gate, up: same shape and dtype, as is the result. Raises ValueError otherwise."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
             f"swiglu takes two tensors alike, got {gate.dtype} {tuple(gate.shape)} and {up.dtype} {tuple(up.shape)}"

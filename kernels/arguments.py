@@ -14,8 +14,8 @@ INT64 = frozenset({torch.int64})
 def check_tensors(x: Tensor, dtypes: Collection[torch.dtype], /, **tensors: Tensor | None) -> None:
     """Raise ValueError, naming the tensor, unless each one is on the device of x and has one of `dtypes`.
 
-    None stands for an argument that is not given. The Triton kernels would read a tensor of another device or dtype as
-    it comes.
+    None stands for an argument that is not given. A Triton kernel would misread a tensor of another device or dtype
+    without an error.
     """
     device = x.device
     for name, tensor in tensors.items():

@@ -3,23 +3,24 @@
     out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]          over the keys j that query i may see
 
 Without `causal` a query sees the first key_lengths[b] keys of its sequence. With `causal` the queries are the LAST
-ones of their sequence: of key_lengths[b] keys, query i of n sees those up to key_lengths[b] - n + i. Query head h reads
-KV head h // (heads / kv_heads) (GQA). Keys and values are dense, [batch, keys, kv_heads, head_dim], or paged
-(`page_table` given, see `pages.py`), there also in int8 with a scale for each token and head (`kv_write.py`), or in
-int4 (`int4_cache.py`), which has a Triton kernel of its own (`attention_int4.py`).
-`rotation` turns the queries on the way in; keys in a cache are already turned, dense keys are turned by `key_rotation`.
-So RoPE, the report's RoTE (positions -2 pi * seconds, interleaved pairs) and no rotation are one operation.
+tokens of their sequence: query i of n sees the keys up to index key_lengths[b] - n + i. Query head h reads KV head h //
+(heads / kv_heads) (GQA). Keys and values are dense, [batch, keys, kv_heads, head_dim], or paged (`page_table` given,
+see `pages.py`). Paged ones may be int8 with a scale for each token and head (`kv_write.py`), or int4 (`int4_cache.py`),
+which has its own Triton kernel (`attention_int4.py`).
+`rotation` rotates the queries as they are loaded. Keys in a cache are already rotated; `key_rotation` rotates dense
+keys. So this operation serves RoPE, the report's RoTE (positions -2 pi * seconds, interleaved pairs) and no rotation.
 
-Operations: 4 * head_dim per visible pair of query and key and head, half of them in each product; they limit both uses
-on a GPU. Bytes: q and out once, k and v at least once.
+FLOPs: 4 * head_dim per head and visible pair of query and key, half of them in each product; they limit both uses on a
+GPU. Bytes: q and out once, k and v at least once.
 
-The Triton kernel makes one pass (flash attention). A program has a tile of rows, each one query of one head; the heads
-of a KV head are neighbouring rows, so that they share its keys and values. It walks over the visible keys a tile at a
-time with a running maximum and sum, in float32 and in base 2, and forms no tile that no row sees; only tiles that some
-rows see are masked. sm_90 and sm_100 fetch the tiles by themselves (tensor descriptors, TMA), others through pointers.
-So it moves k and v once for each 128 rows (18 queries of a group of 7), mostly from the L2 cache: 128 operations for
-each byte. At full size a window's head is 12 tiles in the encoder, and 1024 tokens of prefill are 56 tiles for each KV
-head. The native kernel (`native/attention.py`) has the same plan, with up to 1024 rows that share keys and values.
+The Triton kernel makes one pass (flash attention). A program has a tile of rows, each one query of one head; the query
+heads of a KV head are neighbouring rows, so they share its keys and values. The program iterates over the visible keys
+a tile at a time with a running maximum and sum, in float32 and in base 2. It skips tiles that no row sees, and masks
+only tiles that some rows see and others do not. sm_90 and sm_100 load the tiles by TMA (tensor descriptors), other
+chips through pointers. So the kernel loads k and v once for each 128 rows (18 queries of a group of 7), mostly from the
+L2 cache: 128 FLOPs for each byte. At full size one head of a window is 12 tiles in the encoder, and 1024 tokens of
+prefill are 56 tiles for each KV head. The native kernel (`native/attention.py`) works alike, with up to 1024 rows that
+share keys and values.
 Source: Vaswani et al. 2017; Milakov and Gimelshein 2018 (online softmax); Dao 2023 (FlashAttention-2); Ainslie et al.
 2023 (GQA); Goel et al. 2024, arXiv:2410.12109 (RoTE in attention).
 """
@@ -127,7 +128,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Causal tiles have more keys the later their queries: the longest go first, so that the last to finish are short.
+    # The later a causal tile's queries, the more keys it has. The longest tiles start first, so that short ones finish
+    # last.
     tile = tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
     kv_head, kv_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -143,7 +145,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     tokens = (batch * queries + query)[:, None]
     rows = _load_queries(q, cos, sin, q_rows, tokens, mask, PAIRS, HALF, BLOCK_D)
 
-    # Keys before `whole` are seen by every row of the tile; keys from `end` on by none.
+    # Every row of the tile sees the keys before `whole`; no row sees keys from `end` on.
     last = tl.full((BLOCK_M,), length - 1, tl.int32)
     whole, end = length, length
     if CAUSAL:
@@ -152,14 +154,14 @@ def _kernel(  # type: ignore[no-untyped-def]
         end = tl.minimum(length - queries + (tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1, length)
     whole = tl.maximum(whole, 0) // BLOCK_N * BLOCK_N
 
-    # The lowest finite number rather than -inf: a row that has seen no key yet then forms no inf - inf.
+    # The lowest finite number rather than -inf, so that a row that has seen no key yet does not compute inf - inf.
     row_max = tl.full((BLOCK_M,), -3.4028234663852886e38, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     scale *= 1.4426950408889634  # log2(e): exponentials are of base 2
     if page_table is not None:
         page_table += batch * table_row
-    AHEAD: tl.constexpr = PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0  # a tile is of one page, looked up a tile before
+    AHEAD: tl.constexpr = PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0  # a tile lies in one page, looked up a tile before
     for masked in tl.static_range(2):
         first_token = whole if masked else 0
         next_page = page_of(page_table, first_token, length, PAGE_SIZE) if AHEAD else batch
@@ -179,7 +181,7 @@ def _kernel(  # type: ignore[no-untyped-def]
                 k_tile = k_tiles.load(corner).reshape(BLOCK_N, BLOCK_D)
                 v_tile = v_tiles.load(corner).reshape(BLOCK_N, BLOCK_D)
                 if masked and v_scales is None:
-                    # What lies behind the last token may be NaN, which a weight of 0 would not take away.
+                    # Memory past the last token may hold NaN, and 0 * NaN is NaN.
                     v_tile = tl.where(exists[:, None], v_tile, 0.0)
             else:
                 k_at = k + (page * k_page + slot.to(tl.int64) * k_slot)[:, None] + channels
@@ -197,7 +199,7 @@ def _kernel(  # type: ignore[no-untyped-def]
                 scores = tl.where((token[None, :] <= last[:, None]) & exists[None, :], scores, -float("inf"))
             weights, decay, row_max, row_sum = weigh(scores, row_max, row_sum)
             if v_scales is not None:
-                # Times 127, the largest stored magnitude: weights as small as a scale would leave float16's range.
+                # Times 127, the largest stored magnitude: weights as small as a scale would underflow in float16.
                 weights *= tl.load(v_scales + scale_at, mask=exists, other=0.0)[None, :] * 127
             weights = weights.to(rows.dtype)
             acc = tl.dot(weights, v_tile.to(rows.dtype), acc * decay[:, None], input_precision="ieee")
@@ -208,9 +210,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     tl.store(out + out_rows + channels, acc.to(out.dtype.element_ty), mask=mask)
 
 
-# By the width of a head. Up to sm_89 and on sm_120 the operands of a product are in registers, which for wide heads
-# leaves room for 32 keys; sm_90 and sm_100 have them in shared memory. With pages, the first of the three stages looks
-# the page up.
+# By head_dim. Up to sm_89 and on sm_120 the operands of a product are in registers, which for wide heads leaves room
+# for 32 keys; sm_90 and sm_100 have them in shared memory. With pages, the first of the three stages looks up the page.
 _CANDIDATES = [
     Config({"BLOCK_M": rows, "BLOCK_N": keys}, num_warps=warps, num_stages=stages)
     for rows, keys, warps, stages in (
@@ -239,20 +240,20 @@ _CROWDED = Configs(
     _CONFIGS[128].by_family,
     candidates=_CANDIDATES,
 )
-# The chips that fetch tiles without a thread's registers (TMA), which makes room for 128 keys of a wide head. sm_120
-# does so too, but has its operands in registers, where the tiles on their way to a product spill.
+# The chips that load tiles by TMA, without registers, which makes room for 128 keys of a wide head. sm_120 has TMA,
+# too, but its operands are in registers, which the tiles would spill.
 _FETCHING = ("sm90", "sm100")
 _FETCHED = Configs(
     "attention_128_fetched",
     Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=3),
     candidates=_CANDIDATES,
 )
-# Float32 is for comparisons: exact products without tensor cores. Heads wider than 128 are in no model of ours.
+# Float32 is for comparisons: exact products without tensor cores. No supported model has heads wider than 128.
 _SMALL = Configs("attention_small", Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=2))
 
 
 def _fetchable(x: Tensor) -> bool:
-    """Whether the chip can fetch tiles of these keys or values by itself: heads side by side, steps of 16 bytes."""
+    """Whether TMA can load tiles of these keys or values: heads side by side, strides in multiples of 16 bytes."""
     *outer, head_step, _ = x.stride()
     steps = (*outer, x.storage_offset())
     aligned = all(step * x.element_size() % 16 == 0 for step in steps) and x.data_ptr() % 16 == 0
@@ -371,8 +372,8 @@ def _native(
 ) -> Tensor:
     rows = q.shape[1] * q.shape[2] // k.shape[2]
     threads, heads = torch.get_num_threads(), q.shape[0] * k.shape[2]
-    # Enough tasks for the threads to end together, of no fewer rows than make laying out their keys cheap, and of no
-    # more than the second-level cache holds.
+    # Enough tasks to keep all threads busy until the end, each with enough rows to make laying out its keys cheap, and
+    # no more than the L2 cache holds.
     blocks = max(-(-rows * q.shape[3] // 131072), min(-(-4 * threads // heads), rows // 256))
     return attend_natively(
         q,
@@ -414,8 +415,8 @@ def _torch(
     outputs = []
     sequences = _sequences(q, k, v, key_lengths, page_table, k_scales, v_scales, key_bias, q.dtype)
     for b, (keys, values) in enumerate(sequences):
-        # Without a prefix the fused kernel skips what is masked by itself, which halves its work; but it masks with
-        # -inf before it scales, which only a positive scale survives.
+        # Without a prefix the fused kernel skips masked keys, which halves its work; but it masks with -inf before it
+        # scales, which is right for a positive scale only.
         whole = causal and q.shape[1] == keys.shape[0] and scale > 0
         visible = None if whole else visible_keys(q.shape[1], keys.shape[0], causal, q.device)
         outputs.append(_grouped_attention(q[b : b + 1], keys[None], values[None], visible, scale, whole))
@@ -485,7 +486,7 @@ def gathered(
     dtype: torch.dtype,
     key_bias: KeyBias | None = None,
 ) -> Tensor:
-    """The first `length` tokens held by `pages`, as numbers of `dtype` also where the cache is int8 or int4."""
+    """The first `length` tokens in `pages`, in `dtype`; an int8 or int4 cache is dequantized."""
     x = gather_pages(cache, pages, length)
     if scales is None:
         return x.to(dtype)
@@ -517,10 +518,10 @@ def attention(
     q: [batch, queries, heads, head_dim], float32, bfloat16 or float16; k, v: [batch, keys, kv_heads, head_dim], or with
     `page_table` ([batch, max_pages] int) pools [pages, page_size, kv_heads, head_dim], of the dtype of q or, with
     k_scales and v_scales ([pages, page_size, kv_heads] float32), int8, or int4 [..., head_dim / 2] uint8. key_lengths:
-    [batch] int, required with pages, at least 1, and at least the number of queries when causal. rotation turns q,
-    key_rotation dense k. key_bias: what the keys of an int4 cache are stored without. scale defaults to
+    [batch] int, required with pages, at least 1, and at least the number of queries when causal. rotation rotates q,
+    key_rotation dense k. key_bias: the bias that was subtracted from the keys of an int4 cache. scale defaults to
     head_dim ** -0.5.
-    Returns like q; softmax in float32. Raises ValueError when shapes or dtypes do not fit.
+    Returns a tensor like q; softmax in float32. Raises ValueError when shapes or dtypes do not fit.
     """
     check_attention(q, k, v, key_lengths, page_table, k_scales, v_scales, key_bias)
     if causal and page_table is None and k.shape[1] < q.shape[1]:
@@ -547,7 +548,7 @@ def check_attention(
     v_scales: Tensor | None = None,
     key_bias: KeyBias | None = None,
 ) -> None:
-    """Raise ValueError unless shapes, dtypes and devices are those of one attention problem."""
+    """Raise ValueError unless shapes, dtypes and devices fit together."""
     alike = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[-1] == k.shape[-1] * (2 if is_int4(k) else 1)
     if not alike or q.shape[2] % k.shape[2] or (page_table is None and k.shape[0] != q.shape[0]):
         raise ValueError(

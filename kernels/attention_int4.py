@@ -1,16 +1,16 @@
-"""The Triton kernel of attention over an int4 cache: for few queries, in parts, and for many.
+"""The Triton kernel of attention over an int4 cache, for many queries, and for few with the keys split into parts.
 
-Keys and values stay in four bits on their way from memory. With H of `int4_cache.py`,
+The kernel loads keys and values in four bits. With H of `int4_cache.py`,
 
     q . k[j] = scale[j] * (H q) . codes[j] + q . R_j b          sum_j w[j] v[j] = H (sum_j w[j] scale[j] codes[j])
 
-so a program transforms its queries once before, and its sums once after, the walk over the keys. What the bias b of the
-keys adds, R_j b turned by the angles of token j, is a product of its own, with the table of cosines and sines that all
-layers and heads share (512 bytes per token, from the L2 cache):
+so a program transforms its queries once before the loop over the keys, and its sums once after it. R_j b is the bias b
+of the keys, rotated by the angles of token j. Its term of the score is a separate product, with the table of cosines
+and sines that all layers and heads share (512 bytes per token, from the L2 cache):
 
     q . R_j b = (q1 b1 + q2 b2) . cos[j] + (q2 b1 - q1 b2) . sin[j]          for the halves 1 and 2 of the channels
 
-The two codes of a byte belong to the two halves, so both are products of tiles half as wide, and nothing is
+The two codes of a byte belong to the two halves, so each product is two products of half the width, and nothing is
 interleaved. A kernel of `decode_attention.py` merges the parts.
 """
 
@@ -57,9 +57,9 @@ def _attend_int4(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Attention over one part of the keys of a sequence, and to base 2 the logarithm of its softmax's sum.
+    """Attention over one part of the keys of a sequence, and the base-2 logarithm of the sum of its softmax.
 
-    HALF = 2^STAGES: half the channels of a head. SHARE: keys of a part, 0 to divide them evenly.
+    HALF = 2^STAGES: half the channels of a head. SHARE: keys per part, 0 to divide them evenly.
     """
     kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -79,12 +79,12 @@ def _attend_int4(  # type: ignore[no-untyped-def]
     first = split * share
     # No row of the tile sees a key from `end` on.
     end = tl.minimum(length - queries + (first_row + ROWS - 1) // GROUP + 1, length)
-    if (first >= end) & (split > 0):  # part 0 is written in any case
+    if (first >= end) & (split > 0):  # part 0 is always written
         tl.store(log_sums + part_row, tl.full((ROWS,), -float("inf"), tl.float32), mask=in_rows)
         return
 
-    # H of all channels is that of each half, and then their sum and difference. DOWN, a power of two, keeps the
-    # transformed queries as large as the given ones, within the range of float16.
+    # H of all channels is H of each half, then their sum and difference. DOWN, a power of two, keeps the transformed
+    # queries as large as the given ones, within the range of float16.
     DOWN: tl.constexpr = 1.0 / (1 << ((STAGES + 1) // 2))
     q_at = q + q_row[:, None] * (2 * HALF) + channels
     one = tl.load(q_at, mask=in_rows[:, None], other=0.0).to(tl.float32)
@@ -101,7 +101,7 @@ def _attend_int4(  # type: ignore[no-untyped-def]
     low_rows, high_rows = ((one + two) * DOWN).to(dtype), ((one - two) * DOWN).to(dtype)
 
     last = length - queries + token
-    # The lowest finite number rather than -inf: a row that sees none of these keys then forms no inf - inf.
+    # The lowest finite number rather than -inf, so that a row that sees none of these keys does not compute inf - inf.
     row_max = tl.full((ROWS,), -3.4028234663852886e38, tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
     low_sum, high_sum = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
@@ -127,8 +127,8 @@ def _attend_int4(  # type: ignore[no-untyped-def]
             scores = tl.dot(across, tl.trans(sines), scores, input_precision="ieee")
         scores = tl.where((key[None, :] <= last[:, None]) & exists[None, :], scores * scale, -float("inf"))
         weights, decay, row_max, row_sum = weigh(scores, row_max, row_sum)
-        # Times 32 HALF, which makes of a scale the largest transformed magnitude: weights as small as a scale would
-        # leave float16's range.
+        # Times 32 HALF, which turns a scale into the largest transformed magnitude: weights as small as a scale would
+        # underflow in float16.
         weights *= tl.load(v_scales + scale_at, mask=exists, other=0.0)[None, :] * (32 * HALF)
         weights = weights.to(dtype)
         codes = tl.load(v + (page * v_page + slot * v_slot)[:, None] + channels, mask=loaded, other=0)
@@ -149,7 +149,7 @@ def _attend_int4(  # type: ignore[no-untyped-def]
 
 
 CONFIGS = Configs("attention_int4", Config({"BLOCK_N": 32}, num_warps=4, num_stages=2))
-# Of many rows, whose sums take more registers than four warps have where operands of products are in registers, too.
+# For many rows: on chips with operands in registers, their sums take more registers than four warps have.
 _OF_MANY_ROWS = Configs(
     "attention_int4 of many rows",
     CONFIGS.default,
@@ -158,7 +158,7 @@ _OF_MANY_ROWS = Configs(
 
 
 def unsupported_heads(k: Tensor) -> str | None:
-    """What keeps an int4 cache from this kernel, as `Operation.implementation` takes it, or None."""
+    """What this kernel does not cover of an int4 cache, as `Operation.implementation` takes it, or None."""
     head_dim = 2 * k.shape[-1]
     return None if 32 <= head_dim <= 256 else f"int4 keys of {head_dim} channels"
 
@@ -182,8 +182,9 @@ def attend_int4(
 ) -> None:
     """Causal attention over the pages of an int4 cache INTO `out`, like q, or its parts INTO [splits, *q.shape].
 
-    out: of the parts float32; log_sums: theirs, [splits, batch, queries, heads] float32, written. rows: queries and
-    heads of a program; share: keys of a part, 0 to divide them evenly. q, key_lengths and page_table are contiguous.
+    out: float32 for parts; log_sums: the parts' logarithms, [splits, batch, queries, heads] float32, written. rows:
+    queries times heads of a program; share: keys per part, 0 to divide them evenly. q, key_lengths and page_table are
+    contiguous.
     """
     batch, queries, heads, head_dim = q.shape
     page_size, kv_heads = k.shape[1:3]

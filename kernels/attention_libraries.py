@@ -1,18 +1,18 @@
 """Attention of other libraries as a backend of `attention` and `decode_attention`: flash-attn and cuDNN.
 
 They run where `AFNEXT_BACKEND` names them, `attention=flash_attn` or `attention=cudnn+triton`, and only for what they
-cover: bfloat16 and float16, on NVIDIA's GPUs from compute capability 8.0 on. What decides which of them, if any, is
-faster on a machine is `afnext bench`, and nobody's guess.
+cover: bfloat16 and float16, on NVIDIA's GPUs from compute capability 8.0 on. `afnext bench` measures whether they are
+faster on a machine.
 
-flash-attn is three packages of one author. Which one runs follows from the GPU and from what is installed:
+flash-attn is three packages of one author. The GPU and the installed packages decide which one runs:
 
     flash-attn-3    `flash_attn_interface`     compute capability 9.x; pages of any size
     flash-attn-4    `flash_attn.cute`          9.x to 11.x; pages of any size
     flash-attn      `flash_attn`, from 2.6 on  8.0 and later; pages of a multiple of 256 tokens, the engine's default
 
-For paged keys flash-attn 2 is called by its function for sequences of different lengths. Its function for KV caches
-looks, since 2.8.4, at the longest of them on the host, which waits for the device and cannot be captured in a CUDA
-graph. It divides the keys of a sequence among blocks only where one token is new.
+For paged keys of flash-attn 2, the varlen function is called: since 2.8.4, its function for KV caches reads the longest
+length on the host, which waits for the device and cannot be captured in a CUDA graph. The varlen function divides the
+keys of a sequence among blocks only if one token is new.
 
 cuDNN, through torch's `scaled_dot_product_attention`, covers dense keys: the encoder.
 Source: github.com/Dao-AILab/flash-attention; torch.nn.attention.sdpa_kernel.
@@ -44,7 +44,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, bool, float, Tensor | None, Tensor | 
 
 @dataclass(frozen=True)
 class Package:
-    """One package. page_multiple: pages hold a multiple of so many tokens; widest_head: channels of a head at most."""
+    """One package. page_multiple: tokens per page must be a multiple of it; widest_head: largest head_dim."""
 
     name: str
     attend: Attend
@@ -110,7 +110,7 @@ def _with_version_4(module: Any) -> Attend:
 
 
 def _splits(q: Tensor) -> int:
-    """Parts of a sequence's keys for flash-attn 4: 0 has it choose, where it can divide them at all."""
+    """Parts of a sequence's keys for flash-attn 4: 0, so that it chooses, where it can divide them at all."""
     return 0 if _major(q.device) in (10, 11) else 1
 
 
@@ -143,7 +143,7 @@ def _major(device: torch.device) -> int:
 
 
 def _misfit(q: Tensor, k: Tensor, widest_head: int) -> str | None:
-    """What neither library covers."""
+    """What neither library covers, or None."""
     if q.device.type != "cuda":
         return f"tensors on {q.device.type}"
     if (capability(q.device) or TRITON_FLOOR) < TRITON_FLOOR:
@@ -238,7 +238,7 @@ def cudnn_attention(
     if rotation is not None:
         q = rotary(q, rotation)
     mask = None
-    if key_lengths is not None:  # whether all keys exist is known on the device alone
+    if key_lengths is not None:  # only the device knows whether all keys exist
         mask = (torch.arange(k.shape[1], device=q.device) < key_lengths[:, None])[:, None, None, :]
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -13,9 +13,9 @@ KIB = 1024
 class Chip:
     """Limits of one family.
 
-    multiprocessors: of its typical product; block_shared: bytes of shared memory of one block. Of one multiprocessor:
-    registers (of 32 bits), shared (bytes), warps, blocks. lanes: threads of a warp; reserved: bytes of shared memory
-    that the system keeps for itself in each block.
+    multiprocessors: of its typical product; block_shared: bytes of shared memory per block. Per multiprocessor:
+    registers (of 32 bits), shared (bytes), warps, blocks. lanes: threads per warp; reserved: bytes of shared memory per
+    block that the system uses.
     """
 
     name: str

@@ -1,11 +1,11 @@
-"""Block sizes, warps and stages of the Triton kernels: a small table by chip family, one entry a kernel always has.
+"""Block sizes, warps and stages of the Triton kernels: a small table by chip family, with a default for each kernel.
 
-`family(device)` names the chip, `multiprocessors(device)` counts what a grid should fill. Neither waits for the device.
-Tensors without a chip (CPU, meta, fake) count as on "sm90", or on the family given to `with targeting("sm86"):`, which
-lets kernels be compiled ahead of time for chips that are not there.
+`family(device)` names the chip; `multiprocessors(device)` is the number of multiprocessors that a grid should fill.
+Neither waits for the device. Tensors that are not on a GPU (CPU, meta, fake) count as on "sm90", or on the family given
+to `with targeting("sm86"):`, which allows kernels to be compiled ahead of time for chips that this machine lacks.
 
 The tables decide by default. With `AFNEXT_AUTOTUNE=1` a kernel that has candidates times them, once for each key of
-shapes, and keeps the fastest in `afnext/autotune.json` under the user's cache folder (`XDG_CACHE_HOME`), by GPU,
+shapes, and stores the fastest in `afnext/autotune.json` under the user's cache folder (`XDG_CACHE_HOME`), by GPU,
 Triton version, kernel and key.
 """
 
@@ -35,7 +35,7 @@ _log = logging.getLogger("afnext.kernels")
 
 @contextmanager
 def targeting(name: str) -> Iterator[None]:
-    """Answer for the chip family `name`, a key of `CHIPS`, whatever the device. Raises BackendError for others."""
+    """Use the chip family `name`, a key of `CHIPS`, whatever the device. Raises BackendError for unknown names."""
     if name not in CHIPS:
         raise BackendError(f"unknown chip family {name!r}; choose one of {', '.join(CHIPS)}")
     token = _target.set(name)
@@ -46,14 +46,14 @@ def targeting(name: str) -> Iterator[None]:
 
 
 def family(device: torch.device) -> str:
-    """The key of `CHIPS` that the kernels' tables go by. Raises BackendError for a GPU before compute capability 8."""
+    """The key of `CHIPS` for the kernels' tables. Raises BackendError for a GPU before compute capability 8."""
     if (name := _target.get()) is not None:
         return name
     return _family(_index(device)) if _has_chip(device) else DEFAULT_FAMILY
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many streaming multiprocessors (compute units) run at once: the chip's own count, or its family's typical."""
+    """Number of streaming multiprocessors (compute units): the chip's own count, or its family's typical one."""
     if _target.get() is None and _has_chip(device):
         return _multiprocessors(_index(device))
     return CHIPS[family(device)].multiprocessors
@@ -107,8 +107,8 @@ class Config:
 class Configs:
     """The configs of one kernel.
 
-    kernel: its name; default: for every family without its own; by_family: keys of `CHIPS`; candidates: what to time
-    under `AFNEXT_AUTOTUNE=1`, none for a kernel that is never tuned.
+    kernel: its name; default: for every family without its own; by_family: keys are those of `CHIPS`; candidates:
+    configs to time under `AFNEXT_AUTOTUNE=1`, empty for a kernel that is never tuned.
     """
 
     def __init__(
@@ -130,8 +130,8 @@ class Configs:
     ) -> Config:
         """The config for `device`: the table's, or the fastest under `AFNEXT_AUTOTUNE=1`.
 
-        key: what the fastest depends on (shapes, dtypes); launch: runs the kernel with a config, any number of times
-        with the same result.
+        key: what the fastest config depends on (shapes, dtypes); launch: runs the kernel with a config and may be
+        called repeatedly.
         """
         listed = self.by_family.get(family(device), self.default)
         if launch is None or not self.candidates or not _may_tune(device):
@@ -197,7 +197,7 @@ def _stored() -> dict[str, Any]:
 
 
 def _store(name: str, config: Config) -> None:
-    """Add one entry; another process sees the file before or after, never half of it."""
+    """Add one entry. The file is replaced atomically, so another process never reads half of it."""
     path = _path()
     table = {**_stored(), name: asdict(config)}
     try:

@@ -4,13 +4,14 @@
     h   = GELU(conv2(h))             kernel 3, stride 2, padding 1     [batch, hidden, conv_length(frames)]
     out = h^T + positions            [batch, conv_length(frames), hidden]
 
-GELU is the exact one (erf). The convolutions are dense products and go to torch (cuDNN, oneDNN), but on CPUs on which
-`linear` multiplies: there each step's three neighbours are laid side by side for it.
-Operations for one window at full size: 2 * 3 * 3000 * 128 * 1280 + 2 * 3 * 1500 * 1280 * 1280 = 17.7 GFLOP.
+GELU is the exact one (erf). torch (cuDNN, oneDNN) computes the convolutions, except on CPUs where `linear` runs native
+kernels: there they become a `linear` over the three neighbours of each step, laid side by side. FLOPs for one window at
+full size: 2 * 3 * 3000 * 128 * 1280 + 2 * 3 * 1500 * 1280 * 1280 = 17.7 GFLOP.
 
-On GPUs the libraries add the bias in a pass of its own. The Triton implementation leaves them the bare convolutions and
-fuses what follows: bias and GELU after the first, in place; bias, GELU, transposition and positions after the second.
-In bf16 and for one window at full size these passes move 15 and 12 MB, where one pass for each step would move 58 MB.
+On GPUs the libraries add the bias in a separate pass. The Triton implementation calls them without a bias and fuses
+what follows: bias and GELU after the first convolution, in place; bias, GELU, transposition and positions after the
+second. In bf16 and for one window at full size these passes move 15 and 12 MB, where one pass for each step would move
+58 MB.
 
 Source: Radford et al. 2022, section 2.2.
 """
@@ -103,7 +104,7 @@ def _native(mel: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2:
 
 
 def _neighbours(h: Tensor, stride: int) -> Tensor:
-    """[batch, time, channels] to [batch, time / stride, channels * 3]: what each step of a convolution multiplies."""
+    """[batch, time, channels] to [batch, time / stride, channels * 3]: the inputs of each step of a convolution."""
     return F.pad(h, (0, 0, 1, 1)).unfold(1, 3, stride).flatten(2)
 
 
@@ -119,7 +120,7 @@ def conv_stem(mel: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias
 
     mel: [batch, mel_bins, frames]; weight1: [hidden, mel_bins, 3]; weight2: [hidden, hidden, 3]; biases: [hidden];
     positions: [max_positions, hidden]. All of one dtype. Returns [batch, conv_length(frames), hidden] in it.
-    Raises ValueError when shapes do not fit or the frames outrun the positions.
+    Raises ValueError when shapes do not fit or there are more frames than positions.
     """
     hidden = bias1.shape[0]
     parameters = [tuple(x.shape) for x in (weight1, bias1, weight2, bias2, positions[:1])]

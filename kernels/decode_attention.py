@@ -2,24 +2,24 @@
 
     out[b, i] = softmax_j(scale * q[b, i] . k[b, j]) v[b, j]          j <= key_lengths[b] - n + i
 
-for n = 1 .. 8 new tokens a sequence (more than one when drafts are verified). It is the causal attention of
-`attention.py`, kept apart because its limit is another: each key and value is used by a handful of rows only, so the
-time is that of reading the cache. An int8 cache has a float32 scale for each token and KV head (`kv_write.py`), and so
-has one of int4 (`int4_cache.py`), which has a Triton kernel of its own for the parts (`attention_int4.py`).
+for n = 1 .. 8 new tokens per sequence (more than one when speculative tokens are verified). This is the causal
+attention of `attention.py`, separate because it is bound by memory: only a few rows use each key and value, so reading
+the cache takes the time. An int8 cache (`kv_write.py`) and an int4 cache (`int4_cache.py`) have a float32 scale for
+each token and KV head; int4 has its own Triton kernel for the parts (`attention_int4.py`).
 
 Shapes as in `decode_attention` below. The keys of a sequence are divided among `splits` programs for each KV head, so
-that one sequence fills the device. A program computes the softmax of its part for the group * n rows that share the
-KV head, gathered in one tensor-core tile, together with the logarithm of its sum; a second kernel weighs the parts by
-those. How long a part is follows from key_lengths on the device and how many there are from the width of the page
-table, so a captured launch serves a sequence as it grows, up to what its pages can hold. Inside `row_invariant` every
-part has as many keys, whatever else is in the batch; there, several new tokens have to come as sequences of one each,
-as the rows of a program would otherwise depend on how many they are.
+that one sequence fills the device. A program computes the softmax of its part, and the logarithm of its sum, for the
+group * n rows that share the KV head, in one tensor-core tile; a second kernel weights the parts by those sums. The
+length of a part follows from key_lengths on the device, and the number of parts from the width of the page table, so a
+captured launch serves a growing sequence up to the capacity of its pages. Inside `row_invariant` the number of keys per
+part does not depend on the batch; there, several new tokens must be passed as sequences of one token each, because a
+program's rounding may depend on its number of rows.
 
-Bytes, for each sequence of t cached tokens and each layer: 2 t kv_heads head_dim elements of the cache, once (2 KiB a
+Bytes, for each sequence of t cached tokens and each layer: 2 t kv_heads head_dim elements of the cache, once (2 KiB per
 token in bf16 at full size, 92 MB at 45 000 tokens; in int8 1 KiB and 32 bytes of scales, in int4 half a KiB and 32
-bytes), and the page table. Besides them only the parts, 4 n heads (head_dim + 1) bytes each, written once and read once
-(66 parts and 2 MB on 132 multiprocessors at one new token, in the L2 cache). Operations: 4 t n heads head_dim, 7 for
-each byte of a bf16 cache at full size and one new token; the tile's padding to 16 rows makes them 16.
+bytes), and the page table. In addition the parts, 4 n heads (head_dim + 1) bytes each, written once and read once (66
+parts and 2 MB on 132 multiprocessors at one new token, in the L2 cache). FLOPs: 4 t n heads head_dim, 7 for each byte
+of a bf16 cache at full size and one new token; padding the tile to 16 rows makes it 16.
 Source: Dao et al. 2023 (Flash-Decoding); Kwon et al. 2023 (PagedAttention).
 """
 
@@ -43,12 +43,12 @@ from .strides import with_unit_stride
 from .triton_language import tl, triton
 
 MAX_NEW_TOKENS = 8
-MAX_ROWS = 64  # of a tile: 8 new tokens of a group of 8 heads
-# Keys of a task of the native kernel: two tasks, of which one is fetched while the other is worked on, fit into a
-# second-level cache of 1 MB, and every thread has some.
+MAX_ROWS = 64  # per tile: 8 new tokens of a group of 8 heads
+# Keys per task of the native kernel: two tasks, one being prefetched and one being computed, fit into an L2 cache of 1
+# MB, and every thread gets some.
 PART_KEYS = 128
-FIXED_SHARE = 512  # keys of a program where how many it has must not depend on the other sequences
-PROGRAMS = 2  # of a multiprocessor at a time: their loads in flight cover the memory's latency
+FIXED_SHARE = 512  # keys per program where their number must not depend on the other sequences
+PROGRAMS = 2  # per multiprocessor at a time: enough loads in flight to hide the memory's latency
 
 
 def reference(
@@ -100,7 +100,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     SHARE: tl.constexpr,
 ):
-    """Attention over one part of the keys of a sequence, and to base 2 the logarithm of its softmax's sum."""
+    """Attention over one part of the keys of a sequence, and the base-2 logarithm of the sum of its softmax."""
     kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     k += kv_head * k_head
@@ -117,13 +117,13 @@ def _attend_part(  # type: ignore[no-untyped-def]
     length = tl.load(key_lengths + batch).to(tl.int32)
     share = SHARE if SHARE > 0 else tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
     first = split * share
-    if (first >= length) & (split > 0):  # part 0 is written in any case, for a sequence without keys
+    if (first >= length) & (split > 0):  # part 0 is always written, for a sequence without keys
         tl.store(log_sums + part_row, tl.full((ROWS,), -float("inf"), tl.float32), mask=in_rows)
         return
 
     rows = tl.load(q + q_row[:, None] * HEAD_DIM + channels, mask=mask, other=0.0)
     last = length - new_tokens + token
-    # The lowest finite number rather than -inf: a row that sees none of these keys then forms no inf - inf.
+    # The lowest finite number rather than -inf, so that a row that sees none of these keys does not compute inf - inf.
     row_max = tl.full((ROWS,), -3.4028234663852886e38, tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -142,7 +142,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
         scores = tl.where(key[None, :] <= last[:, None], scores, -float("inf"))
         weights, decay, row_max, row_sum = weigh(scores, row_max, row_sum)
         if v_scales is not None:
-            # Times 127, the largest stored magnitude: weights as small as a scale would leave float16's range.
+            # Times 127, the largest stored magnitude: weights as small as a scale would underflow in float16.
             weights *= tl.load(v_scales + scale_at, mask=exists, other=0.0)[None, :] * 127
         values = tl.load(v + (page * v_page + slot * v_slot)[:, None] + channels, mask=loaded, other=0)
         weights = weights.to(rows.dtype)
@@ -160,7 +160,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
 def _merge_parts(  # type: ignore[no-untyped-def]
     parts, log_sums, out, splits, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """The mean of the parts of one row, each weighed by its share of the whole softmax's sum."""
+    """The mean of the parts of one row, each weighted by its share of the sum of the whole softmax."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     channels = tl.arange(0, BLOCK_D)
     row_max = tl.full((1,), -3.4028234663852886e38, tl.float32)
@@ -180,7 +180,7 @@ def _merge_parts(  # type: ignore[no-untyped-def]
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=(channels < HEAD_DIM)[None, :])
 
 
-# Stages count the load of a page's number before those of its keys: five keep two tiles of keys and values in flight.
+# Stages include the load of a page's number before that of its keys: five keep two tiles of keys and values in flight.
 _NARROW = Config({"BLOCK_N": 32}, num_warps=4, num_stages=5)
 _CONFIGS = Configs(
     "decode_attention",
@@ -269,7 +269,7 @@ def _triton(
 
 
 def _merged(parts: Tensor, log_sums: Tensor, out: Tensor) -> Tensor:
-    """The parts as one, in `out`, which a single part is already."""
+    """Merge the parts into `out`; a single part is `out` already."""
     splits, head_dim = len(log_sums), out.shape[-1]
     if splits > 1:
         block_d = max(16, triton.next_power_of_2(head_dim))
@@ -281,7 +281,7 @@ def _merged(parts: Tensor, log_sums: Tensor, out: Tensor) -> Tensor:
 def split_count(device: torch.device, programs: int, blocks: int) -> int:
     """Parts into which to divide the keys, of at most `blocks` blocks, where each part takes `programs` programs.
 
-    As many as run at the same time: more would wait for others, fewer leave multiprocessors idle.
+    As many as run at the same time: with more, some would wait; with fewer, multiprocessors would be idle.
     """
     return max(1, min(PROGRAMS * multiprocessors(device) // programs, blocks))
 
@@ -375,13 +375,13 @@ def decode_attention(
     key_bias: KeyBias | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of the last n tokens of each sequence over its cache, in which they already are.
+    """Attention of the last n tokens of each sequence over its cache, which already holds them.
 
     q: [batch, n, heads, head_dim] with n <= MAX_NEW_TOKENS, rotated; k, v: pools [pages, page_size, kv_heads,
     head_dim] of q's dtype, or int8, or int4 [..., head_dim / 2] uint8, with the float32 scales k_scales, v_scales:
-    [pages, page_size, kv_heads]; key_bias: what the keys of an int4 cache are stored without; key_lengths: [batch] int,
-    tokens in the cache, at least the n new ones; page_table: [batch, max_pages] int. Returns like q; softmax in
-    float32. Raises ValueError when shapes or dtypes do not fit.
+    [pages, page_size, kv_heads]; key_bias: the bias that was subtracted from the keys of an int4 cache; key_lengths:
+    [batch] int, tokens in the cache, at least the n new ones; page_table: [batch, max_pages] int. Returns a tensor like
+    q; softmax in float32. Raises ValueError when shapes or dtypes do not fit.
     """
     check_attention(q, k, v, key_lengths, page_table, k_scales, v_scales, key_bias)
     if not 1 <= q.shape[1] <= MAX_NEW_TOKENS:

@@ -1,4 +1,4 @@
-"""What a device can do and is doing: its compute capability, waiting for its work, its free memory."""
+"""The state of a device: its compute capability, waiting for its work, its free memory."""
 
 import os
 import re
@@ -23,7 +23,7 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether the Triton kernels run on `device`: any GPU but NVIDIA's older ones."""
+    """Whether the Triton kernels run on `device`: any GPU but NVIDIA's before compute capability 8.0."""
     return device.type == "cuda" and (capability(device) or TRITON_FLOOR) >= TRITON_FLOOR
 
 
@@ -38,7 +38,7 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def launching(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """`function`, whose Triton launches go to the GPU `device` whichever is the current one."""
+    """`function`, with its Triton launches sent to the GPU `device` whichever GPU is current."""
 
     def launch(*args: Any, **options: Any) -> Any:
         if device.index is None or torch.cuda.current_device() == device.index:
@@ -50,14 +50,14 @@ def launching(function: Callable[..., Any], device: torch.device) -> Callable[..
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host's memory on `device`, without waiting for what a GPU has still to do."""
+    """A copy on `device` of a tensor in host memory, made without waiting for the GPU's queued work."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on `device`, so that host clocks around it tell the truth. No-op on the CPU."""
+    """Wait for the work queued on `device`, so that host clocks around it measure it. No-op on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -68,7 +68,7 @@ def total_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may still be allocated on `device`; of a CPU's memory what the system and the container leave."""
+    """Bytes that can still be allocated on `device`; for the CPU, what the system and the container allow."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -81,7 +81,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _contents(path: str) -> str:
-    """The text of a file of the system, empty where there is none."""
+    """The text of a system file, empty if it does not exist."""
     try:
         return Path(path).read_text(encoding="ascii")
     except OSError:

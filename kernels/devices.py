@@ -1,10 +1,10 @@
-"""What known GPUs can do at most, by their datasheets: for memory plans, "% of limit", and projections.
+"""Peak rates and memory of known GPUs, from their datasheets: for memory plans, "% of limit", and projections.
 
 Every rate is dense, without the factor of two for 2:4 sparsity that datasheets print. float16, bfloat16 and int8 are
-the tensor cores' rates; float16 and bfloat16 with float32 accumulation, the only kind that the runtime uses, which on
-GeForce cards is half of the headline figure for float16 accumulation. float32 is the plain cores' rate, since nothing
-here computes in TF32. A dtype that the tensor cores lack is absent. Memory is the nominal size with 10^9 bytes a GB,
-within a tenth of what torch reports.
+the tensor cores' rates, with float32 accumulation for float16 and bfloat16: the runtime uses no other, and on GeForce
+cards it is half as fast as the float16 accumulation of the headline figure. float32 is the CUDA cores' rate, since
+nothing here computes in TF32. A dtype that the tensor cores lack is absent. Memory is the nominal size with 10^9 bytes
+per GB, within a tenth of what torch reports.
 
 Source: the NVIDIA datasheet or architecture whitepaper named with each device.
 """
@@ -24,8 +24,8 @@ class DeviceError(AfnextError):
 
 @dataclass(frozen=True)
 class Device:
-    """name: as people say it; reported: as `torch.cuda.get_device_name` says it; flops: dense operations/s by dtype;
-    bandwidth: bytes/s; memory: bytes; source: where the figures stand."""
+    """name: the common name; reported: the name that `torch.cuda.get_device_name` returns; flops: dense FLOP/s by
+    dtype; bandwidth: bytes/s; memory: bytes; source: of the figures."""
 
     name: str
     reported: tuple[str, ...]
@@ -145,8 +145,8 @@ DEVICES = (
 def find_device(reported: str, memory: int | None = None) -> Device | None:
     """The device that torch calls `reported`, or None for one that is not in the table.
 
-    Names are compared whole: a Ti, a laptop or an NVL card and a MIG slice are other devices. `memory`, in bytes as
-    torch reports them, tells apart cards that share a name.
+    Names are compared whole: a Ti, a laptop or an NVL card and a MIG slice are different devices. `memory`, in bytes as
+    torch reports it, distinguishes cards that share a name.
     """
     for device in DEVICES:
         if reported.strip() in device.reported:
@@ -156,10 +156,10 @@ def find_device(reported: str, memory: int | None = None) -> Device | None:
 
 
 def device_named(name: str) -> Device:
-    """The device people call `name`, whatever the case and spaces; its first words will do ("rtx3060", "h100").
+    """The device with the common name `name`, ignoring case and spaces; its first words suffice ("rtx3060", "h100").
 
-    Where several devices with the same memory begin so, the first in the table. Raises DeviceError naming those there
-    are for an unknown name, and for one that leaves the memory open ("rtx").
+    If several devices with the same memory match, returns the first in the table. Raises DeviceError, listing the
+    choices, for an unknown name and for one that matches devices with different memory ("rtx").
     """
     wanted = _joined(name)
     found = [device for device in DEVICES if _joined(device.name) == wanted] or [

@@ -1,15 +1,15 @@
-"""The one rule that decides which implementation of an operation runs.
+"""The rule that decides which implementation of an operation runs.
 
 Every operation registers its implementations under a backend's name. The backend follows the device of the tensors
 (CPU: native, then torch; CUDA or HIP: triton, then torch) unless one is forced for A/B runs, with the environment
 variable `AFNEXT_BACKEND` or, with precedence, `with kernels.backend("reference"):`. The variable may also name single
 operations, as in `AFNEXT_BACKEND=attention=torch,rms_norm=triton`, beside or instead of a backend for all, and several
 backends of one operation, best first: `attention=cudnn+triton`. `flash_attn` and `cudnn` run only where they are named.
-An implementation may cover only some arguments; the others go to the next in order. Forced backends are never replaced:
-an operation without them, or arguments that none of them covers, raise. Which implementation runs, and why one is
-passed over, is logged once, at INFO.
+An implementation may cover only some arguments; for others the next in order runs. Forced backends are never replaced:
+BackendError is raised if an operation has none of them, or none covers the arguments. Which implementation runs, and
+why another was skipped, is logged once, at INFO.
 
-Inside `with row_invariant():` operations that declare their rows give them to an implementation in groups in which it
+Inside `with row_invariant():` operations that declare their rows pass them to an implementation in groups in which it
 computes every row alike; see `row_groups.py`.
 """
 
@@ -54,8 +54,8 @@ def backend(name: str) -> Iterator[None]:
 def backend_here() -> str | None:
     """The backend that a surrounding `with backend(...)` forces, or None.
 
-    This is what to force again in another thread or process, which has the environment anyway: there it would replace
-    what `AFNEXT_BACKEND` says of single operations.
+    Another thread or process must force this backend again, but not that of `AFNEXT_BACKEND`, which it inherits:
+    forcing it there would override the variable's choices for single operations.
     """
     return _forced.get()
 
@@ -63,7 +63,7 @@ def backend_here() -> str | None:
 def forced_backend(operation: str = "") -> str | None:
     """The backend forced by `backend(...)` or `AFNEXT_BACKEND`, for all operations or for the one that is named.
 
-    None when the device decides; the first of several. Raises BackendError for an unknown backend.
+    The first, if several are forced; None when the device decides. Raises BackendError for an unknown backend.
     """
     order = _forced_order(operation)
     return order[0] if order else None
@@ -79,7 +79,7 @@ def _forced_order(operation: str = "") -> tuple[str, ...]:
 
 @cache
 def _chosen_by_environment(text: str) -> dict[str, tuple[str, ...]]:
-    """Backends by operation, best first, those for all others under "". Several are for single operations only."""
+    """Backends by operation, best first, those for all others under "". Only single operations may have several."""
     entries = [entry.strip().rpartition("=") for entry in text.split(",") if entry.strip()]
     return {
         operation.strip(): tuple(_checked(name.strip()) for name in (names.split("+") if operation else [names]))
@@ -88,7 +88,7 @@ def _chosen_by_environment(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def check_forced_operations() -> None:
-    """Raise BackendError if `AFNEXT_BACKEND` names an operation that no module imported so far has."""
+    """Raise BackendError if `AFNEXT_BACKEND` names an operation that no module imported so far defines."""
     known = {operation.name for operation in operations()}
     named = _chosen_by_environment(os.environ.get("AFNEXT_BACKEND", "")).keys() - {""}
     if unknown := sorted(named - known):
@@ -98,20 +98,20 @@ def check_forced_operations() -> None:
 
 
 def on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether the torch backend may use what torch has for CPUs alone."""
+    """Whether the torch backend may use functions that torch has for CPUs only."""
     return tensor.device.type == "cpu"
 
 
 class Operation(Generic[F]):
     """The implementations of one operation, and the choice among them.
 
-    `reference` is the specification and is always there; `implementation("torch")` registers another as a decorator.
-    Where Triton is not installed, or the native kernels are not built, theirs are not registered.
+    `reference` is the specification and always registered; the decorator `implementation("torch")` registers another.
+    Without Triton, or without the native kernels, their implementations are not registered.
     """
 
     def __init__(self, name: str, reference: F, rows: tuple[int, ...] = ()):
-        """rows: of an operation whose implementations may round a row otherwise beside others, the positions of the
-        arguments that have a row for each one of the result."""
+        """rows: positions of the arguments that have a row for each row of the result, for an operation whose rounding
+        of a row may depend on the other rows."""
         self.name = name
         self.implementations: dict[str, F] = {"reference": reference}
         self._rows = rows
@@ -128,10 +128,10 @@ class Operation(Generic[F]):
     ) -> Callable[[F], F]:
         """Register the decorated function, with the signature of the reference, as this operation's `name`.
 
-        misfit: takes the same arguments and returns None where the implementation covers them, and otherwise what it
-        does not cover, such as "head_dim 80". It is asked at each call, so it should look at shapes and dtypes only.
-        groups: takes the same arguments and returns how rows may be grouped inside `row_invariant`; by default each is
-        computed by a call of its own.
+        misfit: takes the same arguments and returns None if the implementation covers them, otherwise what it does not
+        cover, such as "head_dim 80". It runs at each call, so it should look at shapes and dtypes only.
+        groups: takes the same arguments and returns how rows may be grouped inside `row_invariant`; by default each row
+        is computed by a separate call.
         """
         _checked(name)
 
@@ -147,7 +147,7 @@ class Operation(Generic[F]):
         return register
 
     def candidates(self, device: torch.device) -> list[str]:
-        """The backends to try on `device`, best first. Raises BackendError when a forced one is not there."""
+        """The backends to try on `device`, best first. Raises BackendError if the operation lacks a forced one."""
         forced = _forced_order(self.name)
         for name in forced:
             self._check_forced(name, device)
@@ -176,7 +176,7 @@ class Operation(Generic[F]):
     def on(self, device: torch.device) -> F:
         """The implementation for tensors on `device`. Raises BackendError when a forced backend lacks one.
 
-        The choice among implementations that cover only some arguments is made when the result is called.
+        If implementations cover only some arguments, the choice among them is made when the result is called.
         """
         candidates = self.candidates(device)
         if candidates[0] in self._misfits:

@@ -2,8 +2,8 @@
 
 
 class AfnextError(Exception):
-    """Something the caller can act on: the message says what was wrong and what to do about it."""
+    """An error that the caller can act on: the message says what was wrong and what to do about it."""
 
 
 class BackendError(AfnextError):
-    """A backend was asked for that does not exist, or that has no implementation of an operation."""
+    """The requested backend does not exist or has no implementation of an operation."""

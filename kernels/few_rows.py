@@ -8,21 +8,21 @@ from .row_groups import Groups
 
 
 def to_tiles(rows: int) -> int:
-    """So many rows that they make tiles of four or three alone, which have one order of sums; two and one another."""
+    """`rows` padded to make tiles of four and three only: tiles of one or two rows sum in a different order."""
     return rows + (-rows - 1) % 4 if rows % 4 in (1, 2) else rows
 
 
 def few_rows(*_: object) -> Groups:
-    """The groups of rows for which a product of integers or of weights in groups computes every row alike."""
+    """The groups of rows that a product of integers, or of weights in groups, computes alike."""
     return Groups(products.most_few_rows())
 
 
 def few_rows_in_tiles(*_: object) -> Groups:
-    """The same for a product of floats with weights that have no groups."""
+    """The groups of rows that a product of floats with ungrouped weights computes alike."""
     return few_rows() if products.adds_in_one_order() else Groups(products.most_few_rows(), to_tiles)
 
 
 def few_int8_rows(x: Tensor, *_: object) -> Groups:
-    """The same for a product of rows as they are with int8 weights."""
+    """The groups of rows that a product of unquantized rows with int8 weights computes alike."""
     in_integers = x.dtype == torch.bfloat16 and products.multiplies_integers()
     return few_rows() if in_integers else few_rows_in_tiles()

@@ -1,17 +1,17 @@
-"""Keys and values in four bits: what an int4 KV cache holds of each token and head, and how it is read.
+"""Keys and values in four bits: what an int4 KV cache stores for each token and head, and how it is read.
 
     y = H (x - o);    step = max |y| / 8;    code = min(floor(y / step) + 8, 15);    scale = step / (2 n)
     x is read as scale * H (2 code - 15) + o
 
 H is the Walsh-Hadamard matrix of the n = head_dim channels (H H = n), which spreads a large channel over all of them,
-so that one scale serves a head. A code stands for the middle of its step, and 16 steps reach from -max |y| to max |y|.
+so that one scale serves a head. A code represents the middle of its step, and 16 steps reach from -max |y| to max |y|.
 A vector of zeros has the scale 0. Byte j holds the codes of channel j (its lower half) and of channel j + n / 2.
 
-Of values o is 0. Of keys it is the bias of their projection, rotated as the token's key is: in Qwen2.5 that bias is
-a hundred times as large as the rest of a key in some channels, and four bits of the sum would leave little of the rest.
-What a bias adds to a score depends on no token but on positions alone, so attention adds it exactly.
+For values o is 0. For keys o is the bias of their projection, rotated like the token's key: in Qwen2.5 that bias is a
+hundred times as large as the rest of a key in some channels, and four bits of the sum would lose most of the rest. The
+bias's term of a score depends only on positions, so attention adds it exactly.
 
-The transform is one of additions in a fixed order, so every implementation stores the same codes of the same numbers.
+The transform is additions in a fixed order, so every implementation stores the same codes for the same numbers.
 Memory: n / 2 + 4 bytes for each token and head, 68 at full size, where int8 takes 132.
 Source: Ashkboos et al. 2024, arXiv:2404.00456 (QuaRot: Hadamard transforms of the KV cache).
 """
@@ -24,17 +24,17 @@ from torch import Tensor
 from .triton_language import tl, triton
 
 DTYPE = torch.uint8
-"""Of a cache that holds two codes a byte, which tells it from one of int8."""
+"""The dtype of an int4 cache: two codes per byte, so that it differs from an int8 cache."""
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
-"""Channels of the heads that can be stored so."""
+"""Values of head_dim that an int4 cache supports."""
 
 
 @dataclass(frozen=True)
 class KeyBias:
-    """The bias that the keys of an int4 cache are stored without, and how it is rotated for each token.
+    """The bias that is subtracted from the keys of an int4 cache, and how it is rotated for each token.
 
-    bias: [kv_heads, head_dim] of the dtype of the queries; cos, sin: [tokens, head_dim / 2] float32, of the token with
-    that index in its sequence. Channels are paired by halves.
+    bias: [kv_heads, head_dim] of the dtype of the queries; cos, sin: [tokens, head_dim / 2] float32, indexed by the
+    token's position in its sequence. Channels are paired by halves.
     """
 
     bias: Tensor
@@ -42,7 +42,7 @@ class KeyBias:
     sin: Tensor
 
     def rotated(self, length: int, dtype: torch.dtype) -> Tensor:
-        """What the first `length` tokens of a sequence are stored without: [length, kv_heads, head_dim]."""
+        """The rotated bias of the first `length` tokens of a sequence: [length, kv_heads, head_dim]."""
         a, b = self.bias.to(dtype).chunk(2, -1)
         cos, sin = self.cos[:length, None].to(dtype), self.sin[:length, None].to(dtype)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -54,7 +54,7 @@ def is_int4(cache: Tensor) -> bool:
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:
-    """H x over the last dimension, a power of two, by additions in the order that every implementation has."""
+    """H x over the last dimension, a power of two, by additions in the order that every implementation uses."""
     width = 1
     while width < x.shape[-1]:
         a, b = x.unflatten(-1, (-1, 2, width)).unbind(-2)
@@ -64,7 +64,7 @@ def walsh_hadamard(x: Tensor) -> Tensor:
 
 
 def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x: [..., head_dim], the offset taken off. Returns codes [..., head_dim / 2] uint8 and scales [...] float32."""
+    """x: [..., head_dim], without the offset. Returns codes [..., head_dim / 2] uint8 and scales [...] float32."""
     y = walsh_hadamard(x.float())
     step = y.abs().amax(-1) / 8
     codes = torch.floor(y / torch.where(step > 0, step, 1.0)[..., None]).add(8).clamp(0, 15).to(torch.uint8)
@@ -73,7 +73,7 @@ def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_int4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse but for rounding: [..., head_dim] of `dtype`, float32 or wider."""
+    """The inverse except for rounding: [..., head_dim] of `dtype`, float32 or wider."""
     unpacked = torch.cat((codes & 15, codes >> 4), -1).to(dtype)
     return walsh_hadamard(2 * unpacked - 15) * scales[..., None]
 

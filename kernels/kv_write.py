@@ -2,19 +2,20 @@
 
     q_out = rotary(q);  k_cache[slot] = rotary(k);  v_cache[slot] = v          slot = page_slots(...)
 
-Keys are stored rotated, so attention reads them as they are. An int8 cache holds, for each token and head x (keys after
-rotation), a float32 scale beside the integers:
+Keys are stored rotated, so attention reads them as they are. An int8 cache stores, for each token and head x (keys
+after rotation), integers and a float32 scale:
 
     scale = max |x| / 127;  stored = round(x / scale), half to even, within +-127;  x is read as stored * scale
 
-A vector of zeros has the scale 0. An int4 cache holds what `int4_cache.py` says, keys without the bias `k_bias`.
+A vector of zeros has the scale 0. `int4_cache.py` defines an int4 cache, which stores keys without the bias `k_bias`.
 
-The biases of q, k and v are not added here: the products that form q, k and v add them in their epilogue (cuBLAS and
-every quantized product do), so they cost no pass over memory that fusing them here would save.
+The biases of q, k and v are not added here: the products that compute q, k and v add them in their epilogue (cuBLAS and
+every quantized product do), so fusing them here would save no pass over memory.
 
-Memory-bound: one pass reads q, k, v and writes as much, at full size 2 * (3584 + 2 * 512) * 2 bytes a token and layer
+Memory-bound: one pass reads q, k, v and writes as much, at full size 2 * (3584 + 2 * 512) * 2 bytes per token and layer
 in bf16 (18 KiB; 17 KiB with an int8 cache). The Triton kernel does so in one launch, and reads the table of cosines
-(512 bytes a token, see `rotary.py`) from the L2 cache; a program has four query heads, or one key and its value.
+(512 bytes per token, see `rotary.py`) from the L2 cache; a program handles four query heads, or one key head and its
+value head.
 Source: the paged layout is that of Kwon et al. 2023 (PagedAttention).
 """
 
@@ -76,7 +77,7 @@ _operation = Operation("kv_write", reference)
 def _store_int4(  # type: ignore[no-untyped-def]
     x, cache, scales, rows, exists, HEAD_DIM: tl.constexpr, STAGES: tl.constexpr, BLOCK_TOKENS: tl.constexpr
 ):
-    """As `_store`, in four bits; see `int4_cache.py`."""
+    """Like `_store`, in four bits; see `int4_cache.py`."""
     x = walsh_hadamard_rows(x, BLOCK_TOKENS, HEAD_DIM, STAGES)
     step = tl.max(tl.abs(x), 1, keep_dims=True) / 8  # a power of two, as every factor here: exact
     tl.store(scales + rows, step / (2 * HEAD_DIM), mask=exists)
@@ -92,8 +93,8 @@ def _store(x, cache, scales, rows, channels, exists, HEAD_DIM: tl.constexpr):  #
     """Write one head of some tokens. x: [tokens, channels] float32, 0 beyond HEAD_DIM; rows: [tokens, 1] int64, the
     index of each (slot, head) in the cache; exists: [tokens, 1], false past the last token."""
     if scales is not None:
-        # Divisions and rounding as IEEE has them, so that every implementation stores the same integers. Adding
-        # 1.5 * 2^23 leaves a float32 no room for a fraction: it is rounded to an integer, half to even.
+        # IEEE division and rounding, so that every implementation stores the same integers. Adding 1.5 * 2^23 to a
+        # float32 rounds it to an integer, half to even.
         scale = tl.div_rn(tl.max(tl.abs(x), 1, keep_dims=True), 127.0)
         tl.store(scales + rows, scale, mask=exists)
         quotient = tl.div_rn(x, tl.where(scale > 0, scale, 1.0).broadcast_to(x.shape))
@@ -296,7 +297,7 @@ def _torch(
     k_bias: Tensor | None = None,
 ) -> Tensor:
     flat = slots.flatten()
-    # Keys that are to be quantized are not rounded to their own dtype first.
+    # Keys to be quantized are not rounded to their own dtype first.
     if k_bias is not None:
         k = k.float() - k_bias.float()
     keys = rotary(k if k_scales is None else k.float(), rotation)
@@ -327,9 +328,9 @@ def kv_write(
 
     q: [batch, time, heads, head_dim]; k, v: [batch, time, kv_heads, head_dim]; caches: [pages, page_size, kv_heads,
     head_dim], contiguous, or of int4 [..., head_dim / 2] uint8; slots: [batch, time] int64 from `page_slots`, all
-    different. With caches of int8 or int4, k_scales and v_scales, [pages, page_size, kv_heads] float32 and contiguous,
-    are written, too. k_bias: [kv_heads, head_dim] of the dtype of k, taken off the keys of an int4 cache before they
-    are rotated; see `int4_cache.KeyBias`.
+    different. With int8 or int4 caches, k_scales and v_scales, [pages, page_size, kv_heads] float32 and contiguous, are
+    also written. k_bias: [kv_heads, head_dim] of the dtype of k, subtracted from the keys of an int4 cache before
+    rotation; see `int4_cache.KeyBias`.
     Raises ValueError when shapes or dtypes do not fit.
     """
     row = (*k.shape[2:3], k.shape[-1] // (2 if is_int4(k_cache) else 1))

@@ -3,17 +3,18 @@
     y = x W^T + b
     y = silu(x G^T) * (x U^T)
 
-Operations: 2 * rows * in * out, of each weight. Bytes: out * in of a weight, which bound a few rows, and x and y.
+FLOPs: 2 * rows * in * out per weight. Bytes: out * in elements of each weight, which limit the speed for few rows, and
+x and y.
 
-Dense products go to torch (cuBLAS, oneDNN, MKL), except where it has none. On a CPU without instructions for bfloat16
-(before Cooper Lake and Zen 4, and most of Intel's client CPUs) it multiplies bfloat16 and float16 at a seventh of the
-speed of float32, and where they are slow (Emerald Rapids without its matrix unit) at half of it. There the native
-kernels multiply, in float32: of many rows the weights are widened a panel at a time in the first-level cache
-(`native/panels.h`), of up to 16 rows as they are read (`native/linear_dense.cpp`). With AVX512-BF16 they multiply
-bfloat16 in two cases, too: up to four rows, as their product reads the weights at 34 to 43 GB/s where torch's reads 30
-(two cores of a Zen 5 EPYC), and a pair of many rows, in bfloat16 and as fast as torch's two products, because neither
-is written to be read again. Where rows must not depend on each other (`row_groups.py`), the native kernels multiply on
-CPUs and the W8A16 kernel, with weights that need no scale, on GPUs.
+torch computes dense products (cuBLAS, oneDNN, MKL), except where it is slow. On a CPU without instructions for bfloat16
+(before Cooper Lake and Zen 4, and most of Intel's client CPUs) torch multiplies bfloat16 and float16 at a seventh of
+the speed of float32; where the instructions are slow (Emerald Rapids without AMX), at half of it. On such CPUs the
+native kernels multiply in float32: for many rows they widen the weights a panel at a time in the L1 cache
+(`native/panels.h`), for up to 16 rows as they read them (`native/linear_dense.cpp`). With AVX512-BF16 the native
+kernels multiply bfloat16 in two cases: up to four rows, where they read the weights at 34 to 43 GB/s and torch at 30
+(two cores of a Zen 5 EPYC), and a pair with many rows, which they multiply as fast as torch without writing gate and up
+to memory. Where rows must not depend on each other (`row_groups.py`), the native kernels run on CPUs, and the W8A16
+kernel, with unscaled weights, on GPUs.
 """
 
 import torch
@@ -47,9 +48,9 @@ _swiglu = Operation("linear_swiglu", linear_swiglu_reference, rows=(0,))
 
 
 def linear_misfit(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Why a product goes to torch on a CPU, or None.
+    """Why torch computes a product on a CPU, or None.
 
-    Forced, and where rows must not depend on each other, the native kernels multiply every dtype at every level.
+    If forced, or if rows must not depend on each other, the native kernels multiply every dtype at every level.
     """
     if forced_backend("linear") is None and not is_row_invariant():
         if x.dtype == torch.float32:
@@ -69,7 +70,7 @@ def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _swiglu_misfit(x: Tensor, gate: Tensor, up: Tensor) -> str | None:
-    # Here a product is as fast as torch's, and neither gate nor up are written and read again.
+    # As fast as torch's products, and gate and up are not written to memory.
     if native.isa() == "avx512" and products.in_panels(as_rows(x), len(gate)):
         return native.misfit(x, gate, up)
     return linear_misfit(x, gate, up)
@@ -83,7 +84,7 @@ def _swiglu_native(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
 @_operation.implementation("triton", groups=any_rows)
 def _triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if is_row_invariant():  # which cuBLAS is not: it chooses a kernel by the number of rows
+    if is_row_invariant():  # cuBLAS is not: it chooses a kernel by the number of rows
         return w8a16_triton(x, (weight.contiguous(), None), (None, None), bias, None)
     return F.linear(x, weight, bias)
 
@@ -118,7 +119,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """silu(x G^T) * (x U^T) for x: [..., in] and gate, up: [out, in], all of one floating dtype.
 
-    Returns [..., out] in that dtype, sums in float32; of gate and up as well where one kernel computes both.
+    Returns [..., out] in that dtype. Sums are float32; where one kernel computes both products, gate and up are, too.
     Raises ValueError when shapes or dtypes do not fit.
     """
     if gate.shape != up.shape:

@@ -6,18 +6,17 @@
 x: [rows, in] float16, bfloat16 or float32; weight: [out, in] int8; scales: [out]. Sums and epilogues are float32 and
 are rounded to the dtype of x once.
 
-W8A16 is bound by memory up to about 100 rows. A launch must read out * in bytes of weights (half of 16 bits) and reads
-them once for every BLOCK_M rows, that is once up to 64 rows; x is read from L2 by every block of outputs. The codes
-become the dtype of x in registers, where they are exact, and the channel's scale multiplies the finished sum, so no
-rounding of weights is added. The weights are the left operand of the tensor core's product (Hopper takes that one
-from registers), the tokens its columns. 2 * rows * out * in operations. Few rows: the inner dimension is split, see
-`packed_product`.
+W8A16 is bound by memory up to about 100 rows. A launch reads out * in bytes of weights (half those of 16 bits) once for
+every BLOCK_M rows, that is once up to 64 rows; every block of outputs reads x from L2. The int8 weights are converted
+exactly to the dtype of x in registers, and the channel's scale multiplies the finished sum, so no rounding of weights
+is added. The weights are the left operand of the tensor core's product (which Hopper reads from registers), the tokens
+its columns. FLOPs: 2 * rows * out * in. For few rows the inner dimension is split, see `packed_product`.
 
-Native, on a CPU: up to 16 rows read the weights once from memory. From AVX-VNNI on they multiply integers, with 256
-neighbouring activations as integers of 15 bits with one scale; elsewhere codes become float32 in registers. More rows
-go past weights made in the first-level cache (`native/panels.h`), in bfloat16 where it is multiplied fast, else in such
-integers (from AVX2 on), of a pair 16 outputs of each at a time, whose sums become one output without a way through
-memory; without AVX2 they go to torch's products, with weights made dense a tile at a time.
+Native, on a CPU: for up to 16 rows the weights are read once from memory. From AVX-VNNI on, the kernel multiplies
+integers, with 256 neighbouring activations as 15-bit integers with one scale; on other CPUs weights are converted to
+float32 in registers. For more rows, weights are unpacked a panel at a time in the L1 cache (`native/panels.h`), to
+bfloat16 where the CPU multiplies it fast, else to the same integers (from AVX2 on). A panel of a SwiGLU pair has 16
+outputs of each weight, fused in registers. Without AVX2 torch multiplies, with weights made dense a tile at a time.
 
 Source: Dettmers et al. 2022, arXiv:2208.07339 (per-channel int8).
 """
@@ -114,7 +113,7 @@ def _w8a16_kernel(  # type: ignore[no-untyped-def]
     store_product(acc, up, up_acc, out, bias, residual, m, n, rows, columns, SPLIT)
 
 
-# By the most rows that a config is for; the last also serves more.
+# Keys: the most rows that a config is for; the last also serves more.
 _W8A16 = {
     16: Configs("linear_int8_16", tile_config(16, 64, 128, 4, 4)),
     32: Configs("linear_int8_32", tile_config(32, 64, 128, 4, 4)),
@@ -125,7 +124,7 @@ _W8A16 = {
         {chip: tile_config(128, 128, 64, 8, 3) for chip in SMALL_MEMORY},
     ),
 }
-# A pair has two sums for each output, which in registers leaves room for half as many outputs.
+# A pair has two sums for each output, so registers hold half as many outputs.
 _W8A16_PAIR = {
     **_W8A16,
     32: Configs("linear_int8_pair_32", tile_config(32, 64, 128, 4, 4), {"gfx942": tile_config(32, 64, 128, 4, 3)}),
@@ -136,7 +135,7 @@ _W8A16_PAIR = {
     ),
 }
 
-# A weight of float32 takes four times the shared memory of codes.
+# A float32 weight takes four times the shared memory of an int8 one.
 _DENSE = {16: Configs("linear_few", tile_config(16, 64, 64, 4, 4))}
 
 
@@ -189,7 +188,7 @@ MOST_ROWS_INT8 = 32
 @_linear.implementation("torch")
 def _linear_torch(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     rows, columns = as_rows(x), len(weight)
-    if x.dtype == torch.float16:  # it holds no sum of 127 * x
+    if x.dtype == torch.float16:  # sums of 127 * x overflow float16
         y = product_by_tiles(rows, columns, lambda tile: dequantized(weight[tile], scales[tile], x.dtype))
     elif x.dtype == torch.bfloat16 and rows.shape[0] <= MOST_ROWS_INT8:
         y = torch._weight_int8pack_mm(rows, weight, torch.ones_like(scales, dtype=x.dtype)).float() * scales.float()
@@ -215,7 +214,7 @@ def linear_int8(
 
     x: [..., in] floating, in a multiple of 16; weight: [out, in] int8; scales: [out]; bias: [out]; residual: [..., out]
     in the dtype of x. Returns [..., out] in the dtype of x.
-    Raises ValueError for shapes or dtypes that do not fit, as all linear operations here do.
+    Raises ValueError when shapes or dtypes do not fit, as all linear operations here do.
     """
     check_int8(x, weight, scales)
     check_epilogue(x, len(weight), bias, residual)
@@ -223,13 +222,13 @@ def linear_int8(
 
 
 def linear_int8_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    """silu(x G^T) * (x U^T) with int8 weights, x read once. gate, up: one shape; all else as in `linear_int8`."""
+    """silu(x G^T) * (x U^T) with int8 weights, x read once. gate, up: same shape; all else as in `linear_int8`."""
     check_pair(x, gate, gate_scales, up, up_scales)
     return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales)
 
 
 def check_int8(x: Tensor, weight: Tensor, scales: Tensor) -> None:
-    """Raise ValueError unless x [..., in] and a weight with its scales are as `linear_int8` wants them."""
+    """Raise ValueError unless x [..., in] and a weight with its scales are valid for `linear_int8`."""
     if weight.dtype != torch.int8 or weight.ndim != 2 or not weight.is_contiguous():
         raise ValueError(f"the weight must be contiguous int8 [out, in], got {weight.dtype} {tuple(weight.shape)}")
     if not x.is_floating_point() or x.shape[-1:] != weight.shape[1:]:
@@ -245,7 +244,7 @@ def check_int8(x: Tensor, weight: Tensor, scales: Tensor) -> None:
 
 
 def check_pair(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> None:
-    """Raise ValueError unless x and both weights are as `linear_int8_swiglu` wants them."""
+    """Raise ValueError unless x and both weights are valid for `linear_int8_swiglu`."""
     check_int8(x, gate, gate_scales)
     check_int8(x, up, up_scales)
     if gate.shape != up.shape:

@@ -3,19 +3,20 @@
     y[m, n] = sum_k x[m, k] * scales[n, g] * (codes[n, k] - zeros[n, g]) + bias[n] + residual[m, n],    g = k // group
     SwiGLU: y = silu(gate(x)) * up(x), two such products of one x
 
-x: [rows, in] float16, bfloat16 or float32; codes: [out, in] int8; scales, zeros: [out, in / group], zeros absent where
-all are 0. Groups of 16, 32, 64 or 128 inputs. Sums and epilogues are float32 and are rounded to the dtype of x once.
+x: [rows, in] float16, bfloat16 or float32; codes: [out, in] int8; scales, zeros: [out, in / group]; zeros may be
+omitted if all are 0. Groups of 16, 32, 64 or 128 inputs. Sums and epilogues are float32 and are rounded to the dtype of
+x once.
 
-The format is here for weights that exist in it: those of GGUF files with five, six and eight bits. A scale for each
-channel (`linear_int8`) is smaller and faster.
+The format serves existing weights: those of GGUF files with five, six and eight bits. A scale for each channel
+(`linear_int8`) is smaller and faster.
 
 Bound by memory up to about 100 rows: a launch reads out * in * (1 + 4 / group) bytes of codes and float32 scales, twice
-the scales with zeros, once for every BLOCK_M rows. 2 * rows * out * in operations. Few rows: the codes less their zero
-go to the tensor cores and the scale multiplies a group's sum. Many rows: the scale multiplies the weights before they
-are rounded. Inner dimensions are split as in `packed_product`.
+the scales with zeros, once for every BLOCK_M rows. 2 * rows * out * in operations. Few rows: the tensor cores multiply
+the codes minus their zero, and the scale multiplies a group's sum. Many rows: the scale multiplies the weights before
+they are rounded. Inner dimensions are split as in `packed_product`.
 
-Native, on a CPU: up to 16 rows read the weights once from memory; weights become float32 in registers. More rows, and
-torch, multiply with weights made dense a tile of channels at a time.
+Native, on a CPU: for up to 16 rows the weights are read once from memory and converted to float32 in registers. For
+more rows, and in torch, weights are made dense a tile of channels at a time.
 """
 
 import torch
@@ -137,13 +138,13 @@ def _groups_kernel(  # type: ignore[no-untyped-def]
     store_product(acc, up, up_acc, out, bias, residual, m, n, rows, columns, SPLIT)
 
 
-# By the most rows that a config is for; the last also serves more. BLOCK_K is cut to the group.
+# Keys: the most rows that a config is for; the last also serves more. BLOCK_K is cut to the group.
 _GROUPS = {
     16: Configs("linear_int8_groups_16", tile_config(16, 64, 64, 4, 4)),
     64: Configs("linear_int8_groups_64", tile_config(64, 64, 64, 8, 3)),
     128: Configs("linear_int8_groups_128", tile_config(128, 64, 64, 8, 3)),
 }
-# A pair has two sums for each output, for which 128 rows leave too few registers.
+# A pair has two sums for each output; with 128 rows they do not fit in registers.
 _GROUPS_PAIR = {most: configs for most, configs in _GROUPS.items() if most <= 64}
 
 
@@ -260,7 +261,7 @@ def linear_int8_groups_swiglu(
 ) -> Tensor:
     """silu(x G^T) * (x U^T), x read once; gate and up are weights of one shape and group as in `linear_int8_groups`.
 
-    Both have zeros or neither. Raises ValueError otherwise.
+    Either both have zeros or neither has. Raises ValueError otherwise.
     """
     _check(x, gate, gate_scales, gate_zeros)
     _check(x, up, up_scales, up_zeros)

@@ -1,20 +1,20 @@
-"""Linear layers with nf4 weights: 16 levels, one scale for each 64 neighbouring inputs of a channel (W4A16), alone or
-as a SwiGLU pair.
+"""Linear layers with nf4 weights: a codebook of 16 values, one scale for each 64 neighbouring inputs of a channel
+(W4A16), alone or as a SwiGLU pair.
 
     y[m, n] = sum_k x[m, k] * scales[n, k // 64] * LEVELS[code[n, k]] + bias[n] + residual[m, n]
     SwiGLU: y = silu(gate(x)) * up(x), two such products of one x
 
 x: [rows, in] float16, bfloat16 or float32; codes: [out, in / 2] uint8, the even input in a byte's HIGH four bits;
-scales: [out, in / 64] float32; the layout of bitsandbytes. The format is here for weights that exist in it; int4 in
-groups is smaller and as exact.
+scales: [out, in / 64] float32; the layout of bitsandbytes. The format serves existing weights; int4 in groups is
+smaller and as exact.
 
-The native kernels read out * in * (1/2 + 1/16) bytes once for up to 16 rows: levels come from registers, 16 or, as
-bfloat16, 32 at a time, and are scaled after they are summed. More rows go past weights unpacked in panels, where the
-level has them, and otherwise, as on torch, in tiles of channels made dense, which write and read out * in * 2 bytes
-more.
+The native kernels read out * in * (1/2 + 1/16) bytes once for up to 16 rows: they look up codebook values in registers,
+16 or, as bfloat16, 32 at a time, and scale the sums. For more rows they unpack weights in panels where the instruction
+set allows; otherwise, and in torch, weights are made dense in tiles of channels, which write and read out * in * 2
+bytes more.
 
-On GPUs the kernel is int4's, as bound and as split. Only a code becomes a number differently: the lanes of a warp hold
-the levels, and a shuffle fetches one for each weight, which a multiprocessor does for 32 weights a cycle.
+On GPUs the kernel is that of `linear_int4`, with the same limits and splits, but another lookup: the lanes of a warp
+hold the codebook, and a shuffle fetches the value of each weight, 32 weights per cycle and multiprocessor.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314.
 """
@@ -57,7 +57,7 @@ def _levels(device: torch.device) -> Tensor:
 def unpacked(codes: Tensor, scales: Tensor) -> Tensor:
     """The weights [out, in], in float32, or float64 if the scales are."""
     levels = _levels(codes.device).to(scales.dtype)
-    # Row b: the two levels of the byte b. One lookup a byte is what makes unpacking bearable without a kernel.
+    # Row b: the two values of the byte b. One lookup per byte keeps unpacking fast without a kernel.
     table = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), -1)
     pairs = table.index_select(0, codes.flatten().int()).view(len(codes), scales.shape[1], BLOCK_SIZE)
     return (pairs * scales[..., None]).flatten(1)
@@ -119,7 +119,8 @@ def linear_nf4(
     """x W^T + bias + residual with nf4 weights, W[n, k] = scales[n, k // 64] * LEVELS[code[n, k]].
 
     x: [..., in] floating, in a multiple of 64; codes: [out, in / 2] uint8; scales: [out, in / 64] float32; bias: [out];
-    residual: [..., out] in the dtype of x. Returns [..., out] like x. Raises ValueError for what does not fit.
+    residual: [..., out] in the dtype of x. Returns [..., out] in the dtype of x. Raises ValueError when shapes or
+    dtypes do not fit.
     """
     scales = _checked(x, codes, scales)
     check_epilogue(x, len(codes), bias, residual)
@@ -129,7 +130,7 @@ def linear_nf4(
 def linear_nf4_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
     """silu(x G^T) * (x U^T), x read once; gate and up are packed weights of one shape as in `linear_nf4`.
 
-    Raises ValueError for what does not fit.
+    Raises ValueError when shapes or dtypes do not fit.
     """
     gate_scales, up_scales = _checked(x, gate, gate_scales), _checked(x, up, up_scales)
     if gate.shape != up.shape:

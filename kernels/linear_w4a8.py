@@ -6,18 +6,18 @@
     SwiGLU: y = silu(gate(x)) * up(x), two such products of one q
 
 packed, scales, zeros: as in `linear_int4`; x: [rows, in] float16, bfloat16 or float32. Products within a group are
-exact in int32, all else is float32 and is rounded to the dtype of x once. Rounding x costs 0.6 % of a product's size
-where the activations of a group are normally distributed, and more the larger one of them is than the rest;
+exact in int32, all else is float32 and is rounded to the dtype of x once. Rounding x adds a relative error of 0.6 % if
+the activations of a group are normally distributed, and more if a group has outliers;
 llama.cpp's Q4_0 does the same in groups of 32.
 
-Many rows, bound by arithmetic: 2 * rows * out * in int8 operations, at twice the 16-bit rate, and for each token,
-output and group three float32 ones. Few rows, bound by memory: out * in * (1/2 + 2 / group) bytes as in `linear_int4`,
-and on a CPU half the multiplications of its 15-bit activations.
+Many rows are bound by arithmetic: 2 * rows * out * in int8 operations, at twice the 16-bit rate, and three float32
+operations for each token, output and group. Few rows are bound by memory: out * in * (1/2 + 2 / group) bytes as in
+`linear_int4`, and on a CPU half the multiplications of the 15-bit activations there.
 
-Native: up to 16 rows read the weights once; more go past panels of them (`group_panels.h`). Without AVX2,
-and on torch, `linear_int4` multiplies what the rounded activations stand for. Triton: a block takes one group a step,
-because the sums of two cannot share an accumulator. Up to 64 rows go to the W4A16 kernel of `linear_int4`, which has
-small tiles and splits the inner dimension, and x is not rounded.
+Native: for up to 16 rows the weights are read once; for more, they are unpacked in panels (`group_panels.h`). Without
+AVX2, and in torch, `linear_int4` multiplies the dequantized activations. Triton: a block takes one group per step,
+because two groups cannot share an accumulator. Up to 64 rows use the W4A16 kernel of `linear_int4`, which has small
+tiles and splits the inner dimension and does not round x.
 
 Source: Lin et al. 2024, arXiv:2405.04532 (W4A8).
 """
@@ -79,7 +79,7 @@ def linear_w4a8_swiglu_reference(
     gate_zeros: Tensor | None,
     up_zeros: Tensor | None,
 ) -> Tensor:
-    """The specification of `linear_w4a8_swiglu`: two products as of `linear_w4a8`, rounded to the dtype of x once."""
+    """The specification of `linear_w4a8_swiglu`: two products of `linear_w4a8`, rounded to the dtype of x once."""
     weights = (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros)
     return swiglu_reference_of(linear_w4a8_reference, x, *weights)
 
@@ -253,7 +253,7 @@ def _rounded(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 
 def _restored(x: Tensor, groups: int) -> Tensor:
-    """What the rounded groups of x stand for, like x."""
+    """x rounded in groups and dequantized: a tensor like x."""
     codes, scales = _rounded(x, groups)
     return (codes.unflatten(-1, (groups, -1)) * scales[..., None]).view(x.shape).to(x.dtype)
 
@@ -266,9 +266,9 @@ def linear_w4a8(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """As `linear_int4`, with each group of x rounded to int8 on the way (W4A8): faster for many rows, less exact.
+    """Like `linear_int4`, with each group of x rounded to int8 (W4A8): faster for many rows, less exact.
 
-    On GPUs up to 64 rows are multiplied by the kernel of `linear_int4`, without rounding.
+    On GPUs the kernel of `linear_int4` multiplies up to 64 rows, without rounding x.
     """
     check_int4(x, packed, scales, zeros)
     check_epilogue(x, packed.shape[0], bias, residual)
@@ -284,6 +284,7 @@ def linear_w4a8_swiglu(
     gate_zeros: Tensor | None = None,
     up_zeros: Tensor | None = None,
 ) -> Tensor:
-    """silu(x G^T) * (x U^T), each group of x rounded to int8 once. gate, up: alike; all else as in `linear_w4a8`."""
+    """silu(x G^T) * (x U^T), each group of x rounded to int8 once. gate, up: same layout; all else as in
+    `linear_w4a8`."""
     check_int4_pair(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros))
     return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales, gate_zeros, up_zeros)

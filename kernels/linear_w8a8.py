@@ -1,19 +1,19 @@
 """Linear layers with int8 weights and int8 activations (W8A8), alone or as a SwiGLU pair.
 
-    q[m], s[m] = x[m] rounded to int8 with one scale a token (`quantize_rows`)
+    q[m], s[m] = x[m] rounded to int8 with one scale per token (`quantize_rows`)
     y[m, n] = scales[n] * s[m] * sum_k q[m, k] * weight[n, k] + bias[n] + residual[m, n]    the sum exact, in int32
     SwiGLU    y = silu(gate(x)) * up(x), two such products of one q
 
 weight, scales: as in `linear_int8`; x: [rows, in] float16, bfloat16 or float32. The epilogue is float32 and is rounded
-to the dtype of x once; of a pair, so are gate and up where no kernel computes both at once.
+to the dtype of x once. For a pair, gate and up are rounded, too, where no kernel computes both at once.
 
 2 * rows * out * in int8 operations, at twice the 16-bit rate. Bytes: out * in of the weight, rows * in of the codes.
-On GPUs that is worth it for more than 64 rows. Fewer are bound by reading the weights, so the W8A16 kernel of
-`linear_int8` multiplies them, which has small tiles and splits the inner dimension, and x is not rounded.
+On GPUs this pays for more than 64 rows. Fewer are bound by reading the weights, so they use the W8A16 kernel of
+`linear_int8`, which has small tiles and splits the inner dimension and does not round x.
 
-Native, on a CPU: up to 16 rows read the weights once from memory, more go past panels of them (`native/panels.h`); a
-panel of a pair holds 16 outputs of each, whose sums become one output without a way through memory. Without AVX2 many
-rows go to torch's int8 product.
+Native, on a CPU: for up to 16 rows the weights are read once from memory; for more, they are laid out in panels
+(`native/panels.h`). A panel of a pair has 16 outputs of each weight, fused in registers. Without AVX2 torch's int8
+product multiplies many rows.
 
 Source: Dettmers et al. 2022, arXiv:2208.07339 (per-token, per-channel int8).
 """
@@ -58,7 +58,7 @@ def linear_w8a8_reference(
 
 
 def linear_w8a8_swiglu_reference(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    """The specification of `linear_w8a8_swiglu`: two products as of `linear_w8a8`, rounded to the dtype of x once."""
+    """The specification of `linear_w8a8_swiglu`: two products of `linear_w8a8`, rounded to the dtype of x once."""
     return swiglu_reference_of(linear_w8a8_reference, x, (gate, gate_scales), (up, up_scales))
 
 
@@ -192,7 +192,7 @@ def _scaled_product(codes: Tensor, row_scales: Tensor, weight: Tensor, scales: T
 
 
 def _int_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T, exactly. torch's int8 product on GPUs takes more than 16 rows and multiples of 8."""
+    """a @ b.T, exactly. torch's int8 product on GPUs needs more than 16 rows and multiples of 8."""
     if len(b) % 8 or a.shape[1] % 8:
         return a.double() @ b.double().T
     rows = len(a)
@@ -204,9 +204,9 @@ def _int_product(a: Tensor, b: Tensor) -> Tensor:
 def linear_w8a8(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """As `linear_int8`, with x rounded to int8 token by token on the way (W8A8): faster for many rows, less exact.
+    """Like `linear_int8`, with each token of x rounded to int8 (W8A8): faster for many rows, less exact.
 
-    On GPUs up to 64 rows are multiplied by the kernel of `linear_int8`, without rounding.
+    On GPUs the kernel of `linear_int8` multiplies up to 64 rows, without rounding x.
     """
     check_int8(x, weight, scales)
     check_epilogue(x, len(weight), bias, residual)
@@ -214,6 +214,6 @@ def linear_w8a8(
 
 
 def linear_w8a8_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    """silu(x G^T) * (x U^T), with x rounded to int8 once. gate, up: one shape; all else as in `linear_w8a8`."""
+    """silu(x G^T) * (x U^T), with x rounded to int8 once. gate, up: same shape; all else as in `linear_w8a8`."""
     check_pair(x, gate, gate_scales, up, up_scales)
     return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales)

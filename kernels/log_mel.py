@@ -5,30 +5,30 @@
     out[m, t]   = (max(mel[m, t], max(mel) - 8) + 4) / 4
 
 x is the window, zero-padded to `window_samples` and extended by 200 reflected samples on both sides; `hann` is
-periodic; `filters` are triangles on Slaney's mel scale with Slaney's area normalization. The maximum is that of the
+periodic; `filters` are triangles on Slaney's mel scale with Slaney's area normalization. max(mel) is the maximum of the
 window.
 
-Frames that hold nothing but zero padding all have the value of the floor and cannot raise the maximum, so only the
-frames that touch the signal are computed: `frame_count(samples)`, two more than the valid ones, which is also all that
-the convolution stem reads. A window of n samples costs about 400 * 201 * 2 * n / 160 multiply-adds as a plain DFT;
+Frames of zero padding have the value of the floor and cannot raise the maximum, so only the frames that overlap the
+signal are computed: `frame_count(samples)`, two more than the valid ones, which is all that the convolution stem reads.
+A window of n samples costs about 400 * 201 * 2 * n / 160 multiply-adds as a plain DFT;
 the torch implementation uses an FFT. Bytes: 4 n in, 4 * mel_bins * n / 160 out.
 
-The Triton implementation takes two launches: mel and the maxima of its tiles, then the rest, which needs the window's
-maximum. It reads frames straight from the waveform, reflected by index arithmetic, and computes the DFT as products
-with a quarter of the plain one's operations. Counted from the frame's center, which turns phases but not the power,
-with c_d = hann[d] * cos(2 pi k d / 400), s_d likewise, and x[d] the sample d after the center,
+The Triton implementation takes two launches: mel and the maxima of its tiles, then the normalization, which needs the
+window's maximum. It reads frames from the waveform, reflected by index arithmetic, and computes the DFT as products
+with a quarter of the FLOPs of a plain DFT. Time is counted from the frame's center, which changes phases but not the
+power. With c_d = hann[d] * cos(2 pi k d / 400), s_d likewise, and x[d] the sample d after the center,
 
     Re[k] = sum over d = 0..199 of c_d * (x[d] + x[-d])   (d = 0 at half weight)    = E + O     even d and odd d
     Im[k] = sum over d = 1..199 of s_d * (x[d] - x[-d])                             = E' + O'
     power[k] = (E + O)^2 + (E' + O')^2,   power[200 - k] = (E - O)^2 + (E' - O')^2
 
-so four products over 100 distances give the frequencies 0..100, and with them all 201. A frame costs 4 * 112 * 112 of
-these and 2 * 112 * mel_bins of the filters' multiply-adds with padding, 79 thousand for 128 mels; a window of 30 s
-473 MFLOP, tripled on tensor cores, where every float32 operand is the sum of two tf32 numbers ("tf32x3"). That keeps
-22 of 24 bits; as accumulation goes on in float32 the error stays within twice that of torch's FFT even if the tensor
-cores truncate their sums, which one tf32 product, 600 times farther off, does not. AMD's matrix cores multiply float32.
-Bytes: besides the plain ones, the
-unnormalized mel is written and read once in float32, 3 MB a window, and tables of 315 KB stay in the L2 cache.
+so four products over 100 distances give the frequencies 0..100, and with them all 201. With padding, a frame costs 4 *
+112 * 112 multiply-adds for these and 2 * 112 * mel_bins for the filters, 79 thousand for 128 mels, and a window of 30 s
+costs 473 MFLOP. Tensor cores need three times as many, because each float32 operand is the sum of two tf32 numbers
+("tf32x3"), which keep 22 of 24 bits. Accumulation is float32, so the error stays within twice that of torch's FFT even
+if the tensor cores truncate their sums; that of a single tf32 product is 600 times as large. AMD's matrix cores
+multiply float32. Bytes: in addition to those above, the unnormalized mel is written and read once in float32, 3 MB per
+window, and tables of 315 KB stay in the L2 cache.
 
 Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision", section 2.2; Slaney 1998,
 "Auditory Toolbox".
@@ -50,12 +50,12 @@ HOP_LENGTH = 160
 
 
 def valid_frames(samples: int) -> int:
-    """Number of mel frames that count as audio in a window of `samples` samples: one per started hop."""
+    """Number of valid mel frames in a window of `samples` samples: one per hop, the last one possibly incomplete."""
     return -(-samples // HOP_LENGTH)
 
 
 def frame_count(samples: int, window_samples: int = WINDOW_SAMPLES) -> int:
-    """Number of frames that `log_mel` returns for `samples` samples: those that the signal reaches."""
+    """Number of frames that `log_mel` returns for `samples` samples: those that overlap the signal."""
     return min(valid_frames(samples) + 2, window_samples // HOP_LENGTH)
 
 
@@ -158,7 +158,7 @@ def _spectrum_kernel(  # type: ignore[no-untyped-def]
     window = tl.program_id(1).to(tl.int64)
     row = waveforms + window * waveform_row
     frame = tl.program_id(0) * BLOCK_FRAMES + tl.arange(0, BLOCK_FRAMES)[:, None]
-    center = tl.minimum(frame, frames - 1) * HOP  # past the end the last frame again: it leaves the maximum alone
+    center = tl.minimum(frame, frames - 1) * HOP  # past the end, repeat the last frame: the maximum stays the same
     mels = tl.arange(0, MELS)[None, :]
     energy = tl.zeros((BLOCK_FRAMES, MELS), tl.float32)
     for first in range(0, FREQUENCIES, BLOCK_FREQUENCIES):
@@ -186,7 +186,7 @@ def _spectrum_kernel(  # type: ignore[no-untyped-def]
         re, im = even_re - odd_re, even_im - odd_im
         filter += FREQUENCIES * MELS
         energy = tl.dot(re * re + im * im, tl.load(filter), energy, input_precision=PRECISION)
-    # The floor of 1e-10 after the logarithm, where it is exact; the one before it only avoids log(0).
+    # The floor of 1e-10 is applied after the logarithm, where it is exact; the floor before it only avoids log(0).
     mel = tl.maximum(tl.log(tl.maximum(energy, 1e-20)) * 0.4342944819032518, -10.0)
     tl.store(maxima + window * tl.num_programs(0) + tl.program_id(0), tl.max(mel))
     tl.store(out + (window * mel_bins + mels) * frames + frame, mel, mask=(frame < frames) & (mels < mel_bins))
@@ -244,7 +244,7 @@ def _triton(waveforms: Tensor, mel_bins: int, window_samples: int, dtype: torch.
 @_operation.implementation("torch")
 def _torch(waveforms: Tensor, mel_bins: int, window_samples: int, dtype: torch.dtype) -> Tensor:
     frames = frame_count(waveforms.shape[-1], window_samples)
-    # Beyond the frames asked for only zeros follow, so the right-hand reflection matters in a full window alone.
+    # Only zeros follow the requested frames, so the right-hand reflection matters only in a full window.
     length = min(window_samples, frames * HOP_LENGTH + N_FFT)
     x = torch.nn.functional.pad(waveforms.to(torch.float32), (0, length - waveforms.shape[-1]))
     hann = torch.hann_window(N_FFT, device=x.device)

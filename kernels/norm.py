@@ -4,13 +4,13 @@
     rms_norm(x)   = x / sqrt(mean(x^2) + eps) * weight
     add_*_norm(x, residual): h = residual + x; returns (norm(h), h)
 
-Statistics are float32 whatever the dtype. The pair "add, then norm" is one operation because both are memory-bound:
-fused it reads 2 and writes 2 elements per channel, apart it reads 3 and writes 2.
+Statistics are float32 whatever the dtype. "Add, then norm" is one operation because both are memory-bound: fused, they
+read 2 and write 2 elements per channel; separate, they read 3 and write 2.
 
 The Triton kernel gives each row to one program, which holds it in registers: every element is read once and written
 once, and the mean is known before deviations are squared. Weight and bias, the same for all rows, stay in the caches.
-The native kernel keeps a row in the first-level cache between its passes over it.
-Operations: about 5 a channel for RMSNorm and 8 for LayerNorm, far below what the bytes cost.
+The native kernel keeps a row in the L1 cache between its passes over it. FLOPs: about 5 per channel for RMSNorm and 8
+for LayerNorm, which take far less time than the bytes.
 Source: Ba et al. 2016 (LayerNorm); Zhang & Sennrich 2019 (RMSNorm).
 """
 
@@ -61,14 +61,14 @@ _add_rms_norm = Operation("add_rms_norm", add_rms_norm_reference)
 
 @triton.jit
 def normalize_row(x, inside, width, eps, CENTER: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One row over its standard deviation (CENTER, LayerNorm) or over its root mean square; float32.
+    """One row divided by its standard deviation (CENTER, LayerNorm) or its root mean square; float32.
 
     x: [BLOCK] float32, zero where `inside` is false: past the row's `width` channels.
     """
     if CENTER:
         x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
     mean_square = tl.sum(x * x, 0) / width
-    # Once a row, so exact: the hardware's quick rsqrt would put all its channels off by the same error.
+    # Exact, as it runs once per row: the hardware's approximate rsqrt would give all channels the same error.
     return x * tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
 
 
@@ -105,7 +105,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 
 def row_blocks(width: int) -> dict[str, int]:
-    """Block and warps for a row of `width` channels held by one program: about 16 float32 a thread, on every GPU."""
+    """Block and warps for a row of `width` channels in one program: about 16 float32 per thread, on every GPU."""
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
@@ -159,7 +159,7 @@ def _add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float
 
 
 def _native(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-    """As `_launch`."""
+    """Same as `_launch`."""
     outputs = tuple(x.new_empty(x.shape) for _ in range(1 if residual is None else 2))
     rows = strided_rows(x)
     residual_rows = None if residual is None else strided_rows(residual)
@@ -234,7 +234,7 @@ def _add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """LayerNorm over the last dimension. x: [..., channels]; weight, bias: [channels]. Returns like x.
+    """LayerNorm over the last dimension. x: [..., channels]; weight, bias: [channels]. Returns a tensor like x.
 
     Raises ValueError when shapes do not fit, as all norms do.
     """
@@ -243,7 +243,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """RMSNorm over the last dimension. x: [..., channels]; weight: [channels]. Returns like x."""
+    """RMSNorm over the last dimension. x: [..., channels]; weight: [channels]. Returns a tensor like x."""
     _check(x, weight)
     return _rms_norm.on(x.device)(x, weight, eps)
 

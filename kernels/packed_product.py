@@ -1,14 +1,14 @@
-"""What products with packed weights share: tiles, splits and epilogues of their kernels, and their launches.
+"""Shared parts of products with packed weights: tiles, splits and epilogues of their kernels, and their launches.
 
     y[m, n] = sum_k x[m, k] * weight[n, k] + bias[n] + residual[m, n]
 
 A kernel has the weights as the left operand of the tensor core's product, the tokens as its columns, and writes its
-sums [BLOCK_N, BLOCK_M] by `store_product`, or by `store_block` if it has no pairs. Few rows leave few blocks, so the
-inner dimension is split, too: each split writes float32 partial sums, and a second kernel adds them in a fixed order.
-That moves splits * rows * out * 8 bytes through L2.
+sums [BLOCK_N, BLOCK_M] by `store_product`, or by `store_block` if it has no SwiGLU pairs. Few rows make few blocks, so
+the inner dimension is split, too: each split writes float32 partial sums, and a second kernel adds them in a fixed
+order. That moves splits * rows * out * 8 bytes through L2.
 
-Without a kernel, the weights are made dense a tile of channels at a time (`linear_by_tiles`). The formats share their
-specification of a SwiGLU pair, their native products (`NativeProduct`) and the checks of weights in groups, too.
+Without a kernel, the weights are made dense a tile of channels at a time (`linear_by_tiles`). The formats also share
+the specification of a SwiGLU pair, the native products (`NativeProduct`) and the checks of weights in groups.
 
 Source: Osama et al. 2023, arXiv:2301.03598 (split-K).
 """
@@ -30,20 +30,20 @@ from .triton_language import tl, triton
 
 FEW_ROWS = 64  # up to here a product is bound by reading the weights, and the inner dimension may be split
 MOST_SPLITS = 32
-BLOCKS_AT_ONCE = 4  # for each multiprocessor: enough loads in flight; more splits only cost sums
+BLOCKS_AT_ONCE = 4  # per multiprocessor: enough loads in flight; more splits only add partial sums
 FEW_CPU_ROWS = 16  # up to here the native products read the weights once; more rows are worth making them dense
 SMALL_MEMORY = ("sm86", "sm89", "sm120", "gfx942")
-_TILE_BYTES = 128 << 20  # of weights made dense at once
+_TILE_BYTES = 128 << 20  # of weights made dense at a time
 
 Weight = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
-"""The tensors of one weight, each with a row per output: codes, scales and, in formats that know them, zeros."""
+"""The tensors of one weight, each with a row per output: codes, scales and, in formats that have them, zeros."""
 Linear = Callable[..., Tensor]
 """A product of x with one weight: (x, codes, scales[, zeros], bias, residual)."""
 
 
 @triton.jit
 def block_of(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The tokens [BLOCK_M] and outputs [BLOCK_N] of this program. 8 blocks of tokens share the weights in L2."""
+    """The tokens [BLOCK_M] and outputs [BLOCK_N] of this program. 8 blocks of tokens reuse the weights in L2."""
     row_blocks = tl.cdiv(rows, BLOCK_M)
     column_blocks = tl.cdiv(columns, BLOCK_N)
     program = tl.program_id(0)
@@ -62,7 +62,7 @@ def silu(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def store_block(acc, out, bias, residual, m, n, rows, columns, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write acc [BLOCK_N, BLOCK_M]: as the result, or if SPLIT as partial sums [splits, rows, columns]."""
+    """Write acc [BLOCK_N, BLOCK_M] as the result, or if SPLIT as partial sums [splits, rows, columns]."""
     inside = (m[None, :] < rows) & (n[:, None] < columns)
     at = m[None, :].to(tl.int64) * columns + n[:, None]
     if SPLIT:
@@ -77,8 +77,8 @@ def store_block(acc, out, bias, residual, m, n, rows, columns, SPLIT: tl.constex
 
 @triton.jit
 def store_product(acc, up, up_acc, out, bias, residual, m, n, rows, columns, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write the sums of a product, or with a second weight `up` those of the SwiGLU pair: silu(acc) * up_acc, or if
-    SPLIT the partial sums of both, [2, splits, rows, columns]."""
+    """Write the sums of a product or, with a second weight `up`, silu(acc) * up_acc of the SwiGLU pair; if SPLIT, write
+    the partial sums of both, [2, splits, rows, columns]."""
     if up is not None:
         if SPLIT:
             ups = out + tl.num_programs(1).to(tl.int64) * rows * columns
@@ -122,24 +122,24 @@ def tile_config(block_m: int, block_n: int, block_k: int, num_warps: int, num_st
 
 
 def within_group(config: Config, group: int) -> Config:
-    """The config with no more inputs a step than a group has."""
+    """The config with at most one group of inputs per step."""
     block_k = min(group, config.blocks["BLOCK_K"])
     return Config({**config.blocks, "BLOCK_K": block_k}, config.num_warps, config.num_stages)
 
 
 def config_for(table: Mapping[int, Configs], rows: int, device: torch.device) -> Config:
-    """The entry of a table by most rows that fits `rows`, inside `row_invariant` the first one."""
+    """The entry of `table`, whose keys are maximal numbers of rows, for `rows`; inside `row_invariant`, for one row."""
     rows = rows_to_plan_for(rows)
     return table[next((most for most in table if rows <= most), max(table))].on(device)
 
 
 def rows_to_plan_for(rows: int) -> int:
-    """For how many rows a product is to be launched, which inside `row_invariant` must not depend on their number."""
+    """The number of rows that a launch is configured for: `rows`, but 1 inside `row_invariant`."""
     return 1 if is_row_invariant() else rows
 
 
 def has_few_rows(x: Tensor) -> bool:
-    """Whether a product with x [..., in] is launched as one of few rows."""
+    """Whether a product with x [..., in] is launched with the configs for few rows."""
     return rows_to_plan_for(x.shape[:-1].numel()) <= FEW_ROWS
 
 
@@ -149,7 +149,7 @@ def blocks(config: Config, rows: int, columns: int) -> int:
 
 
 def split_inner(config: Config, rows: int, columns: int, inner: int, device: torch.device) -> tuple[int, int]:
-    """How many splits of the inner dimension occupy the GPU, and the steps of each. One split if rows are not few."""
+    """Number of splits of the inner dimension that fill the GPU, and steps per split. One split for many rows."""
     total = -(-inner // config.blocks["BLOCK_K"])
     rows = rows_to_plan_for(rows)
     if rows > FEW_ROWS:
@@ -189,7 +189,7 @@ def launch_product(
 ) -> Tensor:
     """Run a kernel that multiplies x with packed weights, and the one that sums its splits if there are several.
 
-    weight, up: the tensors of the weights, codes first, and of the SwiGLU pair's second ones, or as many None.
+    weight: the tensors of the weight, codes first; up: those of the second weight of a SwiGLU pair, or as many None.
     """
     assert weight[0] is not None
     tokens, residual = as_rows(x), None if residual is None else as_rows(residual)
@@ -233,7 +233,7 @@ def product_by_tiles(rows: Tensor, columns: int, weight: Callable[[slice], Tenso
 def linear_by_tiles(
     x: Tensor, weight: Weight, dense: Callable[..., Tensor], bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """x W^T + bias + residual; `dense` makes a tile of W in the dtype of x of the same tile of the weight's tensors."""
+    """x W^T + bias + residual; `dense` makes a tile of W, in the dtype of x, from that tile of the weight's tensors."""
     columns = len(weight[0])
 
     def tile_of(tile: slice) -> Tensor:
@@ -256,11 +256,11 @@ def swiglu_reference_of(linear_reference: Linear, x: Tensor, gate: Weight, up: W
 
 @dataclass(frozen=True)
 class NativeProduct:
-    """The native functions of one format of weights.
+    """The native functions of one weight format.
 
-    product: x W^T + bias + residual, or silu(x W^T) * (x U^T), of (x, weight, up or None, bias, residual), reading the
-    weights once; unpack: makes weights dense, of their tensors and a dtype; panels: whether `product` is for many
-    rows, too, at levels that have panels. Other products go past weights that `unpack` makes.
+    product: x W^T + bias + residual, or silu(x W^T) * (x U^T), of (x, weight, up or None, bias, residual), which reads
+    the weights once; unpack: makes weights dense, given their tensors and a dtype; panels: whether `product` also
+    serves many rows, at levels that have panels. Other products use weights that `unpack` makes dense.
     """
 
     product: Callable[..., Tensor]
@@ -310,7 +310,7 @@ def grouped_pair_misfit(
     gate_zeros: Tensor | None,
     up_zeros: Tensor | None,
 ) -> str | None:
-    """The same for a pair of them."""
+    """The same for a pair of weights."""
     return native.misfit(x) or native.misfit(gate_scales, gate_zeros, up_scales, up_zeros)
 
 
@@ -333,9 +333,9 @@ def check_epilogue(x: Tensor, columns: int, bias: Tensor | None, residual: Tenso
 
 
 def check_groups(columns: int, inner: int, scales: Tensor, zeros: Tensor | None, sizes: Sequence[int]) -> None:
-    """Raise ValueError unless scales, and zeros if there are any, are those of a weight [columns, inner] in groups.
+    """Raise ValueError unless scales, and zeros if given, fit a weight [columns, inner] in groups.
 
-    sizes: how many inputs a group may have.
+    sizes: allowed numbers of inputs per group.
     """
     fits = scales.ndim == 2 and len(scales) == columns and inner in [scales.shape[1] * size for size in sizes]
     if not fits or not scales.is_floating_point() or not scales.is_contiguous():
@@ -350,7 +350,7 @@ def check_groups(columns: int, inner: int, scales: Tensor, zeros: Tensor | None,
 
 
 def check_alike(gate: Weight, up: Weight) -> None:
-    """Raise ValueError unless both weights of a pair have one shape and group, and both or neither zeros."""
+    """Raise ValueError unless both weights of a pair have one shape and group, and both or neither have zeros."""
     zeros = [part for part in (*gate[2:], *up[2:]) if part is not None]
     if gate[0].shape != up[0].shape or gate[1].shape != up[1].shape or len(zeros) == 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The paged layout of the KV cache: token i of a sequence lives in slot i % page_size of its page i // page_size.
+"""The paged layout of the KV cache: token i of a sequence is in slot i % page_size of its page i // page_size.
 
 A layer's keys are one tensor [pages, page_size, kv_heads, head_dim], its values another. A sequence is a row of the
 page table, [batch, max_pages] int32: the pages that hold its tokens, in order; entries past its end are not read.
@@ -21,8 +21,8 @@ def page_slots(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
 def gather_pages(cache: Tensor, pages: Tensor, length: int) -> Tensor:
     """The first `length` tokens of the sequence held by `pages`: [length, kv_heads, head_dim].
 
-    A view without a copy when the pages lie next to each other in the pool, as they do for a sequence that was
-    allocated at once; otherwise a gathered copy. Raises ValueError when the pages cannot hold that many.
+    Returns a view if the pages are consecutive in the pool, as for a sequence that was allocated at once; otherwise a
+    copy. Raises ValueError if the pages cannot hold that many tokens.
     """
     count = -(-length // cache.shape[1])
     if count > len(pages):
@@ -36,10 +36,10 @@ def gather_pages(cache: Tensor, pages: Tensor, length: int) -> Tensor:
 
 @triton.jit
 def locate_tokens(pages, first, end, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """In a kernel: page and slot in it of the tokens first .. first + BLOCK - 1, for `first` a multiple of BLOCK.
+    """In a kernel: the page, and the slot in it, of the tokens first .. first + BLOCK - 1, `first` a multiple of BLOCK.
 
-    pages: the sequence's row of the page table. Returns (int64, [BLOCK] int32); the page is one number where all tokens
-    lie in the same, and [BLOCK] otherwise, then 0 for tokens from `end` on.
+    pages: the sequence's row of the page table. Returns (int64, [BLOCK] int32). The page is one number if all tokens
+    are in the same page; otherwise [BLOCK], with 0 for tokens from `end` on.
     """
     if PAGE_SIZE % BLOCK == 0:
         page = tl.load(pages + first // PAGE_SIZE)
@@ -53,9 +53,8 @@ def locate_tokens(pages, first, end, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def page_of(pages, token, end, PAGE_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """In a kernel: the page of one token, or of the last one before `end` for a token from there on.
+    """In a kernel: the page of one token; for a token from `end` on, the page of the last token before `end`.
 
-    For loops that load tiles of pages ahead: where a tile's page is looked up in the iteration before, no load of the
-    same iteration waits for it.
+    For loops that load tiles ahead: they look up a tile's page one iteration earlier, so that no load waits for it.
     """
     return tl.load(pages + tl.maximum(tl.minimum(token, end - 1), 0) // PAGE_SIZE)

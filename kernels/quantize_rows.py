@@ -1,11 +1,11 @@
-"""Dynamic int8 quantization of activations, one scale a token.
+"""Dynamic int8 quantization of activations, one scale per token.
 
     scales[row] = max_k |x[row, k]| / 127,    codes[row, k] = round(x[row, k] / scales[row])
 
-with ties to even and codes within +-127; a row of zeros has scale 0 and codes 0. The maths is float32 whatever the
+with ties to even and codes within +-127; a row of zeros has scale 0 and codes 0. The arithmetic is float32 whatever the
 dtype, so codes and scales are the same on every backend.
 
-Memory-bound: each element is read (the second time from the cache that the first brought it to) and one byte written.
+Memory-bound: each element is read twice, the second time from the cache, and one byte is written.
 Source: Dettmers et al. 2022, arXiv:2208.07339.
 """
 
@@ -23,7 +23,7 @@ def reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """The specification, in float32."""
     wide = x.float()
     scales = wide.abs().amax(-1) / LARGEST
-    # The divisor of a row of zeros may be anything: 1 keeps its quotients from being 0 / 0.
+    # For a row of zeros, a divisor of 1 avoids 0 / 0.
     codes = torch.round(wide / torch.where(scales > 0, scales, 1.0)[..., None])
     return codes.clamp(-LARGEST, LARGEST).to(torch.int8), scales
 
@@ -42,7 +42,7 @@ def _kernel(x, codes, scales, inner, BLOCK: tl.constexpr):  # type: ignore[no-un
     for first in range(0, inner, BLOCK):
         part = tl.load(x + row * inner + first + k, mask=first + k < inner, other=0).to(tl.float32)
         code = tl.clamp(tl.div_rn(part, divisor), -127.0, 127.0)
-        code = (code + 12582912.0) - 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, ties to even
+        code = (code + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to an integer, ties to even
         tl.store(codes + row * inner + first + k, code.to(tl.int8), mask=first + k < inner)
 
 
@@ -71,9 +71,10 @@ _operation.implementation("torch")(reference)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize x [..., channels] of any floating dtype. Returns codes, int8 like x, and scales [...] float32.
+    """Quantize x [..., channels] of any floating dtype. Returns codes, int8 in the shape of x, and scales [...]
+    float32.
 
-    x ~ codes * scales[..., None]. Raises ValueError for integers or no channels.
+    x ~ codes * scales[..., None]. Raises ValueError if x is of an integer dtype or has no channels.
     """
     if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"quantize_rows takes floating [..., channels], got {x.dtype} {tuple(x.shape)}")

@@ -1,17 +1,17 @@
 """Rotary position embedding with float positions, in either pairing.
 
     angle[t, j] = position[t] * f[j]                                  f[j] = theta ** (-2 j / dim), j = 0 .. dim/2 - 1
-    half:         (x[j], x[j + dim/2])  turned by angle[t, j]         Qwen2's pairing
-    interleaved:  (x[2j], x[2j + 1])    turned by angle[t, j]         RoTE's pairing
+    half:         (x[j], x[j + dim/2])  rotated by angle[t, j]        Qwen2's pairing
+    interleaved:  (x[2j], x[2j + 1])    rotated by angle[t, j]        RoTE's pairing
 
-where turning (a, b) by phi gives (a cos phi - b sin phi, b cos phi + a sin phi). Positions are floats, so the index of
-a token (RoPE) and its time (the report's RoTE: position = -2 pi * seconds) are the same operation. Channels beyond
-2 * len(f) pass through. Angles are formed in float32 by that one product, as the reference model does.
+where rotating (a, b) by phi gives (a cos phi - b sin phi, b cos phi + a sin phi). Positions are floats, so one
+operation serves the index of a token (RoPE) and its time (the report's RoTE: position = -2 pi * seconds). Channels
+beyond 2 * len(f) are unchanged. Angles are computed in float32 by that one product, as in the reference model.
 
-Memory-bound: each element is read and written once, in 2 * 2 bytes and 3 operations in bf16. The Triton kernel takes
-cos and sin from a table, 8 bytes a pair and token, formed once per forward pass for all layers and heads: angles reach
-10^5 radians, where an accurate sine costs a reduction by hundreds of bits of pi and local memory. A program reads the
-table of its tokens once for several heads; between programs it stays in the L2 cache.
+Memory-bound: each element is read and written once, 2 * 2 bytes and 3 FLOPs in bf16. The Triton kernel takes cos and
+sin from a table, 8 bytes per pair and token, computed once per forward pass for all layers and heads: angles reach 10^5
+radians, where an accurate sine needs a reduction by hundreds of bits of pi, and local memory. A program reads the table
+of its tokens once for several heads; between programs it stays in the L2 cache.
 Source: Su et al. 2021 (RoPE); Goel et al. 2024, arXiv:2410.12109 (RoTE).
 """
 
@@ -34,7 +34,7 @@ Pairing = Literal["half", "interleaved"]
 
 @dataclass(frozen=True)
 class Rotation:
-    """Where each token stands and how fast each channel pair turns; made once per forward pass for all layers.
+    """Position of each token and frequency of each channel pair; made once per forward pass for all layers.
 
     positions: [batch, time] float32; frequencies: [pairs] float32, radians per unit of position.
     """
@@ -82,7 +82,7 @@ _operation = Operation("rotary", reference)
 
 @triton.jit
 def load_turns(cos, sin, tokens, channels, mask, PAIRS: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What each channel is multiplied with, and what its partner: (cos, signed sin), [tokens, channels] float32.
+    """Factors of each channel and of its partner: (cos, signed sin), [tokens, channels] float32.
 
     cos, sin: tables [tokens, PAIRS]. mask: [tokens, channels], false for tokens past the end.
     """
@@ -99,8 +99,8 @@ def load_turns(cos, sin, tokens, channels, mask, PAIRS: tl.constexpr, HALF: tl.c
 def load_turned(x, rows, channels, mask, cos, signed_sin, PAIRS: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
     """A head of some tokens, rotated: [tokens, channels] float32.
 
-    Each channel's partner is loaded a second time, from the L1 cache: cheaper to write, and as fast, as exchanging
-    halves between threads. rows: [tokens, 1], where each token's head begins.
+    Each channel's partner is loaded again, from the L1 cache, which is as fast as exchanging halves between threads,
+    and simpler. rows: [tokens, 1], offsets of each token's head.
     """
     partner = (channels + PAIRS) % (2 * PAIRS) if HALF else channels ^ 1
     own = tl.load(x + rows + channels, mask=mask, other=0.0).to(tl.float32)
@@ -110,7 +110,7 @@ def load_turned(x, rows, channels, mask, cos, signed_sin, PAIRS: tl.constexpr, H
 
 @triton.jit
 def token_rows(tokens, time, batch_stride, time_stride):  # type: ignore[no-untyped-def]
-    """Where the tokens of a [batch, time, ...] tensor begin, for indices into batch * time; int64."""
+    """Offsets of the tokens of a [batch, time, ...] tensor, for indices into batch * time; int64."""
     return (tokens // time).to(tl.int64) * batch_stride + (tokens % time).to(tl.int64) * time_stride
 
 
@@ -145,9 +145,8 @@ def _rotary_kernel(  # type: ignore[no-untyped-def]
         tl.store(to, turned.to(out.dtype.element_ty), mask=mask)
 
 
-# A few tokens (decoding) are spread as wide as they go: one warp for one head of one token. Many are taken eight at a
-# time, 16 bytes of bf16 a thread, four heads in turn to share the cosines. Nothing but memory limits either, so every
-# chip has the same.
+# Few tokens (decode): one warp for each head of a token. Many tokens: eight at a time, 16 bytes of bf16 per thread, and
+# four heads in turn, which share the cosines. Only memory limits either, so every chip has the same configs.
 _FEW = Configs("rotary, few tokens", Config({"BLOCK_TOKENS": 1, "BLOCK_HEADS": 1}, num_warps=1, num_stages=1))
 _MANY = Configs("rotary, many tokens", Config({"BLOCK_TOKENS": 8, "BLOCK_HEADS": 4}, num_warps=4, num_stages=1))
 
@@ -197,8 +196,8 @@ def _native(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def native_misfit(*tensors: Tensor) -> str | None:
-    """What of tensors [..., head_dim] the native kernels do not rotate."""
-    if tensors[0].shape[-1] > 512:  # what they keep of a row
+    """Why the native kernels do not rotate tensors [..., head_dim], or None."""
+    if tensors[0].shape[-1] > 512:  # size of their row buffer
         return f"head_dim {tensors[0].shape[-1]}"
     return native.misfit(*tensors)
 
@@ -214,7 +213,7 @@ def _torch(x: Tensor, rotation: Rotation) -> Tensor:
     a, b = x[..., first], x[..., second]
     out = torch.empty_like(x)
     out[..., 2 * pairs :] = x[..., 2 * pairs :]
-    # cos and sin are float32, so the products are, too; the sum is rounded once, on its way into `out`.
+    # cos and sin are float32, so the products are, too; the sum is rounded once, when it is written to `out`.
     out[..., first] = a * cos - b * sin
     out[..., second] = b * cos + a * sin
     return out
@@ -223,7 +222,7 @@ def _torch(x: Tensor, rotation: Rotation) -> Tensor:
 def rotary(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate every head of x by its token's position.
 
-    x: [batch, time, heads, head_dim] of any floating dtype, returned alike; the maths is float32.
+    x: [batch, time, heads, head_dim] of any floating dtype. Returns a tensor like x, computed in float32.
     Raises ValueError when the rotation does not fit x.
     """
     check_rotation(x, rotation)

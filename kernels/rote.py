@@ -1,8 +1,8 @@
-"""What follows the encoder's layers: average pooling by two, LayerNorm, and rotary time embedding (RoTE).
+"""The end of the encoder: average pooling by two, LayerNorm, and rotary time embedding (RoTE).
 
     pooled[t] = (x[2t] + x[2t + 1]) / 2
     normed    = LayerNorm(pooled)
-    out       = normed with channel pair (2i, 2i + 1) turned by angle[w, t, i], channels beyond 2 * dim unchanged
+    out = normed with channel pair (2i, 2i + 1) rotated by angle[w, t, i], channels beyond 2 * dim unchanged
 
 The angles, as the released checkpoints apply them, depend on the window's index w in its audio and the frame t in it:
 
@@ -12,13 +12,14 @@ The angles, as the released checkpoints apply them, depend on the window's index
     tau    = w * frames * frame_seconds + t * frame_seconds                absolute seconds
     angle  = concat(axis1, axis2) * (-tau * 2 pi)
 
-They reach 4e4 rad at the end of 30 minutes, where a float32 step is 0.004 rad: the products above are float32 in just
-this order, because another order gives visibly other angles. cos and sin must be accurate to full float32 precision.
+They reach 4e4 rad at the end of 30 minutes, where the spacing of float32 is 0.004 rad: the products above must be
+float32 and in this order, because another order changes the angles visibly. cos and sin must be accurate to full
+float32 precision.
 
-One window at full size reads 1500 * 1280 and writes 750 * 1280 elements; pooling, norm and rotation apart would read
-and write another 4 * 750 * 1280. The Triton kernel gives each token to one program, which reads its two positions and
-its `dim` angles, 1 KiB, and writes its row: 8.7 KiB a token in bf16, and some 40 operations a channel pair. The angles
-are the rows of a table that is formed once (`TimeEmbedding.table`), so that no pass over the windows forms its own.
+One window at full size reads 1500 * 1280 and writes 750 * 1280 elements; separate kernels for pooling, norm and
+rotation would read and write another 4 * 750 * 1280. The Triton kernel gives each token to one program, which reads its
+two positions and its `dim` angles, 1 KiB, and writes its row: 8.7 KiB per token in bf16, and some 40 FLOPs per channel
+pair. The angles are the rows of a table that is computed once (`TimeEmbedding.table`) and shared by all passes.
 Source: Goel et al. 2024, arXiv:2410.12109, in the axial form of the released checkpoints.
 """
 
@@ -69,10 +70,10 @@ class TimeEmbedding:
         return both * (-tau * 2 * math.pi)[..., None]
 
     def table(self, windows: int, device: torch.device) -> Tensor:
-        """Angles of at least the first `windows` windows, whole: [.., frames, dim] float32, formed once and kept.
+        """Angles of at least the first `windows` full windows: [.., frames, dim] float32, computed once and kept.
 
-        768 KB a window at full size. The number of windows is rounded up to a power of two, so that a longer audio than
-        those before seldom forms another table.
+        768 KB per window at full size. The number of windows is rounded up to a power of two, so that longer audio
+        seldom needs another table.
         """
         return _table(self, 1 << (windows - 1).bit_length(), device)
 
@@ -111,9 +112,9 @@ _operation = Operation("pool_norm_rotate", reference)
 def sine_cosine(angle):  # type: ignore[no-untyped-def]
     """sin and cos of float32 angles up to 1e5 rad, each to about one unit in the last place.
 
-    The angle less its multiple n of pi/2, then polynomials on [-pi/4, pi/4] (Cephes). pi/2 is a sum of parts of 8 bits,
-    so that n * part and the differences are exact, fused or not. Triton's own sin and cos are as accurate but provide
-    for any angle, with a table in local memory.
+    Subtracts a multiple n of pi/2 and evaluates polynomials on [-pi/4, pi/4] (Cephes). pi/2 is a sum of parts of 8
+    bits, so that n * part and the differences are exact, fused or not. Triton's own sin and cos are as accurate but
+    handle any angle, with a table in local memory.
     """
     n = tl.floor(angle * 0.6366197723675814 + 0.5)
     r = angle - n * 1.5703125
@@ -164,7 +165,7 @@ def _kernel(  # type: ignore[no-untyped-def]
             window = tl.load(windows + window).to(tl.int64)
         pair = tl.arange(0, BLOCK // 2)
         turns = angles + window * angles_window + token * angles_token
-        # Pairs beyond the rotary width turn by 0: they stay as they are.
+        # Pairs beyond the rotary width are rotated by 0, that is unchanged.
         sin, cos = sine_cosine(tl.load(turns + pair, mask=pair < pairs, other=0.0))
         a, b = tl.split(tl.reshape(values, (BLOCK // 2, 2)))
         values = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (BLOCK,))
@@ -260,9 +261,9 @@ def pool_norm_rotate(
     """Average pool by two over time, LayerNorm, then RoTE.
 
     x: [batch, positions, channels]; weight, bias: [channels]; angles: float32 radians up to 1e5 with 2 * dim <=
-    channels, or None for models without RoTE (Audio Flamingo 3). Without `windows` they are those of each row, [batch,
-    pooled_length(positions), dim]; with it they are a table, [windows, at least pooled_length(positions), dim], and
-    windows, [batch] int64, says which entry is whose; it must be within the table, which is not checked.
+    channels, or None for models without RoTE (Audio Flamingo 3). Without `windows`, angles holds those of each row,
+    [batch, pooled_length(positions), dim]; with it, angles is a table, [windows, at least pooled_length(positions),
+    dim], and windows, [batch] int64, is the entry for each row. It must be within the table, which is not checked.
     Returns [batch, pooled_length(positions), channels] in the dtype of x; pooling, norm and rotation are float32.
     Raises ValueError when shapes do not fit.
     """

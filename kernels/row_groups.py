@@ -1,8 +1,8 @@
-"""Rows whose results do not depend on the rows beside them.
+"""Rows whose results do not depend on the other rows of the batch.
 
-A product of several rows may sum in another order than that of one row, or of more: the implementation picks tiles,
-splits and kernels by their number. Inside `with row_invariant():` an `Operation` whose rounding depends on that gives
-its implementations rows in groups of which each row is known to be computed like any other, bit for bit.
+The order of a product's sums may depend on the number of rows, by which implementations pick tiles, splits and kernels.
+Inside `with row_invariant():` an `Operation` whose rounding depends on it passes its implementations groups of rows in
+which every row is computed alike, bit for bit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ _active: ContextVar[bool] = ContextVar("afnext_row_invariant", default=False)
 
 @contextmanager
 def row_invariant() -> Iterator[None]:
-    """Compute each row of the operations called inside as if it were alone, whatever rows are beside it."""
+    """Compute each row of the operations called inside independently of the other rows."""
     token = _active.set(True)
     try:
         yield
@@ -43,7 +43,7 @@ def _unpadded(rows: int) -> int:
 class Groups:
     """Groups of rows in which an implementation computes every row alike.
 
-    most: rows of a group, None for any number; padded: to how many rows, with zeros, a group of so many is brought.
+    most: rows per group, None for any number; padded: the number of rows to which a group is padded with zeros.
     """
 
     most: int | None
@@ -51,19 +51,19 @@ class Groups:
 
 
 def one_row(*_: object) -> Groups:
-    """Each row by a call of its own: the same shapes, whatever an implementation makes of them."""
+    """Each row by a separate call, so that shapes do not depend on the number of rows."""
     return Groups(1)
 
 
 def any_rows(*_: object) -> Groups:
-    """All rows at once: the implementation itself sees to it that inside `row_invariant` none depends on others."""
+    """All rows at once: the implementation itself computes rows independently inside `row_invariant`."""
     return Groups(None)
 
 
 def in_groups(function: Callable[..., Tensor], groups: Groups, rows: Sequence[int], arguments: Sequence[Any]) -> Tensor:
-    """What `function` returns for all rows, [..., columns], from calls with a group of them each.
+    """The result of `function` for all rows, [..., columns], computed by one call per group.
 
-    rows: positions of the arguments [..., channels] that have a row for each one of the result; they may be None.
+    rows: positions of the arguments [..., channels] that have a row for each row of the result; they may be None.
     """
     shape = arguments[rows[0]].shape[:-1]
     count = shape.numel()

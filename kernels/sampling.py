@@ -7,17 +7,17 @@
     min_p:      tokens with at least min_p times the highest probability stay
     drawn:      the first token, from the most likely on, whose cumulative probability exceeds u * total
 
-in this order. u is uniform in [0, 1) and comes from the caller, one a row, so a row's draw depends neither on the rest
-of its batch nor on the device's random generator. Rows are independent and carry their own parameters.
+in this order. u is uniform in [0, 1) and comes from the caller, one per row, so a row's draw depends neither on the
+rest of its batch nor on the device's random generator. Rows are independent and have their own parameters.
 
-The Triton kernels do not sort. What the filters keep is a prefix of the order (logit descending, token ascending), and
-so is what comes up to the draw; each prefix ends where a count or a mass of exp(-s), s = (max logit - logit) /
-temperature, is reached. A histogram over s, made by many programs a row, says in which bin that is; one program a row
-gathers the tokens of that bin alone, few unless the row is flat, and bisects for the logit. Tokens with s >= 32 are
-left out: together they weigh less than the largest u below 1 leaves over, so they are never drawn. The logits are read
-twice, the bins of 2048 tokens that matter up to four times more; 4 x vocab bytes a row and pass. The native kernel has
-such bins, too, and sorts them one after the other, as far as the filters and the draw look; torch sorts the whole row,
-or with top_k in every row what that keeps.
+The Triton kernels do not sort. In the order (logit descending, token ascending), the tokens that each filter keeps are
+a prefix, and so are the tokens up to the draw. Each prefix ends where a count, or a mass of exp(-s) with s = (max logit
+- logit) / temperature, is reached. A histogram over s, made by many programs per row, gives the bin of that end; one
+program per row gathers the tokens of this bin only, few unless the row is flat, and bisects for the logit. Tokens with
+s >= 32 are left out: their total mass is less than 1 minus the largest u, so they are never drawn. The logits are read
+twice, the chunks of 2048 tokens that matter up to four times more; 4 x vocab bytes per row and pass. The native kernel
+uses the same bins and sorts them one by one, as far as the filters and the draw need; torch sorts the whole row or, if
+every row has top_k, the tokens that top_k keeps.
 
 Source: Keskar et al. 2019 (repetition penalty), Holtzman et al. 2019 (top-p), Nguyen et al. 2024 (min-p).
 """
@@ -45,7 +45,7 @@ class SamplingRows:
     min_p: Tensor
 
     def of(self, rows: slice) -> "SamplingRows":
-        """The parameters of some rows."""
+        """The parameters of the given rows."""
         return SamplingRows(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows])
 
 
@@ -76,7 +76,7 @@ def sample_reference(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Ten
             kept.append((token, probability))
             mass += probability
         target, cumulative = float(uniform[row]) * mass, 0.0
-        for token, probability in kept:  # noqa: B007 - the token at the break is the draw
+        for token, probability in kept:  # noqa: B007 - the drawn token is the one at the break
             cumulative += probability
             if cumulative > target:
                 break
@@ -133,13 +133,13 @@ def _best_kernel(best, token_of_best, out, chunks, CHUNKS: tl.constexpr):  # typ
 
 @triton.jit
 def _sharpness(temperature):  # type: ignore[no-untyped-def]
-    """1 / temperature, kept from overflowing where it is so low that only the largest logit can be drawn."""
+    """1 / temperature, limited so that very low temperatures, which draw only the largest logit, do not overflow."""
     return 1.0 / tl.maximum(tl.load(temperature), 1e-30)
 
 
 @triton.jit
 def _bin(x, top, sharpness, BINS: tl.constexpr, RANGE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """s and its bin; BINS where s is out of range. Never decreasing as x falls, so that bins follow the order."""
+    """s and its bin; BINS where s is out of range. Bins never decrease as x falls, so they follow the order."""
     s = (top - x) * sharpness
     return s, tl.where(s < RANGE, (tl.where(s < RANGE, s, 0.0) * (BINS / RANGE)).to(tl.int32), BINS)
 
@@ -149,7 +149,7 @@ def _histogram_kernel(  # type: ignore[no-untyped-def]
     logits, best, temperature, min_p, counts, masses, likely, vocab, stride,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr, RANGE: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk: how many tokens and what mass each bin holds, and how many tokens min_p keeps."""
+    """For one chunk: number and mass of the tokens in each bin, and number of tokens that min_p keeps."""
     row = tl.program_id(1).to(tl.int64)
     chunks = tl.num_programs(0)
     i = tl.arange(0, CHUNKS)
@@ -176,7 +176,7 @@ def _histogram_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gathered(logits, scratch, start, n, top, sharpness, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of the tokens gathered from `start` on: whether there is one, its logit, its exp(-s), and the token."""
+    """For the tokens gathered from `start` on: whether there is one, its logit, its exp(-s), and the token."""
     i = start + tl.arange(0, BLOCK)
     token = tl.load(scratch + i, mask=i < n, other=0)
     x = tl.load(logits + token, mask=i < n, other=-float("inf"))
@@ -189,9 +189,9 @@ def _prefix(  # type: ignore[no-untyped-def]
     logits, top, sharpness, count, mass, counts, scratch, vocab, chunks,
     CHUNK: tl.constexpr, BINS: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
-    """The shortest prefix whose mass, or size if `by_count`, reaches `target` (`strict`: exceeds it).
+    """The shortest prefix whose mass, or size if `by_count`, reaches (`strict`: exceeds) `target`.
 
-    Returns where it ends: bin, logit, how many of the tokens with that logit are in it; its mass; the size of the bin,
+    Returns the end of the prefix (bin, logit, number of its tokens with that logit), its mass, and the size of the bin,
     whose tokens are left in `scratch`. Sizes are float32, exact below 2**24.
     """
     bins = tl.arange(0, BINS)
@@ -204,7 +204,7 @@ def _prefix(  # type: ignore[no-untyped-def]
     mass_above = tl.sum(tl.where(bins < end, mass, 0.0), 0)
     n = tl.sum(tl.where(bins == end, count, 0), 0)
 
-    tl.debug_barrier()  # the list of the last prefix has been read
+    tl.debug_barrier()  # all threads have read the list of the last prefix
     filled = 0
     for chunk in range(chunks):
         found = tl.load(counts + chunk * BINS + end)
@@ -215,7 +215,7 @@ def _prefix(  # type: ignore[no-untyped-def]
             hit = index == end
             tl.store(scratch + filled + tl.cumsum(hit.to(tl.int32), 0) - 1, token, mask=hit)
             filled += found
-    tl.debug_barrier()  # and this one has been written
+    tl.debug_barrier()  # all threads have written this list
 
     low = top  # of the logits in the bin
     high = -float("inf")
@@ -223,7 +223,7 @@ def _prefix(  # type: ignore[no-untyped-def]
         inside, x, _, _ = _gathered(logits, scratch, start, n, top, sharpness, CHUNK)
         low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(inside, x, -float("inf")), 0))
-    while low < high:  # the largest logit with which the prefix is long enough
+    while low < high:  # the largest logit for which the prefix is long enough
         middle = low + (high - low) / 2
         middle = tl.where(middle > low, middle, high)
         reached = base
@@ -360,7 +360,7 @@ def _sample_triton(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tenso
 
 
 def _rows_of(x: Tensor) -> Tensor:
-    """`x` with consecutive columns; its rows may lie anywhere."""
+    """`x` with unit stride along rows; the stride between rows may be any."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -403,7 +403,7 @@ def _greedy_torch(logits: Tensor) -> Tensor:
 
 @_sample.implementation("torch")
 def _sample_torch(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor:
-    if is_row_invariant() and len(logits) > 1:  # how many logits are sorted, and summed, follows from every row's top_k
+    if is_row_invariant() and len(logits) > 1:  # the number of logits sorted and summed depends on every row's top_k
         single = [slice(row, row + 1) for row in range(len(logits))]
         return torch.cat([_sample_torch(logits[row], rows.of(row), uniform[row]) for row in single])
     values, order = _descending(logits, rows.top_k)
@@ -412,27 +412,28 @@ def _sample_torch(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor
     top_k = torch.where(rows.top_k > 0, rows.top_k, logits.shape[-1])
     probabilities = scaled.masked_fill(rank >= top_k[:, None], -torch.inf).softmax(-1)
     mass = probabilities.cumsum(-1)
-    # Measured against its own total: a float32 softmax over a whole vocabulary adds up to 1 only within about 1e-5, and
+    # Relative to the actual total: a float32 softmax over a whole vocabulary adds up to 1 only within about 1e-5, so
     # top_p = 1 would cut off the tail.
     keep = mass - probabilities < rows.top_p[:, None] * mass[:, -1:]
     keep &= probabilities >= rows.min_p[:, None] * probabilities[:, :1]
     keep[:, 0] = True
     cumulative = (probabilities * keep).cumsum(-1)
-    # A parallel sum rounds differently at each rank: without `keep` the draw could fall just beyond the last one kept.
+    # A parallel sum rounds differently at each rank, so without `keep` a token just past the last kept one could be
+    # drawn.
     choice = (keep & (cumulative > uniform[:, None] * cumulative[:, -1:])).int().argmax(-1, keepdim=True)
     return order.gather(1, choice).squeeze(1)
 
 
 def _descending(logits: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits in the order of drawing and their tokens: at least the `top_k` first of each row.
+    """The logits in descending order and their tokens: at least the first `top_k` of each row.
 
-    Only these are sorted where reading `top_k` costs no wait for the device; padding is -inf.
+    Only these are sorted where reading `top_k` does not wait for the device; padding is -inf.
     """
     if logits.device.type != "cpu" or not 0 < int(top_k.min()) <= int(top_k.max()) <= logits.shape[1] // 8:
         values, order = logits.sort(dim=-1, descending=True, stable=True)
         return values, order
     least = logits.topk(int(top_k.max()), dim=-1).values[:, -1:]
-    row, token = (logits >= least).nonzero(as_tuple=True)  # by token within a row, which decides among equal logits
+    row, token = (logits >= least).nonzero(as_tuple=True)  # by token within a row, which orders equal logits
     counts = row.bincount(minlength=len(logits))
     column = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
     values = logits.new_full((len(logits), int(counts.max())), -torch.inf)
@@ -446,7 +447,7 @@ def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     """Apply each row's repetition penalty to the tokens it has seen.
 
     logits: [batch, vocab] float32; seen: [batch, vocab] bool; penalty: [batch] float32, 1 for none.
-    Returns like logits. Raises ValueError when shapes do not fit.
+    Returns a tensor like logits. Raises ValueError when shapes do not fit.
     """
     _check(logits, penalty)
     if seen.shape != logits.shape:
@@ -457,7 +458,7 @@ def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The most likely token of each row, of equals the first. logits: [batch, vocab]. Returns [batch] int64."""
+    """The most likely token of each row, the first of equal ones. logits: [batch, vocab]. Returns [batch] int64."""
     if logits.ndim != 2:
         raise ValueError(f"expected logits [batch, vocab], got {tuple(logits.shape)}")
     check_tensors(logits, FLOATING, logits=logits)
@@ -465,7 +466,7 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def sample(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor:
-    """Draw one token a row.
+    """Draw one token per row.
 
     logits: [batch, vocab] float32, penalized; rows: the parameters, temperature > 0; uniform: [batch] float32 in
     [0, 1). Returns [batch] int64. Raises ValueError when shapes do not fit.

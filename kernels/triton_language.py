@@ -1,6 +1,6 @@
-"""The one place that imports Triton, so that the kernels' files also import where there is none (macOS, Windows).
+"""The only module that imports Triton, so that the kernels' modules import without it (macOS, Windows).
 
-Kernels say `from .triton_language import tl, triton`. Without Triton all names are stand-ins under which decorated
+Kernels use `from .triton_language import tl, triton`. Without Triton all names are stand-ins under which decorated
 kernels can be defined but not launched, and `AVAILABLE` is false: nothing registers a `triton` implementation then.
 """
 
@@ -15,7 +15,7 @@ try:
 except ImportError:
 
     class _Missing:
-        """Answers every attribute and call with itself; as a decorator it returns the function it is given."""
+        """Returns itself for every attribute and call; as a decorator it returns the decorated function."""
 
         def __getattr__(self, name: str) -> Any:
             return self
