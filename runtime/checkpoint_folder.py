@@ -1,4 +1,4 @@
-"""The settings and texts of a checkpoint's folder, each file opened at most once."""
+"""The settings and text files of a checkpoint folder, each opened at most once."""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from .files import parse_json_object, read_bytes
 MAX_SETTINGS_BYTES = 1 << 22
 MAX_TOKENIZER_BYTES = 1 << 26
 DECODER_FOLDER = "llm"
-"""Where NVIDIA's component layout keeps the decoder, with the tokenizer and its settings beside it."""
+"""The folder of the decoder, the tokenizer and its settings in NVIDIA's component layout."""
 
 
 class CheckpointFolder:
@@ -33,7 +33,7 @@ class CheckpointFolder:
         return folder if isinstance(folder, CheckpointFolder) else cls(folder)
 
     def has(self, name: str) -> bool:
-        """Whether the folder has an entry of this name, of whatever kind; a broken link counts."""
+        """Whether the folder has an entry of this name, of any kind; a broken link counts."""
         return name in self._contents or os.path.lexists(self.path / name)
 
     def find(self, name: str) -> str:
@@ -77,7 +77,7 @@ class CheckpointFolder:
 
 
 class EmbeddedFiles(CheckpointFolder):
-    """The settings and texts that a file holds within itself.
+    """The settings and texts that are embedded in a single file.
 
     path: that file; contents: by name.
     """
@@ -87,7 +87,7 @@ class EmbeddedFiles(CheckpointFolder):
         self.contents = contents
 
     def has(self, name: str) -> bool:
-        """Whether the file holds one of this name."""
+        """Whether the file has an entry of this name."""
         return name in self.contents
 
     def _read(self, name: str, max_bytes: int, error: type[CheckpointError]) -> bytes | None:

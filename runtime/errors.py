@@ -8,7 +8,7 @@ class AudioError(AfnextError):
 
 
 class AudioTooLongError(AudioError):
-    """The audio is longer than the model can hear, and truncation was not asked for."""
+    """The audio is longer than the model accepts, and truncation was not requested."""
 
 
 class CheckpointError(AfnextError):
@@ -24,7 +24,7 @@ class PromptError(AfnextError):
 
 
 class RequestError(AfnextError):
-    """A request of a batch is malformed, or asks for what the model cannot do."""
+    """A request of a batch is malformed, or the model cannot serve it."""
 
 
 class ContextLengthError(AfnextError):
@@ -48,7 +48,7 @@ class SamplingError(AfnextError):
 
 
 class MemoryPlanError(AfnextError):
-    """A memory plan asks for what no device or model has, or the model does not fit the memory that is there."""
+    """A memory plan has values that no device or model has, or the model does not fit the available memory."""
 
 
 class InsufficientMemoryError(AfnextError):
@@ -60,7 +60,7 @@ class NonFiniteError(AfnextError):
 
 
 class EngineError(AfnextError):
-    """A step of the engine failed in a way that is not the request's fault. The request may be sent again."""
+    """A step of the engine failed for a reason other than the request. The request may be sent again."""
 
 
 class EngineDeadError(EngineError):
@@ -68,7 +68,7 @@ class EngineDeadError(EngineError):
 
 
 class GroupError(EngineError):
-    """Another process of a model that several compute together has ended, or did not answer."""
+    """Another process of a model that runs in several processes has ended, or did not answer."""
 
 
 class WorkerLostError(AfnextError):

@@ -45,7 +45,7 @@ def output_file(path: Path, error: type[AfnextError]) -> Iterator[BinaryIO]:
     """A new binary file that replaces `path` when the `with` block ends without an exception.
 
     The contents go to a temporary file in the same folder, which is synced to disk and then renamed; after an exception
-    it is removed, and `path` is as it was. A file that is replaced passes on its permissions.
+    it is removed, and `path` is unchanged. The new file has the permissions of the one it replaces.
 
     Raises `error` if `path` is anything but a regular file (symbolic links and devices are refused, not followed), and
     for every OSError, also from the block: full or read-only disks, missing folders, names that are too long.
@@ -145,10 +145,10 @@ def _kind(mode: int) -> str:
 
 
 def parse_json_object(data: bytes, where: str, error: type[AfnextError]) -> dict[str, Any]:
-    """The JSON object that the UTF-8 bytes `data` spell; `where` names their source in errors.
+    """Parse a JSON object from the UTF-8 bytes `data`; `where` names their source in errors.
 
     Raises `error` when they are not UTF-8, not JSON, not an object, nested too deeply, repeat a key, or have a string
-    with half of a surrogate pair, which is no text.
+    with half of a surrogate pair.
     """
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

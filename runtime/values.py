@@ -1,4 +1,4 @@
-"""Numbers from callers and settings files: of the kind that is meant, or an error that says what was expected."""
+"""Checks of numbers from callers and settings files: returns the expected type or raises a clear error."""
 
 import math
 import numbers

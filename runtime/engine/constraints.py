@@ -1,8 +1,8 @@
-"""What a request forbids or prefers besides sampling: suppressed tokens, bad words, biases, n-grams, a shortest answer.
+"""Constraints of a request besides sampling: suppressed tokens, bad words, biases, n-grams, a minimal length.
 
-Everything is derived from the sequence's tokens, never from the order of calls, so that a token gets the same scores
-however often they are computed, after drafts and after an interruption alike. Results equal those of the logits
-processors of `transformers`, which applies them in this order: biases, repetition penalty, and what is forbidden.
+Scores depend only on the sequence's tokens, not on the order of calls, so a token gets the same scores whenever they
+are computed: with speculative tokens, or again after preemption. Results equal those of the logits processors of
+`transformers`, which are applied in this order: biases, repetition penalty, forbidden tokens.
 """
 
 from collections import defaultdict
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Constraints:
-    """The constraints of one sequence. `push` takes its tokens; drafted ones are given with each question instead."""
+    """The constraints of one sequence. `push` adds its tokens; speculative tokens are passed to each call instead."""
 
     def __init__(self, params: "SamplingParams", prompt: Sequence[int], vocab_size: int, device: torch.device):
         """Raises SamplingError for a biased token beyond the vocabulary, or when every token is suppressed."""
@@ -49,13 +49,13 @@ class Constraints:
             self._note_ngram(self._tokens[end - self._size : end])
 
     def push(self, token: int) -> None:
-        """Note the sequence's next token."""
+        """Add the sequence's next token."""
         self._tokens.append(token)
         if 0 < self._size <= len(self._tokens):
             self._note_ngram(self._tokens[-self._size :])
 
     def bias(self, drafted: Sequence[int]) -> Tensor | None:
-        """What is added to the scores after the tokens so far and `drafted`: [vocab] float32, None for nothing."""
+        """The bias added to the scores after the tokens so far and `drafted`: [vocab] float32, None for no bias."""
         if not self._params.sequence_bias:
             return None
         total = self._single.clone()
@@ -76,13 +76,13 @@ class Constraints:
         return self._always | self._mask(now) if now else self._always
 
     def _repeating(self, drafted: Sequence[int]) -> list[int]:
-        """The tokens that would complete an n-gram that is there already."""
+        """The tokens that would complete an n-gram that has already occurred."""
         size = self._size
         recent = [*self._tokens[max(0, len(self._tokens) - size + 1) :], *drafted]
         if len(self._tokens) + len(drafted) < size - 1:
             return []
         start = tuple(recent[len(recent) - size + 1 :])
-        ngrams = (tuple(recent[end - size : end]) for end in range(size, len(recent) + 1))  # those that end in a draft
+        ngrams = (tuple(recent[end - size : end]) for end in range(size, len(recent) + 1))  # that end in `drafted`
         return [*self._followers.get(start, ()), *(ngram[-1] for ngram in ngrams if ngram[:-1] == start)]
 
     def _note_ngram(self, ngram: Sequence[int]) -> None:
@@ -105,9 +105,9 @@ _ByPrefix = dict[int, dict[tuple[int, ...], list[tuple[int, float]]]]
 
 
 def _by_prefix(sequences: Iterable[tuple[tuple[int, ...], float]]) -> _ByPrefix:
-    """Sequences of two tokens and more: by the length of all but the last token, and by these, the last with its value.
+    """Maps the length of each sequence without its last token, then those tokens, to the last token and its value.
 
-    Of equal sequences the last counts.
+    Sequences have at least two tokens; of equal sequences the last counts.
     """
     grouped: _ByPrefix = {}
     for tokens, value in dict(sequences).items():

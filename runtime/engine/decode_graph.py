@@ -6,9 +6,9 @@ its inputs from tensors that stay in place: the host writes tokens, positions an
 computes slots and key lengths from those. One graph serves any sequences that fit: missing rows, tokens and pages are
 padding, whose keys and values go to the cache's padding page.
 
-Graphs run one at a time. So they share one memory pool, in which each reuses what the others need for intermediate
-results, and they copy their scores to one tensor outside of it. They are captured on a stream that the engine has for
-that alone: torch's own is on the GPU that was captured on first, and two engines may capture at the same time.
+Graphs run one at a time. So they share one memory pool for intermediate results, and they copy their scores to one
+tensor outside of it. They are captured on a stream that each engine has for this purpose: torch's own capture stream is
+on the GPU of the first capture, and two engines may capture at the same time.
 A step does not wait for the device. The caller does when it reads the chosen tokens.
 """
 
@@ -31,8 +31,8 @@ _log = logging.getLogger("afnext.engine")
 
 
 class GraphMemory:
-    """What the graphs of one engine share: a memory pool, the stream that they are captured on, and the tensor that
-    they copy their scores to."""
+    """Shared by the graphs of one engine: a memory pool, the capture stream, and the tensor that receives their
+    scores."""
 
     def __init__(self) -> None:
         self._pool: Any = None
@@ -53,7 +53,7 @@ class GraphMemory:
         return self._stream
 
     def renew(self) -> None:
-        """Give later captures another pool and stream, as a capture that failed may leave these unusable."""
+        """Use another pool and stream for later captures, because a failed capture may leave these unusable."""
         self._pool = self._stream = None
 
     def scores_like(self, logits: Tensor) -> Tensor:
@@ -66,8 +66,8 @@ class GraphMemory:
 class DecodeStep:
     """Decodes up to `time` tokens of each of up to `rows` sequences: the newest one and speculative tokens after it.
 
-    With a cache that has no padding page it must be called with as many as it was made for. It must be called under the
-    forced backend, or none, under which it was made.
+    If the cache has no padding page, it must be called with exactly that many. It must be called under the same forced
+    backend, or none, as it was made.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class DecodeStep:
         cuda_graph: bool,
         memory: GraphMemory | None = None,
     ):
-        """width: pages that the longest sequence may have. cuda_graph: record the step and repeat it if device and
-        kernels allow it; on a CPU the native calls of its layers (see `repeated_calls`). memory: shared with other
-        steps, of which one is called at a time, and whose scores are valid until then."""
+        """width: maximal pages per sequence. cuda_graph: record the step and repeat it if device and kernels allow it;
+        on a CPU, record the native calls of its layers (see `repeated_calls`). memory: shared with other steps; only
+        one may run at a time, and its scores are valid until the next one runs."""
         self._model = model
         self._cache = cache
         self._memory = memory or GraphMemory()
@@ -101,9 +101,9 @@ class DecodeStep:
     def __call__(self, tokens: list[list[int]], positions: list[int], pages: list[list[int]]) -> Tensor:
         """Decode the newest tokens of each sequence, writing their keys and values INTO the cache.
 
-        tokens: [sequences][tokens], of each as many; positions: the index of the first of these in its sequence; pages:
-        of each sequence. Returns the scores of what follows each token, [sequences, tokens, vocab] float32, valid until
-        the next call of this step or of one that shares its memory.
+        tokens: [sequences][tokens], equally many per sequence; positions: the index of the first of them in its
+        sequence; pages: of each sequence. Returns the scores after each token, [sequences, tokens, vocab] float32,
+        valid until the next call of this step or of one that shares its memory.
         """
         self._set_inputs(tokens, positions, pages)
         if self._capturable and self._graph is None and self._logits is not None and self._calls >= self._capture_at:
@@ -117,7 +117,7 @@ class DecodeStep:
         return self._logits[: len(tokens), : len(tokens[0]) if tokens else 0]
 
     def warm_up(self) -> None:
-        """Run the step on padding alone, and record it if it can be."""
+        """Run the step on padding, and record it if possible."""
         self([], [], [])
         if self._capturable and self._graph is None:
             self._capture()
@@ -142,9 +142,10 @@ class DecodeStep:
         return decoder.logits(hidden)
 
     def _capture(self) -> None:
-        """Record the step, which does not run it. The first call ran without, and compiled and loaded every kernel.
+        """Record the step without running it. The first call ran unrecorded, which compiled and loaded every kernel.
 
-        If that fails, for instance for want of memory, steps run without a graph, and it is tried again later.
+        If capture fails, for instance because memory is short, steps run without a graph, and capture is tried again
+        later.
         """
         assert self._logits is not None
         scores = self._memory.scores_like(self._logits)
@@ -160,21 +161,21 @@ class DecodeStep:
 
 
 def captured(run: Callable[[], object], device: torch.device, memory: GraphMemory) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of what `run` launches on `device`. Raises RuntimeError if capture fails."""
+    """A CUDA graph of the work that `run` launches on `device`. Raises RuntimeError if capture fails."""
     graph = torch.cuda.CUDAGraph()
     with current(device):
         before = torch.cuda.current_stream()
         try:
-            # Other threads may go on using the GPU meanwhile.
+            # Other threads may use the GPU during capture.
             mode, stream = "thread_local", memory.stream(device)
             with torch.cuda.graph(graph, pool=memory.pool, stream=stream, capture_error_mode=mode):
                 run()
         except RuntimeError:
-            torch.cuda.set_stream(before)  # `torch.cuda.graph` leaves its own current if ending the capture fails
+            torch.cuda.set_stream(before)  # `torch.cuda.graph` leaves its stream current if ending the capture fails
             raise
     return graph
 
 
 def capturable(device: torch.device) -> bool:
-    """Whether a decode step on `device` can be recorded: the kernels of the torch backend wait for key lengths."""
+    """Whether a decode step on `device` can be recorded. Not with the torch backend, which waits for key lengths."""
     return runs_triton(device) and TRITON_AVAILABLE and forced_backend() in (None, "triton")

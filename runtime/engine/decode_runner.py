@@ -18,7 +18,7 @@ class Decoded:
     """What a step computed for one sequence.
 
     tokens: the tokens chosen after the last one and after each speculative token, None where the scores are not finite;
-    logprobs: of the tokens, if the request asks for them; speculative: the tokens that were tried.
+    logprobs: of `tokens`, if the request asks for them; speculative: the speculative tokens.
     """
 
     tokens: list[int | None]
@@ -27,13 +27,13 @@ class Decoded:
 
     @property
     def accepted(self) -> int:
-        """How many of the speculative tokens were right."""
+        """Number of speculative tokens that were accepted."""
         pairs = zip(self.tokens, self.speculative, strict=False)
         return next((index for index, (token, guess) in enumerate(pairs) if token != guess), len(self.speculative))
 
 
 class DecodeRunner:
-    """Computes the next tokens of sequences. It writes to their pages and changes nothing else of them."""
+    """Computes the next tokens of sequences. It writes to their pages and changes no other state of theirs."""
 
     def __init__(self, executor: Executor, options: EngineOptions):
         self._executor = executor
@@ -62,7 +62,7 @@ class DecodeRunner:
         return _chosen(sequences, guesses, logits[[row for row, _ in rows], [at for _, at in rows]])
 
     def _decode_rows(self, sequences: list[SequenceState], guesses: list[list[int]]) -> list[Decoded]:
-        """As `decode`, with every token as a row of its own: one sequence of one new token, however many there are."""
+        """Like `decode`, with every token in a separate row, as a sequence with one new token."""
         with row_invariant():
             logits = self._rows(
                 [[s.tokens[-1], *guess] for s, guess in zip(sequences, guesses, strict=True)],
@@ -72,22 +72,23 @@ class DecodeRunner:
             return _chosen(sequences, guesses, logits)
 
     def replay(self, sequence: SequenceState, count: int) -> None:
-        """Compute the keys and values of the next `count` tokens of an answer again, with the bits that they had."""
+        """Recompute the keys and values of the next `count` tokens of an answer, with the same bits as before."""
         first = sequence.computed - len(sequence.request.token_ids)
         with row_invariant():
             self._rows([sequence.tokens[first : first + count]], [sequence.computed], [sequence.pages])
 
     def _rows(self, tokens: list[list[int]], positions: list[int], pages: list[list[int]]) -> Tensor:
-        """Decode the newest tokens of each sequence, given where they stand. Returns [all tokens, vocab] float32."""
+        """Decode the newest tokens of each sequence at the given positions. Returns [all tokens, vocab] float32."""
         rows = [(row, at) for row, newest in enumerate(tokens) for at in range(len(newest))]
         newest = [[tokens[row][at]] for row, at in rows]
         starts = [positions[row] + at for row, at in rows]
         return self._executor.decode(newest, starts, [pages[row] for row, _ in rows])[:, 0]
 
     def _speculative(self, sequences: list[SequenceState]) -> list[list[int]]:
-        """Speculative tokens of each sequence; none if many are decoded at once, as the batch is large enough then."""
+        """Speculative tokens of each sequence; none if many are decoded at once, because a large batch gains
+        nothing."""
         most = self._options.draft_tokens
-        for sequence in sequences:  # padding needs a place in the pages, too
+        for sequence in sequences:  # padding needs room in the pages, too
             most = min(most, len(sequence.pages) * self._options.page_size - sequence.computed - 1)
         if most < 1 or len(sequences) > MAX_SPECULATING:
             return [[] for _ in sequences]
@@ -100,7 +101,7 @@ class DecodeRunner:
 
 
 def _chosen(sequences: list[SequenceState], guesses: list[list[int]], scores: Tensor) -> list[Decoded]:
-    """What is decoded of each sequence, given the scores after its newest token and after each guess, one a row."""
+    """The decoded tokens of each sequence, given the scores after its newest token and each guess, one per row."""
     rows = [(row, at) for row, guess in enumerate(guesses) for at in range(1 + len(guess))]
     chosen = choose(
         scores,
@@ -121,6 +122,6 @@ def _logprobs(logits: Tensor, tokens: list[int | None]) -> list[float]:
     chosen = torch.tensor([token or 0 for token in tokens], device=logits.device)
     if not is_row_invariant():
         return log_probabilities(logits, chosen)
-    # The sum over the vocabulary of one row alone may be shared among threads.
+    # torch may divide the sum over one row's vocabulary among threads.
     pairs = zip(logits.split(1), chosen.split(1), strict=True)
     return [value for row, token in pairs for value in log_probabilities(row, token)]

@@ -1,8 +1,8 @@
-"""The decode steps of a model, one for each size that occurs, made when they are first needed or ahead.
+"""The decode steps of a model, one for each size that occurs, made on first use or ahead of time.
 
 Steps that become CUDA graphs are made for a few sizes, and smaller batches are padded: a power of two of sequences, a
 power of two of tokens of each (or as many as there can be), and 4, 16, 64, ... pages of the longest sequence. Otherwise
-each change of the batch would be recorded anew. On a CPU padding takes time, and steps have the size of the batch.
+each change of the batch would need another recording. On a CPU padding costs time, so steps have the size of the batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,11 +16,11 @@ from .kv_cache import KVCache, pages_for
 from .options import EngineOptions
 
 MAX_SPECULATING = 8  # sequences decoded at once, beyond which no speculative tokens are used
-# Recorded steps that are kept, for different numbers of sequences and tokens, widths of the page table, and forced
-# backends. On a GPU that is more than there are sizes. On a CPU each keeps what its calls compute: together up to about
+# Maximal number of recorded steps, for different numbers of sequences and tokens, widths of the page table, and forced
+# backends. On a GPU there are fewer sizes than that. On a CPU each step keeps its calls' results: together up to about
 # 250 MB at full size, which the reserve of the memory plan covers.
 _MAX_STEPS, _MAX_STEPS_ON_CPU = 256, 4
-_FIRST_WIDTH = 4  # pages; the next widths are four times the one before: attention skips pages that a sequence lacks
+_FIRST_WIDTH = 4  # pages; each further width is four times as large: attention skips pages that a sequence lacks
 
 
 class DecodeSteps:
@@ -45,7 +45,7 @@ class DecodeSteps:
         self._memory = GraphMemory()
 
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
-        """Record the steps of every size, the largest first: smaller ones find room in the memory of larger ones.
+        """Record the steps of every size, the largest first, so that smaller ones reuse the memory of larger ones.
 
         progress: called with (done, total).
         """
@@ -57,7 +57,7 @@ class DecodeSteps:
         progress(len(sizes), len(sizes))
 
     def step(self, rows: int, time: int, pages: int) -> DecodeStep:
-        """The step for so many sequences, tokens of each, and pages of the longest."""
+        """The step for `rows` sequences with `time` tokens each, the longest of `pages` pages."""
         rows, time, width = self._bucket(rows, time, pages)
         key = (rows, time, width, forced_backend())
         step = self._steps.pop(key, None)
@@ -79,7 +79,7 @@ class DecodeSteps:
         return step
 
     def _sizes(self) -> Iterator[tuple[int, int, int]]:
-        """Rows, tokens of each and pages of the longest, of every step that is made."""
+        """Number of rows, tokens per row and maximal pages of every step to be made."""
         most_tokens, options = 1 + self._options.draft_tokens, self._options
         limit = pages_for(self._model.config.decoder.max_positions, options.page_size)
         width = min(limit, max(1, self._cache.pool.pages))
@@ -95,7 +95,7 @@ class DecodeSteps:
                 yield self._bucket(rows, time, pages)
 
     def _bucket(self, rows: int, time: int, pages: int) -> tuple[int, int, int]:
-        """Rows, tokens of each and width of the page table of the step that serves these."""
+        """Number of rows, tokens per row and width of the page table of the step that serves the given sizes."""
         if not self.recordable:
             return rows, time, _power_of_two(pages)
         width = _FIRST_WIDTH
@@ -105,5 +105,5 @@ class DecodeSteps:
 
 
 def _power_of_two(count: int) -> int:
-    """The smallest power of two that is not less."""
+    """The smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()

@@ -1,11 +1,11 @@
 """The engine: runs requests over one model and one KV cache, with continuous batching.
 
-How a request goes through:
+The life of a request:
 
 1. `submit` checks it and puts a `SequenceState` into the inbox, or `sequence` makes one that `follow` puts there. Any
    thread may do that.
 2. The engine's thread does one step after the other. At the start of a step it empties the inbox and ends the sequences
-   that are cancelled or past their deadline. Such a sequence keeps its tokens.
+   that are cancelled or past their deadline. These keep their tokens.
 3. The `Scheduler` picks the waiting sequences that fit. `PageManager` gives each its pages: shared ones for a beginning
    that was computed before, private ones for the rest.
 4. The step computes a chunk of each prompt in progress, `chunk_size` tokens per step together (`prefill_chunk`), so a
@@ -15,8 +15,8 @@ How a request goes through:
 6. At a stop token or limit the sequence ends: its full pages stay in the prefix cache, the others are released.
 7. After the step every listener of a sequence that changed is notified once: `follow`, and `Request.on_update`.
 
-Only the engine's thread touches pages, queues and the model, so callers cannot interrupt a step. It starts when
-somebody waits for a result, and ends with `stop`, when the engine is dropped, or when the interpreter exits. An
+Only the engine's thread touches pages, queues and the model, so callers cannot interrupt a step. The thread starts when
+a caller waits for a result, and ends with `stop`, when the engine is dropped, or when the interpreter exits. An
 exception in computing or in a callback ends the sequences concerned. Any other error in a step ends all running
 sequences, and the reference counts of the pages are rebuilt. An error that cannot be recovered from ends the engine.
 """
@@ -49,7 +49,7 @@ from .stats import EngineStats, RequestStats
 from .steps import Steps
 from .worker import Worker
 
-_POLL_SECONDS = 1.0  # after which a waiting caller checks that the engine's thread is alive
+_POLL_SECONDS = 1.0  # interval at which a waiting caller checks that the engine's thread is alive
 _engines: "weakref.WeakSet[Engine]" = weakref.WeakSet()
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class Engine:
     """Runs requests over one model and one KV cache. Any thread may call any method but `step`."""
 
     def __init__(self, model: AudioFlamingo, options: EngineOptions, executor: Executor | None = None):
-        """executor: what computes, if not `model` in this process."""
+        """executor: computes the operations; by default `model` in this process."""
         self.options = options
         self._model = model
         self._executor = executor or LocalExecutor(model, options)
@@ -77,7 +77,7 @@ class Engine:
 
     @property
     def room(self) -> int:
-        """Tokens that the KV cache can hold once it has grown."""
+        """Tokens that the KV cache can hold at its largest size."""
         return self._steps.pages.limit * self.options.page_size
 
     def sequence(self, request: Request) -> SequenceState:
@@ -136,7 +136,7 @@ class Engine:
                 raise ValueError("the prompt must begin with its prefix and go on after it")
 
     def listen(self, request: Request) -> Prefix:
-        """Compute the keys and values of a prompt alone (`sampling` None). Raises AfnextError if it is cancelled."""
+        """Compute only the keys and values of a prompt (`sampling` is None). Raises AfnextError if it is cancelled."""
         sequence = self.sequence(request)
         for _ in self.follow([sequence]):
             pass
@@ -145,7 +145,7 @@ class Engine:
         return sequence.prefix
 
     def save(self, prefix: Prefix, file: BinaryIO, extra: Mapping[str, str]) -> None:
-        """Write a prefix, and `extra` beside it, to a file; see `prefix_file`. Other requests go on meanwhile.
+        """Write a prefix, and the metadata `extra`, to a file; see `prefix_file`. Other requests run meanwhile.
 
         Raises OSError if the file cannot be written, and AfnextError if the prefix is closed.
         """
@@ -157,11 +157,11 @@ class Engine:
             copy.close()
 
     def saved(self, path: Path) -> SavedPrefix:
-        """What `save` wrote to a file, for `load`. Raises ContextFileError for one that does not fit or is damaged."""
+        """Open a file written by `save`, for `load`. Raises ContextFileError if it does not fit or is damaged."""
         return SavedPrefix(path, self._executor, self._together)
 
     def load(self, saved: SavedPrefix) -> Prefix:
-        """Bring a saved prefix into the cache. Other requests go on while its file is read.
+        """Load a saved prefix into the cache. Other requests run while its file is read.
 
         Raises OutOfPagesError if there is no room for it, and ContextFileError if the file is damaged.
         """
@@ -179,10 +179,11 @@ class Engine:
         return prefix
 
     def follow(self, sequences: list[SequenceState]) -> Generator[tuple[int, int], None, None]:
-        """Queue the sequences that are not, and yield (index, token) as tokens are decoded, until all have ended.
+        """Queue the sequences that are not queued yet, and yield (index, token) as tokens are decoded, until all have
+        ended.
 
-        Leaving early cancels the sequences that have not ended. Raises the error of a sequence that failed, and
-        AfnextError when called in a callback of a request, which the engine would wait for.
+        Closing the generator early cancels the sequences that have not ended. Raises the error of a sequence that
+        failed, and AfnextError when called in a callback of a request, where it would wait for itself.
         """
         given = [0] * len(sequences)
         updates: queue.SimpleQueue[list[SequenceState]] = queue.SimpleQueue()
@@ -209,9 +210,9 @@ class Engine:
             _unsubscribe(sequences, updates.put)
 
     def cancel(self, *sequences: SequenceState, reason: FinishReason = "cancelled") -> None:
-        """End sequences that have not ended. Their tokens stay; their pages are free on return.
+        """End sequences that have not ended. They keep their tokens; their pages are free on return.
 
-        It waits for the end of the step in progress, except in a callback of a request.
+        Waits for the end of the step in progress, except in a callback of a request.
         """
         updates: queue.SimpleQueue[list[SequenceState]] = queue.SimpleQueue()
         for sequence in sequences:
@@ -226,7 +227,7 @@ class Engine:
         _unsubscribe(sequences, updates.put)
 
     def cancel_soon(self, *sequences: SequenceState, reason: FinishReason = "cancelled") -> None:
-        """End sequences that have not ended before the next step, without waiting for that."""
+        """End unfinished sequences before the next step, without waiting for it."""
         for sequence in sequences:
             if sequence.finish_reason is None:
                 sequence.end_requested = reason
@@ -235,12 +236,12 @@ class Engine:
         self._inbox.wake.put(None)
 
     def release_memory(self) -> None:
-        """Give back KV memory that neither requests, contexts nor the prefix cache use. The engine does so by itself
+        """Release KV memory that neither requests, contexts nor the prefix cache use. The engine does so by itself
         after half a minute without work."""
         self._between_steps(self._steps.pages.trim)
 
     def rehearse(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Do every kind of work once, for which a GPU's kernels are compiled; see `rehearsal.py`.
+        """Do every kind of work once, so that a GPU's kernels are compiled; see `rehearsal.py`.
 
         progress: called in the engine's thread with (done, total) kinds. Raises what a step raises.
         """
@@ -255,11 +256,11 @@ class Engine:
         self._between_steps(lambda: self._steps.warm_up(progress))
 
     def stats(self) -> EngineStats:
-        """Numbers about the work so far. It waits for nothing."""
+        """Statistics of the work so far. Does not wait."""
         return self._steps.stats()
 
     def requests(self) -> list[RequestStats]:
-        """The requests in the engine. It waits for nothing."""
+        """The requests in the engine. Does not wait."""
         return self._steps.requests()
 
     def start(self) -> None:
@@ -267,7 +268,7 @@ class Engine:
         self._worker.start(self._steps)
 
     def stop(self) -> None:
-        """End the engine's thread after the step in progress. It starts again when somebody waits for a result."""
+        """End the engine's thread after the step in progress. It starts again when a caller waits for a result."""
         self._refuse_in_callback()
         self._worker.stop()
 
@@ -281,7 +282,7 @@ class Engine:
         return contextvars.Context().run(self._steps.step)
 
     def _between_steps(self, function: Callable[[], T]) -> T:
-        """Have the engine's thread call a function between two steps. Returns its result or raises its exception."""
+        """Call a function in the engine's thread between two steps. Returns its result or raises its exception."""
         self._refuse_in_callback()
         self._steps.check_alive()
         future = self._inbox.call(function)
@@ -294,13 +295,14 @@ class Engine:
                     raise
 
     def _together(self, function: Callable[[], T]) -> T:
-        """Call what the executor computes: between two steps where several processes have to do the same."""
+        """Call a function that uses the executor; with several processes, between two steps, since all must take
+        part."""
         return function() if self._executor.size == 1 else self._between_steps(function)
 
     def _wait(self, updates: "queue.SimpleQueue[list[SequenceState]]") -> None:
-        """Wait for an update, and see that the engine's thread is alive.
+        """Wait for an update, and check that the engine's thread is alive.
 
-        Raises EngineDeadError if a process of the executor has ended; the engine's thread may be computing still.
+        Raises EngineDeadError if a process of the executor has ended; the engine's thread may still be computing.
         """
         try:
             updates.get(timeout=_POLL_SECONDS)
@@ -322,8 +324,8 @@ class Engine:
 
 
 def _unsubscribe(sequences: Iterable[SequenceState], listener: Callable[[list[SequenceState]], None]) -> None:
-    """Remove a listener. A queue with an update in it would otherwise keep a sequence, and its prefix, until the next
-    run of the garbage collector."""
+    """Remove a listener. Otherwise a queue with an update would keep a sequence, and its prefix, alive until the next
+    garbage collection."""
     for sequence in sequences:
         sequence.listeners = [other for other in sequence.listeners if other != listener]  # the engine iterates the old
 

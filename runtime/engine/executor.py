@@ -1,7 +1,7 @@
-"""The seam between deciding and computing: the engine decides what is computed next, an `Executor` computes it.
+"""The interface between the engine, which decides what is computed next, and the `Executor` that computes it.
 
 `LocalExecutor` runs one model over one KV cache in this process. `ParallelExecutor` runs the same in several processes,
-each with a shard of the model and of the cache. Requests, pages, sampling and time are the engine's alone.
+each with a shard of the model and of the cache. The engine alone manages requests, pages, sampling and time.
 """
 
 from abc import ABC, abstractmethod
@@ -22,10 +22,10 @@ from .timings import Timings
 
 
 class Executor(ABC):
-    """Computes for one engine. Only the engine's thread may call it, and only `failure` from any thread.
+    """Computes for one engine. Only the engine's thread may call it; any thread may read `failure`.
 
-    model: of this process; its `config` is that of the whole model. cache: of this process; the numbers of its pages
-    are those of every process. size: number of processes.
+    model: of this process; its `config` is that of the whole model. cache: of this process; page numbers are the same
+    in every process. size: number of processes.
     """
 
     model: AudioFlamingo
@@ -35,7 +35,7 @@ class Executor(ABC):
     @property
     @abstractmethod
     def recordings(self) -> int:
-        """Decode steps set up."""
+        """Number of decode steps that have been set up."""
 
     @property
     @abstractmethod
@@ -44,7 +44,7 @@ class Executor(ABC):
 
     @property
     def failure(self) -> EngineDeadError | None:
-        """Why nothing can be computed any more, if that is so."""
+        """Why the executor cannot compute any more, or None."""
         return None
 
     @abstractmethod
@@ -61,7 +61,7 @@ class Executor(ABC):
 
     @abstractmethod
     def encode(self, windows: list[PlacedWindow], timings: Timings) -> list[Tensor]:
-        """The audio tokens of some windows, as the decoder reads them: one [tokens, hidden] each."""
+        """The audio embeddings of windows, as the decoder takes them: one [tokens, hidden] per window."""
 
     @abstractmethod
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Executor(ABC):
 
     @abstractmethod
     def read(self, index: int, pages: list[int]) -> Tensor:
-        """What `pages` of the pool `KVCache.pools[index]` hold: [tokens, all KV heads, ...]."""
+        """The contents of `pages` of the pool `KVCache.pools[index]`: [tokens, all KV heads, ...]."""
 
     @abstractmethod
     def write(self, index: int, pages: list[int], rows: Tensor) -> None:
@@ -95,8 +95,8 @@ class Executor(ABC):
     def fingerprint(self) -> str:
         """Identifies the model that computes keys and values; see `model_fingerprint`."""
 
-    def close(self) -> None:  # noqa: B027 - most have nothing to end
-        """End what runs outside this process. Nothing may be called afterwards."""
+    def close(self) -> None:  # noqa: B027 - most executors have nothing to end
+        """End the other processes. No method may be called afterwards."""
 
 
 class LocalExecutor(Executor):

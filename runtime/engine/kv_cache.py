@@ -20,9 +20,9 @@ from ..model.config import DecoderConfig
 from ..model.decoder import CacheView
 
 KV_STORAGE = ("auto", "int8", "int4")
-"""How keys and values may be stored: in the model's dtype, or quantized."""
+"""Formats of keys and values: the model's dtype, or quantized."""
 QUANTIZED = {"int8": torch.int8, "int4": INT4}
-"""The dtypes of the pools of quantized keys and values; those of int4 hold two a byte."""
+"""The dtypes of the pools of quantized keys and values; int4 pools hold two per byte."""
 
 
 class PagePool:
@@ -95,11 +95,10 @@ class KVCache:
     """Keys and values of all layers. `keys[layer]`, `values[layer]`: [pages, page_size, kv_heads, head_dim].
 
     With a dtype of `QUANTIZED`, `k_scales[layer]` and `v_scales[layer]` are [pages, page_size, kv_heads] float32;
-    otherwise None. With that of int4, keys and values are [.., head_dim / 2], and `key_turns` are the cos and sin of
-    the angles of each token of the longest sequence that there is room for; see `CacheView`. Raises ValueError for
-    heads that int4 cannot store.
-    With `padded` the tensors have one more page, `padding_page`, which belongs to no sequence: what pads a batch is
-    written there, by several rows to the same slots.
+    otherwise None. With int4, keys and values are [.., head_dim / 2], and `key_turns` are the cos and sin of the angles
+    of each token of the longest sequence that fits; see `CacheView`. Raises ValueError if int4 does not support
+    head_dim. With `padded` the tensors have one more page, `padding_page`, which belongs to no sequence: the padding of
+    a batch is written there, several rows to the same slots.
     """
 
     def __init__(
@@ -147,7 +146,7 @@ class KVCache:
 
     @property
     def allocated_pages(self) -> int:
-        """Pages for which every tensor has room; after a resize that failed not always those of the pool."""
+        """Pages for which every tensor has room; after a failed resize, this may differ from the pool's."""
         return min(map(len, self.pools)) - self._padding
 
     @property
@@ -169,7 +168,7 @@ class KVCache:
     def resize(self, pages: int) -> None:
         """Make room for `pages` pages and keep the contents of those in use.
 
-        Tensors are replaced one at a time, so at most one exists twice, and a new one only once its contents are there:
+        Tensors are replaced one at a time, so at most one exists twice, and only after its contents have been copied:
         another thread may read pages in use meanwhile. Raises ValueError if a page beyond `pages` is in use. If an
         allocation fails, the number of pages stays as it was.
         """
@@ -218,7 +217,7 @@ class KVCache:
 
 
 def head_width(config: DecoderConfig, dtype: torch.dtype) -> int:
-    """Elements of a pool for each token and head: the channels, or half as many bytes in int4."""
+    """Elements of a pool per token and head: head_dim, or half as many bytes in int4."""
     return config.head_dim // (2 if dtype == INT4 else 1)
 
 
@@ -230,12 +229,12 @@ def page_bytes(config: DecoderConfig, page_size: int, dtype: torch.dtype) -> int
 
 
 def turns_bytes(config: DecoderConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of the table of angles beside the pools of an int4 cache for so many tokens; 0 for other caches."""
+    """Bytes of the table of angles of an int4 cache for `tokens` tokens; 0 for other caches."""
     return turned_tokens(config, tokens) * config.head_dim * torch.float32.itemsize if dtype == INT4 else 0
 
 
 def turned_tokens(config: DecoderConfig, tokens: int) -> int:
-    """Tokens of the longest sequence in a cache of so many."""
+    """Tokens of the longest sequence in a cache of `tokens` tokens."""
     return min(tokens, config.max_positions)
 
 

@@ -2,8 +2,8 @@
 
     waveforms -> stem -> encoder layers -> adaptor -> the decoder's input -> decoder layers -> head
 
-Between stages the hidden states of everything that runs lie in a file (`HiddenStates`), so that a model runs, and is
-calibrated, in little more memory than its largest stage takes. Speed is no aim here.
+Between stages the hidden states are stored in a file (`HiddenStates`), so a model can run, and be calibrated, in little
+more memory than its largest stage takes. It is not meant to be fast.
 """
 
 from abc import ABC, abstractmethod
@@ -47,14 +47,14 @@ class Window:
 
 @dataclass(frozen=True)
 class PlacedPrompt:
-    """A prompt's token ids, and the positions at which the tokens of its windows begin to take their place."""
+    """A prompt's token ids, and the positions where the audio tokens of each window begin."""
 
     token_ids: tuple[int, ...]
     positions: tuple[int, ...]
 
 
 class HiddenStates:
-    """Tensors [length, width] of one dtype, one after the other in a file that is only read one tensor at a time."""
+    """Tensors [length, width] of one dtype, stored in a file in sequence and read one at a time."""
 
     def __init__(self, path: Path, lengths: tuple[int, ...], width: int, dtype: torch.dtype):
         self.path = path
@@ -85,7 +85,7 @@ class HiddenStates:
 
 
 class Stage(ABC):
-    """Some layers of a model. `module` holds their parameters, by names that `canonical` turns into the model's."""
+    """Some layers of a model. `module` holds their parameters, by names that `canonical` maps to the model's."""
 
     name: str
     module: nn.Module
@@ -97,10 +97,11 @@ class Stage(ABC):
 
     @abstractmethod
     def run(self, x: Tensor, number: int) -> Tensor:
-        """The stage on the hidden states [length, width] of window or prompt `number`."""
+        """Run the stage on the hidden states [length, width] of window or prompt `number`."""
 
     def gather(self, states: HiddenStates, statistics: Mapping[str, InputStatistics], progress: Progress) -> None:
-        """Run everything for the statistics of the inputs of the stage's layers; see `quant.calibrate`."""
+        """Run all windows or prompts to collect statistics of the inputs of the stage's layers; see
+        `quant.calibrate`."""
         device = next(self.module.buffers()).device
         with gathering(self.module, self.folds, statistics):
             for number, x in enumerate(states):
@@ -108,12 +109,12 @@ class Stage(ABC):
                 progress(number + 1, len(states))
 
     def outputs(self, states: HiddenStates) -> Iterator[Tensor]:
-        """What the stage makes of everything, one after the other."""
+        """The stage's output for each window or prompt, in order."""
         device = next(self.module.buffers()).device
         return (self.run(x.to(device), number) for number, x in enumerate(states))
 
     def input_tokens(self, states: HiddenStates) -> int:
-        """How many tokens come into its layers."""
+        """Number of tokens that enter its layers."""
         return sum(states.lengths)
 
 
@@ -177,7 +178,7 @@ class AdaptorStage(Stage):
 
 
 class DecoderStage(Stage):
-    """A decoder layer, on prompts. Hidden states are the residual stream, rounded to the dtype once a layer."""
+    """A decoder layer, on prompts. Hidden states are the residual stream, rounded to the dtype once per layer."""
 
     def __init__(self, config: ModelConfig, index: int):
         self.name = f"decoder layer {index}"
@@ -214,7 +215,7 @@ class _Head(nn.Module):
 
 
 class HeadStage(Stage):
-    """The decoder's last norm and the lm_head that it leads to."""
+    """The decoder's last norm, followed by lm_head."""
 
     def __init__(self, config: ModelConfig):
         self.name = "lm_head"
@@ -227,7 +228,7 @@ class HeadStage(Stage):
         return f"decoder.{name}"
 
     def run(self, x: Tensor, number: int) -> Tensor:
-        """The normed hidden states; scores of all tokens would take hundreds of times the room."""
+        """The normed hidden states; scores of all tokens would take hundreds of times the memory."""
         return rms_norm(x, self.module.get_buffer("norm.weight"), self._eps)
 
     def gather(self, states: HiddenStates, statistics: Mapping[str, InputStatistics], progress: Progress) -> None:
@@ -239,7 +240,8 @@ class HeadStage(Stage):
 
 @dataclass(frozen=True)
 class Stem:
-    """The encoder's convolutions, from waveforms to the first layer's input. weight: a parameter by its name."""
+    """The encoder's convolutions, from waveforms to the first layer's input. weight: returns a parameter by its
+    name."""
 
     mel_bins: int
     dtype: torch.dtype
@@ -263,7 +265,7 @@ def decoder_inputs(
 ) -> Iterator[Tensor]:
     """The hidden states that enter the first decoder layer, [tokens, hidden] for each prompt.
 
-    audio: tokens of every window, in the order in which prompts use them; embed: vectors of token ids [tokens].
+    audio: embeddings of every window, in the order of their use; embed: maps token ids [tokens] to embeddings.
     """
     tokens = iter(audio)
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""Rank 0's connections to the processes of the other ranks: messages to them, and the news that one has ended."""
+"""Rank 0's connections to the processes of the other ranks: sends messages, and notices when a process has ended."""
 
 import contextlib
 import json
@@ -15,14 +15,14 @@ from collections.abc import Callable
 from ..errors import EngineDeadError, GroupError
 from .rank import receive, send
 
-_SECONDS_TO_END = 5.0  # that ranks have to end by themselves, after which they are killed
-_SECONDS_TO_EXPLAIN = 2.0  # that rank 0 waits for the rank whose end made a collective fail
+_SECONDS_TO_END = 5.0  # time for ranks to end by themselves before they are killed
+_SECONDS_TO_EXPLAIN = 2.0  # time that rank 0 waits for the report of the rank whose end made a collective fail
 _log = logging.getLogger("afnext.engine")
 
 
 class ProcessLinks:
-    """See `Links`. A process tells what it failed with as JSON, {"error", "lost"}, before it ends; lost: whether it
-    only noticed that another rank had ended."""
+    """See `Links`. A failing process sends its error as JSON, {"error", "lost"}, before it ends; lost: whether it
+    failed because another rank had ended."""
 
     def __init__(self, processes: list[subprocess.Popen[bytes]], sockets: list[socket.socket]):
         self._processes = processes
@@ -40,7 +40,7 @@ class ProcessLinks:
         return self._failure
 
     def watch(self, abort: Callable[[], None]) -> None:
-        """Notice from now on when a process ends. abort: lets the collectives of rank 0 fail."""
+        """Start to watch for the end of processes. abort: makes the collectives of rank 0 fail."""
         self._abort = abort
         threading.Thread(target=self._watch, name="afnext-ranks", daemon=True).start()
 
@@ -50,7 +50,7 @@ class ProcessLinks:
             send(control, message)
 
     def wait_for_all(self) -> None:
-        """Wait for an answer of each process, before `watch`. Raises EngineDeadError if one has failed or ended."""
+        """Wait for an answer from each process, before `watch`. Raises EngineDeadError if one has failed or ended."""
         for rank, control in enumerate(self._sockets, 1):
             answer = _parsed(receive(control))
             if answer is None or "error" in answer:
@@ -81,7 +81,8 @@ class ProcessLinks:
             control.close()
 
     def _watch(self) -> None:
-        """Wait for the first process that fails. One that only lost another is not the cause, which is waited for."""
+        """Wait for the first process that fails. One that failed because another ended is not the cause; wait for that
+        one."""
         lost: str | None = None
         with selectors.DefaultSelector() as selector:
             for rank, control in enumerate(self._sockets, 1):
@@ -115,7 +116,7 @@ class ProcessLinks:
         return f"the process of rank {rank} ended with status {code}"
 
     def _end(self, cause: str) -> EngineDeadError:
-        """Note the cause unless there is one, and end all processes."""
+        """Record the cause unless one is known, and end all processes."""
         with self._lock:
             if self._failure is None:
                 self._failure = EngineDeadError(

@@ -1,11 +1,11 @@
-"""The memory plan: what a model and its work take, part by part, before any of it is allocated.
+"""The memory plan: the bytes that a model and its requests need, part by part, before any of them are allocated.
 
     device = weights + RoTE's table + KV pages + workspace + reserve
 
 Weights, table and pages are counted exactly, from the shapes that the config gives. The workspace is an upper bound of
-what encoding a batch of windows, prefilling a chunk or choosing a token holds for a moment; of the three only the
-largest counts, since they follow each other. The reserve is what the driver, the libraries, recorded decode steps and
-the allocator's rounding take. Nothing here is measured: a plan for a device that is not there is a projection.
+the temporary memory of encoding a batch of windows, prefilling a chunk or choosing a token; only the largest of the
+three counts, because they run one after another. The reserve covers the driver, the libraries, recorded decode steps
+and the allocator's rounding. Nothing here is measured: a plan for a device that is not present is a projection.
 """
 
 import logging
@@ -40,7 +40,7 @@ RESERVE = 500_000_000
 DENSE = "dense"
 SCHEMES = (DENSE, *RECIPES)
 _log = logging.getLogger("afnext.engine")
-# What frees memory, the mildest first: the first two cost time, the others precision.
+# Changes that free memory, the mildest first: the first two cost time, the others precision.
 CHANGES: Mapping[str, dict[str, Any]] = {
     "chunk_size=256, encode_batch=1": {"chunk_size": 256, "encode_batch": 1},
     "release_encoder": {"release_encoder": True},
@@ -54,7 +54,7 @@ CHANGES: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """One line of a plan: what it is, its bytes, and where they are. exact: counted, and not bounded from above."""
+    """One line of a plan: its name, bytes and place. exact: counted rather than an upper bound."""
 
     name: str
     nbytes: int
@@ -65,15 +65,16 @@ class Part:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What `config` takes on a device with `memory` bytes, for one recording of `audio_seconds` and its answer.
+    """The memory that `config` needs on a device with `memory` bytes, for one recording of `audio_seconds` and its
+    answer.
 
-    gpu: whether the device is one; on a CPU the slower torch implementations hold more for a moment. dtype: what is
-    computed in. scheme: "dense", or the recipe that dense weights are packed by, as `load(quant=...)` takes it; where
-    `config` has a quantization, that one counts.
+    gpu: whether the device is a GPU; on a CPU the slower torch implementations need more temporary memory. dtype: of
+    the computation. scheme: "dense", or the recipe that dense weights are packed by, as in `load(quant=...)`; a
+    quantization in `config` takes precedence.
     kv, page_size, chunk_size, encode_batch, release_encoder: see `EngineOptions`. text_tokens, new_tokens: room for the
     template with its system message and a question, and for the answer. mapped: the weights are read from the mapped
-    file and not copied. reserve: bytes that are left alone.
-    Raises MemoryPlanError for values out of range, and SchemeError for a scheme that is unknown or fits a layer not.
+    file and not copied. reserve: bytes that are not used. Raises MemoryPlanError for values out of range, and
+    SchemeError for a scheme that is unknown or does not fit a layer.
     """
 
     config: ModelConfig
@@ -105,7 +106,7 @@ class MemoryPlan:
             raise MemoryPlanError(
                 f"keys and values of {self.config.decoder.head_dim} channels cannot be stored as int4; use int8"
             )
-        weight_bytes(self.stored, self.dtype)  # raises where the scheme cannot be
+        weight_bytes(self.stored, self.dtype)  # raises if the scheme does not fit
         if self.tokens > self.config.decoder.max_positions:
             raise MemoryPlanError(
                 f"{self.audio_seconds:g} s of audio and {self.new_tokens} new tokens are {self.tokens} tokens, but the "
@@ -119,12 +120,12 @@ class MemoryPlan:
 
     @property
     def pages(self) -> int:
-        """KV pages that hold them."""
+        """KV pages for `tokens`."""
         return pages_for(self.tokens, self.page_size)
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """What keys and values are stored in."""
+        """The dtype in which keys and values are stored."""
         return QUANTIZED.get(self.kv, self.dtype)
 
     @property
@@ -134,7 +135,7 @@ class MemoryPlan:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """Every part of the plan; all but those in the host's memory add up to `total`."""
+        """Every part of the plan; `total` is the sum of all but those in host memory."""
         return (*self._weights(), *self._copies(), *self._state(), self._workspace(), self._reserve())
 
     @property
@@ -144,12 +145,12 @@ class MemoryPlan:
 
     @property
     def weights(self) -> int:
-        """Bytes of the weights among them."""
+        """Bytes of the weights in `total`."""
         return sum(part.nbytes for part in self._weights() if part.place != "host")
 
     @property
     def kv_room(self) -> int:
-        """Tokens that the cache may hold while the rest of the plan keeps its place."""
+        """Tokens that the cache may hold beside the rest of the plan."""
         token = self.page_bytes + turns_bytes(self.config.decoder, self.page_size, self.kv_dtype)
         return (self.pages + self.spare // token) * self.page_size
 
@@ -176,12 +177,12 @@ class MemoryPlan:
 
     @property
     def spare(self) -> int:
-        """Bytes of the device that stay free, below zero when the plan does not fit."""
+        """Bytes of the device that stay free, negative if the plan does not fit."""
         return self.memory - self.total
 
     @property
     def fits(self) -> bool:
-        """Whether the device has the room."""
+        """Whether the plan fits on the device."""
         return self.spare >= 0
 
     @property
@@ -203,7 +204,7 @@ class MemoryPlan:
 
     @property
     def _lends(self) -> bool:
-        """Whether the encoder's layers lie in the host's memory."""
+        """Whether the encoder's layers are kept in host memory."""
         return self.release_encoder and self.gpu
 
     def _state(self) -> Iterator[Part]:
@@ -222,7 +223,7 @@ class MemoryPlan:
 
     @property
     def stages(self) -> dict[str, int]:
-        """Upper bounds of what each stage holds for a moment; the workspace is the largest."""
+        """Upper bounds of the temporary memory of each stage; the workspace is the largest."""
         return {
             f"encoding {self.encode_batch} windows": self._encoding() if self.audio_seconds else 0,
             f"prefilling {self.chunk_size} tokens": self._prefilling(),
@@ -237,7 +238,7 @@ class MemoryPlan:
         return Part("workspace", stages[largest], "device", f"at most, {largest}", exact=False)
 
     def _copies(self) -> Iterator[Part]:
-        """On a CPU torch's int4 product keeps the codes a second time, in its own order."""
+        """On a CPU torch's int4 product keeps a second copy of the codes in its own order."""
         codes = 0 if self.gpu else int4_code_bytes(self.stored)
         if codes:
             yield Part("int4 codes again", codes, "device", "at most, in the order of torch's product", exact=False)
@@ -246,7 +247,7 @@ class MemoryPlan:
         return Part("reserve", self.reserve, "device", "driver, libraries, recorded steps, rounding", exact=False)
 
     def _encoding(self) -> int:
-        """An upper bound of what encoding a batch holds: the largest of log-mel, stem, and one layer."""
+        """An upper bound of the memory for encoding a batch: the largest of log-mel, stem, and one layer."""
         encoder, itemsize = self.config.encoder, self.dtype.itemsize
         frames = valid_frames(WINDOW_SAMPLES)
         positions, width = conv_length(frames), encoder.hidden_size
@@ -256,7 +257,7 @@ class MemoryPlan:
         layer = itemsize * positions * max(6 * width + 2 * encoder.intermediate_size, 10 * width)
         pooled = positions * width * (itemsize + 4 * 4)
         window = max(log_mel, stem, layer, pooled)
-        # The batch before may still wait for its chunk, and the chunk's own embeddings are there.
+        # The previous batch may still wait for its chunk, and the chunk's embeddings exist.
         waiting = 2 * self.encode_batch * token_count(WINDOW_SAMPLES) + self.chunk_size
         held = itemsize * self.config.decoder.hidden_size * waiting
         layers, _ = weight_bytes(self.stored, self.dtype)["encoder", True]
@@ -264,7 +265,7 @@ class MemoryPlan:
         return self.encode_batch * window + held + rote_table_bytes(self.config, self.audio_seconds) * 2 + lent
 
     def _prefilling(self) -> int:
-        """An upper bound of what one chunk holds at the end of the prompt: the stream, and one block at a time."""
+        """An upper bound of the memory for one chunk at the end of the prompt: the residual stream and one block."""
         decoder, itemsize = self.config.decoder, self.dtype.itemsize
         chunk = min(self.chunk_size, self.tokens)
         query, key = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
@@ -278,7 +279,8 @@ class MemoryPlan:
         return max(mlp, norm, attention) + itemsize * decoder.hidden_size * (encoded + chunk)
 
     def _gathered_attention(self, chunk: int) -> int:
-        """What torch's attention adds: keys and values gathered and packed for every head, and a mask for the chunk."""
+        """Memory that torch's attention adds: gathered and packed keys and values for every head, and the chunk's
+        mask."""
         decoder, itemsize = self.config.decoder, self.dtype.itemsize
         unpacking = 5 if self.kv == "int4" else 2  # float32 copies
         gathered = self.tokens * decoder.kv_heads * decoder.head_dim * (3 * itemsize + unpacking * 4)
@@ -286,7 +288,7 @@ class MemoryPlan:
         return gathered + packed + chunk * self.tokens * (1 + max(itemsize, 4))
 
     def longest_audio(self) -> int | None:
-        """The most whole seconds of audio with which this plan fits, or None when it does not even without any."""
+        """The most whole seconds of audio with which this plan fits, or None if it does not fit without audio."""
 
         def fits(seconds: int) -> bool:
             return replace(self, audio_seconds=seconds).fits
@@ -300,15 +302,15 @@ class MemoryPlan:
         return low
 
     def most_seconds(self) -> int:
-        """What the model can hear, and the context holds beside text and answer."""
+        """The most seconds that the model accepts and its context holds beside text and answer."""
         room = self.config.decoder.max_positions - replace(self, audio_seconds=0).tokens
         seconds_a_window = WINDOW_SAMPLES // SAMPLE_RATE
         return min(self.config.max_audio_seconds, room * seconds_a_window // token_count(WINDOW_SAMPLES))
 
     def largest(self) -> "MemoryPlan":
-        """This plan for the longest audio that there is room for. Raises MemoryPlanError where there is none.
+        """This plan for the longest audio that fits. Raises MemoryPlanError if it does not fit without audio.
 
-        Mapped weights that do not fit beside all else are let pass with a warning: such a model works, slowly, as the
+        Mapped weights that do not fit beside the rest only cause a warning: the model works, but slowly, because the
         system reads parts of the file again and again.
         """
         longest = self.longest_audio()
@@ -328,14 +330,14 @@ class MemoryPlan:
         )
 
     def savings(self) -> dict[str, int]:
-        """What each change of `CHANGES` would free on its own, in bytes, where it frees any."""
+        """Bytes that each change of `CHANGES` would free on its own, for those that free any."""
         freed = {change: self.total - self.changed([change]).total for change in CHANGES}
         return {change: nbytes for change, nbytes in freed.items() if nbytes > 0}
 
     def remedy(self) -> tuple[str, ...]:
-        """The mildest changes of `CHANGES` with which the plan fits, or none where even all of them do not help.
+        """The mildest changes of `CHANGES` with which the plan fits, or none if it does not fit with all of them.
 
-        Those that only take time come before those that round, so any number of the former before one of the latter.
+        Changes that only cost time come before those that round: all of the former before one of the latter.
         """
         useful = [] if self.fits else list(self.savings())
         for chosen in range(1, 1 << len(useful)):
@@ -347,7 +349,7 @@ class MemoryPlan:
     def changes_to_fit(self) -> tuple[str, ...]:
         """The mildest of `CHANGES` with which the plan fits; none if it does already.
 
-        Raises MemoryPlanError with what would fit where even all of them do not help.
+        Raises MemoryPlanError, with advice on what would fit, if it does not fit with all of them.
         """
         changes = self.remedy()
         if not self.fits and not changes:
@@ -358,18 +360,18 @@ class MemoryPlan:
         return changes
 
     def changed(self, changes: Iterable[str]) -> "MemoryPlan":
-        """The plan after some of `CHANGES`, those that would ask for more than it does left out."""
+        """The plan after some of `CHANGES`, except those that would need more memory."""
         plan = self
         for change in changes:
             try:
                 candidate = replace(plan, **CHANGES[change])
-            except (SchemeError, MemoryPlanError):  # not for a model of this shape
+            except (SchemeError, MemoryPlanError):  # the change does not suit this model's shape
                 continue
             plan = candidate if candidate.total < plan.total else plan
         return plan
 
     def advice(self) -> str:
-        """What to do about a plan that does not fit, in a sentence or two."""
+        """Advice for a plan that does not fit, in a sentence or two."""
         remedy = self.remedy()
         if remedy:
             spare = self.changed(remedy).spare
@@ -389,7 +391,7 @@ class MemoryPlan:
 
 @lru_cache(maxsize=16)
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> Mapping[tuple[str, bool], tuple[int, str]]:
-    """Bytes of the weights by part, and in what; the encoder's layers (True) apart from its rest (False).
+    """Bytes and formats of the weights by part; the encoder's layers (True) separate from the rest of it (False).
 
     Raises SchemeError naming a layer that the config's quantization cannot store.
     """
@@ -429,7 +431,7 @@ def rote_table_bytes(config: ModelConfig, audio_seconds: float) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes as people write them: "8GB" (10^9), "8GiB" (2^30), "512 MB". Raises MemoryPlanError for anything else."""
+    """Parse a size such as "8GB" (10^9), "8GiB" (2^30), "512 MB". Raises MemoryPlanError for anything else."""
     match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)\s*([kmgt])(i?)b?", text.strip().lower())
     if match is None:
         raise MemoryPlanError(f'{shown(text)} is no amount of memory; write it as "8GB" or "7.5GiB"')
@@ -438,5 +440,5 @@ def parse_bytes(text: str) -> int:
 
 
 def shown_bytes(nbytes: int) -> str:
-    """Bytes for people, in powers of ten."""
+    """A size for display, in powers of ten."""
     return f"{nbytes / 1e9:.2f} GB" if abs(nbytes) >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""How the engine trades memory, speed and precision."""
+"""Options of the engine: memory, speed and precision."""
 
 import math
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from .kv_cache import KV_STORAGE, QUANTIZED
 
 
 def default_chunk_size(memory: int, gpu: bool) -> int:
-    """Tokens of a step on a device with so many bytes. GPUs with more memory also have more multiprocessors to fill:
-    at full size a chunk of 1024 tokens is 224 blocks of attention, and GPUs of 40 GB and more run about 100 at once."""
+    """Tokens per step on a device with `memory` bytes. GPUs with more memory also have more multiprocessors to fill: at
+    full size a chunk of 1024 tokens is 224 blocks of attention, and GPUs of 40 GB and more run about 100 at once."""
     if not gpu or memory < 20 * 10**9:
         return 1024
     return 4096 if memory >= 40 * 10**9 else 2048
@@ -19,21 +19,20 @@ def default_chunk_size(memory: int, gpu: bool) -> int:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What trades memory, speed and precision.
+    """Options that trade memory, speed and precision.
 
-    page_size: tokens a KV page; chunk_size: tokens a step, prompts and answers together; encode_batch: audio windows
-    encoded at once; max_batch: requests in progress at once, further ones wait; cuda_graphs: record a
+    page_size: tokens per KV page; chunk_size: tokens per step, prompts and answers together; encode_batch: audio
+    windows encoded at once; max_batch: requests in progress at once, further ones wait; cuda_graphs: record a
     decode step once and repeat it, on a GPU as one CUDA graph, on a CPU as a list of native calls. None of these
     changes an answer.
-    max_kv_tokens: tokens that the cache may grow to hold, None for as many as are asked for. release_encoder: on a GPU,
-    keep the encoder's layers in the host's memory and copy each to the GPU when it is used.
-    prefix_cache_bytes: of keys and values that may stay for later requests that begin alike, within max_kv_tokens;
-    encoder_cache_bytes: of encoder outputs that may stay in the host's memory. 0 for none.
-    draft_tokens: guesses at most that a step verifies besides an answer's next token, 0 to 7; see `speculation.py`.
-    batch_invariant: give each request the tokens and scores, bit for bit, that it gets alone, whatever else runs; see
-    docs/python.md for what that covers and costs.
-    kv: what keys and values are stored in, "auto" (the model's dtype), "int8" or "int4": half or a quarter of the
-    memory that 16 bits take, and rounded.
+    max_kv_tokens: largest size of the cache in tokens, None for as many as requests need. release_encoder: on a GPU,
+    keep the encoder's layers in host memory and copy each to the GPU when it is used.
+    prefix_cache_bytes: size limit of the prefix cache, within max_kv_tokens; encoder_cache_bytes: size limit of the
+    cache of encoder outputs, in host memory. 0 for none.
+    draft_tokens: most speculative tokens that a step verifies per answer, 0 to 7; see `speculation.py`.
+    batch_invariant: give each request the same tokens and scores, bit for bit, as if it ran alone; see docs/python.md
+    for what that covers and costs. kv: format of keys and values, "auto" (the model's dtype), "int8" or "int4": half or
+    a quarter of the memory of 16 bits, and rounded.
     Raises ValueError for values out of range.
     """
 
@@ -65,12 +64,12 @@ class EngineOptions:
 
     @property
     def windows_at_once(self) -> int:
-        """Audio windows encoded at once: which ones a prompt has left to encode may depend on other requests."""
+        """Audio windows encoded at once: 1 with batch_invariant, as caching makes batches depend on other requests."""
         return 1 if self.batch_invariant else self.encode_batch
 
     @property
     def page_multiple(self) -> int:
-        """How many pages the prefix cache shares: as many as end with a chunk where chunks are the same for all."""
+        """The prefix cache shares multiples of this many pages: with batch_invariant, those of whole chunks."""
         return self.chunk_size // math.gcd(self.chunk_size, self.page_size) if self.batch_invariant else 1
 
     def cache_dtype(self, model_dtype: torch.dtype) -> torch.dtype:

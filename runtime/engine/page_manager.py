@@ -1,8 +1,8 @@
-"""Page management: which pages of the KV cache are in use and by whom, and how large the cache is.
+"""Page management: which pages of the KV cache are used by what, and how large the cache is.
 
-A page is used by sequences (private pages, which they write; shared pages, which they only read), by prefixes that the
-user keeps, and by the prefix cache. `PagePool` counts the users of each page. The cache grows when a request needs more
-pages than are free, up to a limit, and shrinks when `trim` is called.
+The users of pages are sequences (private pages, which they write; shared pages, which they only read), prefixes that
+the caller keeps, and the prefix cache. `PagePool` counts the users of each page. The cache grows when a request needs
+more pages than are free, up to a limit, and shrinks when `trim` is called.
 """
 
 import itertools
@@ -56,7 +56,7 @@ class PageManager:
 
     @property
     def prefixes(self) -> dict[int, list[int]]:
-        """The pages of every prefix that is open, by its number."""
+        """The pages of every open prefix, by its number."""
         return self._prefixes
 
     def needed(self, sequence: SequenceState) -> int:
@@ -64,7 +64,7 @@ class PageManager:
         return pages_for(sequence.request.budget, self._page_size) - self._full_shared(sequence)
 
     def _full_shared(self, sequence: SequenceState) -> int:
-        """Full pages of its prefix, which a sequence uses without a copy."""
+        """Number of full pages of its prefix, which a sequence uses without a copy."""
         prefix = sequence.request.prefix
         return len(sequence.shared_pages) if prefix is None else len(prefix.token_ids) // self._page_size
 
@@ -79,7 +79,7 @@ class PageManager:
             sequence.shared_pages = list(pages)
 
     def match(self, sequence: SequenceState) -> None:
-        """Share the pages that the prefix cache has for a sequence: not of its last token, whose scores are needed."""
+        """Share the cached pages of a sequence's prompt, but not that of its last token, whose scores are needed."""
         if sequence.keys is not None:
             sequence.shared_pages = self.prefix_cache.match(
                 sequence.keys.of(sequence.request.token_ids[:-1]), self._page_multiple
@@ -88,8 +88,8 @@ class PageManager:
     def insert(self, sequence: SequenceState) -> None:
         """Add the full pages of a sequence to the prefix cache.
 
-        With batch_invariant only those of whole chunks of the prompt, as the keys and values of other tokens have not
-        the bits that they have in a prompt that goes on with them.
+        With batch_invariant only those of whole chunks of the prompt: keys and values of other tokens could differ in
+        bits from those of a longer prompt.
         """
         if sequence.keys is not None:
             tokens = sequence.request.token_ids + (sequence.tokens if self._cache_answers else [])
@@ -131,7 +131,7 @@ class PageManager:
         return self.new_prefix(prefix.token_ids, prefix.pages)
 
     def empty_prefix(self, token_ids: list[int]) -> Prefix:
-        """A prefix whose pages the caller fills. Raises OutOfPagesError if there is no room for it."""
+        """A prefix whose pages the caller fills. Raises OutOfPagesError if it does not fit."""
         needed = pages_for(len(token_ids), self._page_size)
         self.make_free(needed, needed, retry=True)
         pages = self.cache.pool.allocate(needed)
@@ -161,7 +161,7 @@ class PageManager:
         return needed <= pool.free
 
     def _grow(self, needed: int, wanted: int) -> None:
-        """Grow by half at least, so that growing is rare, or by what is needed if there is no memory for that."""
+        """Grow by at least half, so that growing is rare, or by `needed` pages if memory is short."""
         pool = self.cache.pool
         sizes = (pool.pages + max(wanted - pool.free, pool.pages // 2), pool.pages + needed - pool.free)
         for pages in dict.fromkeys(min(self.limit, size) for size in sizes):
@@ -179,18 +179,18 @@ class PageManager:
         self._retry_after = min(_LAST_RETRY, 2 * self._retry_after)
 
     def preallocate(self) -> None:
-        """Grow the cache to its limit, and keep it at what it has then. Logs a warning if there is no memory for it."""
+        """Grow the cache to its limit and keep that size. Logs a warning if memory is short."""
         self._grow(0, self.limit)
         self._kept = self.cache.pool.pages
 
     def trim(self) -> None:
-        """Give back the memory behind the last page in use, but for what was allocated ahead."""
+        """Release the memory after the last page in use, except memory that was preallocated."""
         pages = max(self.cache.pool.end, self._kept)
         if pages < self.cache.pool.pages:
             self._executor.resize(pages)
 
     def shortage(self, request: Request, needed: int) -> OutOfPagesError:
-        """The error of a request that does not get the pages it needs though nothing else runs."""
+        """The error of a request that cannot get its pages although nothing else runs."""
         pool = self.cache.pool
         in_contexts = len({page for pages in self._prefixes.values() for page in pages})
         if pool.pages < self.limit:
@@ -204,9 +204,10 @@ class PageManager:
         )
 
     def rebuild(self, waiting: Iterable[SequenceState]) -> None:
-        """Count the users of all pages anew: open prefixes, and waiting sequences, which share the pages of theirs.
+        """Recount the users of all pages: open prefixes, and waiting sequences, which share the pages of their
+        prefixes.
 
-        Everything else is given up, the prefix cache too. For use after an error at an unknown point.
+        All other pages are released, those of the prefix cache too. For use after an error at an unknown point.
         """
         pages = self.cache.allocated_pages
         self.cache.pool = pool = PagePool(pages)

@@ -1,7 +1,7 @@
 """The executor of several processes, as rank 0 sees it: it sends each operation to the other ranks and runs its part.
 
-All ranks fail together: an exception on one, its end, or no answer ends the others, and what rank 0 computes raises
-EngineDeadError with the cause.
+All ranks fail together: if one raises an exception, ends or does not answer, the others are ended, and operations of
+rank 0 raise EngineDeadError with the cause.
 """
 
 from collections.abc import Callable
@@ -20,20 +20,20 @@ from .timings import Timings
 
 
 class Links(Protocol):
-    """The other ranks, as rank 0 reaches them."""
+    """Rank 0's connections to the other ranks."""
 
     @property
     def failure(self) -> EngineDeadError | None:
-        """Why they have ended, if they have."""
+        """Why the other ranks have ended, or None."""
 
     def send(self, message: bytes) -> None:
-        """Send a message to each. Raises OSError if one has ended."""
+        """Send a message to every other rank. Raises OSError if one has ended."""
 
     def fail(self, error: BaseException) -> EngineDeadError:
-        """End them because of an error of rank 0, or one that another rank's end caused. Returns the cause."""
+        """End the other ranks after an error on rank 0, which another rank's end may have caused. Returns the cause."""
 
     def close(self) -> None:
-        """End them. Idempotent."""
+        """End the other ranks. Idempotent."""
 
 
 class ParallelExecutor(Executor):

@@ -1,7 +1,7 @@
-"""Chunked prefill: a prompt of any length goes through the decoder in chunks, its audio encoded just ahead of them.
+"""Chunked prefill: the decoder processes a prompt in chunks, and its audio is encoded just ahead of them.
 
-At no time are the activations of more than one chunk and the encoder outputs of more than one batch of windows alive,
-so 30 minutes of audio (60 windows, 45 000 tokens) need no more working memory than 30 seconds.
+Only the activations of one chunk and the encoder outputs of one batch of windows are in memory at a time, so 30 minutes
+of audio (60 windows, 45 000 tokens) need no more working memory than 30 seconds.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from ..model.encoder import token_count
 from .kv_cache import KVCache, page_table
 from .timings import Timings
 
-KEY_BYTES = 16  # of the hashes that cached results are found by
+KEY_BYTES = 16  # length of the hashes that are the keys of cached results
 
 
 @dataclass(frozen=True)
 class AudioInput:
-    """One recording in a prompt, or what of it has not been heard. windows: 1-D float32 waveforms, mono at 16 kHz, each
-    of at most 30 s and all but the last of exactly that; position: index of the first one's first placeholder; first:
-    index of the first one in its recording."""
+    """One recording in a prompt, or the rest of one that is partly computed. windows: 1-D float32 waveforms, mono at 16
+    kHz, of 30 s each, the last of at most 30 s; position: index of the first window's first placeholder; first: index
+    of the first window in its recording."""
 
     position: int
     windows: tuple[Tensor, ...]
@@ -35,7 +35,7 @@ class AudioInput:
 
     @cached_property
     def placed(self) -> "list[PlacedWindow]":
-        """The windows that give tokens, in order."""
+        """The windows that have tokens, in order."""
         placed, start = [], self.position
         for index, waveform in enumerate(self.windows, self.first):
             tokens = token_count(waveform.numel())
@@ -47,7 +47,7 @@ class AudioInput:
 
 @dataclass(frozen=True)
 class PlacedWindow:
-    """A window that gives tokens: where they start in the prompt, its waveform, its index in its audio."""
+    """A window that has tokens: where they start in the prompt, its waveform, its index in its audio."""
 
     start: int
     tokens: int
@@ -56,8 +56,8 @@ class PlacedWindow:
 
     @cached_property
     def key(self) -> bytes:
-        """A hash of what its encoder output depends on: its samples, and its index in its audio."""
-        samples: Any = self.waveform.contiguous().numpy()  # a buffer, which numpy's types do not say
+        """A hash of all that the encoder output depends on: the samples, and the window's index in its audio."""
+        samples: Any = self.waveform.contiguous().numpy()  # a buffer, but numpy's types do not declare it
         return hashlib.blake2b(samples, digest_size=KEY_BYTES, salt=self.index.to_bytes(8, "little")).digest()
 
 
@@ -76,8 +76,8 @@ class PromptEmbeddings:
         encode: "Encode | None" = None,
         embed: Callable[[Tensor], Tensor] | None = None,
     ):
-        """start: the first token that will be asked for; audio that ends before it is not encoded. encode, embed: what
-        computes audio tokens and the embeddings of token ids, if not the model in this process."""
+        """start: the first token that `piece` will be called for; audio that ends before it is not encoded. encode,
+        embed: compute the embeddings of audio and of token ids; by default the model in this process."""
         self._encode = encode or partial(encode_windows, model)
         self._embed = embed or model.decoder.embed
         self._token_ids = torch.tensor(token_ids, device=model.device)
@@ -110,7 +110,7 @@ Encode = Callable[[list[PlacedWindow], Timings], list[Tensor]]
 
 
 def encode_windows(model: AudioFlamingo, batch: list[PlacedWindow], timings: Timings) -> list[Tensor]:
-    """The audio tokens of some windows, as the decoder reads them: one [tokens, hidden] each."""
+    """The audio embeddings of windows, as the decoder takes them: one [tokens, hidden] per window."""
     with timings.measure("log_mel", model.device):
         mel = model.log_mel([window.waveform for window in batch])
     with timings.measure("encode", model.device):
@@ -118,13 +118,13 @@ def encode_windows(model: AudioFlamingo, batch: list[PlacedWindow], timings: Tim
 
 
 def placed_windows(audio: tuple[AudioInput, ...]) -> list[PlacedWindow]:
-    """The windows of a prompt that give tokens, in order."""
+    """The windows of a prompt that have tokens, in order."""
     return [window for recording in audio for window in recording.placed]
 
 
 def run_chunk(model: AudioFlamingo, cache: KVCache, pages: list[int], x: Tensor, start: int) -> Tensor:
-    """Run the embedded tokens x, [1, count, hidden], of a prompt from `start` on through the decoder, their keys and
-    values going INTO `pages` of the cache, where those before are. Returns their normed hidden states, like x."""
+    """Run the embedded tokens x, [1, count, hidden], of a prompt from `start` on through the decoder. Writes their keys
+    and values INTO `pages` of the cache, which hold those of earlier tokens. Returns normed hidden states, like x."""
     positions = torch.arange(start, start + x.shape[1], device=model.device)[None]
     several, long = model.sequence_parallel, x.shape[1] >= sequence_parallel.LONG
     decoder = model.decoder if several is None or not long else several
@@ -141,8 +141,8 @@ def prefill(
     chunk_size: int,
     timings: Timings,
 ) -> Tensor:
-    """Run a whole prompt of `length` tokens, as `run_chunk` does a piece of it. Returns the scores of the token
-    that follows, [1, vocab] float32."""
+    """Run a whole prompt of `length` tokens by `run_chunk`. Returns the scores of the next token, [1, vocab]
+    float32."""
     for start in range(0, length, chunk_size):
         x = embeddings.piece(start, min(start + chunk_size, length))
         with timings.measure("prefill", model.device):

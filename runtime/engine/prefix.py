@@ -6,14 +6,14 @@ from ...kernels.errors import AfnextError
 
 
 class Prefix:
-    """Owns the pages of the first `len(token_ids)` tokens of a prompt until `close` is called or it is dropped.
+    """Owns the pages of the first `len(token_ids)` tokens of a prompt until `close` or garbage collection.
 
-    Nobody writes to the pages. A prompt that continues the prefix shares the full pages and copies a partial last one.
+    The pages are read-only. A prompt that continues the prefix shares the full pages and copies a partial last one.
     """
 
     def __init__(self, number: int, token_ids: list[int], pages: list[int], wake: Callable[[], None]):
         """number: identifies the prefix in `PageManager`, which notices at the next step that it is closed or dropped.
-        wake: makes the engine do one, from any thread and at any time."""
+        wake: makes the engine do a step; callable from any thread at any time."""
         self.number = number
         self.token_ids = token_ids
         self.closed = False

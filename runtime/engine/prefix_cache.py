@@ -1,9 +1,9 @@
 """Caches of results that later requests can use: KV pages by content, encoder outputs by window.
 
-A page's key is a hash of everything its keys and values depend on: its tokens, the audio windows behind its
-placeholders, and the key of the page before it. Prompts that begin alike have equal keys up to the first page that
-differs. A request's salt enters the keys, so that tenants with different salts share nothing, and none can find out by
-timing what another has asked.
+A page's key is a hash of everything its keys and values depend on: its tokens, the audio windows of its placeholders,
+and the key of the previous page. Prompts with a common beginning have equal keys up to the first page that differs. The
+keys include the request's salt, so tenants with different salts share nothing and cannot learn about each other's
+requests from timing.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from .timings import Timings
 
 
 class PageKeys:
-    """The keys of a sequence's full pages, as its tokens become known."""
+    """The keys of a sequence's full pages, extended as tokens are added."""
 
     def __init__(self, audio: tuple[AudioInput, ...], page_size: int, salt: bytes = b""):
         """salt: keys of different salts are never equal."""
@@ -30,7 +30,7 @@ class PageKeys:
         self._keys: list[bytes] = []
 
     def of(self, token_ids: Sequence[int]) -> list[bytes]:
-        """The keys of the pages that `token_ids` fill. They must begin with the tokens of earlier calls."""
+        """The keys of the pages that `token_ids` fill. `token_ids` must begin with the tokens of earlier calls."""
         for page in range(len(self._keys), len(token_ids) // self._page_size):
             start, stop = page * self._page_size, (page + 1) * self._page_size
             key = hashlib.blake2b(self._keys[-1] if self._keys else self._first_parent, digest_size=KEY_BYTES)
@@ -48,7 +48,7 @@ class PrefixCache:
     def __init__(self, pool: PagePool, capacity: int):
         self._pool = pool
         self._capacity = capacity
-        self._pages: OrderedDict[bytes, int] = OrderedDict()  # the least recently used first, a page before its parent
+        self._pages: OrderedDict[bytes, int] = OrderedDict()  # least recently used first, a page before its parent
 
     @property
     def pages(self) -> list[int]:
@@ -56,8 +56,8 @@ class PrefixCache:
         return list(self._pages.copy().values())
 
     def match(self, keys: list[bytes], multiple: int = 1) -> list[int]:
-        """The pages of the longest beginning of `keys` that is cached, in a multiple of so many, shared with the
-        caller."""
+        """Share with the caller the pages of the longest cached prefix of `keys` whose length is a multiple of
+        `multiple`."""
         count = next((index for index, key in enumerate(keys) if key not in self._pages), len(keys))
         count -= count % multiple
         pages = [self._pages[key] for key in keys[:count]]
@@ -91,7 +91,7 @@ class PrefixCache:
 
 
 class EncoderCache:
-    """Outputs of encoder and adaptor by window, up to `capacity` bytes of them, in the host's memory."""
+    """Outputs of encoder and adaptor by window, up to `capacity` bytes of them, in host memory."""
 
     def __init__(self, capacity: int):
         self._capacity = capacity
@@ -110,7 +110,7 @@ class EncoderCache:
         """Keep a window's output."""
         if key not in self._outputs and output.nbytes <= self._capacity:
             kept = torch.empty(output.shape, dtype=output.dtype, pin_memory=output.device.type == "cuda")
-            self._outputs[key] = kept.copy_(output, non_blocking=True)  # later work on this GPU finds it complete
+            self._outputs[key] = kept.copy_(output, non_blocking=True)  # complete before later work on this GPU
             self._nbytes += output.nbytes
         while self._nbytes > self._capacity:
             self._nbytes -= self._outputs.popitem(last=False)[1].nbytes
@@ -124,7 +124,7 @@ class EncoderCache:
         *,
         salt: bytes = b"",
     ) -> list[Tensor]:
-        """The audio tokens of some windows, by `encode` if they are not cached. Windows of different salts share
+        """The audio embeddings of windows, computed by `encode` if not cached. Windows of different salts share
         nothing."""
         keys = [salt + window.key for window in batch]
         outputs = {key: output for key in keys if (output := self.get(key, device)) is not None}

@@ -1,10 +1,9 @@
-"""A prefix in a file: its keys and values as safetensors, with everything needed to refuse the wrong file.
+"""A prefix in a file: its keys and values as safetensors, with all that is needed to reject a wrong file.
 
 Tensors: `token_ids` [tokens] int64; for each layer i `keys.i`, `values.i` [tokens, kv_heads, head_dim], of an int4
 cache [.., head_dim / 2], and for an int8 or int4 cache `k_scales.i`, `v_scales.i` [tokens, kv_heads]; last `digest`, 32
-bytes of BLAKE2b over everything before it. The metadata names the format, the model (`model_fingerprint`), the dtype
-that it computed in, what the cache stores, and what the caller adds. A file of t tokens takes t times the bytes of a
-token in the cache.
+bytes of BLAKE2b over everything before it. The metadata has the format, the model (`model_fingerprint`), its dtype, the
+format of the cache, and the caller's additions. A file takes as many bytes per token as the cache.
 """
 
 import hashlib
@@ -43,7 +42,7 @@ class Together(Protocol):
 
 
 def identity(executor: Executor) -> dict[str, str]:
-    """What a file must say to be read by this model into this cache."""
+    """The metadata that a file must have to be read by this model into this cache."""
     stored = executor.cache.keys[0].dtype
     return {
         "format": FORMAT,
@@ -63,8 +62,8 @@ def write_prefix(
 ) -> None:
     """Write the prefix that `pages` of the cache hold to `file`.
 
-    together: calls what the executor computes. The caller keeps the pages in use. Other requests may run and the cache
-    may be resized meanwhile.
+    together: calls functions that use the executor. The caller keeps the pages in use. Other requests may run and the
+    cache may be resized meanwhile.
     """
     shapes = _shapes(executor, len(token_ids))
     header: dict[str, Any] = {"__metadata__": {**together(partial(identity, executor)), **extra}}
@@ -87,13 +86,13 @@ def write_prefix(
 class SavedPrefix:
     """A file of `write_prefix`. Opening it checks its header against a model and a cache; `load` reads the rest, once.
 
-    Every byte is read once, and nothing of the file is used before its digest has been checked except for `metadata`
-    and `token_ids`, which the caller compares with what it expects.
+    Every byte is read once. Before the digest has been checked, only `metadata` and `token_ids` are used, which the
+    caller compares with what it expects.
     """
 
     def __init__(self, path: Path, executor: Executor, together: Together):
-        """together: calls what the executor computes. Raises ContextFileError for a file that cannot be read, has a
-        damaged header, or is of another model."""
+        """together: calls functions that use the executor. Raises ContextFileError for a file that cannot be read, has
+        a damaged header, or belongs to another model."""
         self._executor = executor
         self._path = path
         self._digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
@@ -112,17 +111,17 @@ class SavedPrefix:
         self._file.close()
 
     def load(self, pages: list[int], between_steps: Callable[[Callable[[], None]], object]) -> None:
-        """Copy keys, values and scales INTO `pages` of the cache; they are valid if it returns.
+        """Copy keys, values and scales INTO `pages` of the cache; they are valid only if this returns.
 
-        between_steps: calls a function between two steps of the engine, which run while the file is read. Raises
-        ContextFileError for a file that is damaged or was changed meanwhile.
+        between_steps: calls a function between two steps of the engine; steps run while the file is read. Raises
+        ContextFileError for a file that is damaged or has been changed meanwhile.
         """
         for index, (name, _) in enumerate(_pools(self._executor.cache)):
             between_steps(partial(self._executor.write, index, pages, self._tensor(name)))
         self.verify()
 
     def verify(self) -> None:
-        """Read what is left of the file. Raises ContextFileError if its contents are not those saved."""
+        """Read the rest of the file. Raises ContextFileError if its contents are not those saved."""
         while left := self._tensors["digest"].start - self._file.tell():
             self._read(min(left, _BLOCK))
         if self._read(_DIGEST_BYTES, hashed=False) != self._digest.digest():
@@ -186,7 +185,7 @@ class SavedPrefix:
 
 @dataclass(frozen=True)
 class _Head:
-    """A file of `size` bytes of which only the beginning has been read."""
+    """A file of `size` bytes, only the beginning of which has been read."""
 
     head: bytes | bytearray
     size: int
@@ -199,7 +198,7 @@ class _Head:
 
 
 def _pools(cache: KVCache) -> Iterator[tuple[str, Tensor]]:
-    """The cache's tensors and the names that they have in a file."""
+    """The cache's tensors and their names in a file."""
     kinds = {"keys": cache.keys, "values": cache.values, "k_scales": cache.k_scales, "v_scales": cache.v_scales}
     for kind, pools in kinds.items():
         for layer, pool in enumerate(pools or ()):
@@ -207,7 +206,7 @@ def _pools(cache: KVCache) -> Iterator[tuple[str, Tensor]]:
 
 
 def _shapes(executor: Executor, tokens: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What a file holds: the heads of every process, whose number may be another when the file is read."""
+    """Dtypes and shapes in a file: it has the heads of all processes, as their number may differ when it is read."""
     shapes = {
         name: (pool.dtype, (tokens, pool.shape[2] * executor.size, *pool.shape[3:]))
         for name, pool in _pools(executor.cache)

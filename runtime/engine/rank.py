@@ -1,8 +1,7 @@
-"""What every rank does: the executor's operations, each run by all ranks at once on their shards.
+"""The executor's operations, each run by all ranks together on their shards.
 
-Rank 0 decides, and sends the other ranks one message for each operation: its kind and some lists of integers (tokens,
-positions, pages), as int64. Tensors follow as broadcasts of the group. Thus all ranks run the same collectives in the
-same order.
+Rank 0 sends the other ranks one message for each operation: its kind and some lists of integers (tokens, positions,
+pages), as int64. Tensors follow as broadcasts of the group. Thus all ranks run the same collectives in the same order.
 """
 
 import socket
@@ -48,7 +47,7 @@ class Op(IntEnum):
 
 
 class Rank:
-    """This process's part in the operations. Rank 0 gives tensors and takes results; on the others both are None."""
+    """This process's part of the operations. Rank 0 passes tensors and gets results; on other ranks both are None."""
 
     def __init__(self, local: LocalExecutor, group: Group):
         self._local = local
@@ -73,7 +72,7 @@ class Rank:
         return self._operations[op](lists, given)
 
     def serve(self, control: socket.socket) -> None:
-        """Run what rank 0 sends, until it closes its end."""
+        """Run the operations that rank 0 sends, until it closes the connection."""
         while (message := receive(control)) is not None:
             op, conditions, lists = decoded(message)
             with ExitStack() as stack:
@@ -88,10 +87,10 @@ class Rank:
         self._local.set_threads(lists[0][0])
 
     def _resize(self, lists: Lists, _: None) -> Exception | None:
-        """Resize on every rank or on none. Returns the error if one had no memory."""
+        """Resize on all ranks or none. Returns the error if a rank ran out of memory."""
         (pages, before, end), error = lists[0], None
         pool = self._local.cache.pool
-        if self._group.rank:  # the pages whose contents stay; only rank 0 knows who uses them
+        if self._group.rank:  # the pages whose contents are kept; only rank 0 knows which are in use
             pool.use(list(range(end)))
         try:
             self._local.resize(pages)
@@ -109,7 +108,7 @@ class Rank:
         self._local.copy_page(*lists[0])
 
     def _encode(self, lists: Lists, given: tuple[list[PlacedWindow], Timings] | None) -> list[Tensor]:
-        """Each rank encodes some windows; the sum of what all have, zeros elsewhere, is the whole."""
+        """Each rank encodes some windows and has zeros for the others; the sum over the ranks is the result."""
         lengths, indices = lists
         windows, timings = given or (None, Timings())
         whole = None if windows is None else torch.cat([window.waveform for window in windows])
@@ -162,14 +161,14 @@ class Rank:
         self._local.warm_up(progress or (lambda done, total: None))
 
     def _shared(self, x: Tensor | None, shape: Any, dtype: torch.dtype) -> Tensor:
-        """The tensor that rank 0 has, on every rank."""
+        """Broadcast rank 0's tensor to every rank."""
         if x is None:
             x = torch.empty(*shape, dtype=dtype, device=self._group.device)
         return self._group.broadcast(x.to(self._group.device).contiguous())
 
 
 def encoded(op: Op, lists: Lists) -> bytes:
-    """The message of an operation: under which backend it runs, and its lists."""
+    """The message of an operation: its kind, its forced backend, and its lists."""
     forced = backend_here()
     head = [op, BACKENDS.index(forced) if forced else -1, is_row_invariant(), len(lists), *map(len, lists)]
     return np.array([*head, *(number for numbers in lists for number in numbers)], np.int64).tobytes()

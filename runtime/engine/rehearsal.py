@@ -1,8 +1,8 @@
-"""Every kind of work once, on silence and zeros, so that no request waits while kernels are compiled.
+"""Runs every kind of work once, on silence and zeros, so that no request waits for kernels to compile.
 
-Which kernel an operation launches follows from its dtypes and from how many rows it is given, but not from how long a
-recording or a prompt is. So a few sizes of each kind of work launch every kernel. What Triton compiled it keeps on
-disk, by chip, version and source: the next process only loads it.
+The kernel that an operation launches depends on its dtypes and number of rows, but not on the length of a recording or
+prompt. So a few sizes of each kind of work launch every kernel. Triton caches compiled kernels on disk, by chip,
+version and source: the next process only loads them.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from .prefill import PlacedWindow
 from .sampler import Sampler, SamplingParams, choose
 from .timings import Timings
 
-ROWS = (16, 32, 64, 128)  # up to which products with packed weights have kernels of their own
+ROWS = (16, 32, 64, 128)  # limits up to which products with packed weights have separate configs
 _SAMPLES_PER_POSITION = 320  # of the encoder
 
 
@@ -29,8 +29,8 @@ _SAMPLES_PER_POSITION = 320  # of the encoder
 def rehearse(
     executor: Executor, options: EngineOptions, pages: list[int], progress: Callable[[int, int], None]
 ) -> None:
-    """Run each kind of work. pages: of the cache, as many as a chunk takes, or as there are; what they hold is
-    overwritten. progress: called with (done, total)."""
+    """Run each kind of work. pages: enough pages of the cache for a chunk, or all there are; they are overwritten.
+    progress: called with (done, total)."""
     works = list(_works(executor, options, pages))
     for done, work in enumerate(works):
         progress(done, len(works))
@@ -47,7 +47,7 @@ def _works(executor: Executor, options: EngineOptions, pages: list[int]) -> Iter
     for tokens in sorted({min(rows, most) for rows in (*ROWS, most)}):
         yield partial(_prefill, executor, pages, tokens)
     if options.batch_invariant:
-        shapes = {(1, 1)}  # every token is a row of its own, computed like one alone
+        shapes = {(1, 1)}  # every token is a separate row
     else:
         speculating = min(options.max_batch, MAX_SPECULATING)
         shapes = {(rows, 1) for rows in (1, *ROWS) if rows <= options.max_batch} | {(options.max_batch, 1)}
@@ -67,7 +67,7 @@ def _prefill(executor: Executor, pages: list[int], tokens: int) -> None:
 
 
 def _decode(executor: Executor, options: EngineOptions, pages: list[int], rows: int, time: int) -> None:
-    """Rows of the same sequence: each writes what it reads, so that it does not matter which one is the last."""
+    """Decode rows of one sequence. Each row writes what it reads, so their order does not matter."""
     vocabulary, device = executor.model.config.decoder.vocab_size, executor.model.device
     kinds = (SamplingParams(1), SamplingParams(1, temperature=1.0, top_p=0.9, repetition_penalty=1.1, seed=0))
     with row_invariant() if options.batch_invariant else nullcontext():

@@ -1,7 +1,7 @@
-"""The decoder's layers on a CPU, as native calls that are recorded once and repeated.
+"""The decoder's layers on a CPU, as native calls that are recorded once and replayed.
 
-See `kernels.native.recording` for what that saves, and what can be recorded: weights, packed or dense, that the native
-kernels multiply. Whatever cannot goes the usual way, which the log says.
+See `kernels.native.recording` for the time saved, and for what can be recorded: weights, packed or dense, that the
+native kernels multiply. Other steps run unrecorded, and the log says so.
 """
 
 import logging
@@ -19,15 +19,15 @@ _log = logging.getLogger("afnext.engine")
 
 
 MOST_TOKENS = 8
-"""Newest tokens of all sequences with which a step is still recorded. With more the products take so long that the
-calls between them do not matter, and a recording keeps what every call computes: at full size 2.9 MB a token."""
+"""The most new tokens, of all sequences together, for which a step is recorded. With more, products take so long that
+the calls between them do not matter, and a recording keeps the results of every call: at full size 2.9 MB per token."""
 
 
 class RepeatedCalls:
-    """Runs the decoder's layers on inputs of one shape, over pools and a page table that stay where they are.
+    """Runs the decoder's layers on inputs of one shape, over pools and a page table at fixed addresses.
 
-    It is to be called under one backend. What a recording found is used with the number of threads and the
-    instruction-set level that it was made with.
+    Must always be called under the same backend. A recording is used only with the number of threads and the
+    instruction-set level it was made with.
     """
 
     def __init__(self, decoder: Decoder):
@@ -39,9 +39,9 @@ class RepeatedCalls:
         self._out = torch.empty(0)
 
     def __call__(self, x: Tensor, positions: Tensor, cache: CacheView) -> Tensor:
-        """As `decoder(x, positions, cache)`. The result is valid until the next call, and so is what `x` holds.
+        """Same as `decoder(x, positions, cache)`. The result and the contents of `x` are valid until the next call.
 
-        What the page table says has to be pages of the cache: that is checked in the first run alone.
+        The page table must hold pages of the cache; only the first run checks that.
         """
         rotation = self._decoder.rotation(positions)
         inputs = [x, cache.slots, cache.key_lengths, *rotation.cos_sin]
@@ -51,7 +51,7 @@ class RepeatedCalls:
                 kept.copy_(new)
             self._calls()
             return self._out
-        if self._runs == 1:  # the run before checked, logged and prepared what is made once
+        if self._runs == 1:  # the first run did all checks, logging and one-time preparations
             self._conditions = conditions
             self._record(inputs, lambda: self._decoder.transformed(x, rotation, cache))
         else:
@@ -70,5 +70,5 @@ class RepeatedCalls:
 
 
 def repeatable(device: torch.device, tokens: int = 1) -> bool:
-    """Whether the layers on `device` may be recordable for `tokens` newest tokens of all sequences together."""
+    """Whether the layers on `device` may be recordable for `tokens` new tokens of all sequences together."""
     return device.type == "cpu" and native.AVAILABLE and forced_backend() in (None, "native") and tokens <= MOST_TOKENS

@@ -1,8 +1,8 @@
-"""Degenerate repetition: an answer that says the same again and again, or the same with other numbers.
+"""Degenerate repetition: an answer that repeats itself, exactly or with other numbers.
 
-Two kinds are looked for: a stretch of tokens that comes back token by token, and one in which only numbers differ, as
-in a loop whose time stamps or item numbers count up. For the second kind each number is one unit, however many digits
-it has, and the stretch must have a word in it: `1, 2, 3, ...` is counting.
+Two kinds are detected: a run of tokens that repeats token by token, and one in which only numbers differ, as in a loop
+whose time stamps or item numbers count up. For the second kind each number is one unit, however many digits it has, and
+the run must contain a word: `1, 2, 3, ...` is counting.
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-LONGEST = 512  # period that is looked for
-REPEATS = 4  # after which a period counts
-COUNTING_REPEATS = 6  # and where numbers differ, which honest lists have, too
-TOKENS = 32  # how many tokens, or units, the repeats must be at least
+LONGEST = 512  # longest period that is detected
+REPEATS = 4  # repeats after which a period counts
+COUNTING_REPEATS = 6  # and where numbers differ, as they do in real lists
+TOKENS = 32  # minimal length of the repeats in tokens or units
 OTHER, NUMBER, WORD = 0, 1, 2  # kinds of tokens
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """The answer's tokens from `start` on are one stretch of `period` tokens, said `repeats` times.
+    """The answer's tokens from `start` on are one run of `period` tokens, repeated `repeats` times.
 
-    Where numbers differ, those of different length too, `period` is that of the last time.
+    If numbers differ, possibly in length, `period` is that of the last repeat.
     """
 
     start: int
@@ -41,7 +41,7 @@ class _Runs:
         self._needed = np.maximum(repeats * periods, TOKENS) - periods
 
     def push(self, item: int) -> tuple[int, int] | None:
-        """Take in the next item. Returns the smallest period that counts now and the items that it covers, if any."""
+        """Add the next item. Returns the smallest period that counts now and the items that it covers, if any."""
         self._runs += 1
         self._runs[self._recent != item] = 0
         self._recent[1:] = self._recent[:-1]
@@ -53,10 +53,10 @@ class _Runs:
 
 
 class RepetitionGuard:
-    """Watches an answer token by token. `found` is the latest repetition, as far as it went, or None."""
+    """Checks an answer token by token. `found` is the latest repetition in its full length, or None."""
 
     def __init__(self, kinds: npt.NDArray[np.uint8] | Sequence[int] | None = None) -> None:
-        """kinds: [vocabulary], NUMBER, WORD or OTHER for each token; without it tokens are compared as they are."""
+        """kinds: [vocabulary], NUMBER, WORD or OTHER for each token; without it only exact repeats are found."""
         self.found: Repetition | None = None
         self._kinds = kinds
         self._tokens = _Runs(REPEATS)
@@ -67,7 +67,7 @@ class RepetitionGuard:
         self._counting: tuple[int, int] | None = None
 
     def push(self, token: int) -> bool:
-        """Take in the next token. Returns whether the answer is repeating itself now."""
+        """Add the next token. Returns whether the answer is repeating itself now."""
         exact = self._tokens.push(token)
         if self._kinds is not None:
             self._push_unit(token, int(self._kinds[token]) if token < len(self._kinds) else OTHER)

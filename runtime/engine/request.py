@@ -64,14 +64,14 @@ class Request:
 class SequenceState:
     """One request in the engine. `tokens` grows while the engine runs.
 
-    `finish_reason` is set last, once its pages are released: "stop" at a stop token (kept as the last token),
+    `finish_reason` is set last, after its pages are released: "stop" at a stop token (kept as the last token),
     "length", "cancelled", "deadline", "repetition" if the request stops at repetition, or "error" with `error` set.
 
     pages: all pages in order, shared ones first; shared_pages: pages of its prefix, which it only reads; private_pages:
     pages that only this sequence writes; keys: keys of its full pages in the prefix cache, None if it does not use it.
     computed: tokens whose keys and values are in `pages`; cached: prompt tokens that were computed by earlier requests.
     backend, threads, context: the forced backend, torch's number of threads and the context variables of the submitter.
-    queued: it is in the engine, or was; end_requested: set by any thread to end the sequence before its next step.
+    queued: it is or was in the engine; end_requested: set by any thread to end the sequence before its next step.
     """
 
     request: Request
@@ -108,14 +108,14 @@ class SequenceState:
 
     @property
     def to_prefill(self) -> int:
-        """Tokens to compute before the next one can be decoded: the prompt, after preemption also the answer's."""
+        """Tokens to compute before the next one can be decoded: the prompt, and after preemption the answer so far."""
         return len(self.request.token_ids) + max(0, len(self.tokens) - 1)
 
     @property
     def mean_logprob(self) -> float | None:
         """Mean log probability of the answer's tokens by the model's scores, before penalties, temperature and filters.
 
-        None unless the request has `logprobs`, or without tokens.
+        None if the request does not have `logprobs`, or there are no tokens.
         """
         return self.logprob_sum / len(self.tokens) if self.request.logprobs and self.tokens else None
 

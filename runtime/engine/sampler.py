@@ -1,4 +1,4 @@
-"""Choice of the next token of each sequence, by its own parameters."""
+"""Chooses the next token of each sequence by the sequence's own parameters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,27 +14,27 @@ from ..values import SMALLEST_FLOAT32, flag, real, whole
 from .constraints import Constraints
 
 MOST_TOKENS = 2**31 - 1
-MOST_PENALTY = 1e6  # and its inverse the least, so that no score leaves float32
+MOST_PENALTY = 1e6  # the inverse is the minimum, so that scores do not overflow float32
 MOST_BIAS = 1e30
 MOST_SEQUENCES, MOST_SEQUENCE = 10_000, 256  # sequences of bad words or biases, and tokens in one
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request's tokens are chosen. The default is greedy.
+    """Parameters for choosing a request's tokens. The default is greedy.
 
     max_new_tokens: upper bound of the answer's length; temperature: 0 for greedy; top_k: 0 for all tokens; top_p in
-    (0, 1]; min_p in [0, 1]; repetition_penalty: 1 for none; seed: repeats a sampled answer, None for a fresh one;
-    stop_token_ids: any of these ends the answer, as its last token; stop_repetition: so does saying the same over and
-    over (see `repetition.py`).
+    (0, 1]; min_p in [0, 1]; repetition_penalty: 1 for none; seed: reproduces a sampled answer, None for a random one;
+    stop_token_ids: any of these ends the answer, as its last token; stop_repetition: end the answer when it repeats
+    itself (see `repetition.py`).
 
-    min_new_tokens: no stop token comes before so many; no_repeat_ngram_size: no n-gram of this size comes twice in
-    prompt and answer, 0 for no such rule; suppress_tokens: never chosen, begin_suppress_tokens: not as the first one;
-    bad_words_ids: sequences that are never completed; sequence_bias: (sequence, number) pairs, the number added to the
-    score of the token that completes the sequence. Where no token is left, the answer ends at a stop token.
+    min_new_tokens: tokens before a stop token may be chosen; no_repeat_ngram_size: no n-gram of this size occurs twice
+    in prompt and answer, 0 for no such rule; suppress_tokens: never chosen; begin_suppress_tokens: not chosen as the
+    first token; bad_words_ids: sequences that are never completed; sequence_bias: (sequence, number) pairs, the number
+    added to the score of the token that completes the sequence. If no token is allowed, a stop token ends the answer.
 
-    Numbers are Python's or numpy's, and are kept as Python's. Raises SamplingError for values of another type or out
-    of range, in float32 too.
+    Numbers may be Python's or numpy's and are stored as Python's. Raises SamplingError for values of another type, out
+    of range, or out of float32's range.
     """
 
     max_new_tokens: int
@@ -123,19 +123,19 @@ def _items(name: str, value: Any, error: type[SamplingError]) -> list[Any]:
         if not isinstance(value, str | bytes | Mapping):
             return list(value)
     except TypeError:
-        pass  # it cannot be iterated
+        pass  # not iterable
     raise error(f"{name} is {shown(value)}; it must be a list or tuple")
 
 
 class Sampler:
-    """Chooses the tokens of one sequence and remembers what it has seen.
+    """Chooses the tokens of one sequence and records the tokens seen.
 
-    The i-th token of a sampled answer is drawn with the i-th number of the sequence's own generator, so tokens depend
-    on the seed alone: not on neighbours, and not on how often or in what company a token's scores were computed.
+    The i-th token of a sampled answer is drawn with the i-th number of the sequence's own generator, so the draw
+    depends on the seed only, not on other sequences in the batch or on how often a token's scores were computed.
     """
 
     def __init__(self, params: SamplingParams, prompt: list[int], vocab_size: int, device: torch.device):
-        """Raises SamplingError where the parameters do not fit the vocabulary."""
+        """Raises SamplingError if the parameters do not fit the vocabulary."""
         self.params = params
         self.seen: Tensor | None = None
         if params.repetition_penalty != 1.0:
@@ -156,7 +156,7 @@ class Sampler:
         return self._uniform[index]
 
     def accept(self, token: int) -> None:
-        """Note that `token` is now part of the sequence."""
+        """Record that `token` is now part of the sequence."""
         if self.seen is not None:
             self.seen[token] = True
         if self.constraints is not None:
@@ -168,8 +168,8 @@ def choose(
 ) -> list[int | None]:
     """The next token of each of several sequences, or of one sequence after several speculative tokens.
 
-    logits: [len(samplers), vocab] float32; indices: how many tokens each sequence's answer has; drafted: speculative
-    tokens among these, which the sampler has not seen. Returns None for a row whose largest score is NaN or infinite.
+    logits: [len(samplers), vocab] float32; indices: number of tokens in each answer so far; drafted: the speculative
+    ones among them, which the sampler has not recorded. Returns None for a row whose largest score is NaN or infinite.
     """
     supposed = drafted or [[] for _ in samplers]
     logits = _biased(logits, samplers, supposed)
@@ -189,7 +189,7 @@ def choose(
             [samplers[row].uniform(indices[row]) for row in sampled], dtype=torch.float32, device=logits.device
         )
         chosen[sampled] = sample(logits[sampled], _filters([samplers[row].params for row in sampled], logits), uniform)
-    # One copy from the device. The difference is NaN, and hence not 0, for NaN and for infinity.
+    # One copy from the device. The difference is NaN, hence not 0, for NaN and for infinity.
     tokens = torch.where(largest - largest == 0, chosen, -1).tolist()
     return [token if token >= 0 else None for token in tokens]
 
@@ -200,7 +200,7 @@ def log_probabilities(logits: Tensor, tokens: Tensor) -> list[float]:
 
 
 def _biased(logits: Tensor, samplers: list[Sampler], drafted: list[list[int]]) -> Tensor:
-    """The logits with what each row's constraints add."""
+    """The logits plus each row's biases."""
     biases = {
         row: bias
         for row, sampler in enumerate(samplers)
@@ -214,7 +214,8 @@ def _biased(logits: Tensor, samplers: list[Sampler], drafted: list[list[int]]) -
 
 
 def _allowed(logits: Tensor, samplers: list[Sampler], drafted: list[list[int]]) -> Tensor:
-    """The logits with -inf for what each row's constraints forbid; where that is everything, an end remains."""
+    """The logits with -inf for the tokens that each row's constraints forbid; if all are forbidden, stop tokens
+    remain."""
     rows = [(row, sampler.constraints) for row, sampler in enumerate(samplers) if sampler.constraints is not None]
     if rows:
         logits = logits.clone()

@@ -3,7 +3,7 @@
 A request waits until there are pages for its prompt and its longest answer, so it never runs out of pages later.
 Waiting requests are ordered by arrival; one unit of priority moves a request ahead of up to `OVERTAKEN` earlier ones.
 If the cache is full, the first waiting request may preempt running requests that come after it in that order: their
-pages are released, their tokens kept, and their keys and values are recomputed once there is room again.
+pages are released and their tokens kept, and their keys and values are recomputed when pages are free again.
 """
 
 from collections import deque
@@ -15,7 +15,7 @@ OVERTAKEN = 32  # earlier requests that one unit of priority overtakes
 
 
 class Scheduler:
-    """The sequences in the engine by what they wait for. Only the thread that steps the engine may change it."""
+    """The sequences in the engine, in queues by state. Only the thread that steps the engine may change it."""
 
     def __init__(self, pages: PageManager, max_batch: int):
         self._pages = pages
@@ -40,9 +40,9 @@ class Scheduler:
                 queue.remove(sequence)
 
     def next_admissible(self) -> SequenceState | None:
-        """The next waiting sequence to start, its pages free and its cached pages shared.
+        """The next waiting sequence to start, after its pages are free and its cached pages are shared.
 
-        None if all have to wait. If it cannot get its pages though nothing else runs, its `error` says so.
+        None if all must wait. If a sequence cannot get its pages although nothing else runs, its `error` is set.
         """
         sequence = self._next() if len(self.prefilling) + len(self.decoding) < self._max_batch else None
         if sequence is None:
@@ -58,23 +58,23 @@ class Scheduler:
         return sequence
 
     def start(self, sequence: SequenceState) -> None:
-        """Move an admitted sequence to those whose prompts are computed."""
+        """Move an admitted sequence to the prefill queue."""
         self.prefilling.append(sequence)
         self.waiting.remove(sequence)
 
     def rotate(self, sequence: SequenceState) -> None:
-        """Let the other prompts go first after a chunk of this one."""
+        """Move a sequence to the end of the prefill queue after a chunk of its prompt."""
         self.prefilling.remove(sequence)
         self.prefilling.append(sequence)
 
     def finish_prefill(self, sequence: SequenceState) -> None:
-        """Move a sequence whose prompt is computed to those that are decoded."""
+        """Move a sequence whose prompt is computed to the decode queue."""
         self.decoding.append(sequence)
         self.prefilling.remove(sequence)
 
     def _next(self) -> SequenceState | None:
-        """The first waiting sequence whose prompt does not begin like one in progress: such a one waits for the pages
-        of the other."""
+        """The first waiting sequence whose prompt does not begin like one in progress. Those that do wait to share
+        pages."""
         begun = {first for sequence in self.prefilling if (first := _first_key(sequence)) is not None}
         return next((sequence for sequence in self.waiting if _first_key(sequence) not in begun), None)
 

@@ -1,16 +1,17 @@
-"""Drafts by prompt lookup: what followed the last few tokens when they came before is likely to follow them again.
+"""Speculative tokens by prompt lookup: what followed an earlier occurrence of the last tokens is likely to follow
+again.
 
-A draft costs nothing to make, and one pass through the decoder verifies all of it: the scores after each drafted token
-tell what would have been chosen there, with the same penalties and the same random number. Tokens are taken as long as
-draft and choice agree, and then the choice itself, so answers are those without drafts. Where drafts are rarely right,
-they pause.
+Drafts cost almost nothing, and one pass through the decoder verifies them: the scores after each speculative token give
+the token that would have been chosen there, with the same penalties and random number. Tokens are accepted as long as
+draft and choice agree, followed by the first choice that differs, so answers are the same as without drafts. If drafts
+are rarely right, drafting pauses.
 
 Source: Saxena 2023, "Prompt Lookup Decoding"; verification as in Leviathan et al. 2023, arXiv:2211.17192, for a draft
 that is certain of its tokens.
 """
 
-_LENGTHS = (3, 2)  # of the ends that are looked up, the longest first
-_PAUSE = 24  # tokens without drafts after too many wrong ones
+_LENGTHS = (3, 2)  # numbers of last tokens that are looked up, the longest first
+_PAUSE = 24  # tokens without drafts after too many wrong drafts
 _ENOUGH = 0.25  # share of the drafted tokens that must be right
 _MEMORY = 0.8  # weight of the past in that share
 
@@ -28,7 +29,7 @@ class Drafter:
             self.push(token)
 
     def push(self, token: int) -> None:
-        """Note the sequence's next token."""
+        """Add the sequence's next token."""
         for length in _LENGTHS:
             if len(self._tokens) >= length:
                 self._after[tuple(self._tokens[-length:])] = len(self._tokens)
@@ -36,7 +37,7 @@ class Drafter:
         self._pause = max(0, self._pause - 1)
 
     def draft(self, count: int) -> list[int]:
-        """Up to `count` tokens that may follow, none where nothing is found or drafts pause."""
+        """Up to `count` speculative tokens; none if nothing is found or drafting pauses."""
         if self._pause:
             return []
         for length in _LENGTHS:
@@ -46,7 +47,7 @@ class Drafter:
         return []
 
     def record(self, drafted: int, right: int) -> None:
-        """Learn how many of the drafted tokens were right."""
+        """Record how many of the drafted tokens were right."""
         if drafted:
             self._share = _MEMORY * self._share + (1 - _MEMORY) * right / drafted
             if self._share < _ENOUGH:

@@ -1,4 +1,4 @@
-"""Numbers about the engine's work, for monitoring."""
+"""Statistics of the engine, for monitoring."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,13 +13,13 @@ class EngineStats:
     """A snapshot of the engine; its numbers may be one step apart from each other.
 
     alive: false after an error that ended the engine. Requests: waiting, prefilling, decoding.
-    queued_tokens: prompt tokens that are not computed yet. Pages: free_pages, private_pages of running requests,
-    prefix_pages of open contexts, cached_pages that only the prefix cache uses, max_pages that the cache may grow to.
-    steps, step_seconds: number and time of all steps; step_counts: number of those that took at most each of
-    `STEP_SECONDS` and longer than the one before, and of those that took longer than the last; last_step_seconds: time
-    of the last one; idle_seconds: time since it ended. speculative_tokens, accepted_tokens: tried, and found right.
-    preemptions: requests interrupted. resizes: of the KV cache; decode_steps: decode steps set up, each of which is
-    recorded where that is possible.
+    queued_tokens: prompt tokens not computed yet. Pages: free_pages, private_pages of running requests, prefix_pages of
+    open contexts, cached_pages that only the prefix cache uses, max_pages that the cache may grow to. steps,
+    step_seconds: number and time of all steps; step_counts: a histogram of step times with the upper bounds
+    `STEP_SECONDS`, and the number of longer steps last; last_step_seconds: time of the last step; idle_seconds: time
+    since it ended. speculative_tokens, accepted_tokens: verified, and accepted. preemptions: number of preempted
+    requests. resizes: of the KV cache; decode_steps: decode steps set up, each of which is recorded where that is
+    possible.
     """
 
     alive: bool
@@ -46,7 +46,7 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class RequestStats:
-    """A request in the engine. prompt_tokens, computed_tokens: of the prompt, and how many of these are computed;
+    """A request in the engine. prompt_tokens, computed_tokens: length of the prompt, and how much of it is computed;
     new_tokens: of the answer so far; seconds: since the request was made."""
 
     phase: Phase

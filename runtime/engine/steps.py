@@ -1,6 +1,6 @@
 """The engine's steps: each serves all requests in progress.
 
-Only one thread at a time calls the methods of `Steps`. Other threads put what they want into its `Inbox`.
+Only one thread at a time may call the methods of `Steps`. Other threads put their calls into its `Inbox`.
 """
 
 import logging
@@ -42,8 +42,8 @@ T = TypeVar("T")
 
 
 class Inbox:
-    """What other threads want from the engine before its next step. Its methods take no lock, so they may also run in a
-    finalizer or a signal handler."""
+    """Calls from other threads, handled before the engine's next step. The methods take no lock, so a finalizer or a
+    signal handler may also call them."""
 
     def __init__(self) -> None:
         self.arrivals: deque[SequenceState] = deque()
@@ -51,14 +51,14 @@ class Inbox:
         self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def submit(self, sequence: SequenceState) -> None:
-        """Queue a new sequence. Doing it twice, after an interrupt, does no harm."""
+        """Queue a new sequence. Calling it twice, after an interrupt, is safe."""
         sequence.request.timings.submitted()
         self.arrivals.append(sequence)
         sequence.queued = True
         self.wake.put(None)
 
     def rouse(self) -> None:
-        """Have the engine do a step, if only to notice what has changed."""
+        """Make the engine do a step, even if only to notice changes."""
         self.wake.put(None)
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
@@ -72,9 +72,9 @@ class Inbox:
 class Steps:
     """Does steps, and keeps queues, pages and notifications consistent whatever happens in one.
 
-    An exception while something is computed, or in a callback, ends the sequences concerned. Any other error in a step
-    ends all running sequences, and the users of all pages are counted anew. An error after which the device does not
-    compute, or in that recovery, ends the engine: `dead` is set.
+    An exception in computing or in a callback ends the sequences concerned. Any other error in a step ends all running
+    sequences, and the users of all pages are recounted. An error that leaves the device unusable, or in that recovery,
+    ends the engine: `dead` is set.
     """
 
     def __init__(self, executor: Executor, options: EngineOptions):
@@ -97,12 +97,12 @@ class Steps:
 
     @property
     def in_step(self) -> bool:
-        """Whether a step is in progress, or was broken off together with its thread."""
+        """Whether a step is in progress, or its thread died in one."""
         return self._stepping_in is not None
 
     @property
     def in_step_here(self) -> bool:
-        """Whether the calling thread is in a step: it was called back by it."""
+        """Whether the calling thread is in a step, that is in a callback."""
         return self._stepping_in == threading.get_ident()
 
     def step(self) -> bool:
@@ -116,11 +116,11 @@ class Steps:
         return bool(self.inbox.arrivals or self.scheduler.unfinished)
 
     def settle(self) -> None:
-        """Take in what other threads want, without a step."""
+        """Handle the inbox without a step."""
         self._run(self._take_in)
 
     def trim(self) -> None:
-        """Give back KV memory that nothing uses."""
+        """Release KV memory that nothing uses."""
         self._run(self.pages.trim)
 
     def rehearse(self, progress: Callable[[int, int], None]) -> None:
@@ -144,7 +144,8 @@ class Steps:
             _log.info("decode steps are not recorded ahead on %s", self.device)
 
     def _run(self, *parts: Callable[[], None]) -> None:
-        """Do the parts of a step and notify listeners. Every page is accounted for afterwards, also after an error."""
+        """Do the parts of a step and notify listeners. Reference counts of pages are consistent afterwards, also after
+        an error."""
         try:
             if self.dead is None and self.executor.failure is not None:
                 self._die(self.executor.failure)
@@ -163,9 +164,9 @@ class Steps:
         self._stepping_in = None
 
     def _take_in(self) -> None:
-        """Take in new requests, closed prefixes and calls, and end the sequences that are due.
+        """Handle new requests, closed prefixes and calls, and end the sequences that are due.
 
-        An entry leaves its queue once it is done, and doing it twice changes nothing.
+        An entry leaves its queue after it is handled; handling it twice changes nothing.
         """
         while self.inbox.arrivals:
             sequence, scheduler = self.inbox.arrivals[0], self.scheduler
@@ -186,7 +187,7 @@ class Steps:
             self.inbox.calls.popleft()
 
     def _set_threads(self, sequence: SequenceState) -> None:
-        """Follow the submitter's `torch.set_num_threads`, which torch keeps per thread."""
+        """Use the submitter's `torch.set_num_threads`, which torch keeps per thread."""
         if sequence.threads is not None:
             self.executor.set_threads(sequence.threads)
 
@@ -200,7 +201,7 @@ class Steps:
                 self._end(sequence, "error")
 
     def _begin(self, sequence: SequenceState) -> None:
-        """Give an admitted sequence its pages and what it takes to compute it."""
+        """Give an admitted sequence its pages and the state to compute it."""
         request = sequence.request
         self.pages.reserve(sequence)
         request.timings.admitted()
@@ -227,7 +228,7 @@ class Steps:
         )
 
     def _prefill(self) -> None:
-        """Compute chunks of the prompts in progress, in turn, of `chunk_size` tokens together with the answers'."""
+        """Compute chunks of the prompts in progress, in turn, `chunk_size` tokens including those of the answers."""
         whole = budget = max(1, self._options.chunk_size - len(self.scheduler.decoding))
         for sequence in list(self.scheduler.prefilling):
             if self._options.batch_invariant:
@@ -241,8 +242,8 @@ class Steps:
                 budget -= count
 
     def _fixed_chunk(self, sequence: SequenceState) -> int:
-        """Tokens of the next chunk, which is the same whatever else is computed: of a prompt up to the next multiple
-        of `chunk_size`, of an answer that was preempted as many as are decoded together."""
+        """Tokens of the next chunk, independent of other requests: for a prompt up to the next multiple of
+        `chunk_size`, for a preempted answer as many as are decoded together."""
         start, prompt = sequence.computed, len(sequence.request.token_ids)
         if start < prompt:
             return min(self._options.chunk_size - start % self._options.chunk_size, prompt - start)
@@ -272,7 +273,7 @@ class Steps:
     def _compute_chunk(self, sequence: SequenceState, stop: int) -> Decoded | None:
         """Compute a prompt up to `stop`, and choose the first token after its end unless there are tokens already.
 
-        No closure, whose variables `traceback.clear_frames` does not clear.
+        Not a closure: `traceback.clear_frames` does not clear a closure's variables.
         """
         request = sequence.request
         assert sequence.embeddings is not None
@@ -306,7 +307,7 @@ class Steps:
             return self._decode_runner.decode(sequences)
 
     def _accept(self, sequence: SequenceState, decoded: Decoded) -> None:
-        """Add the first chosen token, and those chosen after speculative tokens as long as these were right."""
+        """Add the first chosen token, and those chosen after accepted speculative tokens."""
         self._changed[sequence] = None
         right = 0
         for at in range(decoded.accepted + 1):
@@ -350,14 +351,14 @@ class Steps:
         self.scheduler.remove(sequence)
         self.pages.release(sequence)
         sequence.embeddings = None
-        if reason != "error":  # after which the device may not answer
+        if reason != "error":  # after an error the device may not respond
             sequence.request.timings.settle()
         self._changed[sequence] = None
         sequence.finish_reason = reason
         self.scheduler.unfinished.pop(sequence, None)
 
     def _guarded(self, sequences: list[SequenceState], work: Callable[[], T]) -> T | None:
-        """The result of computing something, or of a callback, for sequences. An exception ends these alone.
+        """Call `work`, which computes or calls back for `sequences`. An exception ends only these sequences.
 
         `work` must leave queues and reference counts consistent wherever it raises.
         """
@@ -376,7 +377,7 @@ class Steps:
             if not sequence.ended:
                 sequence.error = sequence.error or error
                 self._end(sequence, "error")
-        traceback.clear_frames(error.__traceback__)  # they hold tensors
+        traceback.clear_frames(error.__traceback__)  # the frames hold tensors
         if not self._device_works():
             raise error
 
@@ -425,7 +426,7 @@ class Steps:
         return [numbers(phase, sequence) for phase, sequences in phases.items() for sequence in sequences]
 
     def after_fork(self) -> None:
-        """Make the copy in a forked child refuse requests, or start anew if neither threads nor a GPU are involved."""
+        """In a forked child: refuse requests, or reset if neither threads nor a GPU are involved."""
         self.inbox.wake = queue.SimpleQueue()
         if torch.get_num_threads() > 1 or self._model.device.type != "cpu" or self.executor.size > 1:
             self.dead = EngineDeadError(
@@ -433,7 +434,7 @@ class Steps:
                 'survive that. Load the model in the child, start it with multiprocessing\'s "spawn" method, or set '
                 "torch.set_num_threads(1) before you fork."
             )
-        for sequence in [*self.inbox.arrivals, *self.scheduler.unfinished]:  # the parent waits for them
+        for sequence in [*self.inbox.arrivals, *self.scheduler.unfinished]:  # they belong to the parent
             sequence.end_requested = "cancelled"
 
     def _device_works(self) -> bool:
@@ -450,8 +451,8 @@ class Steps:
     def _recover(self, error: BaseException) -> None:
         """Make the engine consistent after an error at an unknown point of a step.
 
-        All running sequences fail. Waiting ones and prefixes stay, as nothing writes into the pages of a prefix. The
-        caches and the recorded steps are dropped, and the users of all pages are counted anew.
+        All running sequences fail. Waiting ones and prefixes stay, because nothing writes into the pages of a prefix.
+        The caches and the recorded steps are dropped, and the users of all pages are recounted.
         """
         try:
             if not isinstance(error, AfnextError):
@@ -566,7 +567,7 @@ def _step_error(error: BaseException) -> AfnextError:
 
 
 def _out_of_memory(error: Exception) -> str | None:
-    """Advice, if an error says that an allocation failed."""
+    """Advice if an error is a failed allocation, else None."""
     texts = ("can't allocate memory", "not enough memory", "out of memory")
     if not isinstance(error, MemoryError) and not (
         isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)

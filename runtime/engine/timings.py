@@ -1,4 +1,4 @@
-"""Where the time of a request went."""
+"""The time of each stage of a request."""
 
 import time
 from collections import deque
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 _AHEAD = 2
-"""Stages that may be queued on a GPU while the host goes on: enough that it never runs dry, and few enough that what is
-reported as done is nearly done."""
+"""Stages that may be queued on a GPU while the host continues: enough to keep the GPU busy, few enough that reported
+progress is nearly accurate."""
 
 
 @dataclass
 class Timings:
-    """Seconds spent in each stage of one request, and when its tokens came.
+    """Seconds spent in each stage of one request, and the times of its tokens.
 
     queue is the wait for pages and a place in the batch. first_token and total count from the start of the request,
-    waiting for the other requests of a batch included; generate counts from the first token to the last.
+    including the wait for other requests of a batch; generate counts from the first token to the last.
     """
 
     load_audio: float = 0.0
@@ -37,10 +37,10 @@ class Timings:
 
     @contextmanager
     def measure(self, stage: str, device: torch.device) -> Iterator[None]:
-        """Add the time spent inside the block to `stage`, on a GPU that of the work queued there.
+        """Add the time spent inside the block to `stage`; on a GPU, the time of the work queued inside it.
 
-        A GPU's time is known once the work is done: at the latest after `settle`. Waits for the work of earlier stages
-        where much is queued.
+        A GPU's time is known when the work is done, at the latest after `settle`. Waits for earlier stages if many are
+        queued.
         """
         if device.type != "cuda":
             start = time.perf_counter()
@@ -76,15 +76,15 @@ class Timings:
         return {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
 
     def submitted(self) -> None:
-        """Note that the request waits to be admitted."""
+        """Record that the request waits to be admitted."""
         self._submitted = time.perf_counter()
 
     def admitted(self) -> None:
-        """Note that the request has its pages. Later calls, after it was preempted, change nothing."""
+        """Record that the request has its pages. Later calls, after preemption, change nothing."""
         self.queue = self.queue or time.perf_counter() - self._submitted
 
     def token(self, count: int) -> None:
-        """Note that the `count`-th token has come, for which everything queued before is done."""
+        """Record the arrival of the `count`-th token; all work queued before it is done."""
         self.settle()
         self.total = self.elapsed
         if count == 1:

@@ -11,7 +11,7 @@ import torch
 from ...kernels.errors import AfnextError
 from .steps import Inbox, Steps
 
-_IDLE_SECONDS = 30.0  # without work, after which the cache gives back memory that nothing uses
+_IDLE_SECONDS = 30.0  # idle time after which the cache releases memory that nothing uses
 
 
 class Worker:
@@ -42,21 +42,21 @@ class Worker:
             raise AfnextError("the engine's thread has ended, as the interpreter is exiting")
         with self._lock:
             if not self.alive:
-                # A context of its own: neither the caller's forced backend nor any other variable applies to all.
+                # A new context: the caller's forced backend and other variables must not apply to all requests.
                 self._stopping = False
                 work = partial(contextvars.Context().run, self._run, weakref.ref(steps))
                 self._thread = threading.Thread(target=work, name="afnext-engine", daemon=True)
                 self._thread.start()
 
     def stop(self) -> None:
-        """Make the thread end after the step in progress, and wait for that."""
+        """End the thread after the step in progress, and wait for its end."""
         self._stopping = True
         self._inbox.wake.put(None)
         if self._thread is not None and self.alive and not self.is_current:
             self._thread.join()
 
     def end(self) -> None:
-        """`stop` for good, when the engine is dropped or the interpreter exits. It waits up to ten seconds."""
+        """Stop for good, when the engine is dropped or the interpreter exits. Waits up to ten seconds."""
         self._ended = self._stopping = True
         self._inbox.wake.put(None)
         if self._thread is not None and self.alive and not self.is_current:
@@ -75,7 +75,7 @@ class Worker:
                     steps.trim()
 
     def _sleep(self) -> bool:
-        """Wait until there is work. Returns whether nothing came for a long time."""
+        """Wait until there is work. Returns whether there was none for `_IDLE_SECONDS`."""
         try:
             self._inbox.wake.get(timeout=_IDLE_SECONDS)
             while not self._inbox.wake.empty():
