@@ -153,7 +153,8 @@ class _Collector:
         return np.frombuffer(self._bytes, np.float32)[: self.limit]
 
     def _keep(self, samples: np.ndarray) -> None:
-        self._bytes += samples[: self.limit + 1 - self.collected].tobytes()
+        kept: Any = np.ascontiguousarray(samples[: self.limit + 1 - self.collected])
+        self._bytes += memoryview(kept).cast("B")
 
     def _report(self) -> None:
         self._reported = min(self.collected, self.limit) / SAMPLE_RATE

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import av
 import numpy as np
@@ -33,7 +33,7 @@ MAX_ALLOCATION = 128 << 20  # bytes; an index of four million packets, more than
 MAX_STREAMS = 64
 MAX_DAMAGED_IN_A_ROW = 1000  # packets without one frame between them
 MAX_PACKETS_AT_ONCE, MAX_BYTES_AT_ONCE = 32, 1 << 20
-_PLANAR = {"u8p": np.uint8, "s16p": np.int16, "s32p": np.int32, "fltp": np.float32, "dblp": np.float64}
+_DTYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "flt": np.float32, "dbl": np.float64}  # planar with a "p"
 SAMPLES_AT_ONCE = 16_384  # of a channel, that are mixed and resampled together
 MAX_PARTS = 2000  # files that are joined, or runs of a damaged Ogg stream
 SHORTFALL = 0.1  # seconds that lossy codecs may pad or trim
@@ -57,6 +57,9 @@ _OPTIONS = {
     "max_streams": str(MAX_STREAMS),
     "max_size": str(1 << 16),  # bytes a packet of WAV; the default of 4096 costs more calls than decoding
 }
+_PCM_OPTIONS = {
+    "max_probe_packets": "4"
+}  # in which FFmpeg looks for DTS disguised as PCM; by default in five megabytes
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]")
 _SAFE_PLANES = 7  # PyAV's walk over the planes of a frame overruns from the eighth on
 
@@ -85,6 +88,7 @@ class Decoder:
         self._damaged, self._first_damage, self._unfilled = 0, 0.0, 0
         self._cancellation = Cancellation()
         self._source = ByteSource(file, name, max_decode_seconds)
+        self._kind = _Kind("", 0, 0)
         self._parts = 0
         self._start = 0
         self._timeline: Timeline
@@ -161,18 +165,18 @@ class Decoder:
                     break
                 continue
             for frame in frames:
-                rate = frame.sample_rate
-                samples = self._samples(frame)
+                kind = self._checked_kind(frame)
+                rate, count = kind.rate, frame.samples
                 silence = self._silence_before(frame, packet, damaged)
-                if silence or not pending.takes(samples, rate):
+                if silence or not pending.takes(kind, count):
                     yield from self._mono(pending)
                 for start in range(0, silence, rate):
                     piece = min(rate, silence - start)
                     self._seconds += piece / rate
                     yield np.zeros(piece, np.float32), rate
                 damaged, in_a_row = 0, 0
-                pending.add(samples, rate, self._seconds)
-                self._seconds += samples.shape[1] / rate
+                pending.add(frame, kind, self._seconds)
+                self._seconds += count / rate
                 if pending.full:
                     yield from self._mono(pending)
         yield from self._mono(pending)
@@ -184,21 +188,26 @@ class Decoder:
         """The packets of the part, demuxed a few at a time, for a stream one by one."""
         packets = self._container.demux(self._stream)
         most = 1 if self._source.size is None else MAX_PACKETS_AT_ONCE
-        error: Exception | None = None
-        while error is None:
+        error: av.FFmpegError | None = None
+        ended = False
+        while not ended:
             self._source.check()
             some: list[Packet[AudioStream]] = []
             size = 0
             try:
                 with self._source.interrupts:
-                    while len(some) < most and size < MAX_BYTES_AT_ONCE:
-                        some.append(next(packets))
-                        size += some[-1].size
-            except (StopIteration, av.FFmpegError) as end:
-                error = end
+                    for packet in packets:
+                        some.append(packet)
+                        size += packet.size
+                        if len(some) == most or size >= MAX_BYTES_AT_ONCE:
+                            break
+                    else:
+                        ended = True
+            except av.FFmpegError as end:
+                ended, error = True, end
             self._source.raise_error()
             yield from some
-        if isinstance(error, av.FFmpegError):
+        if error is not None:
             self._notes.append(f"reading stopped early: {_reason(error)}")
 
     def _silence_before(self, frame: AudioFrame, packet: "Packet[AudioStream]", damaged: int) -> int:
@@ -272,10 +281,11 @@ class Decoder:
         self._layout = Layout() if self._ogg else layout(self._source, self._start)
         self._source.raise_error()
         view = self._ogg or self._layout.view(self._source, self._start)
+        options = _OPTIONS | _PCM_OPTIONS if self._layout.samples else _OPTIONS
         self._source.begin_header()
         try:
             with self._source.interrupts:
-                self._container = av.open(view, "r", container_options=_OPTIONS, metadata_errors="replace")
+                self._container = av.open(view, "r", container_options=options, metadata_errors="replace")
         except av.FFmpegError as error:
             self._source.raise_error()
             raise self._unreadable(error) from None
@@ -321,17 +331,28 @@ class Decoder:
         context.thread_count = 1
         return streams[index]
 
-    def _samples(self, frame: AudioFrame) -> np.ndarray:
-        rate, channels = frame.sample_rate, frame.layout.nb_channels
-        check_rate(rate, self.name)
-        if not 1 <= channels <= MAX_CHANNELS:
+    def _checked_kind(self, frame: AudioFrame) -> "_Kind":
+        """The kind of a frame. Raises AudioError for a rate, a channel count or a format that is not supported."""
+        found = frame.format.name, frame.layout.nb_channels, frame.sample_rate
+        if found == self._kind:
+            return self._kind
+        kind = _Kind(*found)
+        check_rate(kind.rate, self.name)
+        if not 1 <= kind.channels <= MAX_CHANNELS:
             raise AudioError(
-                f"{self.name} has {channels} channels; at most {MAX_CHANNELS} are mixed down. Mix it to mono first."
+                f"{self.name} has {kind.channels} channels; at most {MAX_CHANNELS} are mixed down. "
+                "Mix it to mono first."
             )
+        if kind.format.removesuffix("p") not in _DTYPES:
+            raise AudioError(
+                f"{self.name} holds samples in the format {kind.format}, which is not read; convert it to WAV with "
+                "16 or 24 bits, or to FLAC."
+            )
+        self._kind = kind
         if not self.sample_rate:
-            self.sample_rate, self.channels = rate, channels
+            self.sample_rate, self.channels = kind.rate, kind.channels
             self._source.end_header()
-        return _samples(frame, channels)
+        return kind
 
     def _mono(self, pending: "_Frames") -> Iterator[tuple[np.ndarray, int]]:
         """The mix of the pending frames, if there are any."""
@@ -377,62 +398,78 @@ class Decoder:
         return float(stream.duration * stream.time_base), allowed
 
 
+class _Kind(NamedTuple):
+    """What frames have in common that are mixed together. format: of the samples, by FFmpeg's name."""
+
+    format: str
+    channels: int
+    rate: int
+
+
 class _Frames:
-    """Frames of one rate and layout that are mixed together: each one alone takes as long as a hundred times as many
-    samples would."""
+    """Frames of one kind that are mixed together: each one alone takes as long as a hundred times as many samples
+    would."""
 
     def __init__(self, enough: int):
         """enough: samples of a channel from which on it is `full`."""
         self._enough = enough
-        self._parts: list[np.ndarray] = []
-        self._rate, self._seconds = 0, 0.0
+        self._kind = _Kind("", 0, 0)
+        self._seconds = 0.0
+        self._buffer = np.empty((0, 0), np.uint8)  # [planes, bytes]
+        self._planes: list[memoryview] = []  # the rows of the buffer
+        self._width = 1  # bytes of a sample in a plane, of all channels where there is one plane
         self.samples = 0
 
     @property
     def full(self) -> bool:
         """Whether there are enough frames, or half a second of them."""
-        return self.samples >= min(self._enough, self._rate // 2)
+        return self.samples >= self._enough or self.samples >= self._kind.rate // 2
 
-    def takes(self, samples: np.ndarray, rate: int) -> bool:
-        """Whether the frames are like `samples` [channels, n], and together with them no longer than a second."""
-        if not self._parts:
-            return True
-        first = self._parts[0]
-        alike = (first.shape[0], first.dtype, self._rate) == (samples.shape[0], samples.dtype, rate)
-        return alike and self.samples + samples.shape[1] <= rate
+    def takes(self, kind: _Kind, count: int) -> bool:
+        """Whether the frames are of this kind, and with `count` more samples no longer than a second."""
+        return not self.samples or (kind == self._kind and self.samples + count <= kind.rate)
 
-    def add(self, samples: np.ndarray, rate: int, seconds: float) -> None:
-        """Add a frame that begins at `seconds`."""
-        if not self._parts:
-            self._rate, self._seconds = rate, seconds
-        self._parts.append(samples)
-        self.samples += samples.shape[1]
+    def add(self, frame: AudioFrame, kind: _Kind, seconds: float) -> None:
+        """Add a frame that `takes` allows and that begins at `seconds`."""
+        if kind.channels > _SAFE_PLANES and frame.format.is_planar:
+            frame = av.AudioResampler(format=frame.format.packed).resample(frame)[0]
+        planes: Any = frame.planes
+        if not self.samples:
+            self._begin(kind, len(planes))
+            self._seconds = seconds
+        start, size = self.samples * self._width, frame.samples * self._width
+        self._reserve(start + size)
+        for row, plane in zip(self._planes, planes, strict=True):
+            row[start : start + size] = memoryview(plane)[:size]
+        self.samples += frame.samples
 
     def taken(self) -> tuple[np.ndarray, int, float]:
-        """All samples [channels, n], their rate, and where they begin; none are left."""
-        samples = self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts, axis=1)
-        self._parts, self.samples = [], 0
-        return samples, self._rate, self._seconds
+        """All samples [channels, n], valid until the next `add`, their rate, and where they begin; none are left."""
+        values, channels = self._buffer.view(_DTYPES[self._kind.format.removesuffix("p")]), self._kind.channels
+        planar = values if len(values) == channels else values.reshape(-1, channels).T
+        count, self.samples = self.samples, 0
+        return planar[:, :count], self._kind.rate, self._seconds
+
+    def _begin(self, kind: _Kind, planes: int) -> None:
+        if kind == self._kind:
+            return
+        self._kind = kind
+        self._width = np.dtype(_DTYPES[kind.format.removesuffix("p")]).itemsize * kind.channels // planes
+        self._hold(np.empty((planes, 2 * self._enough * self._width), np.uint8))
+
+    def _reserve(self, size: int) -> None:
+        """Make room for `size` bytes in each plane."""
+        old = self._buffer
+        if size > old.shape[1]:
+            self._hold(np.empty((len(old), size), np.uint8))
+            self._buffer[:, : old.shape[1]] = old
+
+    def _hold(self, buffer: np.ndarray) -> None:
+        self._buffer, self._planes = buffer, [memoryview(row) for row in buffer]
 
 
 class _UnreadableError(AudioError):
     """Nothing at this place can be decoded, which is no reason to stop where something was decoded before."""
-
-
-def _samples(frame: AudioFrame, channels: int) -> np.ndarray:
-    """The samples of `frame` as [channels, n] in the decoder's own dtype."""
-    if frame.format.is_planar and channels > _SAFE_PLANES:
-        frame = av.AudioResampler(format=frame.format.packed).resample(frame)[0]
-    if not frame.format.is_planar:
-        return frame.to_ndarray().reshape(-1, channels).T
-    dtype = _PLANAR.get(frame.format.name)
-    if dtype is None:
-        return frame.to_ndarray()
-    samples = np.empty((channels, frame.samples), dtype)
-    planes: Any = frame.planes
-    for plane, row in zip(planes, samples, strict=True):
-        row[:] = np.frombuffer(plane, dtype, count=frame.samples)
-    return samples
 
 
 def _reason(error: av.FFmpegError) -> str:

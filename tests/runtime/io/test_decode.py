@@ -435,3 +435,80 @@ def test_frames_of_files_are_mixed_together_and_those_of_streams_at_once(
     assert len(of_stream) > 3 * len(of_file)
     whole = np.concatenate(of_file)
     assert np.array_equal(whole, np.concatenate(of_stream)[: len(whole)])  # a stream's end may not say what is padding
+
+
+@pytest.mark.parametrize(("layout", "sample_format"), [("stereo", "s16"), ("5.1", "s32"), ("5.1", "fltp")])
+def test_frames_that_grow_and_shrink_keep_their_samples(
+    layout: str, sample_format: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames of any length are mixed together, one longer than all that are usually mixed at once among them."""
+    packed = np.dtype({"s16": "<i2", "s32": "<i4", "flt": "<f4"}[sample_format.rstrip("p")])
+    channels = av.AudioLayout(layout).nb_channels
+    sizes = [*rng.integers(1, 3000, 40), 60_000, *rng.integers(1, 3000, 40)]
+    if packed.kind == "f":
+        samples = rng.uniform(-1, 1, (channels, sum(sizes))).astype(packed)
+        expected = samples
+    else:
+        samples = rng.integers(-(2**15), 2**15, (channels, sum(sizes))).astype(packed)
+        expected = samples.astype(np.float32) / np.float32(2.0 ** (8 * packed.itemsize - 1))
+    frames, start = [], 0
+    for size in sizes:
+        block = samples[:, start : start + size]
+        block = block if sample_format.endswith("p") else block.T.reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format=sample_format, layout=layout)
+        frame.sample_rate = 96_000
+        frames.append(frame)
+        start += size
+
+    class Packets:
+        def decode(self) -> list[av.AudioFrame]:
+            return frames
+
+        pts = None
+
+    with Decoder(io.BytesIO(encode("pcm_s16le", "wav", 8000, "mono", "s16")), "file") as decoder:
+        monkeypatch.setattr(decoder, "_packets", lambda: iter([Packets()]))
+        monkeypatch.setattr(decoder, "_next_part", lambda: False)
+        monkeypatch.setattr(decoder, "_check_length", lambda seconds: None)
+        blocks = [block for block, rate in decoder.blocks()]
+    assert len(blocks) < len(sizes)
+    np.testing.assert_array_equal(np.concatenate(blocks), expected.mean(axis=0, dtype=np.float32))
+
+
+def wav(data: bytes, bits: int) -> bytes:
+    """A WAV file that says that `data` is stereo PCM of so many bits at 44.1 kHz."""
+    size = bits // 4
+    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16, 1, 2, 44_100, 44_100 * size,
+                       size, bits, b"data", len(data))  # fmt: skip
+    return head + data
+
+
+def test_samples_of_64_bits_are_an_error() -> None:
+    with pytest.raises(AudioError, match=r"holds samples in the format s64, .* convert it to WAV with 16 or 24 bits"):
+        load_audio(wav(bytes(160_000), 64))
+
+
+def test_a_wav_file_is_not_searched_for_other_codecs_to_its_end(rng: np.random.Generator) -> None:
+    """FFmpeg would look for DTS in the first five megabytes, which takes longer than to decode them."""
+
+    class Counting(io.BytesIO):
+        given = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            data = super().read(size)
+            self.given += len(data)
+            return data
+
+    file = Counting(wav(rng.integers(0, 256, 6_000_000, np.uint8).tobytes(), 16))
+    with Decoder(file, "file") as decoder:
+        next(decoder.blocks())
+    assert file.given < 2_000_000
+
+
+def test_dts_disguised_as_pcm_is_named(shared_data: Path) -> None:
+    with av.open(str(shared_data / "faults" / "first_track_is_dts.mkv")) as container:
+        track = container.streams.audio[0]
+        dts = b"".join(bytes(packet) for packet in container.demux(track))
+    for lead in (0, 44_100):
+        with pytest.raises(AudioError, match="uses the codec dca"):
+            load_audio(wav((bytes(lead) + dts)[:400_000], 16))
