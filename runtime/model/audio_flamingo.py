@@ -28,8 +28,8 @@ class AudioFlamingo(nn.Module):
     """Audio Flamingo Next, Music Flamingo or Audio Flamingo 3, as its config says."""
 
     def __init__(self, config: ModelConfig, group: Group | None = None):
-        """group: the ranks that hold the decoder together; this one's is then only a part, and `config` is that of the
-        whole."""
+        """group: the ranks that share the decoder, of which this process holds a part; `config` is that of the whole
+        model."""
         super().__init__()
         self.config = config
         self.shard = None if group is None else Shard(config, group)
@@ -63,10 +63,10 @@ class AudioFlamingo(nn.Module):
     ) -> "AudioFlamingo":
         """Load the weights of a checkpoint, tensor by tensor.
 
-        dtype: given the name of the dtype that the config names, the one to compute in. release_encoder: leave the
-        encoder's layers in the host's memory, see `Encoder.forward`. quant: quantize dense weights on the way. group:
-        hold a part of the decoder, see `sharding`. sequence: and the whole beside it, see `sequence_parallel`.
-        `progress` is called with (bytes done, bytes in all).
+        dtype: maps the name of the config's dtype to the dtype to compute in. release_encoder: keep the encoder's
+        layers in host memory, see `Encoder.forward`. quant: quantize dense weights while loading. group: hold a part of
+        the decoder, see `sharding`. sequence: also hold the whole decoder, see `sequence_parallel`. `progress` is
+        called with (bytes done, total bytes).
 
         Raises ConfigError, CheckpointError or SchemeError naming the file, tensor or layer at fault.
         """
@@ -95,8 +95,8 @@ class AudioFlamingo(nn.Module):
             self._matrix(layer).prepare(dtype)
 
     def _divided(self, group: Group, dtype: torch.dtype) -> "AudioFlamingo":
-        """This rank's part of the whole model, in the same memory where rows alone are cut. The whole decoder computes
-        long chunks."""
+        """This rank's part of the whole model; tensors cut by rows share its memory. The whole decoder computes long
+        chunks."""
         part = AudioFlamingo(self.config, group)
         assert part.shard is not None
         cut = part.shard.cut
@@ -114,24 +114,24 @@ class AudioFlamingo(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.decoder.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What activations are computed in."""
+        """The dtype of activations."""
         return self.decoder.norm.weight.dtype
 
     def log_mel(self, windows: list[Tensor]) -> Tensor:
-        """Log-mel features of 1-D float32 waveforms of at most 30 s. Returns [batch, mel_bins, frames] in our dtype."""
+        """Log-mel features of 1-D float32 waveforms of at most 30 s. Returns [batch, mel_bins, frames] in `dtype`."""
         batch = sent(nn.utils.rnn.pad_sequence(windows, batch_first=True), self.device)
         return log_mel(batch, mel_bins=self.config.encoder.mel_bins, dtype=self.dtype)
 
     def encode(self, mel: Tensor, samples: list[int], windows: list[int]) -> list[Tensor]:
-        """Audio tokens of a batch of windows, as the decoder reads them.
+        """Audio embeddings of a batch of windows, as the decoder takes them.
 
         mel: from `log_mel`; samples: length of each window; windows: index of each in its own audio.
-        Returns one [tokens, decoder hidden] tensor a window.
+        Returns one [tokens, decoder hidden] tensor per window.
         """
         encoded = self.encoder(mel, samples, windows)
         return list(self.adaptor(torch.cat(encoded)).split([len(tokens) for tokens in encoded]))

@@ -6,8 +6,8 @@
               X.weight.nested_absmax for each 256 of them, plus the nested_offset of the JSON
     LLM.int8  X.weight int8 [out, in]; X.SCB [out], the largest weight of each channel; X.weight_format 0, for row-major
 
-Codes and scales are taken over bit by bit; only nested scales and those of LLM.int8, SCB / 127, are computed. LLM.int8
-computes inputs beyond a threshold apart from the rounded rest; the runtime's product rounds no inputs at all.
+Codes and scales are copied bit by bit; only nested scales and those of LLM.int8, SCB / 127, are computed. LLM.int8
+rounds inputs below a threshold and computes the others separately; the runtime's product rounds no inputs.
 
 Source: the serialization of bitsandbytes 0.50.
 """
@@ -43,9 +43,9 @@ def is_bitsandbytes(files: CheckpointFolder) -> bool:
 
 
 def from_bitsandbytes(stored: Checkpoint) -> tuple[Checkpoint, Recipe]:
-    """The checkpoint with codes and scales as the runtime stores them, and the recipe that describes it.
+    """The checkpoint with codes and scales in the runtime's format, and the recipe that describes it.
 
-    Raises CheckpointError for tensors that are damaged, or quantized in a way that has no equal here.
+    Raises CheckpointError for tensors that are damaged, or quantized in a way that the runtime does not support.
     """
     parameters: dict[str, StoredParameter] = {}
     schemes: dict[str, Scheme | None] = {}
@@ -67,7 +67,7 @@ def from_bitsandbytes(stored: Checkpoint) -> tuple[Checkpoint, Recipe]:
 
 
 def _belongs(name: str, stored: Checkpoint) -> bool:
-    """Whether the tensor is part of a quantized weight, and no parameter of its own."""
+    """Whether the tensor is part of a quantized weight rather than a parameter."""
     weight, found, part = name.rpartition(".weight.")
     if found:
         return part in _NF4_PARTS and f"{weight}.weight.absmax" in stored
@@ -118,7 +118,7 @@ def _int8(stored: Checkpoint, layer: str) -> dict[str, StoredParameter]:
 
 
 class _ComputedScales(StoredParameter):
-    """Scales that are computed from what is stored."""
+    """Scales that are computed from stored tensors."""
 
     dtype = "F32"
 

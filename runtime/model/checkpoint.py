@@ -1,11 +1,11 @@
-"""Checkpoints: safetensors files, memory-mapped, in any layout of the family, under one set of names.
+"""Checkpoints: memory-mapped safetensors files in any layout of the model family, under one set of names.
 
-Nothing is trusted. The header of every file is checked against the file (`safetensors_header`), names against the
-index, and, before the first weight is handed out, names, shapes and dtypes against the config. Pickle is refused.
+Files are untrusted. The header of every file is checked against the file (`safetensors_header`), names against the
+index, and, before the first weight is returned, names, shapes and dtypes against the config. Pickle is refused.
 
-Tensors are views of the mapped file: opening costs no memory, and what is read stays the system's to reclaim.
-`load_weights` hands out such a view where the CPU wants the dtype that is stored; every other weight is a copy, and
-the pages that it was copied from are released at once, so that loading peaks at the model plus one tensor.
+Tensors are views of the mapped file: opening costs no memory, and the system can reclaim the pages that are read.
+`load_weights` returns such a view if the weight stays on the CPU in the stored dtype; every other weight is a copy, and
+its source pages are released at once, so that loading peaks at the model plus one tensor.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +30,7 @@ from .stored_parameter import MappedParameter, StoredParameter
 
 __all__ = ["Checkpoint", "check_fit", "expected_shapes", "load_weights"]
 
-# Every 8-bit float is one of float16's, too. Scaled ones come with tensors of scales, which do not fit a config.
+# float16 represents every 8-bit float. Scaled ones come with tensors of scales, which do not fit a config.
 _READ_AS = {**TORCH_DTYPES, "F8_E4M3": torch.float16, "F8_E5M2": torch.float16}
 
 
@@ -44,8 +44,8 @@ class Checkpoint:
         files: tuple[Path, ...],
         metadata: dict[str, dict[str, str]],
     ) -> None:
-        """folder: a folder, or the one file that holds everything; parameters: by canonical name; metadata: of each
-        file, by its label, what its header holds beside the tensors."""
+        """folder: a folder, or the single file of the checkpoint; parameters: by canonical name; metadata: for each
+        file, by its label, the strings in its header."""
         self.folder = folder
         self.files = files
         self.metadata = metadata
@@ -53,7 +53,7 @@ class Checkpoint:
 
     @property
     def parameters(self) -> Mapping[str, StoredParameter]:
-        """Where each parameter is stored, by canonical name."""
+        """The stored parameters by canonical name."""
         return self._parameters
 
     @classmethod
@@ -83,7 +83,7 @@ class Checkpoint:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Canonical names of the parameters, in the order in which they are stored."""
+        """Canonical names of the parameters, in the stored order."""
         return tuple(self._parameters)
 
     @property
@@ -98,7 +98,7 @@ class Checkpoint:
 
     @property
     def parameter_count(self) -> int:
-        """How many numbers all parameters hold."""
+        """Number of elements of all parameters."""
         return sum(parameter.elements for parameter in self._parameters.values())
 
     def __contains__(self, name: object) -> bool:
@@ -128,8 +128,8 @@ class Checkpoint:
         return self._parameter(name).origin
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The parameter on the CPU: a view of the mapped file, a copy where it lies otherwise there, or 8-bit floats as
-        float16, which holds each of them.
+        """The parameter on the CPU: a view of the mapped file, or a copy if it is stored differently; 8-bit floats as
+        float16, which represents them exactly.
 
         The memory may be read-only: writing into the tensor ends the process, so clone it first.
         Raises CheckpointError when there is no such parameter.
@@ -138,7 +138,7 @@ class Checkpoint:
         return self._parameter(name).tensor().to(wanted)
 
     def release(self, name: str, nbytes: int | None = None) -> None:
-        """Give the memory behind `tensor(name)`, or its first bytes, back; reading that again reads the file again."""
+        """Release the memory of `tensor(name)`, or of its first `nbytes`; reading it again reads the file again."""
         parameter = self._parameter(name)
         parameter.release(parameter.nbytes if nbytes is None else nbytes)
 
@@ -154,7 +154,7 @@ class Checkpoint:
 
 
 def check_fit(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Raise one CheckpointError listing what is missing, unexpected, misshapen, or stored in no usable dtype."""
+    """Raise one CheckpointError listing tensors that are missing, unexpected, or of a wrong shape or dtype."""
     check_written_for(config, checkpoint.metadata, checkpoint.folder)
     expected = expected_tensors(config)
     stored = set(checkpoint.names)
@@ -192,16 +192,17 @@ def load_weights(
     shard: Shard | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Canonical name and tensor, on `device`, of everything in `expected_tensors(config)`, one by one.
+    """Canonical name and tensor, on `device`, of each entry of `expected_tensors(config)`, one by one.
 
-    Dense weights come in `dtype` (None: as stored), packed ones as stored. device: one for all, or what tells it from
-    the canonical name. quant: pack the dense layers that it packs, and yield what it stores for them.
-    shard: yield this part of each tensor.
-    Memory peaks at the weights that the caller keeps plus one tensor. On the CPU a tensor that needs no conversion is
-    not copied but a read-only view of the file. `progress(done, total)` is called with stored bytes after each weight.
-    Raises CheckpointError at once when the checkpoint does not fit the config, is packed otherwise than `quant` says,
-    or has scales that are not finite or too large for a product, and during loading when a weight does not fit `dtype`
-    (finite values that float16 cannot hold); SchemeError when a layer does not fit its scheme.
+    Dense weights are converted to `dtype` (None: as stored), packed ones are returned as stored. device: one for all,
+    or a function of the canonical name. quant: a recipe; the layers that it matches are packed, and their packed
+    tensors yielded.
+    shard: yield this part of each tensor. Memory peaks at the weights that the caller keeps plus one tensor. On the CPU
+    a tensor that needs no conversion is a read-only view of the file. `progress(done, total)` is called with stored
+    bytes after each weight. Raises CheckpointError before the first tensor if the checkpoint does not fit the config,
+    is packed differently from `quant`, or has scales that are not finite or too large for a product, and during loading
+    if a weight does not fit `dtype` (finite values that float16 cannot hold); SchemeError if a layer does not fit its
+    scheme.
     """
     check_fit(checkpoint, config)
     wanted = expected_tensors(config)
@@ -254,9 +255,9 @@ def weight_tensors(
     dtype: torch.dtype | None,
     shard: Shard | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of one parameter, or, where there is a scheme, of what stands for it; see `load_weights`."""
+    """Name and tensor of one parameter or, with a scheme, of its packed tensors; see `load_weights`."""
     if scheme is None:
-        # No local name for the weight: the caller alone decides how long it lives.
+        # Keep no local reference to the weight, so that the caller decides how long it stays in memory.
         yield name, _place(checkpoint, name, device, dtype, shard)
     else:
         yield from _pack(checkpoint, name, scheme, device, dtype, shard)
@@ -271,7 +272,7 @@ def _pack(
     shard: Shard | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     weight = checkpoint.tensor(name)
-    if shard is not None:  # columns are cut once they are packed: int8 has one scale for a whole row
+    if shard is not None:  # columns are cut after packing: int8 has one scale for a whole row
         weight = shard.cut_rows(shard.rows(name.removesuffix(".weight")), weight)
 
     def release(rows: int) -> None:
@@ -323,7 +324,7 @@ def _check_index(label: str, listed: set[str], stored: set[str]) -> None:
 
 
 def add(parameters: dict[str, StoredParameter], name: str | None, parameter: StoredParameter) -> None:
-    """Put the parameter under its canonical name; None is left out. Raises CheckpointError if there is one already."""
+    """Add the parameter under its canonical name, or skip it if None. Raises CheckpointError for a duplicate name."""
     if name is None:
         return
     if name in parameters:

@@ -21,7 +21,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raise CheckpointError if a PEFT adapter, which would not be applied, lies beside the weights."""
+    """Raise CheckpointError if there is a PEFT adapter beside the weights, which would not be applied."""
     for place in (folder, folder / DECODER_FOLDER):
         found = [name for name in ADAPTER_FILES if (place / name).exists()]
         if found:
@@ -32,9 +32,9 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def weight_parts(folder: Path) -> tuple[str, ...]:
-    """The folders, within `folder`, that hold weights: itself (""), or NVIDIA's components.
+    """The subfolders of `folder` that hold weights: "" for itself, or NVIDIA's components.
 
-    Raises CheckpointError when only some of the components are there.
+    Raises CheckpointError if some of the components are missing.
     """
     if _has_safetensors(folder):
         return ("",)
@@ -52,10 +52,10 @@ def _has_safetensors(folder: Path) -> bool:
 
 
 def part_files(folder: Path, part: str) -> dict[Path, set[str] | None]:
-    """The safetensors files of one part, each with the names that an index says it has (None: there is no index).
+    """The safetensors files of one part, each with its tensor names by the index (None: there is no index).
 
-    `part` is "" or a folder within `folder`. Raises CheckpointError for pickle, for a missing file or index, and for
-    an index that is damaged or leads out of the folder.
+    `part` is "" or a folder within `folder`. Raises CheckpointError for pickle, for a missing file or index, and for an
+    index that is damaged or refers to files outside the folder.
     """
     place = folder / part if part else folder
     label = f"{part}/" if part else ""

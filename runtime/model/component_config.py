@@ -1,7 +1,7 @@
-"""The configuration of NVIDIA's component layout: folders llm, sound_tower and sound_mm_projector, a config.json each.
+"""The configuration of NVIDIA's component layout: folders llm, sound_tower, sound_mm_projector, each with config.json.
 
-Their top config.json, where there is one, knows neither token ids nor RoTE. The ids are looked up in the tokenizer
-beside the decoder or at the top; what else is missing has the default of the `-hf` conversions of those checkpoints.
+The top config.json, if there is one, has neither token ids nor RoTE. The ids are read from the tokenizer in the
+decoder's or the top folder; other missing values have the defaults of the `-hf` conversions of those checkpoints.
 """
 
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ _ID_KEYS = {
 def component_sections(
     files: CheckpointFolder, top: Section | None, model_types: tuple[str, ...], encoder_types: tuple[str, ...]
 ) -> tuple[Section, Section, Section]:
-    """The sections that the config of a converted checkpoint would have: the whole, the encoder's, the decoder's.
+    """The sections that the config of a converted checkpoint would have: top level, encoder, decoder.
 
-    The model is of the type that `top` states if that is one of `model_types`, else Music Flamingo's if the
-    tokenizer has <|sound_bos|>, else AF3's. Raises ConfigError naming the file that is missing or wrong.
+    The model type is that of `top` if it is one of `model_types`, else Music Flamingo if the tokenizer has
+    <|sound_bos|>, else AF3. Raises ConfigError naming the file that is missing or wrong.
     """
     text = _component(files, DECODER_FOLDER, top, "llm_cfg")
     audio = _component(files, "sound_tower", top, "sound_tower_cfg")
@@ -54,7 +54,7 @@ def _component(files: CheckpointFolder, name: str, top: Section | None, key: str
 
 
 def _added_tokens(files: CheckpointFolder) -> dict[str, int]:
-    """Ids of the tokens added to the base vocabulary, by spelling, from whichever tokenizer file lists them."""
+    """Ids of the tokens added to the base vocabulary, by spelling, from any tokenizer file that lists them."""
 
     def read(name: str) -> Mapping[str, Any]:
         return files.settings(files.find(name), MAX_TOKENIZER_BYTES)

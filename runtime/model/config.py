@@ -2,10 +2,9 @@
 
 Three generations of configs are understood: model_type `musicflamingo` (Music Flamingo, and AF-Next today),
 `audioflamingonext` (AF-Next's first upload) and `audioflamingo3` (no RoTE, no tokens around the audio). Keys may have
-the Whisper spelling (`d_model`) or the current one (`hidden_size`); a key that the config omits has the default that
-transformers gives it, since such configs are written with those defaults in mind. What this runtime does not compute
-(sliding windows, YaRN, other activations) is refused by name. Sizes are bounded, so that no forged config can ask for
-absurd amounts of memory.
+the Whisper spelling (`d_model`) or the current one (`hidden_size`); a key that the config omits has the default of
+transformers, which such configs assume. Features that this runtime does not compute (sliding windows, YaRN, other
+activations) are refused by name. Sizes are bounded, so that a forged config cannot request absurd amounts of memory.
 """
 
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ MODEL_TYPES = ("musicflamingo", "audioflamingonext", "audioflamingo3")
 ENCODER_TYPES = ("audioflamingo3_encoder", "musicflamingo_encoder")
 DTYPES = ("bfloat16", "float16", "float32")
 
-# AF-Next, which hears 1800 s, calls itself musicflamingo too; Music Flamingo's 1200 s stand in processor_config.json.
+# AF-Next (1800 s) has the model type musicflamingo, too; Music Flamingo's 1200 s are in processor_config.json.
 DEFAULT_MAX_AUDIO_SECONDS = {"musicflamingo": 1800, "audioflamingonext": 1800, "audioflamingo3": 600}
 
 MAX_LAYERS = 512
@@ -83,7 +82,7 @@ class RoteConfig:
 class ModelConfig:
     """Everything about a model except its weights. `rote` and the ids around the audio are None for AF3.
 
-    `quantization` is what its weights are stored by, None for dense ones.
+    `quantization` is the recipe of its stored weights, None for dense ones.
     """
 
     encoder: EncoderConfig
@@ -224,7 +223,7 @@ def _decoder(text: Section, top: Section) -> DecoderConfig:
     rope_theta, factor = _rope(text, default_theta=10_000.0)
     if factor not in (None, 1.0):
         text.error("partial_rotary_factor", f"is {factor:g}; this runtime rotates the decoder's whole heads.")
-    # transformers reads neither flag and always keeps a head of its own; the loader compares them with what is stored.
+    # transformers reads neither flag and always has a separate head; the loader compares them with the stored tensors.
     tied_by = text if text.values.get("tie_word_embeddings") is not None else top
     return DecoderConfig(
         vocab_size=text.integer("vocab_size", default=151_936, high=MAX_VOCABULARY),
@@ -269,7 +268,7 @@ def _rope(section: Section, default_theta: float) -> tuple[float, float | None]:
 
 
 def _agreed(sections: list[Section], key: str, high: float) -> float | None:
-    """The number under `key` in those sections that have it; ConfigError where they differ."""
+    """The number under `key` in the sections that have it. Raises ConfigError if they differ."""
     stated = [(section, section.number(key, high=high)) for section in sections if section.values.get(key) is not None]
     for section, value in stated[1:]:
         if value != stated[0][1]:
@@ -278,7 +277,7 @@ def _agreed(sections: list[Section], key: str, high: float) -> float | None:
 
 
 def _rote(top: Section, encoder_width: int) -> RoteConfig:
-    """RoTE rotates `factor` of the encoder's width; older configs give that share itself as head_dim, with factor 1."""
+    """RoTE rotates `factor` of the encoder's width; older configs give the rotated width as head_dim, with factor 1."""
     theta, factor = _rope(top, default_theta=1200.0)
     head_dim = top.integer("head_dim", default=encoder_width, high=MAX_WIDTH)
     factor = factor or 0.2
@@ -303,7 +302,7 @@ def _dtype(top: Section, text: Section) -> str:
 
 
 def _eos_token_ids(sections: tuple[Section, ...], last_id: int) -> tuple[int, ...]:
-    """The ids that end an answer, from the first of `sections` that states them; none is an empty tuple."""
+    """The ids that end an answer, from the first of `sections` that has them; otherwise an empty tuple."""
     for section in sections:
         stated = section.values.get("eos_token_id")
         if stated is not None:

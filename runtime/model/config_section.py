@@ -1,4 +1,4 @@
-"""One JSON object of a configuration, read key by key: every value is checked, every error names file and key."""
+"""One JSON object of a configuration, read key by key. Every value is checked, and errors name file and key."""
 
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -8,10 +8,10 @@ from ..files import shown
 
 
 class Section:
-    """The values of one JSON object; `file` and `prefix` ("text_config.") say in errors where they stand.
+    """The values of one JSON object; `file` and `prefix` ("text_config.") locate them in errors.
 
-    A key that is absent or null takes the default; without a default (None) it is an error. A value may go by
-    several names, the spellings of different generations of configs: those present must agree.
+    A key that is absent or null takes the default; without a default (None) it is an error. A value may have several
+    names, the spellings of different generations of configs: those present must agree.
     """
 
     def __init__(self, values: Mapping[str, Any], file: str, prefix: str = "") -> None:
@@ -34,7 +34,7 @@ class Section:
         return present[0] if present else (names[0], None)
 
     def integer(self, *names: str, default: int | None = None, low: int = 1, high: int) -> int:
-        """An integer in `low..high`; a bool or float is none."""
+        """An integer in `low..high`; not a bool or float."""
         name, value = self.find(*names)
         value = self._present(name, value, default)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
@@ -42,7 +42,7 @@ class Section:
         return value
 
     def optional_integer(self, name: str, *, default: int | None, low: int = 0, high: int) -> int | None:
-        """As `integer`, but an explicit null means None; only an absent key takes the default."""
+        """Like `integer`, but an explicit null means None; only an absent key takes the default."""
         if self.values.get(name, default) is None:
             return None
         return self.integer(name, default=default, low=low, high=high)
@@ -63,7 +63,7 @@ class Section:
         return value
 
     def choice(self, *names: str, among: tuple[str, ...], default: str | None = None) -> str:
-        """One of the strings in `among`: anything else is something that this runtime does not compute."""
+        """One of the strings in `among`; this runtime does not support others."""
         name, value = self.find(*names)
         value = self._present(name, value, default)
         if not isinstance(value, str) or value not in among:
@@ -71,7 +71,7 @@ class Section:
         return value
 
     def section(self, name: str, *, required: bool) -> "Section":
-        """The JSON object under `name`; an absent optional one reads as empty."""
+        """The JSON object under `name`; empty if it is optional and absent."""
         value = self._present(name, self.values.get(name), None if required else {})
         if not isinstance(value, Mapping):
             self.error(name, f"is {shown(value)}; expected a JSON object.")

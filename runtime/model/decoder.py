@@ -27,13 +27,13 @@ from .weights import Norm
 
 @dataclass(frozen=True)
 class CacheView:
-    """Where the new tokens of a batch of sequences go in the KV cache, and what they may look at.
+    """The KV cache for a batch of sequences: where new tokens are written, and which tokens they attend to.
 
-    keys, values: one pool [pages, page_size, kv_heads, head_dim] a layer; page_table: [batch, max_pages] int32;
-    key_lengths: [batch] int64, tokens in the cache once the new ones are written; slots: [batch, time] int64.
-    k_scales, v_scales: for int8 and int4 pools one [pages, page_size, kv_heads] float32 a layer, otherwise None.
-    key_turns: for int4 pools, of [.., head_dim / 2] uint8, the cos and sin of the angles by which keys are rotated,
-    each [tokens, head_dim / 2] float32, of the token with that index in its sequence.
+    keys, values: one pool [pages, page_size, kv_heads, head_dim] per layer; page_table: [batch, max_pages] int32;
+    key_lengths: [batch] int64, tokens in the cache after the new ones are written; slots: [batch, time] int64.
+    k_scales, v_scales: for int8 and int4 pools one [pages, page_size, kv_heads] float32 per layer, otherwise None.
+    key_turns: for int4 pools, which are [.., head_dim / 2] uint8, the cos and sin of the angles by which keys are
+    rotated, each [tokens, head_dim / 2] float32, indexed by the token's position in its sequence.
     """
 
     keys: list[Tensor]
@@ -79,21 +79,21 @@ class DecoderAttention(nn.Module):
         self.k_proj = Linear(config.hidden_size, self.kv_width, bias=True)
         self.v_proj = Linear(config.hidden_size, self.kv_width, bias=True)
         self.o_proj = Linear(self.q_width, config.hidden_size, bias=False)
-        self._qkv: list[Linear] = []  # in a list, as it is no layer besides the three whose weights it has
+        self._qkv: list[Linear] = []  # in a list, so that it is no submodule: it shares the weights of the three
 
     @property
     def projections(self) -> list[Linear]:
-        """The layers that make queries, keys and values: one for each, or one for all."""
+        """The layers that compute queries, keys and values: one for each, or one for all."""
         return self._qkv or [self.q_proj, self.k_proj, self.v_proj]
 
     def join(self) -> None:
-        """Make queries, keys and values by one product where their weights are stored alike. Those of keys and values
-        alone are too small for a GPU."""
+        """Compute queries, keys and values by one product if their weights have the same format. The products for keys
+        and values alone are too small for a GPU."""
         qkv = joined(self.q_proj, self.k_proj, self.v_proj)
         self._qkv = [] if qkv is None else [qkv]
 
     def forward(self, x: Tensor, rotation: Rotation, cache: CacheView, layer: int) -> Tensor:
-        """x: [batch, time, hidden]. Writes keys and values into the layer's cache. Returns like x."""
+        """x: [batch, time, hidden]. Writes keys and values into the layer's cache. Returns a tensor like x."""
         return self.o_proj(self.attend(*self.project(x), self.key_bias(), rotation, cache, layer).flatten(2))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +112,8 @@ class DecoderAttention(nn.Module):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, rotation: Rotation, cache: CacheView, layer: int
     ) -> Tensor:
-        """Attention of rotated queries to the layer's cache, with rotated keys and values written into it. Like q.
+        """Write rotated keys and values into the layer's cache, and attend to it with rotated queries. Returns a tensor
+        like q.
 
         key_bias: [KV heads of k, head_dim], which k includes.
         """
@@ -154,15 +155,15 @@ class DecoderMLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self._gate_up: list[Linear] = []  # in a list, as it is no layer besides the two whose weights it has
+        self._gate_up: list[Linear] = []  # in a list, so that it is no submodule: it shares the weights of the two
 
     def join(self) -> None:
-        """Make gate and up by one product if they are dense; packed ones have a kernel for the pair."""
+        """Compute gate and up by one product if they are dense; packed ones have a kernel for the pair."""
         both = joined(self.gate_proj, self.up_proj) if self.gate_proj.scheme is None else None
         self._gate_up = [] if both is None else [both]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., hidden]. Returns like x."""
+        """x: [..., hidden]. Returns a tensor like x."""
         if self._gate_up:
             return self.down_proj(swiglu(*self._gate_up[0](x).chunk(2, dim=-1)))
         return self.down_proj(self.gate_proj(x, up=self.up_proj))
@@ -171,7 +172,7 @@ class DecoderMLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer, between two states of the residual stream.
 
-    The sum of the stream and the last block's output is formed by the next norm, so a layer takes and returns both.
+    The next norm adds the last block's output to the stream, so a layer takes and returns both.
     """
 
     def __init__(self, config: DecoderConfig):
@@ -215,7 +216,8 @@ class Decoder(nn.Module):
 
     @cached_property
     def frequencies(self) -> Tensor:
-        """What the rotation of queries and keys takes; formed once, as copying it to a GPU would halt every step."""
+        """Frequencies of the rotation of queries and keys; made once, because a copy to the GPU would stall every
+        step."""
         return rope_frequencies(self.config.head_dim, self.config.rope_theta, self.norm.weight.device)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -230,11 +232,11 @@ class Decoder(nn.Module):
         return self.transformed(x, self.rotation(positions), cache)
 
     def rotation(self, positions: Tensor) -> Rotation:
-        """How queries and keys at `positions`, [batch, time] int64, are turned."""
+        """The rotation of queries and keys at `positions`, [batch, time] int64."""
         return Rotation(positions.float(), self.frequencies, "half")
 
     def transformed(self, x: Tensor, rotation: Rotation, cache: CacheView) -> Tensor:
-        """As `forward`, with the rotation that belongs to the positions."""
+        """Like `forward`, given the rotation of the positions."""
         residual = None
         for index, layer in enumerate(self.layers):
             x, residual = layer(x, residual, rotation, cache, index)

@@ -1,8 +1,8 @@
 """Downloads a checkpoint from the Hugging Face Hub into its cache: only what is loaded, resumed after interruptions.
 
-The client of the Hub keeps the layout of its cache; what it lacks is added here. The weights are chosen as they are
-loaded (one file or shards, never both, no pickle), free disk space is checked first, a file that was interrupted goes
-on where it ended, in the next process too, and the SHA-256 of each file of weights is compared with the Hub's.
+The Hub's client manages the layout of its cache; this module adds what the client lacks. Only the weights that are
+loaded are downloaded (one file or shards, never both, no pickle), free disk space is checked first, an interrupted file
+is resumed, in the next process too, and the SHA-256 of each file of weights is compared with the Hub's.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = f"{SINGLE_FILE}.index.json"
 GGUF_SUFFIX = ".gguf"
 PARTS = ("", "llm/", "sound_tower/", "sound_mm_projector/")
-"""Where a checkpoint keeps its files: at the top, or in the folders of NVIDIA's component layout."""
+"""Folders of a checkpoint's files: the top, or those of NVIDIA's component layout."""
 
-# Text that loading reads, and the licence: neither pickle nor code ever reaches the disk.
+# Text files that loading reads, and the licence: neither pickle nor code is ever downloaded.
 _TEXTS = ("*.json", "*.jinja", "LICENSE*", "NOTICE*")
 _MAX_TEXT_BYTES = 1 << 26
 _READ_AT_ONCE = 1 << 24
@@ -40,7 +40,7 @@ Progress = Callable[[str, float, float], None]
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository: its bytes, and its SHA-256 if it is stored apart from the repository (LFS)."""
+    """A file of a repository: its bytes, and its SHA-256 if it is stored in LFS."""
 
     nbytes: int
     sha256: str | None
@@ -56,7 +56,7 @@ class Listing:
 
     @classmethod
     def fetch(cls, name: str, revision: str | None) -> "Listing":
-        """Ask the Hub. Raises what its client raises, and CheckpointError for an answer that makes no sense."""
+        """Ask the Hub. Raises what its client raises, and CheckpointError for an invalid answer."""
         from huggingface_hub import HfApi
 
         info = HfApi().model_info(name, revision=revision, files_metadata=True)
@@ -65,14 +65,14 @@ class Listing:
             for file in info.siblings or ()
         }
         hashes = [info.sha, *(file.sha256 for file in files.values() if file.sha256 is not None)]
-        if wrong := [value for value in hashes if not _HASH.fullmatch(value or "")]:  # they become names of files
+        if wrong := [value for value in hashes if not _HASH.fullmatch(value or "")]:  # hashes become file names
             raise CheckpointError(f"the Hub's answer has {shown(wrong[0])} in the place of a hash; check HF_ENDPOINT.")
         return cls(name, str(info.sha), files)
 
 
 def text_files(files: Iterable[str]) -> list[str]:
-    """Those of `files` that hold settings, templates and the licence. The index of shards is left out where a single
-    file of weights is beside it: some repositories hold the same weights twice."""
+    """The settings, templates and licence among `files`. The index of shards is left out if there is a single file of
+    weights beside it: some repositories have the same weights twice."""
     names = set(files)
     return sorted(
         name
@@ -84,9 +84,9 @@ def text_files(files: Iterable[str]) -> list[str]:
 
 
 def weight_files(files: Collection[str], folder: Path) -> list[str]:
-    """The files of weights that loading reads, among `files`; the texts are in `folder` already.
+    """The weight files among `files` that loading reads; the text files are already in `folder`.
 
-    Raises CheckpointError where there are none, or where an index names a file that is not there.
+    Raises CheckpointError if there are none, or if an index names a file that does not exist.
     """
     parts = PARTS[:1] if _has_weights("", files) else PARTS[1:]
     found: list[str] = []
@@ -106,9 +106,9 @@ def weight_files(files: Collection[str], folder: Path) -> list[str]:
 
 
 def gguf_weights(files: Collection[str], file: str) -> list[str]:
-    """A GGUF file of a repository, and the mmproj file that lies beside it, if there is one.
+    """A GGUF file of a repository, and the mmproj file in the same folder, if there is one.
 
-    Raises CheckpointError where the file is not there, or it is not clear which mmproj file belongs to it.
+    Raises CheckpointError if the file does not exist, or there are several mmproj files.
     """
     there = sorted(name for name in files if name.lower().endswith(GGUF_SUFFIX))
     if file not in there:
@@ -149,11 +149,11 @@ def download(
     file: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Bring what loading reads of a listed repository into the cache, and return the folder of the snapshot.
+    """Download the files of a listed repository that loading reads, and return the folder of the snapshot.
 
-    weights: whether to download them, too; file: the GGUF file that is wanted in their place; progress: called with
-    (stage, bytes done, bytes in all). Raises CheckpointError for a repository without usable weights, for a lack of
-    disk space and for damaged files, and what the client of the Hub raises.
+    weights: whether to download the weights, too; file: the GGUF file to download instead of them; progress: called
+    with (stage, bytes done, total bytes). Raises CheckpointError for a repository without usable weights, too little
+    disk space and damaged files, and what the Hub's client raises.
     """
     from huggingface_hub import snapshot_download
 
@@ -200,7 +200,7 @@ def _partial(blob: Path) -> Path:
 
 
 def _partial_bytes(blob: Path, file: RemoteFile) -> int:
-    """Bytes of a file that are in the cache, though no snapshot refers to them yet."""
+    """Bytes of a file that are in the cache although no snapshot refers to them yet."""
     if file.sha256 is None:
         return 0
     if blob.exists():
@@ -209,7 +209,7 @@ def _partial_bytes(blob: Path, file: RemoteFile) -> int:
 
 
 def _download_blob(listing: Listing, name: str, file: RemoteFile, blob: Path, cache: Path, bar: "_Bar") -> None:
-    """Download one file of weights to its place among the blobs, going on with what an earlier download left."""
+    """Download one file of weights into the cache's blobs, resuming an earlier download."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock, build_hf_headers
@@ -227,7 +227,7 @@ def _download_blob(listing: Listing, name: str, file: RemoteFile, blob: Path, ca
             partial.unlink()
         metadata = get_hf_file_metadata(url)
         headers = build_hf_headers()
-        if _host(metadata.location) != _host(url):  # a signed address of a file server, which must not see the token
+        if _host(metadata.location) != _host(url):  # a signed URL of a file server, which must not get the token
             headers.pop("authorization", None)
         with partial.open("ab") as target:
             tqdm_class: Any = bar
@@ -251,7 +251,7 @@ def _host(url: str) -> str:
 
 
 def _check_hash(path: Path, file: RemoteFile, name: str) -> None:
-    """Raise CheckpointError, and delete the file, unless it has the hash that the Hub states."""
+    """Raise CheckpointError, and delete the file, unless its hash is the Hub's."""
     digest = hashlib.sha256()
     with path.open("rb") as data:
         while piece := data.read(_READ_AT_ONCE):
@@ -262,7 +262,7 @@ def _check_hash(path: Path, file: RemoteFile, name: str) -> None:
 
 
 class _Bar:
-    """Reports bytes to a Progress callback, or shows the bar of the Hub's client. Stands in for a tqdm class."""
+    """Reports bytes to a Progress callback, or shows the bar of the Hub's client. Replaces a tqdm class."""
 
     def __init__(self, progress: Progress | None, *, done: int, total: int):
         self._report = progress
@@ -286,7 +286,7 @@ class _Bar:
         pass
 
     def update(self, nbytes: int) -> None:
-        """Count bytes; negative ones where a server makes a download begin anew."""
+        """Count bytes; negative if the server restarts a download."""
         self._done += nbytes
         if self._report is not None:
             self._report("downloading", self._done, self._total)
@@ -295,7 +295,7 @@ class _Bar:
 
 
 def _silent_bar() -> Any:
-    """A tqdm class that shows nothing: the files that it would count are settings of a few kilobytes."""
+    """A tqdm class that shows nothing, for settings files of a few kilobytes."""
     from huggingface_hub.utils import tqdm
 
     class Silent(tqdm):

@@ -2,8 +2,8 @@
 
     mel -> convolution stem -> pre-LN transformer layers -> average pool by two -> LayerNorm -> RoTE
 
-Windows are independent of each other; the batch is cut to its longest window, since positions past a window's end are
-masked as keys and dropped as outputs. Source: Radford et al. 2022; Goel et al. 2025,
+Windows are independent of each other. The batch is cut to its longest window; positions past a window's end are masked
+as keys and dropped as outputs. Source: Radford et al. 2022; Goel et al. 2025,
 arXiv:2507.08128 (AF-Whisper).
 """
 
@@ -72,7 +72,7 @@ class EncoderLayer(nn.Module):
         attended = self.self_attn(normed, key_lengths)
         normed, x = add_layer_norm(attended, x, self.final_layer_norm.weight, self.final_layer_norm.bias)
         x = self.fc2(gelu(self.fc1(normed)), residual=x)
-        # The reference keeps the residual stream inside float16 this way; other dtypes need no clamp.
+        # The reference clamps so that the residual stream does not overflow float16; other dtypes need no clamp.
         return x.clamp(-_FLOAT16_LIMIT, _FLOAT16_LIMIT) if x.dtype == torch.float16 else x
 
 
@@ -101,9 +101,9 @@ class Encoder(nn.Module):
         """Encode a batch of windows.
 
         mel: [batch, mel_bins, frames] from `log_mel`, in the model's dtype; samples: number of samples of each window,
-        enough for one token; windows: index of each window in its own audio. Layers whose weights lie on another
-        device are lent to that of `mel`, two at a time.
-        Returns one [token_count(samples), hidden] tensor a window.
+        enough for one token; windows: index of each window in its own audio. Layers on another device are copied to
+        that of `mel`, two at a time.
+        Returns one [token_count(samples), hidden] tensor per window.
         """
         lengths = [conv_length(valid_frames(n)) for n in samples]
         stem = (self.conv1.weight, self.conv1.bias, self.conv2.weight, self.conv2.bias, self.embed_positions.weight)

@@ -1,4 +1,4 @@
-"""The fingerprint of a model: whether keys and values that were computed elsewhere are those that it would compute."""
+"""The fingerprint of a model: tells whether another process's keys and values are those that the model computes."""
 
 import hashlib
 import math
@@ -17,7 +17,8 @@ def model_fingerprint(model: AudioFlamingo) -> str:
     """Identifies the model that computed keys and values: a hash of its config, the shapes and dtypes of its weights,
     and up to 8191 elements of each.
 
-    It is that of the whole model where this process holds a part; then every rank must call this at the same time.
+    If this process holds a part of the model, the fingerprint is that of the whole, and all ranks must call this
+    together.
     """
     digest = hashlib.blake2b(repr(model.config).encode(), digest_size=_DIGEST_BYTES)
     weights = dict(sorted(model.state_dict().items()))
@@ -33,7 +34,7 @@ def model_fingerprint(model: AudioFlamingo) -> str:
 
 
 def _sample(name: str, weight: Tensor, shape: tuple[int, ...], shard: Shard | None) -> Tensor:
-    """The bytes of some elements, [bytes] uint8; of a shard's weight with zeros for the elements of other ranks."""
+    """The bytes of some elements, [bytes] uint8. For a shard, the elements of other ranks are zeros."""
     count = math.prod(shape)
     step = max(1, count // _SAMPLES)
     indices = torch.arange(0, count, step)

@@ -1,7 +1,7 @@
-"""Checkpoints whose decoder another library quantized to 4 bits, as what this runtime stores: the same bits, reordered.
+"""Checkpoints whose decoder another library quantized to 4 bits, in this runtime's layout: the same bits, reordered.
 
-Either a whole Audio Flamingo Next, or its Qwen2 backbone alone (`model.layers.0...`), whose encoder and adaptor come
-from a dense checkpoint. See `quant.importers` for the formats.
+Either a whole Audio Flamingo Next, or only its Qwen2 backbone (`model.layers.0...`), with the encoder and adaptor from
+a dense checkpoint. See `quant.importers` for the formats.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,12 +33,12 @@ def is_foreign(folder: Path) -> bool:
 
 
 class ForeignCheckpoint:
-    """The tensors of a checkpoint that another library quantized, by canonical name, those that lack from another."""
+    """The tensors of a checkpoint that another library quantized, by canonical name; missing ones from a dense one."""
 
     def __init__(self, folder: Path, dense: Path | None = None):
-        """folder: of the quantized weights; dense: of a whole dense checkpoint, where `folder` holds a backbone alone.
+        """folder: of the quantized weights; dense: of a whole dense checkpoint, if `folder` holds only a backbone.
 
-        Raises CheckpointError, ConfigError, or ImportFormatError for weights that have no equal here.
+        Raises CheckpointError, ConfigError, or ImportFormatError for weights in an unsupported format.
         """
         texts = CheckpointFolder(folder)
         settings = texts.settings("config.json")
@@ -57,7 +57,7 @@ class ForeignCheckpoint:
         self._check_names()
 
     def recipe(self, rest: Recipe) -> Recipe:
-        """What the imported layers are stored by, and `rest` for all others."""
+        """The recipe of the imported layers, and `rest` for all others."""
         schemes = {layer: self._scheme(layer) for layer in self.layers}
         decoder = {name.removesuffix(".weight") for name in expected_shapes(self.config) if _is_product(name)}
         if set(schemes) == decoder and len(set(schemes.values())) == 1:
@@ -67,8 +67,8 @@ class ForeignCheckpoint:
         return Recipe(f"{self.format.method} and {rest.name}", (*own, *rest.rules))
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """Of the tensor called `name` once it is imported; None where the recipe decides. Scales and zeros keep the one
-        that the other library gave them."""
+        """The dtype of the imported tensor `name`; None if the recipe decides. Scales and zeros keep their stored
+        dtype."""
         layer, _, part = name.rpartition(".")
         if layer in self.layers and part in ("weight_scales", "weight_zeros"):
             return self.files.dtype(f"{layer}.{_SCALES[self.format.method]}")
@@ -78,7 +78,7 @@ class ForeignCheckpoint:
     def tensors(
         self, recipe: Recipe, device: torch.device, progress: Callable[[int, int], None]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and value of each tensor that the imported checkpoint will hold, one layer in memory at a time."""
+        """Name and value of each tensor of the imported checkpoint, one layer in memory at a time."""
         schemes = layer_schemes(replace(self.config, quantization=recipe))
         sizes = self.sizes()
         total, done = sum(sizes.values()), 0
@@ -153,7 +153,8 @@ class ForeignCheckpoint:
         return name.endswith(".weight") and name.removesuffix(".weight") in self.layers
 
     def _may_come_from_rest(self, name: str) -> bool:
-        """Not the decoder: half of one and half of another would be no model. Its head may, if the backbone is tied."""
+        """Whether a tensor may come from the dense checkpoint: not the decoder's, except the head of a tied
+        backbone."""
         return self._rest is not None and name in self._rest and (name in LM_HEAD or not name.startswith("decoder."))
 
     def _shape(self, layer: str) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Checkpoints in GGUF files: audio.cpp's packages, and llama.cpp's pairs of a text model and an audio encoder.
 
-Weights in blocks become what the schemes of `quant.ggml` store, with the same values; nothing is rounded again. A
-weight that is no matrix of a product, such as the encoder's positions, is read from its blocks as float32.
+Weights in blocks are converted to the schemes of `quant.ggml` with the same values; nothing is rounded again. A weight
+that is not a matrix of a product, such as the encoder's positions, is dequantized to float32.
 """
 
 from collections import Counter
@@ -32,7 +32,7 @@ from .stored_parameter import MappedParameter, StoredParameter
 
 @dataclass(frozen=True)
 class GgufCheckpoint:
-    """What GGUF files hold: settings and texts, weights, and the recipe of those in blocks (None: there are none)."""
+    """Contents of GGUF files: settings and texts, weights, and the recipe of those in blocks (None: there are none)."""
 
     files: EmbeddedFiles
     weights: Checkpoint
@@ -41,7 +41,7 @@ class GgufCheckpoint:
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A tensor of a file by its canonical name, with the shape that the model gives it."""
+    """A tensor of a file with its canonical name and the model's shape."""
 
     file: GgufFile
     stored_name: str
@@ -51,9 +51,9 @@ class NamedTensor:
 
 
 def gguf_files(path: Path) -> tuple[GgufFile, ...]:
-    """The files of the checkpoint at `path`: one package, or a text model and the encoder beside it.
+    """The files of the checkpoint at `path`: one package, or a text model and an encoder.
 
-    path: a GGUF file, or a folder that holds them and no config.json; for anything else there are none. Raises
+    path: a GGUF file, or a folder with GGUF files and no config.json; otherwise the result is empty. Raises
     CheckpointError for a damaged file, or if it is not clear which files belong together.
     """
     if path.is_dir():
@@ -92,7 +92,7 @@ def open_gguf(path: Path, files: tuple[GgufFile, ...]) -> GgufCheckpoint:
 
 
 class _BlockParameter(StoredParameter):
-    """What stands for a matrix in blocks: its codes, scales or zero points, as its scheme stores them."""
+    """Codes, scales or zero points of a matrix in blocks, as its scheme stores them."""
 
     def __init__(self, source: NamedTensor, part: str) -> None:
         self.file, self.stored_name = source.file.mapped, source.stored_name
@@ -128,11 +128,11 @@ class _BlockParameter(StoredParameter):
         return found
 
     def release(self, nbytes: int) -> None:
-        """Nothing to release: the file's memory is given back as soon as it is decoded."""
+        """Nothing to release: the file's memory is released as soon as it is decoded."""
 
 
 class _DequantizedParameter(StoredParameter):
-    """A parameter in blocks that no product multiplies with, as float32."""
+    """A parameter in blocks that is not a matrix of a product, as float32."""
 
     dtype = "F32"
 
@@ -155,7 +155,7 @@ class _DequantizedParameter(StoredParameter):
 
 
 def _parameters(source: NamedTensor) -> Mapping[str | None, StoredParameter]:
-    """What stands for a tensor of a file, by canonical name."""
+    """The parameters of a tensor of a file, by canonical name."""
     kind, name = source.tensor.kind, source.name
     if kind in DENSE_TYPES:
         stored = StoredTensor(kind, source.shape, source.tensor.start, source.tensor.end)
@@ -218,7 +218,7 @@ def _chosen(path: Path, files: list[GgufFile]) -> tuple[GgufFile, ...]:
 
 
 def _recipe(schemes: Mapping[str, Scheme | None], tensors: Iterable[NamedTensor]) -> Recipe | None:
-    """What describes the layers in blocks; None if there are none."""
+    """The recipe of the layers in blocks; None if there are none."""
     kinds: Counter[str] = Counter()
     for each in tensors:
         if each.tensor.kind in FORMATS:

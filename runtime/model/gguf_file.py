@@ -1,6 +1,6 @@
-"""GGUF files: metadata and a table of tensors, checked completely before anything is read or allocated by them.
+"""GGUF files: metadata and a table of tensors, checked completely before they are used to read or allocate anything.
 
-A file is a header (magic, version, how many tensors and metadata values), the metadata (key, type, value), the table
+A file is a header (magic, version, numbers of tensors and metadata values), the metadata (key, type, value), the table
 (name, sizes with the innermost first, type, offset), and the data, in which each tensor begins at a multiple of the
 alignment. Little-endian files of the versions 2 and 3 are read.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -32,7 +32,7 @@ MAX_ALIGNMENT = 1 << 16
 DEFAULT_ALIGNMENT = 32
 
 DENSE_TYPES = ("F32", "F16", "BF16")
-"""The types that are no blocks."""
+"""The types without blocks."""
 _NUMBERS = {
     0: "F32",
     1: "F16",
@@ -48,7 +48,7 @@ _NUMBERS = {
     14: "Q6_K",
     30: "BF16",
 }
-# Weights and bytes of a block. Those without a decoder are here to be named in errors.
+# Weights and bytes per block. Types without a decoder are listed so that errors can name them.
 _BLOCKS = {
     "F32": (1, 4),
     "F16": (1, 2),
@@ -74,7 +74,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says of itself.
+    """The header of a GGUF file.
 
     metadata: int, float, bool or str values, lists of str or bool, and numpy arrays of numbers.
     tensors: by name, in the order of the table.
@@ -85,10 +85,10 @@ class GgufHeader:
 
 
 class GgufFile:
-    """A memory-mapped GGUF file with its checked header. label: what errors call it."""
+    """A memory-mapped GGUF file with its checked header. label: its name in errors."""
 
     def __init__(self, path: Path, label: str | None = None) -> None:
-        """Raises CheckpointError naming the file, and the key or tensor, for anything that is not exactly true."""
+        """Raises CheckpointError naming the file, and the key or tensor, for any inconsistency."""
         self.path = path
         self.label = label or path.name
         self.mapped = MappedFile(path, self.label)
@@ -135,7 +135,7 @@ def parse_gguf_header(data: Contents, file: str) -> GgufHeader:
 
 
 class _Cursor:
-    """Reads from a file front to back; no read passes its end."""
+    """Reads a file from front to back, never past its end."""
 
     def __init__(self, data: Contents, file: str) -> None:
         self.file = file

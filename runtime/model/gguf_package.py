@@ -37,7 +37,7 @@ def is_package(file: GgufFile) -> bool:
 
 
 def package_contents(file: GgufFile) -> dict[str, bytes]:
-    """The embedded files by name. Raises CheckpointError for names, offsets or counts that cannot be."""
+    """The embedded files by name. Raises CheckpointError for impossible names, offsets or counts."""
     family = file.metadata.get("audiocpp.model_spec.family", FAMILY)
     if family != FAMILY:
         raise CheckpointError(f"{file.label} holds a model of the family {shown(family)}, not {FAMILY}.")
@@ -69,7 +69,7 @@ def package_contents(file: GgufFile) -> dict[str, bytes]:
 def package_tensors(file: GgufFile) -> list[tuple[str, str | None, tuple[int, ...], GgufTensor]]:
     """Name in the table, canonical name, shape and place of each tensor, in the order of the table.
 
-    Raises CheckpointError if names, ranks and shapes do not belong to the tensors of the table.
+    Raises CheckpointError if names, ranks and shapes do not match the tensors of the table.
     """
     names, ranks, shapes = _strings(file, _NAMES), _numbers(file, _RANKS), _numbers(file, _SHAPES)
     if not len(names) == len(ranks) == len(file.tensors):

@@ -1,8 +1,8 @@
 """llama.cpp's pairs: a qwen2 text model with its vocabulary, and an mmproj file with the audio encoder and adaptor.
 
-Config, tokenizer and settings are made from the metadata, as the text files of a checkpoint would hold them. What the
-pair does not state has the defaults of the `-hf` checkpoints: the parameters of RoTE, and, if the text model brings no
-template that writes <sound>, a ChatML template.
+Config, tokenizer and settings are made from the metadata, in the form of a checkpoint's text files. Values that the
+pair lacks have the defaults of the `-hf` checkpoints: the parameters of RoTE and, if the text model has no template
+that writes <sound>, a ChatML template.
 """
 
 import json
@@ -78,13 +78,13 @@ def is_encoder(file: GgufFile) -> bool:
 def pair_tensors(file: GgufFile) -> list[tuple[str, str | None, tuple[int, ...], GgufTensor]]:
     """Name in the table, canonical name, shape and place of each tensor; unknown names stay as they are.
 
-    The bias of a convolution has a second dimension of 1 in these files, which its shape is without.
+    The bias of a convolution has a second dimension of 1 in these files; the returned shape omits it.
     """
     return [(stored, _canonical(stored), _shape(stored, tensor), tensor) for stored, tensor in file.tensors.items()]
 
 
 def pair_contents(text: GgufFile, encoder: GgufFile) -> dict[str, bytes]:
-    """The text files that a checkpoint of the pair would have, by name.
+    """The pair's metadata as the text files of a checkpoint, by name.
 
     Raises ConfigError for metadata that is missing, of another type, or describes what this runtime does not compute.
     """
@@ -204,7 +204,7 @@ def _rows(file: GgufFile, name: str) -> int:
 
 
 def _number(file: GgufFile, key: str) -> Any:
-    """An int, or the decimal that a float32 stands for."""
+    """An int, or the shortest decimal of a float32."""
     value = file.metadata.get(key)
     if type(value) is int:
         return value

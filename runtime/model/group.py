@@ -1,7 +1,7 @@
-"""The processes that compute one model together, and what they exchange.
+"""The processes that compute one model together, and their collectives.
 
-Collectives run on gloo between CPUs, on NCCL between GPUs. The group belongs to one model and not to the process, so a
-program may use `torch.distributed` for its own purposes, and load several models.
+Collectives run on gloo between CPUs, on NCCL between GPUs. A group belongs to one model, not to the process, so a
+program may use `torch.distributed` itself and load several models.
 """
 
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ from ...kernels.native.recording import current
 from ...kernels.row_groups import is_row_invariant
 from ..errors import GroupError
 
-_SECONDS = {"cpu": 600, "cuda": 60}  # without an answer, after which a rank counts as lost; CPUs may encode for minutes
+_SECONDS = {"cpu": 600, "cuda": 60}  # timeout after which a rank counts as lost; CPUs may encode for minutes
 
 
 class Group:
     """The ranks of one model, of which this process is number `rank` of `size`."""
 
     def __init__(self, store: Any, rank: int, size: int, device: torch.device):
-        """store: a store of `torch.distributed` that all ranks share. Waits for the others.
+        """store: a store of `torch.distributed` that all ranks share. Waits for the other ranks.
 
-        Raises GroupError if one does not come.
+        Raises GroupError if a rank does not connect.
         """
         self.rank = rank
         self.size = size
@@ -35,9 +35,9 @@ class Group:
             self._backend: Any = _nccl(store, rank, size) if device.type == "cuda" else _gloo(store, rank, size)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Replace x on every rank by the sum over all ranks, which is the same on all, and return it.
+        """Replace x on every rank by the sum over all ranks, identical on all, and return it.
 
-        Inside `row_invariant` the order in which an element is summed does not depend on where it stands.
+        Inside `row_invariant` the order in which an element is summed does not depend on its position.
         """
         if is_row_invariant() and self.size > 2:
             parts = self.all_gather(x)
@@ -49,7 +49,7 @@ class Group:
         return x
 
     def maximum(self, x: Tensor) -> Tensor:
-        """Replace x on every rank by its largest value on any, element by element, and return it."""
+        """Replace x on every rank by the elementwise maximum over all ranks, and return it."""
         self._reduce("MAX", x)
         return x
 
@@ -60,7 +60,7 @@ class Group:
         return int(x)
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, which have one shape and dtype, in the order of ranks."""
+        """The tensors of all ranks, of the same shape and dtype, in the order of ranks."""
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)]
         with _explained():
@@ -68,7 +68,8 @@ class Group:
         return parts
 
     def exchange(self, x: Tensor) -> Tensor:
-        """Send x[i] to rank i. x: [ranks, ...], contiguous. Returns what the ranks have sent, like x."""
+        """Send x[i] to rank i. x: [ranks, ...], contiguous. Returns the tensors that the ranks sent, in the shape of
+        x."""
         from torch.distributed import AllToAllOptions
 
         received = torch.empty_like(x)
@@ -77,8 +78,8 @@ class Group:
         return received
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Send x to the next rank, the last one's to the first. x: of one shape on all ranks, contiguous. Returns what
-        the rank before has sent, like x."""
+        """Send x to the next rank, from the last rank to the first. x: of the same shape on all ranks, contiguous.
+        Returns the previous rank's tensor, like x."""
         from torch.distributed import AllToAllOptions
 
         to_next, from_last = [0] * self.size, [0] * self.size
@@ -99,7 +100,8 @@ class Group:
         return x
 
     def abort(self) -> None:
-        """Let what waits for other ranks fail, from any thread. gloo does so itself when a rank ends."""
+        """Make collectives that wait for other ranks fail; callable from any thread. gloo does so itself when a rank
+        ends."""
         if self.device.type == "cuda":
             self._backend.abort()
 

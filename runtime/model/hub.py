@@ -1,4 +1,4 @@
-"""Where a model is: in the package, in a local folder, or in the Hugging Face Hub's cache, downloaded when needed.
+"""Finds a model: in the package, in a local folder, or in the Hugging Face Hub's cache, downloaded if needed.
 
 Nothing here imports torch. `HF_HUB_CACHE` or `HF_HOME` moves the cache, `HF_ENDPOINT` names another Hub.
 """
@@ -25,7 +25,7 @@ SHORT_NAMES = {
     "next-think": "nvidia/audio-flamingo-next-think-hf",
     "next-captioner": "nvidia/audio-flamingo-next-captioner-hf",
 }
-"""Short names, understood wherever a model is named, and what they stand for."""
+"""Short names, accepted wherever a model is named, and their full names."""
 
 _BUNDLED_FOLDER = Path(__file__).parent / "afnext_tiny"
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -40,8 +40,8 @@ _log = logging.getLogger("afnext")
 class LocalModel:
     """A model on this machine.
 
-    name: as it is written to load it; folder: where it is; commit: of the Hub, None for what comes with the package;
-    nbytes: what it takes on disk; complete: whether all of its weights are there.
+    name: the name to load it by; folder: its path; commit: of the Hub, None for the bundled model; nbytes: size on
+    disk; complete: whether all of its weights are present.
     """
 
     name: str
@@ -57,7 +57,7 @@ class LocalModel:
 
 
 def full_name(model: str) -> str:
-    """What a short name stands for; any other name as it is. A local folder of that name comes first."""
+    """The full name of a short name; other names are unchanged. A local folder of that name takes precedence."""
     return model if Path(model).expanduser().is_dir() else SHORT_NAMES.get(model, model)
 
 
@@ -69,16 +69,15 @@ def resolve(
     weights: bool = True,
     progress: Progress | None = None,
 ) -> Path:
-    """Where `model` is: the folder or GGUF file that it names, the package's own folder for `BUNDLED`, or the snapshot
-    of the Hub repository `org/name`, downloaded if needed; of `org/name:FILE.gguf` that file, with the mmproj file
-    beside it if there is one.
+    """The path of `model`: the folder or GGUF file that it names, the package's own folder for `BUNDLED`, or the
+    snapshot of the Hub repository `org/name`, downloaded if needed; for `org/name:FILE.gguf` that file, downloaded with
+    the mmproj file beside it if there is one.
 
-    A folder or file that exists comes first, then short names; a path object, or a string that looks like a path, is
-    never taken for a Hub name. `revision` is a branch, tag or commit on the Hub. With `offline`, or HF_HUB_OFFLINE=1 in
-    the environment, only the cache is looked at; so it is, with a warning, when the Hub cannot be reached. weights:
-    whether they are needed, or the settings alone. progress: called with (stage, bytes done, bytes in all) while
-    downloading.
-    Raises CheckpointError saying what to do when the folder or repository cannot be had.
+    An existing folder or file takes precedence, then short names; a path object, or a string that looks like a path, is
+    never interpreted as a Hub name. `revision` is a branch, tag or commit on the Hub. With `offline`, or
+    HF_HUB_OFFLINE=1 in the environment, only the cache is used; also, with a warning, if the Hub cannot be reached.
+    weights: whether weights are needed, or only the settings. progress: called with (stage, bytes done, total bytes)
+    while downloading. Raises CheckpointError, with advice, if the folder or repository is not available.
     """
     name = os.fspath(model)
     folder = Path(name).expanduser()
@@ -110,22 +109,22 @@ def resolve(
 
 
 def pull(model: str, *, revision: str | None = None, progress: Progress | None = None) -> Path:
-    """Download a model from the Hub, or what is missing of it, and return its folder. Raises CheckpointError as
-    `resolve` does, and for a local folder."""
+    """Download a model from the Hub, or the missing part of it, and return its folder. Raises CheckpointError like
+    `resolve`, and for a local folder."""
     if Path(model).expanduser().exists():
         raise CheckpointError(f"{model} is here already, as a local folder or file; there is nothing to download.")
     return resolve(model, revision=revision, progress=progress)
 
 
 def where(model: str | PathLike[str], *, revision: str | None = None) -> Path:
-    """The folder of a model that is on this machine already; nothing is downloaded. Raises CheckpointError if it is
-    not there, or not all of it."""
+    """The folder of a model on this machine; nothing is downloaded. Raises CheckpointError if it is missing or
+    incomplete."""
     return resolve(model, revision=revision, offline=True)
 
 
 def local_models() -> list[LocalModel]:
-    """The models on this machine: the package's own, packed copies, which have their folders as names, and those of
-    the family in the Hub's cache, which may hold much else."""
+    """The models on this machine: the bundled one, packed copies, named by their folders, and models of the family in
+    the Hub's cache."""
     from huggingface_hub import scan_cache_dir
 
     models = [LocalModel(BUNDLED, _BUNDLED_FOLDER, None, _bytes_in(_BUNDLED_FOLDER), True)]
@@ -147,8 +146,8 @@ def local_models() -> list[LocalModel]:
 
 
 def remove(model: str) -> int:
-    """Delete a model from the Hub's cache, with all its revisions and what an interrupted download left, or a packed
-    copy; return how many bytes that freed. Raises CheckpointError for a model that is in neither."""
+    """Delete a packed copy, or a model in the Hub's cache with all its revisions and partial downloads; return the
+    number of bytes freed. Raises CheckpointError for a model that is in neither place."""
     name = full_name(model)
     if name == BUNDLED:
         raise CheckpointError(f"{BUNDLED} comes with afnext; uninstalling afnext removes it.")
@@ -166,7 +165,7 @@ def remove(model: str) -> int:
 
 
 def cache_folder() -> Path:
-    """The folder of the Hub's cache, which all programs share that use the Hub's client."""
+    """The folder of the Hub's cache, shared by all programs that use the Hub's client."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).expanduser()
@@ -207,7 +206,7 @@ def _snapshot(
         return download(listing, cache_folder(), revision, weights=weights, file=file, progress=progress)
     except CheckpointError as problem:
         raise CheckpointError(f"{name}: {problem}") from None
-    except Exception as problem:  # the transport below the Hub's client, and its errors, change between versions
+    except Exception as problem:  # the transport of the Hub's client, and its errors, change between versions
         from huggingface_hub import errors
 
         if usable is None or isinstance(problem, errors.RevisionNotFoundError):
@@ -222,7 +221,7 @@ def _snapshot(
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
-    """The snapshot of a revision in the cache, whole or not. Raises CheckpointError for an invalid revision."""
+    """The snapshot of a revision in the cache, complete or not. Raises CheckpointError for an invalid revision."""
     revision = revision or "main"
     if ".." in revision or revision.startswith("/") or "\\" in revision:
         raise CheckpointError(f"{revision!r} is no revision; give a branch, tag or commit.")
@@ -271,7 +270,7 @@ def _raise_not_cached(name: str, revision: str | None, cached: Path | None) -> N
 
 
 def _explain(name: str, revision: str | None, problem: Exception) -> NoReturn:
-    """Raise the CheckpointError for what huggingface_hub reported; most telling first, since its classes overlap."""
+    """Raise the CheckpointError for an error of huggingface_hub, the most specific first, since its classes overlap."""
     from huggingface_hub import errors
 
     at = f"{name} at revision {revision}" if revision else name

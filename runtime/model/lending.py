@@ -1,7 +1,7 @@
-"""Layers that stay in the host's memory and are copied to a GPU each time they compute.
+"""Layers that stay in host memory and are copied to a GPU each time they compute.
 
-Two places on the GPU take turns: while a layer computes in one, the next is copied to the other, on a stream of its
-own. The host's copies are pinned, without which a copy waits for the processor, and one block of bytes per layer.
+There are two buffers on the GPU: while a layer computes in one, the next is copied to the other, on a separate stream.
+The host's copies are pinned, because unpinned copies are synchronous, and contiguous for each layer.
 """
 
 import copy
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from ...kernels.device_state import current
 
-_ALIGNMENT = 256  # of a tensor in a block, in bytes, as the allocators have it
+_ALIGNMENT = 256  # alignment of a tensor in a block, in bytes, as in the allocators
 _PLACES = 2
 
 
 class LentLayers:
-    """Runs layers whose tensors are in the host's memory on a GPU. They keep them, pinned from then on."""
+    """Runs layers whose tensors are in host memory on a GPU. The tensors stay there and are pinned."""
 
     def __init__(self, layers: Sequence[nn.Module], device: torch.device):
         sizes = [sum(map(_aligned, layer.buffers())) for layer in layers]
         self._device = device
-        self._lock = threading.Lock()  # two threads may encode; each place has one layer at a time
+        self._lock = threading.Lock()  # two threads may encode; each buffer holds one layer at a time
         with current(device):
             self._copies = torch.cuda.Stream()
             self._places = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(_PLACES)]
@@ -33,7 +33,7 @@ class LentLayers:
         self._lent = [_with_block(layer, self._places[at % _PLACES]) for at, layer in enumerate(layers)]
 
     def __call__(self, x: Tensor, *arguments: Tensor) -> Tensor:
-        """The last layer's output; each takes the output of the one before, and `arguments`."""
+        """The last layer's output; each layer takes the output of the previous one, and `arguments`."""
         with self._lock, current(self._device):
             computing = torch.cuda.current_stream()
             for number, (block, layer) in enumerate(zip(self._blocks, self._lent, strict=True)):
@@ -57,7 +57,7 @@ def _pinned(size: int) -> Tensor:
 
 
 def _pin(layer: nn.Module, size: int) -> Tensor:
-    """Move a layer's tensors to a pinned block of `size` bytes, which is returned."""
+    """Move a layer's tensors to a pinned block of `size` bytes, and return the block."""
     block, start = _pinned(size), 0
     for module in layer.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -69,7 +69,7 @@ def _pin(layer: nn.Module, size: int) -> Tensor:
 
 
 def _with_block(layer: nn.Module, block: Tensor) -> nn.Module:
-    """A copy of a layer that was pinned, its tensors at the same places of another block."""
+    """A copy of a pinned layer with its tensors at the same offsets of another block."""
     lent, start = copy.deepcopy(layer, {id(buffer): buffer for buffer in layer.buffers()}), 0
     for module in lent.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -13,7 +13,7 @@ from ..files import open_regular
 class MappedFile:
     """A regular file, memory-mapped read-only, as the uint8 tensor `bytes`.
 
-    label: what errors call it. Raises CheckpointError for anything but a readable regular file that is not empty.
+    label: its name in errors. Raises CheckpointError for anything but a readable, non-empty regular file.
     """
 
     def __init__(self, path: Path, label: str) -> None:
@@ -24,12 +24,12 @@ class MappedFile:
         except (OSError, ValueError) as problem:
             raise CheckpointError(f"{label} cannot be mapped into memory: {problem}.") from None
         with warnings.catch_warnings():
-            # torch warns that the memory is read-only; it is so on purpose.
+            # torch warns that the memory is read-only, which is intended.
             warnings.simplefilter("ignore", UserWarning)
             self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
 
     def release(self, start: int, end: int) -> None:
-        """Give the whole pages within bytes `start..end` back to the system; a later read brings them back."""
+        """Release the whole pages within bytes `start..end`; a later read maps them again."""
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
         if length > 0 and hasattr(self.map, "madvise"):

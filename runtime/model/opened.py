@@ -13,13 +13,13 @@ from .config import ModelConfig
 from .gguf_checkpoint import gguf_files, open_gguf
 
 LM_HEAD = ("decoder.lm_head.weight", "decoder.lm_head.weight_codes")
-"""A tied model stores neither of these."""
+"""Tensors that a tied model does not store."""
 
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """Settings and texts of a checkpoint, its weights, and the config of what they make up. imported: whether these
-    are packed as another program stored them."""
+    """Settings and texts of a checkpoint, its weights, and the config of the model. imported: whether another program
+    packed the weights."""
 
     files: CheckpointFolder
     weights: Checkpoint
@@ -28,7 +28,7 @@ class OpenCheckpoint:
 
     @property
     def folder(self) -> Path:
-        """The folder, or the GGUF file that holds everything."""
+        """The folder, or the GGUF file."""
         return self.files.path
 
 
@@ -55,7 +55,8 @@ def _imported(files: CheckpointFolder, weights: Checkpoint, recipe: Recipe | Non
 
 
 def stored_config(path: str | PathLike[str]) -> ModelConfig:
-    """The config of a folder, whose weights need not be there, or of a GGUF file. Raises as `open_checkpoint` does."""
+    """The config of a folder, which need not have weights, or of a GGUF file. Raises the errors of
+    `open_checkpoint`."""
     folder = Path(path)
     if folder.is_dir() and not gguf_files(folder) and not is_bitsandbytes(CheckpointFolder(folder)):
         return ModelConfig.from_folder(folder)
@@ -63,7 +64,7 @@ def stored_config(path: str | PathLike[str]) -> ModelConfig:
 
 
 def with_stored_head(config: ModelConfig, stored: Container[str]) -> ModelConfig:
-    """The config, untied where a head of its own is stored: the reference uses it whatever the flag says."""
+    """The config, untied if a separate head is stored: the reference uses that head whatever the flag says."""
     if not config.decoder.tie_word_embeddings or not any(name in stored for name in LM_HEAD):
         return config
     return replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))

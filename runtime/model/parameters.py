@@ -1,9 +1,9 @@
-"""The names and shapes of the parameters: one canonical naming, and what each stored layout calls them.
+"""The names and shapes of the parameters: canonical names, and those of each stored layout.
 
-The runtime's modules know only canonical names, such as `encoder.layers.0.fc1.weight`, `adaptor.linear_1.bias`,
-`decoder.layers.0.self_attn.q_proj.weight`, `decoder.lm_head.weight`. Checkpoints in the wild differ in the prefixes
-alone: `audio_tower` or `sound_tower`, with or without a leading `model.`, and so on. A Qwen2 backbone by itself has
-`model.` alone.
+The runtime's modules use only canonical names, such as `encoder.layers.0.fc1.weight`, `adaptor.linear_1.bias`,
+`decoder.layers.0.self_attn.q_proj.weight`, `decoder.lm_head.weight`. Checkpoint layouts differ only in prefixes:
+`audio_tower` or `sound_tower`, with or without a leading `model.`, and so on. A separate Qwen2 backbone has only
+`model.`.
 """
 
 import re
@@ -30,7 +30,7 @@ _IGNORED = re.compile(r"((model\.)?audio_tower|sound_tower(\.sound_tower)?)\.pos
 def canonical_name(stored: str) -> str | None:
     """The canonical name of the tensor called `stored` in any known layout; None for a buffer that is not needed.
 
-    A name of no known layout, and one that is canonical already, comes back as it is.
+    A name of an unknown layout, or one that is already canonical, is returned unchanged.
     """
     if _IGNORED.fullmatch(stored):
         return None
@@ -42,7 +42,7 @@ def canonical_name(stored: str) -> str | None:
 
 
 def part_of(name: str) -> str:
-    """Which of PARTS the parameter with this canonical name belongs to."""
+    """The one of PARTS that the parameter with this canonical name belongs to."""
     if name.startswith("decoder."):
         return {"embed_tokens": "embeddings", "lm_head": "lm_head"}.get(name.split(".")[1], "decoder layers")
     return name.split(".")[0]

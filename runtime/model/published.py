@@ -1,4 +1,4 @@
-"""The shape of the released Audio Flamingo Next checkpoints, for plans and stand-ins without them.
+"""The config of the released Audio Flamingo Next checkpoints, for plans and random weights without them.
 
 8 267 215 360 parameters in 830 tensors, 16 534 430 720 bytes in bfloat16.
 Source: config.json of nvidia/audio-flamingo-next-hf as transformers 5 converts it.

@@ -1,4 +1,4 @@
-"""Which tensors stand for the weights of a quantized model, and whether files and config belong together."""
+"""The stored tensors of a quantized model, and checks that files and config belong together."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from .parameters import expected_shapes
 
 METADATA_KEY = "afnext.quantization"
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_NO_MATRIX = "encoder.embed_positions.weight"  # added, not multiplied with
+_NO_MATRIX = "encoder.embed_positions.weight"  # added, not a factor of a product
 
 
 def layer_schemes(config: ModelConfig) -> dict[str, Scheme]:
@@ -39,12 +39,12 @@ def layer_schemes(config: ModelConfig) -> dict[str, Scheme]:
 
 
 def scheme_of(recipe: Recipe, name: str, shape: tuple[int, ...]) -> Scheme | None:
-    """What `recipe` makes of the parameter with this canonical name and shape; None if it stays dense."""
+    """The scheme that `recipe` gives the parameter with this canonical name and shape; None if it stays dense."""
     return recipe.scheme(name.removesuffix(".weight")) if is_matrix(name, shape) else None
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether the parameter with this canonical name and shape is one that schemes store."""
+    """Whether schemes can store the parameter with this canonical name and shape."""
     return name.endswith(".weight") and len(shape) == 2 and name != _NO_MATRIX
 
 
@@ -63,9 +63,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, Stored]:
 
 
 def to_quantize(config: ModelConfig, recipe: Recipe | None) -> ModelConfig:
-    """The config of the model that results where `recipe`, if any, quantizes a checkpoint with this config.
+    """The config of the model after `recipe`, if any, quantizes a checkpoint with this config.
 
-    Raises ConfigError if that is quantized already, by other rules that `recipe` does not merely extend, SchemeError
+    Raises ConfigError if the checkpoint is already quantized and `recipe` does not merely extend its rules, SchemeError
     for a rule that matches no layer.
     """
     if recipe is None or recipe == config.quantization:
@@ -80,7 +80,7 @@ def to_quantize(config: ModelConfig, recipe: Recipe | None) -> ModelConfig:
 
 
 def check_rules(config: ModelConfig, recipe: Recipe) -> None:
-    """Raise SchemeError, listing the layers that there are, if a rule of `recipe` matches none of them."""
+    """Raise SchemeError, listing the model's layers, if a rule of `recipe` matches none of them."""
     layers = [name.removesuffix(".weight") for name, shape in expected_shapes(config).items() if is_matrix(name, shape)]
     unused = recipe.unused_patterns(layers)
     if unused:
@@ -89,7 +89,7 @@ def check_rules(config: ModelConfig, recipe: Recipe) -> None:
 
 
 def check_written_for(config: ModelConfig, metadata: Mapping[str, Mapping[str, str]], folder: Path) -> None:
-    """Raise CheckpointError if a file's header tells of another quantization than the config.
+    """Raise CheckpointError if a file's header has another quantization than the config.
 
     metadata: of each file, by name, the strings in its header.
     """
@@ -104,13 +104,13 @@ def check_written_for(config: ModelConfig, metadata: Mapping[str, Mapping[str, s
 
 
 def quantization_metadata(recipe: Recipe) -> dict[str, str]:
-    """The strings that the header of a quantized file holds."""
+    """The strings in the header of a quantized file."""
     return {METADATA_KEY: json.dumps(recipe.to_dict(), sort_keys=True)}
 
 
 def check_finite(tensor: torch.Tensor, where: str) -> None:
-    """Raise CheckpointError, naming `where`, if there are numbers among scales or zeros that are not finite."""
-    # One pass without a copy: the extremes of a tensor with NaN are NaN.
+    """Raise CheckpointError, naming `where`, if scales or zeros are not finite."""
+    # One pass without a copy: the minimum and maximum of a tensor with NaN are NaN.
     if tensor.is_floating_point() and not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
         bad = int((~tensor.isfinite()).sum())
         raise CheckpointError(
@@ -129,8 +129,8 @@ def check_scales(
 ) -> None:
     """Raise CheckpointError, naming `where`, if the scales are too large for a product.
 
-    Each weight must be finite in `dtype`, which the model computes in (None: float32), and so must be the sum of a row
-    of `inputs` weights in float32, in which products are accumulated.
+    Each weight must be finite in `dtype`, in which the model computes (None: float32), and the sum of a row of `inputs`
+    weights must be finite in float32, in which products are accumulated.
     """
     largest = scheme.largest_weight(scales, zeros)
     limit = min(torch.finfo(dtype or torch.float32).max, torch.finfo(torch.float32).max / inputs)

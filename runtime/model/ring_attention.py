@@ -1,9 +1,9 @@
-"""Ring attention: a prompt divided by tokens among any number of ranks, across machines. A research path without an
-option: it computes a prompt's hidden states, and keeps no keys and values to decode with.
+"""Ring attention: a prompt divided by tokens among any number of ranks, across machines. For research only, with no
+option to enable it: it computes a prompt's hidden states, but keeps no keys and values for decoding.
 
 Each rank has every n-th token, and all heads. Its queries stay, while keys and values go around the ring, from each
-rank to the next; what a block of them contributes is merged by the logarithms of the sums. Ulysses
-(`sequence_parallel`) sends less, but to every rank, and serves at most as many ranks as there are KV heads.
+rank to the next; the results for each block are merged by the logarithms of the sums. Ulysses (`sequence_parallel`)
+sends less, but to every rank, and supports at most as many ranks as there are KV heads.
 
 Every n-th token, rather than a run of tokens, gives each rank an equal share of a causal block's products.
 
@@ -61,7 +61,8 @@ class RingAttention(nn.Module):
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: Group) -> Tensor:
-    """Causal attention, where token t of rank r is token t * ranks + r of all, and every rank has equally many.
+    """Causal attention where token t of rank r is token t * ranks + r of the prompt, and ranks have equally many
+    tokens.
 
     q: [time, heads, head_dim]; k, v: [time, KV heads, head_dim]. Returns like q, summed in float32.
     """
@@ -78,9 +79,9 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: Group) -> Tensor:
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, *, strict: bool) -> tuple[Tensor, Tensor]:
-    """Attention to one block, and the logarithms of its sums, [time, heads] float32, -inf where nothing is seen.
+    """Attention to one block, and the logarithms of its sums, [time, heads] float32, -inf where a query sees no key.
 
-    strict: a query sees the keys before its own place only, rather than that of its place, too.
+    strict: a query sees only the keys before its own index, otherwise also the key at that index.
     """
     grouped = q.float().unflatten(1, (k.shape[1], -1))
     scores = torch.einsum("tkgd,skd->tkgs", grouped, k.float()) * q.shape[-1] ** -0.5

@@ -1,7 +1,7 @@
-"""The header of a safetensors file, checked completely before anything is read or allocated by it.
+"""The header of a safetensors file, checked completely before it is used to read or allocate anything.
 
 A file is an unsigned 64-bit little-endian length n, n bytes of JSON `{name: {dtype, shape, data_offsets}}`, and the
-data. The data must be exactly the tensors, one after the other: no holes, no overlaps, nothing left over. Format:
+data. The data must be exactly the tensors, one after another, without holes, overlaps or extra bytes. Format:
 https://github.com/huggingface/safetensors
 """
 
@@ -29,7 +29,7 @@ ITEM_BITS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file: its dtype as the format spells it, and where its bytes `start` and `end` in the file."""
+    """One tensor of a file: its dtype as the format spells it, and its byte offsets `start` and `end` in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,12 +38,12 @@ class StoredTensor:
 
     @property
     def elements(self) -> int:
-        """How many numbers the tensor holds."""
+        """Number of elements of the tensor."""
         return math.prod(self.shape)
 
 
 class Contents(Protocol):
-    """The bytes of a file, of which only the header is read: `bytes`, a `mmap`, or an object that has no more."""
+    """The bytes of a file, of which only the header is read: `bytes`, a `mmap`, or an object with just the header."""
 
     def __len__(self) -> int: ...
 
@@ -53,13 +53,13 @@ class Contents(Protocol):
 def parse_header(data: Contents, file: str) -> dict[str, StoredTensor]:
     """The tensors of the whole safetensors file `data`, by name, in the order of their bytes.
 
-    Raises CheckpointError naming `file`, and the tensor, for a truncated file or a header that is not exactly true.
+    Raises CheckpointError naming `file`, and the tensor, for a truncated file or an inconsistent header.
     """
     return parse_header_and_metadata(data, file)[0]
 
 
 def parse_header_and_metadata(data: Contents, file: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """As `parse_header`, and the strings that the header holds beside the tensors."""
+    """Like `parse_header`, with the header's metadata strings."""
     size = len(data)
     length = int.from_bytes(data[:8], "little")
     if size < 8 or length > size - 8:
@@ -118,7 +118,7 @@ def _check_coverage(tensors: dict[str, StoredTensor], data_start: int, size: int
 
 
 def shown_shape(shape: list[int] | tuple[int, ...]) -> str:
-    """The shape as text for an error, at most eight sizes of it."""
+    """The shape as text for an error, at most eight sizes."""
     return f"[{', '.join(map(str, shape[:8]))}{', ...' if len(shape) > 8 else ''}]"
 
 

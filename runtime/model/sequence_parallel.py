@@ -2,12 +2,12 @@
 
 Every rank has the whole weights. Products, norms and MLPs of a chunk are computed for a rank's own tokens. Before
 attention the ranks exchange tokens for heads, so that each has all tokens for its own heads, as in tensor parallelism:
-the KV cache is the same, and decoding goes on with the ranks' parts of the same weights.
+the KV cache is the same, and decoding uses the ranks' parts of the same weights.
 
     q, k, v of own tokens, all heads -> all-to-all -> all tokens, own heads -> cache, attention -> all-to-all -> o
 
-A rank sends (2 heads + 2 KV heads) * head_dim elements for each of its own tokens and layer, (n - 1) / n of them to
-others, where tensor parallelism sums 2 * hidden for every token.
+A rank sends (2 heads + 2 KV heads) * head_dim elements per layer for each of its own tokens, (n - 1) / n of them to
+other ranks; tensor parallelism sums 2 * hidden for every token.
 
 Source: Jacobs et al. 2023, arXiv:2309.14509; Hidayetoglu et al. 2025, arXiv:2509.16495.
 """
@@ -21,7 +21,7 @@ from .decoder import CacheView, Decoder, DecoderAttention, DecoderLayer
 from .group import Group
 
 LONG = 512
-"""Tokens of a chunk from which on it is divided by tokens; shorter ones are computed as in tensor parallelism."""
+"""Minimal length of a chunk that is divided by tokens; shorter ones are computed as in tensor parallelism."""
 
 
 class SequenceParallel:
@@ -36,8 +36,8 @@ class SequenceParallel:
             layer.self_attn = UlyssesAttention(layer.self_attn, group)  # type: ignore[assignment]
 
     def __call__(self, x: Tensor, positions: Tensor, cache: CacheView) -> Tensor:
-        """As `decoder(x, positions, cache)`, with the cache of the rank's KV heads. x, positions: of all tokens, one
-        sequence. Returns the hidden states of all tokens."""
+        """Like `decoder(x, positions, cache)`, with the cache of the rank's KV heads. x, positions: of all tokens of
+        one sequence. Returns the hidden states of all tokens."""
         count, size, rank = x.shape[1], self._group.size, self._group.rank
         share = -(-count // size)
         own = F.pad(x, (0, 0, 0, share * size - count))[:, rank * share : (rank + 1) * share].contiguous()

@@ -1,13 +1,12 @@
-"""Tensor parallelism: which part of the decoder each rank holds, and the layers that put the parts together.
+"""Tensor parallelism: the part of the decoder that each rank holds, and the layers that combine the parts.
 
     q, k, v, gate, up   by rows: each rank has some of the heads, KV heads and inner channels
     o, down             by columns, those of the rank's heads and channels; the sum over ranks is the output
     embeddings, lm_head by rows, of the vocabulary; scores are gathered
     everything else     the same on every rank: norms, encoder, adaptor
 
-A rank reads only its part of the vocabulary's matrices, which are an eighth of the weights that a token reads in int4.
-Packed weights are cut along with their scales and zero points and mean the same numbers as before, so a cut must fall
-between two groups.
+A rank reads only its part of the vocabulary's matrices, which are an eighth of the weights read per token in int4.
+Packed weights are cut with their scales and zero points and keep their values, so a cut must fall between two groups.
 
 Source: Shoeybi et al. 2019, arXiv:1909.08053.
 """
@@ -65,7 +64,7 @@ def shard_config(config: ModelConfig, size: int) -> ModelConfig:
 
 
 def column_bytes(part: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of the weights of a part, as `shard_config` gives it, that are cut by columns: views cannot be."""
+    """Bytes of the weights of a part, from `shard_config`, that are cut by columns and so cannot be views."""
     return sum(
         math.prod(stored.shape) * (stored.dtypes[0] if name.endswith(PARTS) else dtype).itemsize
         for name, stored in expected_tensors(part).items()
@@ -74,7 +73,7 @@ def column_bytes(part: ModelConfig, dtype: torch.dtype) -> int:
 
 
 class Shard:
-    """The part of a model that this process holds. config: its sizes, as `shard_config` gives them."""
+    """The part of a model that this process holds. config: its sizes, from `shard_config`."""
 
     def __init__(self, whole: ModelConfig, group: Group):
         """whole: the config of the whole model, quantization included. Raises what `shard_config` raises."""
@@ -89,24 +88,24 @@ class Shard:
         return self._whole[name]
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """The rank's part of the tensor `name`, contiguous; a view of it where its rows are cut alone.
+        """The rank's part of the tensor `name`, contiguous; a view if only rows are cut.
 
-        Rows that a vocabulary lacks for equal parts are zeros.
+        A vocabulary is padded to equal parts with rows of zeros.
         """
         return self._cut(tensor, self._parts[name]).contiguous()
 
     def cut_rows(self, rows: int, weight: Tensor) -> Tensor:
-        """The rank's part of a dense weight of which it has `rows` rows."""
+        """The rank's part, `rows` rows, of a dense weight."""
         return self._cut(weight, (rows, *weight.shape[1:]))
 
     def rows(self, layer: str) -> int:
-        """How many rows of a packed layer's weight the rank has."""
+        """Number of rows of a packed layer's weight that the rank has."""
         return self._parts[f"{layer}.weight_codes"][0]
 
     def elements(self, name: str, weight: Tensor, indices: Tensor) -> Tensor:
-        """The elements of the flattened whole tensor at `indices` which the rank contributes, and zeros for the rest.
+        """The elements of the flattened whole tensor at `indices` that the rank contributes, and zeros for the rest.
 
-        weight: the rank's part. Of what every rank has, rank 0 contributes all.
+        weight: the rank's part. Rank 0 contributes all elements that every rank has.
         """
         whole, part = self._whole[name], self._parts[name]
         places = list(torch.unravel_index(indices, whole))
@@ -120,7 +119,7 @@ class Shard:
         return taken
 
     def parallelize(self, decoder: Decoder) -> None:
-        """Give a decoder of the shard's sizes, still empty, the layers that put the ranks' parts together."""
+        """Give an empty decoder of the shard's sizes the layers that combine the ranks' parts."""
         for layer in decoder.layers:
             assert isinstance(layer, DecoderLayer)
             layer.self_attn.o_proj = RowParallel(layer.self_attn.o_proj, self.group)
@@ -140,10 +139,10 @@ class Shard:
 
 
 class RowParallel(Linear):
-    """y = x W^T, of which each rank has some columns of W and the inputs that belong to them."""
+    """y = x W^T, where each rank has some columns of W and the corresponding inputs."""
 
     def __init__(self, like: Linear, group: Group):
-        """like: the empty layer of the rank's sizes, which has no bias."""
+        """like: the empty layer of the rank's sizes, without a bias."""
         super().__init__(like.weight.shape[1], like.weight.shape[0], bias=False)
         self._group = group
 
@@ -153,8 +152,8 @@ class RowParallel(Linear):
         return isinstance(self.scheme, Int8) and self.scheme.int8_inputs
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """See `Linear`. Where inputs are rounded with one scale for each row, one more input, of weight zero, brings
-        the largest of all ranks' inputs into the row, so that every rank rounds with the same scale."""
+        """See `Linear`. If inputs are rounded with one scale per row, an extra input with weight zero holds the largest
+        input of all ranks, so that every rank rounds with the same scale."""
         if self._rounds_rows:
             self.register_buffer("weight_codes", F.pad(self.packed.codes, (0, _INT8_INPUTS)))
         super().prepare(dtype)
@@ -170,7 +169,7 @@ class RowParallel(Linear):
 
 
 class VocabularyEmbedding(Embedding):
-    """An embedding table of which each rank has some rows."""
+    """An embedding table; each rank has some of its rows."""
 
     def __init__(self, like: Embedding, group: Group, vocabulary: int):
         """like: the empty layer of the rank's sizes; vocabulary: rows of the whole table."""
@@ -192,7 +191,7 @@ class VocabularyEmbedding(Embedding):
 
 
 class VocabularyHead(Linear):
-    """The language-model head, of which each rank has some rows."""
+    """The language-model head; each rank has some of its rows."""
 
     def __init__(self, like: Linear, group: Group, vocabulary: int):
         """like: the empty layer of the rank's sizes; vocabulary: rows of the whole head."""

@@ -12,7 +12,7 @@ from .safetensors_header import StoredTensor
 
 
 class StoredParameter(ABC):
-    """One parameter. file: the mapped file; stored_name: what it is called there; shape: of its tensor."""
+    """One parameter. file: the mapped file; stored_name: its name there; shape: of its tensor."""
 
     file: MappedFile
     stored_name: str
@@ -39,11 +39,11 @@ class StoredParameter(ABC):
 
     @abstractmethod
     def release(self, nbytes: int) -> None:
-        """Give the memory behind the first `nbytes` of the tensor back; reading that again reads the file again."""
+        """Release the memory of the first `nbytes` of the tensor; reading it again reads the file again."""
 
     @property
     def elements(self) -> int:
-        """How many numbers the parameter holds."""
+        """Number of elements of the parameter."""
         return math.prod(self.shape)
 
     @property
@@ -77,7 +77,7 @@ class MappedParameter(StoredParameter):
         return self._stored.end - self._stored.start
 
     def tensor(self) -> Tensor:
-        """A view of the mapped file, or a copy if it lies unaligned there."""
+        """A view of the mapped file, or a copy if it is unaligned there."""
         dtype = TORCH_DTYPES[self.dtype]
         flat = self.file.bytes[self._stored.start : self._stored.end]
         if self._stored.start % dtype.itemsize:
@@ -90,7 +90,7 @@ class MappedParameter(StoredParameter):
 
 
 class ReshapedParameter(StoredParameter):
-    """A parameter whose tensor has another shape than the stored one, of as many elements."""
+    """A parameter whose tensor has another shape than the stored one, with as many elements."""
 
     def __init__(self, source: StoredParameter, shape: tuple[int, ...]) -> None:
         self.file, self.stored_name, self.shape = source.file, source.stored_name, shape

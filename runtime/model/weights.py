@@ -13,12 +13,12 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def empty(*shape: int) -> Tensor:
-    """A placeholder of the given shape that holds no memory."""
+    """A placeholder of the given shape that takes no memory."""
     return torch.empty(shape, device="meta")
 
 
 class Norm(nn.Module):
-    """The parameters of a LayerNorm (weight and bias) or an RMSNorm (weight alone), each [channels]."""
+    """The parameters of a LayerNorm (weight and bias) or an RMSNorm (weight only), each [channels]."""
 
     weight: Tensor
     bias: Tensor
@@ -53,7 +53,7 @@ class Embedding(nn.Module):
 
 
 def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Put each named tensor in the place of the buffer of that name in `module`.
+    """Replace the buffer of each name in `module` by the named tensor.
 
     Raises CheckpointError when a name is unknown, a shape differs, or a buffer stays empty.
     """
@@ -75,9 +75,9 @@ def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def on_device(module: ModuleT, device: torch.device) -> ModuleT:
-    """`module` itself where all its tensors are on `device`, otherwise a copy of it there.
+    """`module` itself if all its tensors are on `device`, otherwise a copy of it there.
 
-    The module is left as it is, so that several threads may borrow from it.
+    The module is not changed, so several threads may use it.
     """
     if all(buffer.device == device for buffer in module.buffers()):
         return module
