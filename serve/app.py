@@ -31,6 +31,7 @@ Handler = Callable[[Server, Exchange], Awaitable[None]]
 _log = logging.getLogger("afnext.serve")
 _requests = logging.getLogger("afnext.serve.requests")
 _LAG_SECONDS = 0.05
+_EXPIRE_SECONDS = 60.0
 
 
 class Endpoint:
@@ -150,11 +151,12 @@ def create_routes(server: Server) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        lag = asyncio.create_task(_measure_lag(server))
+        tasks = [asyncio.create_task(work(server)) for work in (_measure_lag, _expire)]
         try:
             yield
         finally:
-            lag.cancel()
+            for task in tasks:
+                task.cancel()
             await server.close()
 
     server.metrics.watch(lambda: {} if server.backend.loading else server.backend.status(), server.contexts.states)
@@ -205,6 +207,17 @@ async def _measure_lag(server: Server) -> None:
         due = loop.time() + _LAG_SECONDS
         await asyncio.sleep(_LAG_SECONDS)
         server.metrics.loop_lag_seconds.observe(max(0.0, loop.time() - due))
+
+
+async def _expire(server: Server) -> None:
+    """Forget once a minute what nobody used for its time, also when no request comes."""
+    while True:
+        await asyncio.sleep(_EXPIRE_SECONDS)
+        try:
+            server.contexts.expire()
+            server.files.expire()
+        except OSError:
+            _log.exception("the folder of files and contexts cannot be read")
 
 
 def _traceparent(scope: Scope) -> str | None:

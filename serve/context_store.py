@@ -6,10 +6,12 @@ restart of the server, and a question never fails because contexts fill the cach
 give way to recordings.
 
 Several servers may share the folder: each can answer about a context that another one has heard. The time of a
-context's description is that of its last use by any of them.
+context's description is that of its last use by any of them. A question looks at the files of its own context only;
+the folder is read for lists, for new contexts, and by `expire`, which a server calls once a minute.
 """
 
 import asyncio
+import itertools
 import json
 import logging
 import math
@@ -29,11 +31,12 @@ from ..runtime.errors import OutOfPagesError
 from ..runtime.files import output_file
 from ..runtime.io.audio import Audio
 from .errors import ApiError, api_error
-from .store import changes, remove_orphans
+from .store import changes, description, is_id, remove_orphans
 from .threads import to_its_end
 
 IDLE_SECONDS = 3600
 _MOST_CONTEXTS = 1000
+_PREFIX = "ctx_"
 _log = logging.getLogger("afnext.serve")
 
 
@@ -159,7 +162,7 @@ Decode = Callable[[Path, str], Awaitable[Audio]]
 
 def new_id(route: str = "") -> str:
     """An id that nobody can guess. route: hexadecimal digits that end it."""
-    return f"ctx_{secrets.token_hex(16)}{route}"
+    return f"{_PREFIX}{secrets.token_hex(16)}{route}"
 
 
 class ContextStore:
@@ -176,7 +179,7 @@ class ContextStore:
         self._entries: dict[str, Entry] = {}
         self._listening: dict[str, Listening] = {}
         self._read()
-        remove_orphans(folder, "ctx_", self._entries)
+        remove_orphans(folder, _PREFIX, self._entries)
 
     @property
     def bytes(self) -> int:
@@ -294,8 +297,7 @@ class ContextStore:
 
     def get(self, identifier: Any, key: str, param: str | None = None) -> Entry:
         """A context. Raises ApiError (404) unless this key made it and it has not expired."""
-        self.expire()
-        entry = self._entries.get(identifier) if isinstance(identifier, str) else None
+        entry = self._current(identifier) if is_id(identifier, _PREFIX) else None
         if entry is None or entry.about.key != key:
             raise ApiError(404, "context_not_found", "there is no such context", param=param)
         return entry
@@ -364,7 +366,7 @@ class ContextStore:
         extra = len(self._entries) - _MOST_CONTEXTS
         if extra > 0 or any(entry.last_active + entry.about.ttl <= now for entry in idle):
             for entry in idle:
-                entry.last_active = max(entry.last_active, self._last_use(entry.about.id))
+                entry.last_active = max(entry.last_active, self._last_use(entry.about.id) or 0.0)
             for index, entry in enumerate(sorted(idle, key=lambda entry: entry.last_active)):
                 if entry.last_active + entry.about.ttl <= now or index < extra:
                     self._forget(entry)
@@ -488,31 +490,59 @@ class ContextStore:
         self._remove_files(entry.about.id)
 
     def _remove_files(self, identifier: str) -> None:
-        for path in self._folder.glob(f"{identifier}.*"):
+        for path in (self._description(identifier), self._saved(identifier)):
             path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            for index in itertools.count():
+                self._upload(identifier, index).unlink()
 
     def _read(self) -> None:
         """Take note of contexts that other servers have made and removed."""
-        gone, new = changes(self._folder, "ctx_", self._entries.keys())
+        gone, new = changes(self._folder, _PREFIX, self._entries.keys())
         for identifier in gone:
             self._forget(self._entries[identifier])
         for identifier, values in new.items():
-            with suppress(TypeError, KeyError):
-                about = _parsed(values)
-                if about.id == identifier:
-                    stored = _size(self._upload(identifier, index) for index in range(len(about.names)))
-                    self._entries[identifier] = Entry(about, stored=stored, saved=_size([self._saved(identifier)]))
+            self._take(identifier, values)
+
+    def _current(self, identifier: str) -> Entry | None:
+        """The context of an id as its files are now, whichever server wrote or used them; None if it is gone."""
+        used, entry = self._last_use(identifier), self._entries.get(identifier)
+        if used is None:
+            if entry is not None:
+                self._forget(entry)
+            return None
+        if entry is None:
+            return self._take(identifier, description(self._description(identifier)))
+        entry.last_active = max(entry.last_active, used)
+        if not entry.lock.locked():  # it is not being saved
+            entry.saved = _size([self._saved(identifier)])
+        if not entry.uses and entry.last_active + entry.about.ttl <= time.time():
+            self._forget(entry)
+            return None
+        return entry
+
+    def _take(self, identifier: str, values: dict[str, Any] | None) -> Entry | None:
+        """Note a context that another server has described so; None, and nothing, if this is no description."""
+        with suppress(TypeError, KeyError):
+            about = _parsed(values or {})
+            if about.id == identifier:
+                stored = _size(self._upload(identifier, index) for index in range(len(about.names)))
+                entry = Entry(about, stored=stored, saved=_size([self._saved(identifier)]))
+                self._entries[identifier] = entry
+                return entry
+        return None
 
     def _touch(self, entry: Entry) -> None:
         entry.last_active = time.time()
         with suppress(OSError):  # it was forgotten
             os.utime(self._description(entry.about.id))
 
-    def _last_use(self, identifier: str) -> float:
+    def _last_use(self, identifier: str) -> float | None:
+        """The time of a context's last use by any server; None if it is gone."""
         try:
             return self._description(identifier).stat().st_mtime
-        except OSError:
-            return 0.0
+        except FileNotFoundError:
+            return None
 
     def _same(self, key: str, system: str | None, fingerprint: str) -> Entry | None:
         wanted = (key, system, fingerprint)

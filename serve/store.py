@@ -1,9 +1,11 @@
 """Stored uploads: each a file and a description beside it, seen only by the API key that stored it.
 
-Several servers may share the folder.
+Several servers may share the folder. Finding a file by its id looks at that file only; the folder is read for lists,
+for uploads, and by `expire`, which a server calls once a minute.
 """
 
 import json
+import re
 import secrets
 import shutil
 import time
@@ -21,6 +23,8 @@ from .threads import to_its_end
 KEPT_SECONDS = 24 * 3600
 _ORPHAN_SECONDS = 3600.0
 _LONGEST = 30 * 24 * 3600
+_PREFIX = "file-"
+_HEX = re.compile(r"[0-9a-f]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class FileStore:
         self._files: dict[str, StoredFile] = {}
         self._writing: set[str] = set()
         self._read()
-        remove_orphans(folder, "file-", self._files)
+        remove_orphans(folder, _PREFIX, self._files)
 
     async def add(
         self, source: Path, filename: str, *, purpose: str, key: str, seconds: int = KEPT_SECONDS, route: str = ""
@@ -73,7 +77,7 @@ class FileStore:
         if size + sum(file.bytes for file in self._files.values()) > self._max_bytes:
             raise ApiError(413, "payload_too_large", "the server's store is full; delete files, or try again later")
         expires = now + max(1, min(seconds, _LONGEST))
-        stored = StoredFile(f"file-{secrets.token_hex(16)}{route}", filename, size, purpose, now, expires, key)
+        stored = StoredFile(f"{_PREFIX}{secrets.token_hex(16)}{route}", filename, size, purpose, now, expires, key)
         self._files[stored.id] = stored  # counted from now on
         self._writing.add(stored.id)
         try:
@@ -87,8 +91,7 @@ class FileStore:
 
     def get(self, identifier: Any, key: str, param: str | None = None) -> StoredFile:
         """A file. Raises ApiError (404) unless this key stored it and it has not expired."""
-        self.expire()
-        stored = self._files.get(identifier) if isinstance(identifier, str) else None
+        stored = self._current(identifier) if is_id(identifier, _PREFIX) else None
         if stored is None or stored.key != key:
             raise ApiError(404, "file_not_found", "there is no such file", param=param)
         return stored
@@ -116,14 +119,33 @@ class FileStore:
             self._remove(stored)
 
     def _read(self) -> None:
-        gone, new = changes(self._folder, "file-", self._files.keys())
+        gone, new = changes(self._folder, _PREFIX, self._files.keys())
         for identifier in gone - self._writing:
             del self._files[identifier]
         for identifier, values in new.items():
-            with suppress(TypeError):
-                stored = StoredFile(**values)
-                if stored.id == identifier and self._data(stored.id).is_file():
-                    self._files[stored.id] = stored
+            self._take(identifier, values)
+
+    def _current(self, identifier: str) -> StoredFile | None:
+        """The file of an id as it is in the folder now, whichever server stored it; None if it is gone."""
+        stored = self._files.get(identifier)
+        if stored is None:
+            stored = self._take(identifier, description(self._description(identifier)))
+        elif identifier not in self._writing and not self._description(identifier).is_file():
+            del self._files[identifier]
+            return None
+        if stored is not None and stored.expires <= time.time():
+            self._remove(stored)
+            return None
+        return stored
+
+    def _take(self, identifier: str, values: dict[str, Any] | None) -> StoredFile | None:
+        """Note a file that another server has described so; None, and nothing, if this is no description."""
+        with suppress(TypeError):
+            stored = StoredFile(**(values or {}))
+            if stored.id == identifier and self._data(identifier).is_file():
+                self._files[identifier] = stored
+                return stored
+        return None
 
     def _write(self, source: Path, stored: StoredFile) -> None:
         shutil.move(source, self._data(stored.id))  # the spool may lie on another file system
@@ -142,15 +164,25 @@ class FileStore:
         return self._folder / f"{identifier}.json"
 
 
+def is_id(value: Any, prefix: str) -> bool:
+    """Whether a client's value can be an id with that prefix, and so the beginning of a file name."""
+    return isinstance(value, str) and value.startswith(prefix) and _HEX.fullmatch(value, len(prefix)) is not None
+
+
+def description(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if it cannot be read."""
+    try:
+        return read_json_object(path, path.name, AfnextError)
+    except AfnextError:
+        return None
+
+
 def changes(folder: Path, prefix: str, known: Set[str]) -> tuple[set[str], dict[str, dict[str, Any]]]:
     """What has changed among the descriptions ID.json in a folder whose ids have that prefix: the `known` ids that are
     gone, and the JSON objects of the others by id. Those that cannot be read are left out."""
     there = {path.stem: path for path in folder.glob(f"{prefix}*.json")}
-    new = {}
-    for identifier in there.keys() - known:
-        with suppress(AfnextError):
-            new[identifier] = read_json_object(there[identifier], there[identifier].name, AfnextError)
-    return set(known - there.keys()), new
+    read = {identifier: description(there[identifier]) for identifier in there.keys() - known}
+    return set(known - there.keys()), {identifier: values for identifier, values in read.items() if values is not None}
 
 
 def remove_orphans(folder: Path, prefix: str, known: Container[str]) -> None:
