@@ -110,6 +110,14 @@ class Backend(Protocol):
     def stuck(self) -> bool:
         """Whether it has had work for two minutes without a step. A slow machine may need as long for one."""
 
+    @property
+    def max_batch(self) -> int:
+        """Requests that it works on at once."""
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that are not computed yet."""
+
     def description(self) -> dict[str, Any]:
         """The model's properties for `GET /v1/models`."""
 

@@ -19,15 +19,14 @@ def parse(exchange: Exchange, body: bytes, kind: type[T], impossible: Mapping[st
     Unknown fields end up in `exchange.ignored`.
     """
     try:
-        given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        known = {field.encode_name for field in msgspec.structs.fields(kind)}
-        for name in given.keys() - known:
+        given = msgspec.json.decode(body)
+        for name in (given.keys() if isinstance(given, dict) else set()) - set(kind.__struct_fields__):
             if name in impossible:
-                if msgspec.json.decode(given[name]) not in impossible[name]:
+                if given[name] not in impossible[name]:
                     raise unsupported(name, f"{name} is not supported by this model")
             elif name not in HARMLESS:
                 exchange.ignore([name])
-        return msgspec.json.decode(body, type=kind)
+        return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `$")
         param = where.removesuffix("`").lstrip(".") or None

@@ -115,7 +115,7 @@ class LocalBackend:
         """See `Backend`."""
         if self._model is None:
             return self.failure is not None
-        return not self.model.model.engine.stats().alive
+        return not self.model.model.engine.alive
 
     @property
     def stuck(self) -> bool:
@@ -130,6 +130,16 @@ class LocalBackend:
     def max_audio_seconds(self) -> float:
         """See `Backend`."""
         return self.model.model.network.config.max_audio_seconds
+
+    @property
+    def max_batch(self) -> int:
+        """See `Backend`."""
+        return self.model.model.engine.options.max_batch
+
+    @property
+    def queued_tokens(self) -> int:
+        """See `Backend`."""
+        return self.model.model.engine.queued_tokens
 
     def description(self) -> dict[str, Any]:
         """See `Backend`."""

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from ..runtime.app.answer import Answer
 from ..runtime.app.transcribe import Transcript
@@ -98,10 +97,10 @@ class Server:
     async def admitted(self) -> AsyncIterator[None]:
         """Count a request to the model. Raises ApiError while the model loads, or has too much to do."""
         self.check_ready()
-        status = self.backend.status()
-        most = self.settings.max_requests or 4 * status["max_batch"]
-        if self._admitted >= most or status["queued_tokens"] > self.settings.max_queued_tokens:
-            raise overloaded("the server has too much to do", self._retry_after(status))
+        most = self.settings.max_requests or 4 * self.backend.max_batch
+        queued = self.backend.queued_tokens
+        if self._admitted >= most or queued > self.settings.max_queued_tokens:
+            raise overloaded("the server has too much to do", self._retry_after(queued))
         self._admitted += 1
         try:
             yield
@@ -163,8 +162,8 @@ class Server:
             path, name, spool=self.spool, max_seconds=self.backend.max_audio_seconds, truncate=True
         )
 
-    def _retry_after(self, status: dict[str, Any]) -> int:
+    def _retry_after(self, queued_tokens: int) -> int:
         """Seconds after which the queue should be shorter, from the prompt tokens that wait and the rate so far."""
         rate = self.metrics.prefill_rate()
-        seconds = status["queued_tokens"] / rate if rate else 5.0
+        seconds = queued_tokens / rate if rate else 5.0
         return max(_LEAST_RETRY, min(_MOST_RETRY, math.ceil(seconds)))

@@ -255,6 +255,16 @@ class Engine:
         """
         self._between_steps(lambda: self._steps.warm_up(progress))
 
+    @property
+    def alive(self) -> bool:
+        """False after an error that ended the engine."""
+        return self._steps.alive
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that are not computed yet: one of the numbers of `stats`, which counts all pages besides."""
+        return self._steps.queued_tokens
+
     def stats(self) -> EngineStats:
         """Statistics of the work so far. Does not wait."""
         return self._steps.stats()

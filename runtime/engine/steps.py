@@ -381,6 +381,17 @@ class Steps:
         if not self._device_works():
             raise error
 
+    @property
+    def alive(self) -> bool:
+        """See `Engine.alive`."""
+        return self.dead is None and self.executor.failure is None
+
+    @property
+    def queued_tokens(self) -> int:
+        """See `Engine.queued_tokens`."""
+        queued = (self.inbox.arrivals, self.scheduler.waiting, self.scheduler.prefilling)
+        return sum(max(0, s.to_prefill - s.computed) for sequences in queued for s in sequences.copy())
+
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
         waiting, pool = [*self.inbox.arrivals.copy(), *self.scheduler.waiting], self.pages.cache.pool
@@ -388,11 +399,11 @@ class Steps:
         in_prefixes = {page for pages in self.pages.prefixes.copy().values() for page in pages}
         private = {page for sequence in (*prefilling, *decoding) for page in sequence.private_pages}
         return EngineStats(
-            alive=self.dead is None and self.executor.failure is None,
+            alive=self.alive,
             waiting=len(waiting),
             prefilling=len(prefilling),
             decoding=len(decoding),
-            queued_tokens=sum(max(0, s.to_prefill - s.computed) for s in (*waiting, *prefilling)),
+            queued_tokens=self.queued_tokens,
             free_pages=pool.free,
             private_pages=len(private),
             prefix_pages=len(in_prefixes),
