@@ -237,6 +237,10 @@ def http(
         str | None, typer.Option(help="Server to load; by default one of its own, beside the model.")
     ] = None,
     model: ModelOption = BUNDLED,
+    random: Annotated[
+        str | None, typer.Option(help="Shape of random weights to serve: tiny, full-width:ENC,DEC or full.")
+    ] = None,
+    scheme: Annotated[str, typer.Option(help=f"Of the random weights: {', '.join(SCHEMES)}.")] = "bf16",
     clients: Annotated[str, typer.Option(help="Clients at once, with commas.")] = "1,8,32,128",
     seconds: Annotated[float, typer.Option(help="Time for each number of clients, and each side.", min=0.0)] = 20.0,
     api_key: Annotated[str, typer.Option(help="Key for the server.", envvar="AFNEXT_API_KEY")] = "",
@@ -247,7 +251,16 @@ def http(
     from .model.serving_http import run_http
 
     counts = [int(count) for count in numbers(clients, "--clients", least=1)]
-    records = run_http(out, url=url, model=model, clients=counts, seconds=seconds, api_key=api_key)
+    records = run_http(
+        out,
+        url=url,
+        model=model,
+        clients=counts,
+        seconds=seconds,
+        api_key=api_key,
+        random=random,
+        scheme=choice(scheme, tuple(SCHEMES), "--scheme"),
+    )
     if as_json:
         show(records, as_json)
         return

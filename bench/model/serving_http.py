@@ -18,46 +18,76 @@ import json
 import math
 import re
 import secrets
-import socket
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import AfnextError
+from ...quant.recipe import recipe
 from ...runtime.app.api import load as load_model
 from ...runtime.app.async_model import AsyncModel
 from ..core.machine import machine
-from ..core.record import Record, append
+from ..core.random_checkpoint import write_random_checkpoint
+from ..core.record import SCHEMES, Record, append, recipe_of
 from .http_clients import LENGTHS, NEW_TOKENS, Ask, Http, Load, Question, direct, load, quantiles
 
 _UPLOADERS, _ASKING, _UPLOAD_BYTES = 4, 8, 32 << 20
 _PROBE_SECONDS = 0.02  # between two probes
 _EXTRA = 4  # clients beyond the server's limit, so that it stays reached
+_URL = re.compile(r"http://127\.0\.0\.1:\d+")
 _TRIAL = 8  # questions at least, to see how many are answered in a second
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """What is served. label: its name in the records; dtype: as of `load`."""
+
+    model: str
+    label: str
+    dtype: str = "auto"
+
+
 def run_http(
-    out: Path, *, url: str | None, model: str, clients: Iterable[int], seconds: float, api_key: str = ""
+    out: Path,
+    *,
+    url: str | None,
+    model: str,
+    clients: Iterable[int],
+    seconds: float,
+    api_key: str = "",
+    random: str | None = None,
+    scheme: str = "bf16",
 ) -> list[Record]:
     """Load a server at `url`, or one of its own, with each number of clients for `seconds`; append to `out`.
 
     With its own server the same questions go to the model directly, too, for as long. Then come uploads and overload,
-    for at most ten seconds each. Raises AfnextError without an answer.
+    for at most ten seconds each. random: serve random weights of that shape (see `random_checkpoint.py`) instead of
+    `model`, in a scheme of `record.SCHEMES`. Raises AfnextError without an answer, and for `random` with `url`.
     """
-    return asyncio.run(_run(out, url, model, list(clients), seconds, api_key))
+    if random is None:
+        return asyncio.run(_run(out, url, _Subject(model, model), list(clients), seconds, api_key))
+    if url is not None:
+        raise AfnextError("random weights are served by a server of the bench's own; leave out --random or --url")
+    recipe_name = recipe_of(scheme)
+    with tempfile.TemporaryDirectory(prefix="afnext-bench-") as folder:
+        write_random_checkpoint(Path(folder), random, quant=recipe(recipe_name) if recipe_name else None)
+        subject = _Subject(folder, f"{random} {scheme}", SCHEMES[scheme])
+        return asyncio.run(_run(out, None, subject, list(clients), seconds, api_key))
 
 
 async def _run(
-    out: Path, url: str | None, model: str, clients: list[int], seconds: float, api_key: str
+    out: Path, url: str | None, subject: _Subject, clients: list[int], seconds: float, api_key: str
 ) -> list[Record]:
     records: list[Record] = []
     where, questions = machine(), map(Question, itertools.count())
 
-    def note(name: str, subject: str, case: dict[str, Any], values: dict[str, Any]) -> None:
-        record = Record("http", name, f"{subject} {model}", case, values, machine=where)
+    def note(name: str, side: str, case: dict[str, Any], values: dict[str, Any]) -> None:
+        record = Record("http", name, f"{side} {subject.label}", case, values, machine=where)
         append(out, record)
         records.append(record)
 
@@ -77,8 +107,8 @@ async def _run(
             note("load", "HTTP", case(count), (await load(http.ask, count, asked)).values())
         await others(http)
         return records
-    alone = AsyncModel(await asyncio.to_thread(load_model, model))
-    async with _own_server(model) as http:
+    alone = AsyncModel(await asyncio.to_thread(load_model, subject.model, dtype=subject.dtype))
+    async with _own_server(subject) as http:
         for count in clients:
             beside, served = await _compared(alone, http, count, questions, seconds)
             note("load", "direct", case(count), beside.values())
@@ -195,12 +225,9 @@ async def _limit(http: Http) -> int:
 
 
 @asynccontextmanager
-async def _own_server(model: str) -> AsyncIterator[Http]:
+async def _own_server(subject: _Subject) -> AsyncIterator[Http]:
     """A server in a process of its own, which ends with the block."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = ("-m", "afnext", "serve", "--model", model, "--port", str(port))
+    arguments = ("-m", "afnext", "serve", "--model", subject.model, "--dtype", subject.dtype, "--port", "0")
     process = await asyncio.create_subprocess_exec(sys.executable, *arguments, stderr=asyncio.subprocess.PIPE)
     assert process.stderr is not None
     lines = []
@@ -210,9 +237,10 @@ async def _own_server(model: str) -> AsyncIterator[Http]:
             break
     else:
         raise AfnextError(f"the server ended while it started: {''.join(lines)}")
+    url = next(filter(None, map(_URL.search, lines)))[0]
     draining = asyncio.create_task(process.stderr.read())  # its log
     try:
-        yield Http(f"http://127.0.0.1:{port}")
+        yield Http(url)
     finally:
         process.terminate()
         await draining

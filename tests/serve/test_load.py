@@ -15,7 +15,7 @@ import pytest
 
 import afnext
 from afnext import AfnextError
-from afnext.bench.core.record import read
+from afnext.bench.core.record import Record, read
 from afnext.bench.model import serving_http
 from afnext.bench.model.http_clients import Load
 from afnext.bench.model.serving_http import beside_direct, run_http
@@ -55,8 +55,23 @@ def test_questions_that_the_server_refuses_are_not_compared() -> None:
 @pytest.mark.slow
 def test_the_loader_compares_with_the_model_alone(tmp_path: Path) -> None:
     records = run_http(tmp_path / "r", url=None, model="afnext-tiny", clients=[1, 4], seconds=1.0)
+    compared(records, "afnext-tiny")
+
+
+@pytest.mark.slow
+def test_the_loader_serves_random_weights(tmp_path: Path) -> None:
+    records = run_http(tmp_path / "r", url=None, model="", clients=[1, 4], seconds=1.0, random="tiny", scheme="fp32")
+    compared(records, "tiny fp32")
+
+
+def test_random_weights_are_not_served_by_another_s_server(tmp_path: Path) -> None:
+    with pytest.raises(AfnextError, match="leave out --random or --url"):
+        run_http(tmp_path / "r", url="http://127.0.0.1:9", model="", clients=[1], seconds=0.0, random="tiny")
+
+
+def compared(records: list[Record], label: str) -> None:
     loads = [record for record in records if record.name == "load"]
-    assert [record.subject for record in loads] == ["direct afnext-tiny", "HTTP afnext-tiny"] * 2
+    assert [record.subject for record in loads] == [f"direct {label}", f"HTTP {label}"] * 2
     for direct, served in zip(loads[::2], loads[1::2], strict=True):
         assert served.values["requests"] == direct.values["requests"]
         assert served.values["same_answers"] == 1.0
