@@ -82,7 +82,7 @@ function note(text) {
 
 // A recording
 
-/** context: of a recording that was heard while it was made; the conversation about it goes on. */
+/** context: a promise of that of a recording that was heard while it was made; the conversation about it goes on. */
 async function open(file, context = null) {
   recording?.leave();
   $("problem").hidden = true;
@@ -219,8 +219,8 @@ async function stopRecording() {
   recorder = null;
   const file = await stopped.stop();
   endRecording();
-  let context = null;
-  if (live?.connected) context = (await live.finish().catch(show)) ?? null; // without one the file is heard
+  const context = live?.connected ? live.finish().catch(() => null) : null; // without one the file is heard
+  if (context) recording = null; // it ends by itself
   open(file, context);
 }
 

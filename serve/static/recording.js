@@ -5,8 +5,8 @@ import { events, request, upload } from "./api.js";
 const PEAKS = 2000;
 
 export class Recording {
-  /** onStage gets what happens ("Uploading", "Listening", "") and the fraction done. context: of the same audio, if it
-   * was heard while it was recorded. */
+  /** onStage gets what happens ("Uploading", "Listening", "") and the fraction done. context: a promise of that of the
+   * same audio, if it was heard while it was recorded; it may resolve to null. */
   constructor(file, { onStage, onPeaks, context = null }) {
     this.file = file;
     this.context = context;
@@ -26,11 +26,19 @@ export class Recording {
     const { signal } = this.leaving;
     const report = (part) => this.onStage("Uploading", part);
     this.stored = upload(this.file, { signal, report }).then(({ id }) => (this.id = id));
-    this.ready = this.context ? Promise.resolve(this.context.id) : this.stored.then(() => this.hear(false));
+    this.ready = this.heardOrHear();
     this.ready.catch(() => {}); // whoever waits for it is told
     await this.stored;
-    if (this.context) this.heard(this.context);
+    const context = await this.context;
+    if (context) this.heard(context);
     await Promise.all([this.waveform(), this.ready]);
+  }
+
+  async heardOrHear() {
+    const context = await this.context;
+    if (context) return context.id;
+    await this.stored;
+    return this.hear(false);
   }
 
   /** Listen, again if the server has forgotten it. truncate: hear the beginning if it is too long. */

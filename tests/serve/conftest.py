@@ -5,10 +5,12 @@ import hashlib
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import pytest
@@ -26,6 +28,7 @@ from afnext.serve.settings import Settings
 DATA = Path(afnext.bench.__path__[0]) / "data"
 SCENE = DATA / "scene.flac"
 HOST = "audio.example"
+T = TypeVar("T", str, bytes)
 QUESTION = "Describe the audio with timestamps."
 
 
@@ -43,6 +46,38 @@ class Running:
     def http(self, key: str | None = None) -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return httpx.Client(base_url=self.url, headers=headers, timeout=120)
+
+
+def eventually(condition: Callable[[], object], seconds: float = 100) -> bool:
+    """Whether a condition holds now or comes to hold within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (held := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(held)
+
+
+@contextmanager
+def patience(service: Running, seconds: float) -> Iterator[None]:
+    """For the length of the block the server waits so long for clients that are too slow."""
+    usual = service.server.settings
+    service.server.settings = replace(usual, slow_seconds=seconds)
+    try:
+        yield
+    finally:
+        service.server.settings = usual
+
+
+def stalled(service: Running, ask: Callable[[], T]) -> T:
+    """What an impatient server sends to a client that stalls, or b"" or "" if it hangs up.
+
+    Its patience begins with the connection. Where a client is so slow that nothing was asked until it ended, it gets
+    more.
+    """
+    for seconds in (0.5, 5.0, 50.0):
+        with patience(service, seconds):
+            if received := ask():
+                break
+    return received
 
 
 @contextmanager
@@ -74,14 +109,14 @@ def running(load: Callable[[], afnext.Model], **settings: object) -> Iterator[Ru
 
         thread = threading.Thread(target=run, name="server")
         thread.start()
-        ready.wait(120)
+        ready.wait(200)
         assert made, failures
         http, server, model = made[0]
         try:
             yield Running(f"http://127.0.0.1:{port}", server, model)
         finally:
             http.should_exit = True
-            thread.join(30)
+            thread.join(100)
             assert not thread.is_alive()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from .conftest import QUESTION, SCENE, Running
+from .conftest import QUESTION, SCENE, Running, eventually
 
 
 def message(question: str = QUESTION, data: bytes | None = None) -> list[dict[str, Any]]:
@@ -162,10 +162,7 @@ def test_a_client_that_leaves_gives_its_pages_back(service: Running) -> None:
             for line in response.iter_lines():
                 if '"content"' in line and json.loads(line.removeprefix("data: "))["choices"][0]["delta"]["content"]:
                     break
-    for _ in range(100):
-        stats = service.model.engine.stats()
-        if not (stats.waiting + stats.prefilling + stats.decoding) and not service.server.requests:
-            break
-        asyncio.run(asyncio.sleep(0.1))
-    assert service.server.requests == 0
-    assert stats.private_pages == 0
+    assert eventually(lambda: not service.server.requests)
+    assert eventually(lambda: not service.model.engine.stats().private_pages)
+    stats = service.model.engine.stats()
+    assert not stats.waiting + stats.prefilling + stats.decoding

@@ -6,7 +6,6 @@ import os
 import socket
 import time
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from afnext.serve.connection import MAX_FIELDS, MAX_HEAD, _Read
 from afnext.serve.settings import SLOWEST
 
-from .conftest import Running
+from .conftest import Running, eventually, patience, stalled
 
 FIELD = b"X-Filler: " + b"x" * 1000 + b"\r\n"
 
@@ -24,7 +23,7 @@ def opened(service: Running, **options: Any) -> socket.socket:
     connection = socket.socket()
     for name, value in options.items():
         connection.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
-    connection.settimeout(60)
+    connection.settimeout(100)
     connection.connect((host, int(port)))
     return connection
 
@@ -48,13 +47,6 @@ def is_error(response: bytes, status: int, code: str) -> bool:
     assert "connection: close" in lines
     assert any(line.startswith("x-request-id: req_") for line in lines)
     return head.startswith(b"HTTP/1.1 %d" % status) and json.loads(body)["error"]["code"] == code
-
-
-@pytest.fixture
-def impatient(service: Running, monkeypatch: pytest.MonkeyPatch) -> Running:
-    """The server with little patience."""
-    monkeypatch.setattr(service.server, "settings", replace(service.server.settings, slow_seconds=0.5))
-    return service
 
 
 REQUEST = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
@@ -96,15 +88,16 @@ def test_bytes_that_are_no_request_are_answered_with_an_error_of_the_usual_shape
     assert is_error(answer(service, b"what is this?\r\n\r\n"), 400, "invalid_request")
 
 
-def test_a_head_that_stalls_times_out(impatient: Running) -> None:
-    assert is_error(answer(impatient, REQUEST), 408, "upload_timeout")
-    assert answer(impatient) == b""  # nothing was asked
+def test_a_head_that_stalls_times_out(service: Running) -> None:
+    assert is_error(stalled(service, lambda: answer(service, REQUEST)), 408, "upload_timeout")
+    with patience(service, 0.5):
+        assert answer(service) == b""  # nothing was asked
 
 
-def test_line_breaks_keep_no_connection_open(impatient: Running) -> None:
+def test_line_breaks_keep_no_connection_open(service: Running) -> None:
     """The parser skips them before a request, however many there are."""
-    with opened(impatient) as connection:
-        deadline = time.monotonic() + 60
+    with patience(service, 0.5), opened(service) as connection:
+        deadline = time.monotonic() + 100
         try:
             while time.monotonic() < deadline:
                 connection.sendall(b"\r\n")
@@ -120,35 +113,25 @@ def served(service: Running, route: str) -> float:
     return service.server.metrics.registry.get_sample_value("afnext_requests_total", labels) or 0.0
 
 
-def eventually(condition: Any) -> bool:
-    deadline = time.monotonic() + 60
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return bool(condition())
-
-
-def test_a_client_that_does_not_read_is_cut_off(service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = os.urandom(12 << 20)
+def test_a_client_that_does_not_read_is_cut_off(service: Running) -> None:
+    content, route = os.urandom(12 << 20), "/v1/files/{id}/content"
     with service.http() as client:
         stored = client.post("/v1/files", files={"file": content}).json()
-        try:
-            monkeypatch.setattr(service.server, "settings", replace(service.server.settings, slow_seconds=0.5))
-            before = served(service, "/v1/files/{id}/content"), len(os.listdir("/proc/self/fd"))
-            with opened(service, SO_RCVBUF=4096) as connection:
-                path = f"/v1/files/{stored['id']}/content"
-                connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
-                assert eventually(lambda: served(service, "/v1/files/{id}/content") > before[0])
-                received = 0
-                try:
-                    while piece := connection.recv(1 << 20):
-                        received += len(piece)
-                except ConnectionError:
-                    pass
-            assert received < len(content)
-            assert eventually(lambda: len(os.listdir("/proc/self/fd")) <= before[1])
-        finally:
-            monkeypatch.undo()
-            client.delete(f"/v1/files/{stored['id']}")
+    request = f"GET /v1/files/{stored['id']}/content HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+    before = served(service, route), len(os.listdir("/proc/self/fd"))
+    with opened(service, SO_RCVBUF=4096) as connection:
+        connection.sendall(request[:-2])
+        with patience(service, 0.5):
+            connection.sendall(request[-2:])
+            assert eventually(lambda: served(service, route) > before[0])
+        received = 0
+        with suppress(ConnectionError):
+            while piece := connection.recv(1 << 20):
+                received += len(piece)
+    assert received < len(content)
+    assert eventually(lambda: len(os.listdir("/proc/self/fd")) <= before[1])
+    with service.http() as client:
+        client.delete(f"/v1/files/{stored['id']}")
 
 
 def frame(text: str) -> bytes:
@@ -162,7 +145,7 @@ def live_sessions(service: Running) -> float | None:
     return service.server.metrics.registry.get_sample_value("afnext_live_sessions")
 
 
-def test_a_session_whose_client_does_not_read_ends(service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_whose_client_does_not_read_ends(service: Running) -> None:
     assert eventually(lambda: live_sessions(service) == 0)
     handshake = b"GET /v1/realtime HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     key = b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + base64.b64encode(bytes(16)) + b"\r\n\r\n"
@@ -170,13 +153,11 @@ def test_a_session_whose_client_does_not_read_ends(service: Running, monkeypatch
     with opened(service, SO_RCVBUF=4096) as connection:
         connection.sendall(handshake + key)
         assert connection.recv(12) == b"HTTP/1.1 101"
-        monkeypatch.setattr(service.server, "settings", replace(service.server.settings, slow_seconds=0.5))
-        try:
-            for _ in range(200):  # each is answered with 200 kB
-                connection.sendall(update)
-        except ConnectionError:
-            pass
-        assert eventually(lambda: live_sessions(service) == 0)
+        with patience(service, 0.5):
+            with suppress(ConnectionError):
+                for _ in range(200):  # each is answered with 200 kB
+                    connection.sendall(update)
+            assert eventually(lambda: live_sessions(service) == 0)
 
 
 class Transport:

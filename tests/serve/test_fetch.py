@@ -31,7 +31,7 @@ def fetched(
     allowed: Callable[[str], bool] = lambda address: True,
     trusted: bool = True,
     tmp_path: Path,
-    seconds: float = 20.0,
+    seconds: float = 100.0,
     stall: bool = False,
 ) -> tuple[bytes, list[str], int]:
     """What a fetch writes, the requests that the server saw, and the bytes that were reserved."""
@@ -47,7 +47,7 @@ def fetched(
         writer.write(answer)
         await writer.drain()
         if stall:
-            await asyncio.sleep(30)
+            await asyncio.Event().wait()
         writer.close()
 
     async def resolved(host: str) -> list[str]:

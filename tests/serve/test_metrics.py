@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from .conftest import Running
-from .test_connection import eventually
+from .conftest import Running, eventually
 
 
 def figures(service: Running) -> dict[str, float]:
@@ -45,7 +44,7 @@ def test_status_lists_the_requests_in_progress(service: Running, monkeypatch: py
     admit = steps._admit
 
     def wait() -> None:
-        go.wait(60)
+        go.wait(200)
         admit()
 
     monkeypatch.setattr(steps, "_admit", wait)

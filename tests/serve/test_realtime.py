@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,7 @@ import afnext
 from afnext.serve.realtime_config import ResponseOptions
 from afnext.serve.realtime_response import RealtimeResponse
 
-from .conftest import QUESTION, SCENE, Running
+from .conftest import QUESTION, SCENE, Running, eventually
 
 RATE = 24000
 WORDS = "How many words are spoken?"
@@ -39,7 +38,7 @@ def encoded(samples: np.ndarray) -> str:
 @contextmanager
 def connected(service: Running, query: str = "", **options: Any) -> Iterator[Any]:
     url = service.url.replace("http", "ws") + f"/v1/realtime{query}"
-    with websockets.sync.client.connect(url, max_size=None, **options) as socket:
+    with websockets.sync.client.connect(url, max_size=None, open_timeout=100, **options) as socket:
         assert receive(socket, "session.created")
         yield socket
 
@@ -79,12 +78,13 @@ def text(response: dict[str, Any]) -> str:
 
 def settled(service: Running) -> Any:
     """The engine's numbers once nothing is in progress."""
-    for _ in range(100):
+
+    def idle() -> bool:
         stats = service.model.engine.stats()
-        if not (stats.waiting + stats.prefilling + stats.decoding or service.server.requests):
-            break
-        time.sleep(0.1)
-    return stats
+        return not (stats.waiting + stats.prefilling + stats.decoding or service.server.requests)
+
+    assert eventually(idle)
+    return service.model.engine.stats()
 
 
 def test_answers_while_recording_are_those_about_the_cut_recording(service: Running) -> None:
@@ -223,7 +223,7 @@ def test_the_context_of_a_session_answers_afterwards(service: Running) -> None:
             send(socket, "afnext.finish")
             context = receive(socket, "afnext.context")["context"]
             with pytest.raises(websockets.exceptions.ConnectionClosedOK):
-                socket.recv(timeout=60)
+                socket.recv(timeout=100)
         for reheard in (False, True):
             body = {"messages": [{"role": "user", "content": QUESTION}], "context": context["id"]}
             answer = client.post("/v1/chat/completions", json=body).json()
@@ -239,16 +239,14 @@ def test_the_context_of_a_session_answers_afterwards(service: Running) -> None:
 def test_a_client_that_leaves_keeps_a_context_and_gives_the_rest_back(service: Running) -> None:
     before = settled(service)
     url = service.url.replace("http", "ws") + "/v1/realtime"
-    with websockets.sync.client.connect(url) as socket:
+    with websockets.sync.client.connect(url, open_timeout=100) as socket:
         identifier = json.loads(socket.recv())["session"]["afnext"]["context"]
         append(socket, scene())
         send(socket, "response.create", response={"instructions": QUESTION, "temperature": 2.0})
         receive(socket, "response.output_text.delta", "response.reasoning_text.delta", "response.done")
     with service.http() as client:
-        for _ in range(100):
-            if (response := client.get(f"/v1/contexts/{identifier}")).status_code == 200:
-                break
-            time.sleep(0.1)
+        assert eventually(lambda: client.get(f"/v1/contexts/{identifier}").status_code == 200)
+        response = client.get(f"/v1/contexts/{identifier}")
         assert response.json()["seconds"] == pytest.approx(13.0, abs=0.01)
         assert client.delete(f"/v1/contexts/{identifier}").json()["deleted"]
     after = settled(service)
@@ -396,12 +394,12 @@ def test_malformed_events_are_errors_and_end_nothing(service: Running) -> None:
     with connected(service) as socket:
         for content, code in MALFORMED:
             socket.send(content)
-            event = json.loads(socket.recv(timeout=60))
+            event = json.loads(socket.recv(timeout=100))
             if event["type"] == "response.created":
-                event = json.loads(socket.recv(timeout=60))["response"]["status_details"]
+                event = json.loads(socket.recv(timeout=100))["response"]["status_details"]
             assert event.get("error", {}).get("code") == code, (content[:80], event)
         send(socket, "session.update", event_id="mine", session={"shiny": 1})
-        assert json.loads(socket.recv(timeout=60))["error"]["event_id"] == "mine"
+        assert json.loads(socket.recv(timeout=100))["error"]["event_id"] == "mine"
         append(socket, scene())
         assert text(ask(socket, QUESTION)) == service.model.ask((scene(), RATE), QUESTION).text
 
@@ -472,11 +470,11 @@ def test_unheard_audio_stops_the_reading(service: Running, monkeypatch: pytest.M
 def test_keys_and_where_they_come_from(keyed_service: Running) -> None:
     url = keyed_service.url.replace("http", "ws") + "/v1/realtime"
     with pytest.raises(websockets.exceptions.InvalidStatus) as refused:
-        websockets.sync.client.connect(url)
+        websockets.sync.client.connect(url, open_timeout=100)
     assert refused.value.response.status_code == 401
     assert json.loads(refused.value.response.body or b"")["error"]["code"] == "invalid_api_key"
     protocols: Any = ["realtime", "openai-insecure-api-key.one"]
-    with websockets.sync.client.connect(url, subprotocols=protocols) as socket:
+    with websockets.sync.client.connect(url, subprotocols=protocols, open_timeout=100) as socket:
         assert socket.subprotocol == "realtime"
         append(socket, scene())
         send(socket, "afnext.finish")
@@ -501,10 +499,8 @@ def test_a_foreign_page_and_another_model_are_refused(service: Running) -> None:
 def test_too_many_sessions_are_refused(service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    deadline = time.monotonic() + 60
-    while service.server.metrics.registry.get_sample_value("afnext_live_sessions"):  # of tests before, which end late
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    sessions = "afnext_live_sessions"  # those of tests before end late
+    assert eventually(lambda: not service.server.metrics.registry.get_sample_value(sessions))
     monkeypatch.setattr(service.server, "settings", replace(service.server.settings, max_live=1))
     with connected(service):
         with pytest.raises(websockets.exceptions.InvalidStatus) as refused:
