@@ -1,1 +1,1 @@
-"""Weights, dense or packed, and the linear layer that holds them."""
+"""Dense and packed weights, and the linear layer that holds them."""

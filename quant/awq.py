@@ -1,13 +1,13 @@
-"""Activation-aware scaling: inputs that are large get finer weights, at the cost of those that are small.
+"""Activation-aware scaling: weights of large inputs are rounded more finely, at the cost of those of small inputs.
 
-Multiplying input channel j of a weight by s[j] and dividing the input by it changes nothing before rounding; after it,
-the channel's error is that of a weight s[j] times larger, divided by s[j]:
+Multiplying input channel j of a weight by s[j] and dividing the input by s[j] has no effect before rounding; after
+rounding, the channel's error is that of a weight s[j] times larger, divided by s[j]:
 
     y = W x ~ Q(W diag(s)) (x / s),    s[j] = mean|x[j]|^alpha,    alpha from 0, 1/20 .. 1 with the least error
     error = sum over calibration rows x of ||Q(W diag(s)) (x / s) - W x||^2
 
-The division costs nothing where the operation before is linear in its output channel, which takes it into its own
-weights (`Fold`). Where that is so in this family:
+The division costs nothing if the preceding operation is linear in its output channels, because its weights can absorb
+it (`Fold`). In this model family:
 
     decoder   input_layernorm -> q, k, v;  post_attention_layernorm -> gate, up;  final norm -> lm_head
               v_proj -> o_proj, one scale for the query heads that share a value head
@@ -16,7 +16,7 @@ weights (`Fold`). Where that is so in this family:
               v_proj -> out_proj;  not fc1 -> fc2, nor linear_1 -> linear_2 in the adaptor: GELU lies between
     adaptor   the encoder's last norm -> linear_1, one scale for the two channels that RoTE rotates into each other
 
-AWQ's second step, clipping the weights of a group, is left out: the scales that int4 fits to the error do the same.
+AWQ's second step, clipping the weights of a group, is not used: int4's fitted scales have the same effect.
 
 Source: Lin et al. 2023, arXiv:2306.00978 (AWQ).
 """
@@ -28,16 +28,16 @@ import torch
 from torch import Tensor
 
 Rounded = Callable[[Tensor], Tensor]
-"""What is left of a weight [rows, in] once it is stored: dequantize(quantize(weight)), each row by itself."""
+"""dequantize(quantize(weight)) of a weight [rows, in], each row independently."""
 
 STEPS = 20
-_ROWS = 4096  # of a weight at once; rows are rounded independently of each other
-_SMALLEST = 1e-4  # of the largest magnitude: channels below, even silent ones, are scaled as if they had that
+_ROWS = 4096  # rows of a weight at a time; rows are rounded independently
+_SMALLEST = 1e-4  # of the largest magnitude: smaller channels, even zero ones, are scaled as if they had this magnitude
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a search found: the scales [channels] float32, their exponent, and the error with and without them."""
+    """The result of a search: the scales [channels] float32, their exponent, and the error with and without them."""
 
     scales: Tensor
     alpha: float
@@ -47,11 +47,10 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Fold:
-    """Linear layers with one input, and the layer before them that can take the division by their scale.
+    """Linear layers with the same input, and the layer before them that can absorb the division by their scales.
 
-    source: the norm or linear layer before, whose output channel i is divided by the scale number rows[i] (None: i);
-    None where no layer can. targets: the linear layers, whose input channel j is multiplied by the scale number
-    columns[j] (None: j).
+    source: the norm or linear layer before, whose output channel i is divided by scale rows[i] (None: i); None if no
+    layer can. targets: the linear layers, whose input channel j is multiplied by scale columns[j] (None: j).
     """
 
     source: str | None
@@ -71,7 +70,7 @@ def encoder_folds() -> tuple[Fold, ...]:
 
 
 def adaptor_folds(width: int, rotated: int) -> tuple[Fold, ...]:
-    """The folds of the adaptor behind the encoder's last norm of `width` channels, the first `rotated` by RoTE."""
+    """The folds of the adaptor after the encoder's last norm of `width` channels; RoTE rotates the first `rotated`."""
     channels = torch.arange(width)
     shared = torch.where(channels < rotated, channels // 2, channels - rotated // 2)
     return Fold("layer_norm", ("linear_1",), rows=shared, columns=shared), Fold(None, ("linear_2",))
@@ -95,7 +94,7 @@ def head_folds() -> tuple[Fold, ...]:
 
 
 def scales_for(magnitudes: Tensor, alpha: float) -> Tensor:
-    """magnitudes^alpha, [channels] float32, with the product of the largest and the smallest scale being 1.
+    """magnitudes^alpha, [channels] float32, normalized so that the product of the largest and the smallest scale is 1.
 
     magnitudes: mean |x| of each channel. All scales are 1 if all magnitudes are 0.
     """
@@ -113,12 +112,12 @@ def search_scales(
     columns: Tensor | None = None,
     steps: int = STEPS,
 ) -> Scaling:
-    """The scales, of exponents 0, 1/steps .. 1, with the least error of the outputs of `layers` on `activations`.
+    """The scales, for exponents 0, 1/steps .. 1, with the least error of the outputs of `layers` on `activations`.
 
-    layers: linear layers with one input, each its weight [out, in] and how that is stored; activations: calibration
+    layers: linear layers with the same input, each as its weight [out, in] and its rounding; activations: calibration
     rows [rows, in]; columns: see `Fold`.
-    Exponent 0 is plain rounding, so the error is never above that of it. Computed in float32, or float64 if the
-    activations are. Raises ValueError if shapes do not fit or activations are not finite.
+    Exponent 0 is plain rounding, so the error is never larger than that of plain rounding. Computed in float32, or
+    float64 if the activations are. Raises ValueError if shapes do not fit or activations are not finite.
     """
     for weight, _ in layers:
         if activations.ndim != 2 or activations.shape[1] != weight.shape[1]:
@@ -160,7 +159,7 @@ def _tied_mean(magnitudes: Tensor, columns: Tensor | None) -> Tensor:
 
 
 def scaled_target(weight: Tensor, scales: Tensor, columns: Tensor | None = None) -> Tensor:
-    """The weight [out, in] of a layer whose input channels come divided by their scales, float32 or float64."""
+    """The weight [out, in] of a layer whose input channels have been divided by their scales, float32 or float64."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32)) * (
         scales if columns is None else scales[columns]
     )

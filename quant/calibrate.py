@@ -1,16 +1,16 @@
-"""Quantizing the layers of a model by what comes into them: one stage at a time, from statistics of its inputs.
+"""Quantizes the layers of a model from statistics of their inputs, one stage at a time.
 
-A stage is a few linear layers and the norms before them, such as a decoder layer. Its parameters go by the names that
-they have in it (`self_attn.q_proj.weight`), its inputs by the folds of `awq`. What is known of an input is its Gram
-matrix and some of its rows, gathered while the dense stage ran over the calibration set; so the stage is needed once to
-gather and once, quantized, to make the inputs of the next.
+A stage is a few linear layers and the norms before them, such as a decoder layer. Its parameters have their names
+within the stage (`self_attn.q_proj.weight`), its inputs correspond to the folds of `awq`. The statistics of an input
+are its Gram matrix and some of its rows, gathered while the dense stage runs over the calibration set; so the stage
+runs once to gather and once, quantized, to compute the inputs of the next stage.
 
     scaling    the scales of `awq`, folded into the layer before where there is one that takes them
     feedback   the rounding of `gptq`, on inputs divided by those scales; nf4 is rounded to the nearest, by its levels
 
-Without feedback, scales of groups are fitted to errors weighed by inputs' mean squares. Feedback needs many tokens,
-and has nothing to gain, only chance to follow, where inputs are unrelated. So the rows that are kept are not in the
-Gram matrix, and a layer whose output on them has less error without feedback goes without.
+Without feedback, scales of groups are fitted to errors weighted by the inputs' mean squares. Feedback needs many
+tokens, and overfits if inputs are uncorrelated. So the kept rows are not in the Gram matrix, and a layer whose output
+has a smaller error on them without feedback is rounded without it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,12 +25,12 @@ from .gptq import gptq_int4, gptq_int8
 from .scheme import Int4, Int8, Packed, Scheme
 
 _ROWS = 4096  # of a weight at once
-_SEARCHED_CHANNELS = 512  # of each layer, in the search for scales: twenty times the work of rounding it
+_SEARCHED_CHANNELS = 512  # per layer, in the search for scales, which takes twenty times the work of rounding
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is done with the calibration set. rows: of each input that scales are searched and errors measured on.
+    """Options of calibration. rows: of each input, for the search of scales and the measurement of errors.
 
     scaling, feedback: see the module; damping, activation_order: see `gptq`.
     """
@@ -45,8 +45,8 @@ class Calibration:
 class InputStatistics:
     """The Gram matrix of an input, [channels, channels], and evenly spaced rows of it, [rows, channels], in float32.
 
-    Made for a number of tokens known beforehand; `add` takes them in any pieces. At most a quarter of the tokens, and
-    at least one, are kept as rows, and these are not in the matrix.
+    The number of tokens is given in advance; `add` takes them in pieces of any size. At most a quarter of the tokens,
+    and at least one, are kept as rows; these are not in the matrix.
     """
 
     def __init__(self, channels: int, tokens: int, rows: int, device: torch.device | None = None):
@@ -57,7 +57,7 @@ class InputStatistics:
         self._seen = 0
 
     def add(self, x: Tensor) -> None:
-        """Take the tokens x: [..., channels] of any floating dtype."""
+        """Add the tokens x: [..., channels] of any floating dtype."""
         x = x.reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
         first, last = torch.searchsorted(self._kept, torch.tensor([self._seen, self._seen + len(x)])).tolist()
         kept = (self._kept[first:last] - self._seen).to(x.device)
@@ -67,21 +67,21 @@ class InputStatistics:
         self._seen += len(x)
 
     def divide(self, scales: Tensor) -> None:
-        """Make these the statistics of the input divided by `scales`: [channels]."""
+        """Convert to the statistics of the input divided by `scales`: [channels]."""
         self.gram /= scales
         self.gram /= scales[:, None]
         self.rows /= scales
 
     @property
     def mean_squares(self) -> Tensor:
-        """Of each channel, but for a factor that all share: [channels]."""
+        """Mean square of each channel up to a common factor: [channels]."""
         return self.gram.diagonal()
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of a layer: the error of its output over its size, as RMS over the kept rows; the exponent of its
-    input's scales, None if they were not searched; and whether it was rounded with feedback."""
+    """The result of a layer: the relative error of its output, as RMS over the kept rows; the exponent of its input's
+    scales, None if they were not searched; and whether it was rounded with feedback."""
 
     layer: str
     error: float
@@ -91,7 +91,7 @@ class LayerReport:
 
 @contextmanager
 def gathering(stage: nn.Module, folds: Sequence[Fold], statistics: Mapping[str, InputStatistics]) -> Iterator[None]:
-    """While this lasts, what comes into the first target of each fold goes into the statistics of that name."""
+    """During the block, add the inputs of each fold's first target to the statistics of that name."""
     inputs = {name: statistics[name] for name in (fold.targets[0] for fold in folds) if name in statistics}
     hooks = [stage.get_submodule(name).register_forward_pre_hook(_taking(taken)) for name, taken in inputs.items()]
     try:
@@ -114,15 +114,15 @@ def quantize_stage(
     *,
     report: Callable[[LayerReport], None] = lambda _: None,
 ) -> Iterator[tuple[str, Tensor | Packed]]:
-    """Quantize a stage; yield the name of every parameter with what becomes of it.
+    """Quantize a stage; yield the name and the result of every parameter.
 
     parameters: all of the stage, dense; folds: one for each input of the layers to quantize; statistics: by the first
-    target of each fold, CHANGED here; scheme: that of a layer by its name, None to leave it dense. Packed weights come
-    under the name of the dense one. Dense parameters that took a division keep their dtype. One weight at a time is
-    held in float32. Raises SchemeError or ValueError where a layer does not fit its scheme.
+    target of each fold, CHANGED here; scheme: returns the scheme of a layer by its name, None to leave it dense. Packed
+    weights have the name of the dense one. Dense parameters that absorbed a division keep their dtype. One weight at a
+    time is held in float32. Raises SchemeError or ValueError if a layer does not fit its scheme.
     """
-    rows: dict[str, Tensor] = {}  # what the output channels of a layer are divided by
-    columns: dict[str, Tensor] = {}  # what the input channels of a layer are multiplied by
+    rows: dict[str, Tensor] = {}  # divisors of a layer's output channels
+    columns: dict[str, Tensor] = {}  # factors of a layer's input channels
     alphas: dict[str, float] = {}
     for fold in folds if options.scaling else ():
         if fold.source is None or all(scheme(name) is None for name in fold.targets):
@@ -151,7 +151,7 @@ def quantize_stage(
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """Evenly spaced output channels of a weight, enough to tell exponents apart."""
+    """Evenly spaced output channels of a weight, enough to compare exponents."""
     return weight[:: max(1, len(weight) // _SEARCHED_CHANNELS)]
 
 
@@ -170,7 +170,7 @@ def _rounding(scheme: Scheme | None) -> Callable[[Tensor], Tensor]:
 def _quantized(
     weight: Tensor, scheme: Scheme, inputs: InputStatistics, options: Calibration
 ) -> tuple[Packed, float, bool]:
-    """The packed weight, the error of its output, and whether feedback made it."""
+    """The packed weight, the error of its output, and whether it was rounded with feedback."""
     nearest = scheme.quantize(weight, inputs.mean_squares)
     error = _output_error(weight, nearest, scheme, inputs.rows)
     if not options.feedback or not isinstance(scheme, Int4 | Int8):

@@ -1,9 +1,10 @@
-"""Writing a quantized checkpoint: safetensors files whose tensors come one by one, in any order.
+"""Writes a quantized checkpoint: safetensors files whose tensors are passed one by one, in any order.
 
-What each tensor will be is known beforehand, so its place is, too, and no more than one of them is held in memory. The
-codes stand first in a file: their sizes are multiples of 16 bytes, so that they and the floats behind them are aligned
-for the kernels that read the mapped file. Files have at most SHARD_BYTES, and an index where there are several.
-They are written under temporary names that no other run uses, and renamed once all of them are complete. Format: https://github.com/huggingface/safetensors
+The shapes and dtypes of all tensors are known in advance, and so are their offsets; only one tensor is in memory at a
+time. The codes are first in a file: their sizes are multiples of 16 bytes, so that they and the floats after them are
+aligned for the kernels that read the mapped file. Files have at most SHARD_BYTES; several files have an index.
+They are written under temporary names that no other run uses, and renamed once all of them are complete.
+Format: https://github.com/huggingface/safetensors
 """
 
 import errno
@@ -57,11 +58,10 @@ def shard_name(number: int, count: int) -> str:
 
 
 class CheckpointWriter:
-    """Writes tensors into `folder` as they come: call `write` once for each that is expected, then `finish`.
+    """Writes tensors into `folder`: call `write` once for each expected tensor, then `finish`.
 
-    As a context manager it removes, at the end of the block, what was begun and not finished (files called *.part).
-    expected: of each name the shape, and the dtype as the first of its dtypes; metadata: strings for the headers, which
-    `finish` may change but not lengthen.
+    As a context manager it removes unfinished files (*.part) at the end of the block. expected: by name the shape, and
+    the dtype as the first of its dtypes; metadata: strings for the headers, which `finish` may change but not lengthen.
     """
 
     def __init__(
@@ -85,16 +85,17 @@ class CheckpointWriter:
             raise
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor. Raises ValueError for one that is not expected so, or comes twice."""
+        """Write a tensor. Raises ValueError for an unexpected or repeated one."""
         shard = self._left.pop(name, None)
         if shard is None or tensor.shape != shard.tensors[name].shape or tensor.dtype != shard.tensors[name].dtypes[0]:
             raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} does not belong into this checkpoint")
         shard.write(name, tensor)
 
     def finish(self, metadata: Mapping[str, str]) -> list[Path]:
-        """Write headers and index, give the files their names and return them.
+        """Write headers and index, give the files their final names and return them.
 
-        Raises ValueError if a tensor is missing, FileExistsError if a file of such a name has appeared in the folder.
+        Raises ValueError if a tensor is missing, FileExistsError if a file with one of the names has appeared in the
+        folder.
         """
         if self._left:
             raise ValueError(f"{len(self._left)} tensors were not written, the first is {next(iter(self._left))}")
@@ -141,7 +142,7 @@ class _Shard:
         self._data_start = -(-room // _ALIGNMENT) * _ALIGNMENT
 
     def create(self) -> None:
-        """Make the temporary file, as large as it will be."""
+        """Create the temporary file in its final size."""
         with _create(self.part) as opened:
             opened.truncate(self._data_start + self.nbytes)
 
@@ -151,7 +152,7 @@ class _Shard:
             tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(file)
 
     def complete(self, metadata: Mapping[str, str]) -> None:
-        """Write the header, and everything to the disk."""
+        """Write the header, and sync the file to disk."""
         room = self._data_start - 8
         header = self._header(metadata).ljust(room)
         if len(header) != room:
@@ -162,7 +163,7 @@ class _Shard:
             os.fsync(file.fileno())
 
     def rename(self) -> Path:
-        """Give the file its name."""
+        """Give the file its final name."""
         if os.path.lexists(self.file):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.file))
         return self.part.rename(self.file)
@@ -180,12 +181,12 @@ class _Shard:
 
 
 def _create(path: Path) -> BinaryIO:
-    """A new file to write to. Raises FileExistsError if there is one of that name, a link included."""
+    """A new file to write to. Raises FileExistsError if the name exists, also as a link."""
     return path.open("xb")
 
 
 def _shards(expected: Mapping[str, Stored], most: int) -> list[dict[str, Stored]]:
-    """The tensors in files of at most `most` bytes (a larger one has its own), in each the smallest items first."""
+    """Divide the tensors into files of at most `most` bytes (a larger tensor has its own), smallest items first."""
     shards: list[dict[str, Stored]] = [{}]
     size = 0
     for name, stored in expected.items():

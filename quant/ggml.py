@@ -1,4 +1,4 @@
-"""ggml's block formats, as GGUF files hold them: decoded, and packed for the runtime's products without rounding again.
+"""ggml's block formats in GGUF files: decodes them, and packs them for the runtime's products without rounding again.
 
 A weight is scale * code - minimum, with a scale and a minimum for each group of neighbouring inputs of a channel:
 
@@ -12,12 +12,12 @@ A weight is scale * code - minimum, with a scale and a minimum for each group of
     Q5_K       256    176  as Q4_K, with 32 bytes of fifth bits before the codes        32  d s     e m
     Q6_K       256    210  128 bytes of codes, 64 of upper bits, 16 int8 s, f16 d       16  d s     0, codes less 32
 
-Of a byte of codes the low four bits stand first; half a block of 32 (of Q4_K and Q5_K, a run of 64 inputs) is in the
-low bits, half in the high ones. s and m of the K formats are six bits wide.
+In a byte of codes the low four bits come first: the first half of a block of 32 inputs (for Q4_K and Q5_K, of a run of
+64) is in the low bits, the second half in the high ones. s and m of the K formats are six bits wide.
 
-Packed weights have the codes unchanged, the scales d as float16 or d s as float32, where the product of these short
-numbers is exact, and for formats with minimums the zero point minimum / scale, rounded to float32 once. A group whose
-scale is zero has weights that are all -minimum: its codes become 0, with the scale -minimum and the zero point -1.
+Packed weights have unchanged codes, the scales d as float16 or d s as float32, in which the product is exact, and for
+formats with minimums the zero point minimum / scale, rounded to float32 once. In a group with scale zero all weights
+are -minimum: its codes become 0, with the scale -minimum and the zero point -1.
 
 Source: ggml-quants.c and gguf-py of https://github.com/ggml-org/llama.cpp
 """
@@ -33,13 +33,13 @@ from ..kernels.linear_int4 import SYMMETRIC_ZERO
 from .importers import ImportFormatError
 from .scheme import Int4, Int8Groups
 
-_CHUNK = 1 << 22  # weights decoded at once
+_CHUNK = 1 << 22  # weights decoded at a time
 LARGEST_ZERO = 60_000.0
-"""Of zero points, so that float16 holds them. A group beyond has weights that are all one number up to 1/4000."""
+"""Largest zero point that float16 can hold. The weights of a group beyond it are equal up to 1/4000."""
 
 
 class Grid(NamedTuple):
-    """Scales and minimums [..., groups] float32 of blocks; minimums None where all are 0."""
+    """Scales and minimums [..., groups] float32 of blocks; minimums is None if all are 0."""
 
     scales: Tensor
     minimums: Tensor | None = None
@@ -47,11 +47,11 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """How a format lays out a block, and the scheme that holds its weights unchanged.
+    """The layout of a format's blocks, and the scheme that stores its weights unchanged.
 
-    codes, grid: what they make of blocks [rows, blocks, nbytes] uint8: codes [rows, blocks, weights] uint8, from 0 on
-    (of Q8_0 the bytes of int8), and the scales and minimums [rows, blocks, groups]. zero: the code of the weight 0
-    where there are no minimums.
+    codes, grid: functions of blocks [rows, blocks, nbytes] uint8 that return the codes [rows, blocks, weights] uint8,
+    from 0 on (for Q8_0 the bytes of int8), and the scales and minimums [rows, blocks, groups]. zero: the code of the
+    weight 0 if there are no minimums.
     """
 
     weights: int
@@ -62,16 +62,16 @@ class BlockFormat:
     zero: int = 0
 
     def split(self, data: Tensor) -> Tensor:
-        """The blocks [rows, blocks, nbytes] in the bytes [rows, bytes] of rows."""
+        """The blocks [rows, blocks, nbytes] of rows [rows, bytes]."""
         return data.unflatten(1, (-1, self.nbytes))
 
     def chunks(self, data: Tensor) -> tuple[Tensor, ...]:
-        """The rows of `data` in pieces that are decoded at once."""
+        """The rows of `data` in pieces that are decoded at a time."""
         return data.split(max(1, _CHUNK // (data.shape[1] // self.nbytes * self.weights)))
 
 
 def dequantized(kind: str, data: Tensor) -> Tensor:
-    """The weights [rows, in] float32 of rows [rows, bytes] uint8, rounded as ggml's own decoder rounds them."""
+    """The weights [rows, in] float32 of rows [rows, bytes] uint8, rounded like ggml's own decoder."""
     form = FORMATS[kind]
     blocks = form.split(data)
     scales, minimums = form.grid(blocks)
@@ -81,7 +81,7 @@ def dequantized(kind: str, data: Tensor) -> Tensor:
 
 
 def packed_codes(kind: str, data: Tensor) -> Tensor:
-    """The codes of rows [rows, bytes] uint8 as `FORMATS[kind].scheme` stores them."""
+    """The codes of rows [rows, bytes] uint8 in the layout of `FORMATS[kind].scheme`."""
     form = FORMATS[kind]
     inputs = data.shape[1] // form.nbytes * form.weights
     is_int4 = isinstance(form.scheme, Int4)
@@ -100,9 +100,9 @@ def packed_codes(kind: str, data: Tensor) -> Tensor:
 
 
 def packed_scales(kind: str, data: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The scales, and zero points or None, of rows [rows, bytes] uint8 as `FORMATS[kind].scheme` stores them.
+    """The scales, and zero points or None, of rows [rows, bytes] uint8 in the layout of `FORMATS[kind].scheme`.
 
-    Raises ImportFormatError for numbers that it cannot store.
+    Raises ImportFormatError for numbers that the scheme cannot store.
     """
     form = FORMATS[kind]
     pieces = [_scales(form, piece) for piece in form.chunks(data)]
@@ -128,23 +128,23 @@ def _scales(form: BlockFormat, data: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
-    """The float16 number in the bytes `at` and `at` + 1 of blocks [..., bytes], as float32 [..., 1]."""
+    """The float16 in bytes `at` and `at` + 1 of blocks [..., bytes], as float32 [..., 1]."""
     return blocks.view(torch.float16)[..., at // 2 : at // 2 + 1].float()
 
 
 def _words(data: Tensor) -> Tensor:
-    """Bytes [..., n] as int32 [..., n / 4], on which operations are several times as fast."""
+    """Bytes [..., n] as int32 [..., n / 4], for which operations are several times as fast."""
     return data.contiguous().view(torch.int32)
 
 
 def _pairs(codes: Tensor) -> Tensor:
-    """Codes [rows, in] uint8 of 0 .. 15, two in a byte as int4 stores them: [rows, in / 2]."""
+    """Codes [rows, in] uint8 of 0 .. 15, packed two per byte like int4: [rows, in / 2]."""
     both = codes.view(torch.int16)
     return ((both & 15) | (both >> 4)).to(torch.uint8)
 
 
 def _nibbles(data: Tensor, run: int) -> Tensor:
-    """The codes in bytes [..., n]: of each `run` bytes first all low halves, then all high ones."""
+    """The codes in bytes [..., n]: for each `run` bytes first all low halves, then all high ones."""
     runs = _words(data).unflatten(-1, (-1, run // 4))
     return torch.stack((runs & 0x0F0F0F0F, runs >> 4 & 0x0F0F0F0F), -2).flatten(-3).view(torch.uint8)
 
@@ -184,9 +184,9 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def _k_grid(blocks: Tensor) -> Grid:
-    """s and m [..., 8] are six bits wide: of the first four all in bytes 0 .. 3 and 4 .. 7 of 12; of the others the low
-    four bits in the halves of bytes 8 .. 11, and the upper two above the first ones."""
-    fields = blocks[..., 4:16].flatten(0, 1).T.contiguous()  # long rows, on which operations are fast
+    """s and m [..., 8] are six bits wide. The first four are in bytes 0 .. 3 and 4 .. 7 of 12; the others have their
+    low four bits in the halves of bytes 8 .. 11, and their upper two above the first ones."""
+    fields = blocks[..., 4:16].flatten(0, 1).T.contiguous()  # long rows, for which operations are fast
     first, second, third = fields.split(4)
     scales = torch.cat((first & 63, (third & 15) | (first >> 6 << 4)))
     minimums = torch.cat((second & 63, (third >> 4) | (second >> 6 << 4)))
@@ -201,7 +201,7 @@ def _q4_k(blocks: Tensor) -> Tensor:
 def _q5_k(blocks: Tensor) -> Tensor:
     words = _words(blocks[..., 16:48]).flatten(0, 1).T.contiguous()  # long rows, as in `_k_grid`
     shifts = torch.arange(8, dtype=torch.int32)[:, None, None]
-    fifth = (words >> shifts & 0x01010101) << 4  # bit g of byte i is of input 32 g + i
+    fifth = (words >> shifts & 0x01010101) << 4  # bit g of byte i belongs to input 32 g + i
     fifth = fifth.permute(2, 0, 1).reshape(*blocks.shape[:2], -1)
     return (_words(_nibbles(blocks[..., 48:], 32)) | fifth).view(torch.uint8)
 
@@ -229,4 +229,4 @@ FORMATS: Mapping[str, BlockFormat] = {
     "Q5_K": BlockFormat(256, 176, _INT8_ZEROS, _q5_k, _k_grid),
     "Q6_K": BlockFormat(256, 210, Int8Groups(16, float32_scales=True), _q6_k, _q6_k_grid, zero=32),
 }
-"""The formats that are read, by the names that gguf-py gives them."""
+"""The supported formats, by gguf-py's names."""

@@ -1,18 +1,18 @@
-"""Rounding with error feedback: the inputs still to come make up for what rounding the weights of one has changed.
+"""Rounding with error feedback: weights that are not yet rounded compensate for the rounding errors of earlier ones.
 
 Minimizes ||(W - Q) X||^2 over the codes of Q, column after column. With the Gram matrix H = sum x x^T of the inputs and
 the upper triangular U of H^-1 = U^T U, rounding column i to Q[:, i] changes the columns j > i, not yet rounded, by
 
     W[:, j] -= (W[:, i] - Q[:, i]) / U[i, i] * U[i, j]
 
-H gets `damping` times its mean diagonal added to its diagonal, so that inputs that always move together do not make it
-singular. Columns are handled in blocks: within a block one by one, the columns behind it at the block's end by one
-product. Rows do not depend on each other and are handled some thousand at a time.
+`damping` times the mean diagonal is added to H's diagonal, so that linearly dependent inputs do not make it singular.
+Columns are processed in blocks: one by one within a block, and the columns after it by one product at the block's end.
+Rows are independent and are processed some thousand at a time.
 
-The codes, scales and zeros are those of `int4` and `int8`. Groups of int4 are fitted to the weights as they are when
-their turn comes. With `activation_order` the columns with the largest inputs are rounded first, while all others can
-still make up for them; groups remain neighbouring inputs, so they are fitted to the weights before any feedback.
-Operations: in^3 for U, and out * in^2 for the feedback; memory: four matrices [in, in].
+The codes, scales and zeros are those of `int4` and `int8`. Groups of int4 are fitted to the updated weights when they
+are rounded. With `activation_order` the columns with the largest inputs are rounded first, while all others can still
+compensate for their errors; groups remain neighbouring inputs, so they are fitted to the weights before any feedback.
+FLOPs: in^3 for U, and out * in^2 for the feedback; memory: four matrices [in, in].
 
 Source: Frantar et al. 2022, arXiv:2210.17323 (GPTQ).
 """
@@ -28,7 +28,7 @@ from .int8 import quantize_int8
 
 _BLOCK = 128
 _ROWS = 4096  # of a weight at once
-# Scales and zero points [rows, columns] of some columns, from their numbers and their present weights.
+# Scales and zero points [rows, columns] of some columns, from their indices and current weights.
 _Grid = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -45,13 +45,12 @@ def gptq_int4(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Round a weight [out, in] of any floating dtype to int4 codes for inputs with the Gram matrix `gram`: [in, in].
 
-    `gram` may have any positive factor. search: scales as `fit_int4` finds them, or as `quantize_int4` does. Returns
-    packed, scales and zeros as these do. Computed in float32, or float64 if the weight is.
-    Raises ValueError for what they refuse, and for a Gram matrix that does not fit, is not finite, or is not positive
-    definite with this `damping`.
+    `gram` may have any positive factor. search: find scales by `fit_int4`, otherwise by `quantize_int4`. Returns
+    packed, scales and zeros like these. Computed in float32, or float64 if the weight is. Raises their ValueErrors, and
+    ValueError for a Gram matrix that does not fit, is not finite, or is not positive definite with this `damping`.
     """
     order, factor = _feedback(weight, gram, damping, activation_order)
-    # What the error of a column costs once the columns behind it have made up for it as well as they can.
+    # The cost of a column's error after the best compensation by later columns.
     importance = torch.empty_like(factor[0])
     importance[order] = factor.diagonal().pow(-2)
 
@@ -76,7 +75,7 @@ def gptq_int4(
                     zeros[:, group] = zero
             return scales[:, groups], zeros[:, groups]
 
-        # A group that is fitted when its turn comes needs all feedback of the columns before it.
+        # A group that is fitted when it is rounded needs all feedback of earlier columns.
         block = _BLOCK if activation_order else group_size
         codes = _round(rows, order, factor, grid, (0, 15), block)
         return pack_int4(codes.to(torch.uint8)), scales, zeros
@@ -88,7 +87,7 @@ def gptq_int4(
 def gptq_int8(
     weight: Tensor, gram: Tensor, *, damping: float = 0.01, activation_order: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Like `gptq_int4`, with one scale a channel. Returns codes and scales as `quantize_int8` does."""
+    """Like `gptq_int4`, with one scale per channel. Returns codes and scales like `quantize_int8`."""
     order, factor = _feedback(weight, gram, damping, activation_order)
     _, scales = quantize_int8(weight)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
@@ -105,7 +104,7 @@ def gptq_int8(
 def feedback_factor(gram: Tensor, damping: float = 0.01) -> Tensor:
     """The upper triangular U with (H + damping * mean(diag H) * I)^-1 = U^T U, for a Gram matrix H: [in, in].
 
-    Inputs that were always zero count as if they were alone and of mean size. Raises ValueError if there is no U.
+    Inputs that were always zero are treated as uncorrelated, with mean size. Raises ValueError if there is no U.
     """
     if damping < 0 or not gram.isfinite().all():
         raise ValueError("error feedback needs a finite Gram matrix and a damping of at least 0")
@@ -114,7 +113,7 @@ def feedback_factor(gram: Tensor, damping: float = 0.01) -> Tensor:
     damped = gram.clone()
     damped.diagonal().add_(damping * mean)
     damped.diagonal()[diagonal == 0] = mean if mean > 0 else 1.0
-    # U^-1 is an upper triangular R with H = R R^T: the usual factor of H with rows and columns in reverse.
+    # U^-1 is an upper triangular R with H = R R^T: the Cholesky factor of H with rows and columns reversed.
     lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if failed:
         raise ValueError(f"the Gram matrix is not positive definite with a damping of {damping:g}; give a larger one")
@@ -138,7 +137,7 @@ def _feedback(weight: Tensor, gram: Tensor, damping: float, activation_order: bo
 
 
 def _round(weight: Tensor, order: Tensor, factor: Tensor, grid: _Grid, levels: tuple[int, int], block: int) -> Tensor:
-    """The codes [rows, in] between the two `levels`, as numbers of the factor's dtype."""
+    """The codes [rows, in] within `levels`, in the factor's dtype."""
     left = weight.to(factor.dtype)[:, order]
     codes = torch.empty_like(left)
     for start in range(0, len(order), block):
@@ -155,7 +154,7 @@ def _round_block(
     part: Tensor, factor: Tensor, steps: Tensor, zeros: Tensor, levels: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Codes of the columns of `part`, and their errors divided by the factor's diagonal."""
-    # Columns become rows, which lie together in memory.
+    # Transposed, so that columns are contiguous in memory.
     part, steps, zeros = part.T.contiguous(), steps.T.contiguous(), zeros.T.contiguous()
     codes, errors = torch.empty_like(part), torch.empty_like(part)
     divisors = torch.where(steps != 0, steps, 1)

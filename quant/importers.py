@@ -1,6 +1,6 @@
-"""Weights that other libraries quantized to 4 bits, taken over bit by bit: only the order of codes in memory changes.
+"""Imports weights that other libraries quantized to 4 bits without changing values: only the order of codes changes.
 
-All three pack eight codes into an int32, of which the first lies in the lowest four bits.
+All three pack eight codes into an int32, the first in the lowest four bits.
 
     GPTQ        qweight [in / 8, out], along inputs; qzeros [groups, out / 8], along outputs; scales [groups, out];
                 g_idx [in], the group of each input. "gptq" stores zero points less one, "gptq_v2" as they are.
@@ -10,8 +10,8 @@ All three pack eight codes into an int32, of which the first lies in the lowest 
     tensors     weight_zero_point [out / 8, groups], along outputs; weight_shape [2]; weight_g_idx [in]
     (pack-quantized)
 
-Groups larger than those of `int4` become several with one scale. Groups of inputs that are not neighbours, as GPTQ's
-activation order makes them without static groups, have no place in the row-major layout and are refused.
+Groups larger than those of `int4` become several groups with the same scale. Groups of inputs that are not neighbours,
+which GPTQ makes with activation order and without static groups, do not fit the row-major layout and are refused.
 
 Source: the packing code of AutoGPTQ and GPTQModel 7.7, AutoAWQ 0.2.9 and compressed-tensors 0.20.
 """
@@ -40,23 +40,22 @@ PARTS: Mapping[Method, tuple[str, ...]] = {
         "weight_g_idx",
     ),
 }
-"""What the tensors of a layer are called in each format, behind the layer's name."""
+"""The names of a layer's tensors in each format, after the layer's name."""
 
 _OPTIONAL = ("g_idx", "weight_zero_point", "weight_shape", "weight_g_idx")
-_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where the outputs 0 .. 7 stand in their int32
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # positions of outputs 0 .. 7 in their int32
 _PER_WORD = 8
 
 
 class ImportFormatError(AfnextError):
-    """A checkpoint of another library is damaged, or quantized in a way that has no equal here."""
+    """A checkpoint of another library is damaged, or quantized in an unsupported format."""
 
 
 @dataclass(frozen=True)
 class ForeignFormat:
     """How another library stored its weights.
 
-    group_size: inputs that share a scale, None for all of a channel. symmetric: the config says that all zero points
-    are 8.
+    group_size: inputs that share a scale, None for all of a channel. symmetric: all zero points are 8, by the config.
     """
 
     method: Method
@@ -65,7 +64,7 @@ class ForeignFormat:
 
     @classmethod
     def from_config(cls, values: Any) -> "ForeignFormat":
-        """Read the quantization_config of a config.json. Raises ImportFormatError for what cannot be imported."""
+        """Read the quantization_config of a config.json. Raises ImportFormatError for unsupported formats."""
         if not isinstance(values, Mapping):
             raise ImportFormatError("the quantization_config of config.json is no JSON object; the file is damaged")
         method = values.get("quant_method")
@@ -83,7 +82,7 @@ class ForeignFormat:
         )
 
     def weight(self, layer: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The weight of a layer as `int4` stores it: packed, scales in their own dtype, zeros or None if all are 8.
+        """The weight of a layer in the layout of `int4`: packed, scales in their own dtype, zeros or None if all are 8.
 
         layer: its name, for errors; tensors: by the names in `PARTS`. Raises ImportFormatError.
         """
@@ -114,7 +113,7 @@ class ForeignFormat:
         return (first, _PER_WORD * second) if self.method == "compressed-tensors" else (second, _PER_WORD * first)
 
     def stored_group(self, layer: str, inputs: int) -> int:
-        """How many inputs share a scale in what `weight` gives for a layer of so many. Raises ImportFormatError."""
+        """Inputs per scale in the result of `weight` for a layer of `inputs` inputs. Raises ImportFormatError."""
         group = inputs if self.group_size is None else self.group_size
         fitting = max((size for size in GROUP_SIZES if group % size == 0), default=None)
         if fitting is None:
@@ -122,7 +121,7 @@ class ForeignFormat:
         return fitting
 
     def is_symmetric(self, layer: str, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether `weight` gives no zeros for the layer. Reads only these."""
+        """Whether `weight` returns no zeros for the layer. Reads only the zeros."""
         _check_parts(layer, self.method, tensors)
         return bool((self._zeros(layer, tensors) == SYMMETRIC_ZERO).all())
 
@@ -223,7 +222,7 @@ def _in_awq_order(words: Tensor) -> Tensor:
 
 
 def _compressed_codes(layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The same of compressed-tensors, whose packed columns may be padded."""
+    """The same for compressed-tensors, whose packed columns may be padded."""
     codes, shape = unpack_words(tensors["weight_packed"]), tensors.get("weight_shape")
     if shape is None:
         return codes

@@ -1,4 +1,4 @@
-"""int4 weights: one scale, and if asked one zero point, for each group of neighbouring inputs of an output channel.
+"""int4 weights: one scale, and optionally one zero point, for each group of neighbouring inputs of an output channel.
 
     symmetric     W[n, k] ~ scales[n, g] * (codes[n, k] - 8)               scale = max |w| / 7
     asymmetric    W[n, k] ~ scales[n, g] * (codes[n, k] - zeros[n, g])     scale = (max(w, 0) - min(w, 0)) / 15
@@ -6,14 +6,14 @@
 with g = k // group_size, groups of 32, 64 or 128 inputs, and codes 0 .. 15.
 Stored: packed [out, in / 2] uint8, row-major, the even input k in the low four bits of byte k // 2 and the odd one
 above it, so 16 neighbouring bytes are 32 neighbouring inputs of one channel; scales, and for asymmetric weights zeros,
-[out, in / group_size] float16, bfloat16 or float32. Symmetric with groups of 128 and 16-bit scales that is 4.125 bits
-a weight. zeros made here are whole numbers; those from elsewhere may be fractions. A group of zeros has scale 0.
+[out, in / group_size] float16, bfloat16 or float32. Symmetric with groups of 128 and 16-bit scales, a weight takes
+4.125 bits. zeros computed here are whole numbers; imported ones may be fractions. A group of zeros has scale 0.
 
 `quantize_int4` takes the scales above. `fit_int4` searches for those with the least squared error, sum of importance *
-error^2 over a group, among a few that a group's extreme values suggest; a symmetric group's scale is negative where its
-largest weight is positive, so that this one has the code 0 and all 16 codes are in use. For given codes the best scale
-is known, sum(h w c) / sum(h c^2), so each candidate is only tried for its codes. RMS error of normal weights in
-symmetric groups of 64: 9.0 % of the weights' RMS after 5 candidates, as after 13, and 10.8 % by `quantize_int4`.
+error^2 over a group, among a few that a group's extreme values suggest; a symmetric group's scale is negative if its
+largest weight is positive, so that this weight has the code 0 and all 16 codes are used. For given codes the best scale
+is sum(h w c) / sum(h c^2), so a candidate only determines the codes. RMS error of normal weights in symmetric groups of
+64: 9.0 % of the weights' RMS after 5 candidates, as after 13, and 10.8 % by `quantize_int4`.
 """
 
 import torch
@@ -23,9 +23,9 @@ from ..kernels.linear_int4 import GROUP_SIZES, SYMMETRIC_ZERO, unpack_int4, unpa
 
 __all__ = ["dequantize_int4", "fit_int4", "pack_int4", "quantize_int4", "unpack_int4"]
 
-_DIVISORS = (7.0, 7.5, 8.0, 8.7, 9.5)  # of a symmetric group's largest weight: candidates for its scale
-_SHARES = (1.0, 0.93, 0.86, 0.8)  # of the width of an asymmetric group
-_CHUNK = 1 << 20  # weights fitted at once, so that what is computed of them stays in the cache
+_DIVISORS = (7.0, 7.5, 8.0, 8.7, 9.5)  # candidates for a symmetric group's scale: its largest weight divided by these
+_SHARES = (1.0, 0.93, 0.86, 0.8)  # of an asymmetric group's range
+_CHUNK = 1 << 20  # weights fitted at a time, so that intermediate results stay in the cache
 
 
 def quantize_int4(
@@ -46,7 +46,7 @@ def quantize_int4(
     else:
         lowest, steps = groups.amin(-1).clamp_max(0), 15
         largest = groups.amax(-1).clamp_min(0)
-    # In float64: the width of a group can pass the largest float32.
+    # In float64: the range of a group can exceed the largest float32.
     scales = ((largest.double() - lowest.double()) / steps).to(scale_dtype)
     _check_scales(scales, weight)
     divisors = torch.where(scales > 0, scales, 1).float()
@@ -62,10 +62,10 @@ def fit_int4(
     scale_dtype: torch.dtype = torch.bfloat16,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `quantize_int4`, with the scales (and zeros) of least squared error among a few candidates.
+    """Like `quantize_int4`, with the scales (and zeros) of least squared error among a few candidates.
 
-    importance: [in], not negative, weighs the error of each input channel, such as the mean square of what comes in
-    there; all alike without it. Raises ValueError as `quantize_int4` does, and for an importance that does not fit.
+    importance: [in], not negative, weights of each input channel's error, such as its mean square; equal by default.
+    Raises the ValueErrors of `quantize_int4`, and ValueError for an importance that does not fit.
     """
     _check(weight, group_size)
     if importance is not None and (importance.shape != weight.shape[1:] or not bool((importance >= 0).all())):
@@ -111,7 +111,7 @@ def _fit_symmetric(groups: Tensor, importance: Tensor | None) -> tuple[Tensor, T
 
 def _fit_asymmetric(groups: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     lowest, highest = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-    # Divided before they are subtracted: the width of a group can pass the largest float32.
+    # Divided before subtraction: the range of a group can exceed the largest float32.
     full = highest / 15 - lowest / 15
     candidates = []
     for share in _SHARES:
@@ -122,10 +122,10 @@ def _fit_asymmetric(groups: Tensor, importance: Tensor | None) -> tuple[Tensor, 
 
 
 def _best(groups: Tensor, importance: Tensor | None, candidates: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Scales and zeros [out, groups] of the candidate whose codes, at their own best scale, leave the least error.
+    """Scales and zeros [out, groups] of the candidate whose codes, with their best scale, have the least error.
 
-    The error is sum(h w^2) - sum(h w c)^2 / sum(h c^2), with c = code - zero. Groups are computed as shares of their
-    largest weight, of which squares neither overflow nor vanish.
+    The error is sum(h w^2) - sum(h w c)^2 / sum(h c^2), with c = code - zero. Groups are divided by their largest
+    weight, so that squares neither overflow nor underflow.
     """
     largest = groups.abs().amax(-1)
     shares = groups / torch.where(largest > 0, largest, 1)[..., None]
@@ -152,7 +152,7 @@ def _codes(groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Codes [out, in] uint8 of 0 .. 15, two a byte: [out, in / 2] uint8. Raises ValueError for an odd in."""
+    """Codes [out, in] uint8 of 0 .. 15, two per byte: [out, in / 2] uint8. Raises ValueError for an odd in."""
     if codes.shape[-1] % 2:
         raise ValueError(f"two int4 codes make a byte: {codes.shape[-1]} inputs are odd")
     return codes[:, 0::2] | (codes[:, 1::2] << 4)

@@ -1,4 +1,4 @@
-"""int8 weights: one scale for each output channel, or one scale and if asked one zero point for each group of inputs.
+"""int8 weights: one scale for each output channel, or one scale and optionally one zero point for each group of inputs.
 
     scales[n] = max_k |weight[n, k]| / 127,    codes[n, k] = round(weight[n, k] / scales[n]),    W ~ scales[n] * codes
 
@@ -10,8 +10,8 @@ Groups of 16, 32, 64 or 128 neighbouring inputs, g = k // group:
     symmetric     W[n, k] ~ scales[n, g] * codes[n, k]                      scale = max |w| / 127
     asymmetric    W[n, k] ~ scales[n, g] * (codes[n, k] - zeros[n, g])      scale = (max(w, 0) - min(w, 0)) / 255
 
-Stored: the codes likewise, scales and zeros [out, in / group] float32, float16 or bfloat16. zeros made here are whole
-numbers; those from elsewhere may be fractions. A group of zeros has scale 0.
+Stored: the same codes, scales and zeros [out, in / group] float32, float16 or bfloat16. zeros computed here are whole
+numbers; imported ones may be fractions. A group of zeros has scale 0.
 """
 
 import torch
@@ -50,7 +50,7 @@ def quantize_int8_groups(
     """
     groups = weight.float().unflatten(1, (-1, group_size))
     lowest, highest = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-    # Divided before they are subtracted: the width of a group can pass the largest float32.
+    # Divided before subtraction: the range of a group can exceed the largest float32.
     wide = torch.maximum(-lowest, highest) / 127 if symmetric else highest / 255 - lowest / 255
     scales = wide.to(scale_dtype)
     if not scales.isfinite().all():

@@ -1,4 +1,4 @@
-"""The layers that hold a matrix, dense or packed, and call the operation that fits it: `Linear` and `Embedding`."""
+"""The layers that hold a dense or packed matrix and call the matching operation: `Linear` and `Embedding`."""
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ from .scheme import PARTS, Packed, Scheme
 
 
 class _Matrix(nn.Module):
-    """A weight [rows, columns]: dense in the buffer `weight`, or packed in those that its scheme stores.
+    """A weight [rows, columns]: dense in the buffer `weight`, or packed in the buffers of its scheme.
 
-    Created empty on the meta device; the checkpoint's tensors take the place of the buffers.
+    Created empty on the meta device; the checkpoint's tensors replace the buffers.
     """
 
     weight: Tensor
@@ -23,7 +23,7 @@ class _Matrix(nn.Module):
         self.register_buffer("weight", torch.empty(rows, columns, device="meta"))
 
     def use(self, scheme: Scheme) -> None:
-        """Hold the weight as `scheme` stores it, empty again. Raises SchemeError where its shape does not fit."""
+        """Replace the weight by empty buffers of `scheme`. Raises SchemeError if its shape does not fit."""
         parts = scheme.stored(tuple(self.weight.shape))
         del self.weight
         self.scheme = scheme
@@ -32,11 +32,11 @@ class _Matrix(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        """The weight as its scheme stores it. Raises AttributeError for a dense one."""
+        """The packed weight. Raises AttributeError for a dense one."""
         return Packed(*(getattr(self, part) for part in PARTS if part in self._buffers))
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Let the product make ahead what it keeps beside the weight for x in `dtype`; see `kernels`."""
+        """Let the product precompute the data that it keeps beside the weight for x in `dtype`; see `kernels`."""
         if self.scheme is not None:
             self.scheme.prepare(self.packed, dtype)
 
@@ -57,9 +57,9 @@ class Linear(_Matrix):
         self.register_buffer("bias", torch.empty(out_features, device="meta") if bias else None)
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None, up: "Linear | None" = None) -> Tensor:
-        """x: [..., in_features] and residual: [..., out_features] in the model's dtype. Returns like residual.
+        """x: [..., in_features] and residual: [..., out_features] in the model's dtype. Returns a tensor like residual.
 
-        up: makes it silu(x W^T) * up(x), of two layers without biases, in one kernel where both have one scheme.
+        up: compute silu(x W^T) * up(x), for two layers without biases, in one kernel if both have the same scheme.
         """
         if up is None:
             return self._product(x, self.bias, residual)
@@ -71,10 +71,9 @@ class Linear(_Matrix):
 
 
 def joined(*layers: Linear) -> Linear | None:
-    """One layer that computes what several do of the same input, side by side: [..., the sum of their out_features].
+    """One layer that computes several layers of the same input, concatenated: [..., the sum of their out_features].
 
-    Their weights and biases become views of its own. Returns None, changing nothing, for layers that store these in
-    different ways.
+    Their weights and biases become views of the new layer's. Returns None, without changes, if their formats differ.
     """
     first = layers[0]
     stored = [dict(layer.named_buffers(recurse=False, remove_duplicate=False)) for layer in layers]

@@ -1,1 +1,1 @@
-"""What people touch: the Python API and the command line."""
+"""The user interfaces: the Python API and the command line."""

@@ -1,4 +1,4 @@
-"""What a question comes back with."""
+"""The answer to a question."""
 
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
@@ -10,9 +10,9 @@ from ..engine.timings import Timings
 
 @dataclass(frozen=True)
 class Usage:
-    """What a request consumed. audio_seconds: audio heard; truncated: some audio was cut to what the model can hear;
-    windows: 30 s encoder windows; *_tokens: audio and text of the prompt, how many of these two had been computed
-    before, the answer's own, and how many of those the model thought with."""
+    """The resources used by a request. audio_seconds: length of the audio; truncated: some audio was cut to the model's
+    limit; windows: 30 s encoder windows; *_tokens: audio and text tokens of the prompt, how many of them were cached,
+    tokens of the answer, and how many of those were thinking."""
 
     audio_seconds: float
     truncated: bool
@@ -34,10 +34,10 @@ NOTHING = Usage(0.0, False, 0, 0, 0, 0, 0)
 class Answer:
     """The answer to one question.
 
-    text: what the model says; thinking: what it wrote between <think> and </think>, or None; finish_reason: "stop" (by
-    itself or at a stop string), "length" (max_new_tokens reached), "cancelled", "deadline" (passed) or "repetition"
-    (with stop_repetition); token_ids: as generated, special tokens included; warnings: what was wrong with the audio,
-    if anything; repetition: where in token_ids the model last said the same over and over, if anywhere.
+    text: the model's answer; thinking: the text between <think> and </think>, or None; finish_reason: "stop" (at a stop
+    token or stop string), "length" (max_new_tokens reached), "cancelled", "deadline" (passed) or "repetition" (with
+    stop_repetition); token_ids: as generated, special tokens included; warnings: defects of the audio; repetition:
+    where in token_ids the model last repeated itself, or None.
     """
 
     text: str
@@ -58,7 +58,7 @@ class Answer:
 
 
 class Piece(str):
-    """A piece of a streamed answer; `thinking` tells whether it belongs to the model's thoughts or to its answer."""
+    """A piece of a streamed answer; `thinking`: whether it belongs to the model's thinking rather than its answer."""
 
     __slots__ = ("thinking",)
     thinking: bool

@@ -84,26 +84,26 @@ def load(
 ) -> "Model":
     """Load a model from the package, a checkpoint folder or the Hub.
 
-    model: a folder, a name such as "nvidia/audio-flamingo-next-hf", or "afnext-tiny", the small model that comes with
-    the package and knows a closed vocabulary. device: "auto" (a GPU if there is one), or what torch takes. dtype:
+    model: a folder, a name such as "nvidia/audio-flamingo-next-hf", or "afnext-tiny", the small model that is bundled
+    with the package and has a closed vocabulary. device: "auto" (a GPU if there is one), or a torch device. dtype:
     "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32". page_size,
     chunk_size (None: 1024, on GPUs 2048 from 20 GB on and 4096 from 40 GB on), encode_batch, max_batch, kv,
     release_encoder, prefix_cache_bytes, encoder_cache_bytes, draft_tokens, batch_invariant: see `EngineOptions`.
-    memory: what the model and its work may take, in bytes or as "8GB"; None for what the device has free. quant: pack
-    dense weights while they are read, by "int8", "int8-w8a8", "int4", "int4-w4a8" or "nf4", a spelling such as
+    memory: limit for the model and its requests, in bytes or as "8GB"; None for the device's free memory. quant: pack
+    dense weights while they are read, as "int8", "int8-w8a8", "int4", "int4-w4a8" or "nf4", a variant such as
     "int4-g32-zeros", or a recipe. keep_packed: write the packed weights to afnext's cache folder and load them from
     there, memory-mapped, now and the next time. fit: choose kv, chunk_size, encode_batch, release_encoder and, for
-    dense weights, quant so that so many seconds of audio fit into the memory (True: the longest that the model hears);
-    what costs time comes before what costs accuracy, and the choice is logged. tp: compute in so many processes, each
-    with a GPU of its own, or with its share of a CPU's threads, and with a part of the decoder and of the KV cache
-    (docs/scaling.md); `memory` is then that of each GPU. A process that fails or is killed ends all, and every request
-    raises EngineDeadError. sp: as tp, but each process holds the whole weights, and long prompts are divided by tokens,
-    with less traffic. warmup: on a GPU, allocate the whole KV cache and record the decode steps of every size, which
-    requests would otherwise wait for. Kernels are compiled in any case, or loaded from Triton's cache on disk.
+    dense weights, quant so that `fit` seconds of audio fit into the memory (True: the longest audio that the model
+    accepts); changes that cost time are preferred to those that cost accuracy, and the choice is logged. tp: number of
+    processes, each with its own GPU, or its share of a CPU's threads, and with a part of the decoder and of the KV
+    cache (docs/scaling.md); `memory` is then that of each GPU. If a process fails or is killed, all are ended, and
+    every request raises EngineDeadError. sp: like tp, but each process holds the whole weights, and long prompts are
+    divided by tokens, with less traffic. warmup: on a GPU, allocate the whole KV cache and record the decode steps of
+    every size, so that requests do not wait for it. Kernels are always compiled, or loaded from Triton's cache on disk.
 
-    Nothing is loaded that could not work: the memory plan (`afnext plan`) is made first, for the longest recording that
-    there is room for, and the KV cache never outgrows it. Raises MemoryPlanError with advice when not even a short
-    question has room, ValueError for an option out of range, and otherwise an AfnextError that says what to do.
+    The memory plan (`afnext plan`) is made before loading, for the longest recording that fits, and it limits the KV
+    cache. Raises MemoryPlanError with advice if not even a short question fits, ValueError for an option out of range,
+    and otherwise an AfnextError that says what to do.
     """
     check_forced_operations()
     where, report = usable_device(device), progress or (lambda stage, done, total: None)
@@ -188,9 +188,9 @@ def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
 
 
 def _kept(checkpoint: OpenCheckpoint, quant: Recipe | None, device: torch.device, report: Progress) -> OpenCheckpoint:
-    """The packed copy of a dense checkpoint; one that is packed already is its own."""
+    """The packed copy of a dense checkpoint; a packed checkpoint is returned unchanged."""
     if quant is None and checkpoint.imported:
-        quant = checkpoint.config.quantization  # of a GGUF file, whose blocks are converted once instead of each time
+        quant = checkpoint.config.quantization  # for a GGUF file: convert its blocks once instead of at each load
     elif quant is not None and to_quantize(checkpoint.config, quant) == checkpoint.config:
         return checkpoint
     if quant is None:
@@ -213,7 +213,7 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 class Model(NotCopyable):
-    """A loaded model. Its calls may come from several threads at once: their requests share the steps of `engine`.
+    """A loaded model. Several threads may call it at once: their requests share the steps of `engine`.
 
     It holds its weights and KV pages until it is closed, left as a `with` block, or dropped.
     """
@@ -228,7 +228,7 @@ class Model(NotCopyable):
         prompts: Prompts = CARD,
         executor: Executor | None = None,
     ):
-        """executor: what computes, if not `network` in this process."""
+        """executor: computes the operations; by default `network` in this process."""
         self.tokenizer = tokenizer
         self.template = template
         self.options = options
@@ -237,17 +237,17 @@ class Model(NotCopyable):
 
     @property
     def engine(self) -> Engine:
-        """What runs the requests. Raises AfnextError once the model has been closed."""
+        """The engine that runs the requests. Raises AfnextError after the model has been closed."""
         return self._responder.engine
 
     @property
     def network(self) -> AudioFlamingo:
-        """The network with its weights. Raises AfnextError once the model has been closed."""
+        """The network with its weights. Raises AfnextError after the model has been closed."""
         return self._responder.network
 
     def close(self) -> None:
-        """Stop the engine and free weights and KV pages. Answers in progress go on to their end; every later call, of
-        the model's contexts too, raises AfnextError. Closing again does nothing."""
+        """Stop the engine and free weights and KV pages. Answers in progress are completed; later calls, also of the
+        model's contexts, raise AfnextError. Idempotent."""
         self._responder.close()
         gc.collect()  # modules and recorded steps refer to each other
         if torch.cuda.is_initialized():
@@ -287,22 +287,22 @@ class Model(NotCopyable):
         system: str | None = None,
         **options: "Unpack[AnswerOptions]",
     ) -> Stream:
-        """Like `ask`, but gives the answer piece by piece; `stream.answer` is the whole once it has ended.
+        """Like `ask`, but yields the answer piece by piece; afterwards `stream.answer` is the whole answer.
 
-        The pieces joined are the answer's thinking, then its text.
+        The joined pieces are the answer's thinking followed by its text.
         """
         return self.stream_chat(question_messages(audio, question, system), **options)
 
     def chat(
         self, conversations: Sequence[Sequence[Message]] | Sequence[Message], **options: "Unpack[AnswerOptions]"
     ) -> list[Answer]:
-        """Continue several conversations in one batch, or a single one, whose answer then is the only one in the list.
+        """Continue several conversations in one batch, or a single one, which gives a list of one answer.
 
         conversations: lists of {"role": "system" | "user" | "assistant", "content": text or parts}; a part is {"type":
-        "text", "text": ...} or {"type": "audio", "audio": source}. Each answer is the one that it would get alone: bit
-        for bit if the model was loaded with batch_invariant, and otherwise up to rounding, which depends on how many
-        tokens are computed together. In bfloat16, float16 or with rounded activations that can change a token whose
-        score is ahead of another by less than the rounding; what follows it then differs too.
+        "text", "text": ...} or {"type": "audio", "audio": source}. Each answer is the same as if its conversation ran
+        alone: bit for bit if the model was loaded with batch_invariant, otherwise up to rounding, which depends on how
+        many tokens are computed together. In bfloat16, float16 or with rounded activations, rounding can change a token
+        when two scores are nearly equal; the tokens after it then differ, too.
         """
         return self._responder.chat(self._load(_several(conversations), options), options)
 
@@ -318,16 +318,15 @@ class Model(NotCopyable):
         system: str | None = None,
         **options: "Unpack[AnswerOptions]",
     ) -> Transcript:
-        """Write down what is said in a recording, with times and speakers.
+        """Transcribe the speech in a recording, with times and speakers.
 
-        The recording, of up to six hours, is transcribed in windows of `window` seconds (by default 300, or what the
-        model can hear), each of which shares `overlap` seconds with the one before; see `Merger`. timestamps, speakers:
-        whether to ask for them; None asks if the checkpoint has a prompt for it. prompt: what to ask instead.
-        max_new_tokens: bound of each window's answer and thinking; by default an answer gets 12 tokens per second of
-        audio and 128, and thinking the checkpoint's max_new_tokens on top. What the model wrote is kept in
-        `Transcript.windows`; what could not be read as a transcript is listed in `Transcript.warnings`.
-        Raises AudioError for audio or windows that cannot be transcribed, PromptError if the checkpoint cannot give
-        what is asked for, and what `ask` raises.
+        The recording, of up to six hours, is transcribed in windows of `window` seconds (by default 300, or the model's
+        limit), each of which overlaps the previous one by `overlap` seconds; see `Merger`. timestamps, speakers:
+        whether to ask for them; None asks if the checkpoint has a prompt for it. prompt: replaces the checkpoint's
+        prompt. max_new_tokens: limit of each window's answer and thinking; by default 12 tokens per second of audio
+        plus 128 for the answer, plus the checkpoint's max_new_tokens for thinking. `Transcript.windows` has the model's
+        text; malformed output is reported in `Transcript.warnings`. Raises AudioError for audio or windows that cannot
+        be transcribed, PromptError if the checkpoint has no prompt for the request, and the errors of `ask`.
         """
         stream = self.stream_transcribe(
             audio,
@@ -353,9 +352,9 @@ class Model(NotCopyable):
         system: str | None = None,
         **options: "Unpack[AnswerOptions]",
     ) -> TranscriptStream:
-        """Like `transcribe`, but gives each segment as soon as no later window can change it.
+        """Like `transcribe`, but yields each segment as soon as no later window can change it.
 
-        `stream.transcript` is the whole once the segments have ended.
+        Afterwards `stream.transcript` is the whole transcript.
         """
         check_options(options, AnswerOptions)
         longest = self.network.config.max_audio_seconds
@@ -379,11 +378,11 @@ class Model(NotCopyable):
         )
 
     def stream_chat(self, messages: Sequence[Message], **options: "Unpack[AnswerOptions]") -> Stream:
-        """Continue one conversation, giving the answer piece by piece."""
+        """Continue one conversation, yielding the answer piece by piece."""
         return self._responder.stream(self._load([messages], options)[0], options)
 
     def prepare_chat(self, messages: Sequence[Message], options: AnswerOptions, on_update: OnUpdate) -> Prepared:
-        """The engine's request for a conversation, whose caller waits by `on_update`; for `AsyncModel`."""
+        """The engine's request for a conversation; `on_update` notifies the caller. For `AsyncModel`."""
         return self._responder.prepare(self._load([messages], options)[0], options, on_update=on_update)
 
     @overload
@@ -411,11 +410,10 @@ class Model(NotCopyable):
         progress: Progress | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Context | Live:
-        """Hear a recording, or several, once, to be asked about any number of times; or without any, begin to hear one
-        that is still being recorded.
+        """Process one or several recordings once, for any number of questions; without one, start a live recording.
 
-        salt: see `Request`. What the other arguments are, `ask` and `AnswerOptions` say. Raises AudioError, PromptError
-        or ContextLengthError.
+        salt: see `Request`; other arguments: see `ask` and `AnswerOptions`. Raises AudioError, PromptError or
+        ContextLengthError.
         """
         if audio is None:
             return Live(self._responder, system, salt)
@@ -430,7 +428,7 @@ class Model(NotCopyable):
         )
 
     def resume(self, path: str | PathLike[str], audio: AudioSource | list[AudioSource] | None = None) -> Context:
-        """Take up what `Context.save` wrote to `path`. audio: if given, it must be what was heard.
+        """Load a context that `Context.save` wrote to `path`. audio: if given, it must be the saved context's audio.
 
         Raises ContextFileError for a file that is damaged or was saved by another model, dtype or kind of KV cache.
         """
@@ -442,7 +440,7 @@ class Model(NotCopyable):
 
 
 def _several(conversations: Sequence[Sequence[Message]] | Sequence[Message]) -> list[Sequence[Message]]:
-    """Conversations as a list of them; a single one is the only item. Raises PromptError for anything else."""
+    """A list of conversations; a single conversation becomes a list of one. Raises PromptError for anything else."""
     given: list[Any] = [conversations] if isinstance(conversations, Mapping | str) else list(conversations)
     messages = sum(isinstance(item, Mapping) for item in given)
     if isinstance(conversations, Mapping | str) or 0 < messages < len(given) or any(isinstance(i, str) for i in given):
@@ -455,7 +453,7 @@ def _several(conversations: Sequence[Sequence[Message]] | Sequence[Message]) -> 
 def question_messages(
     audio: AudioSource | list[AudioSource] | None, question: str, system: str | None
 ) -> list[dict[str, Any]]:
-    """The messages of one question about recordings, as `Model.chat` takes them."""
+    """The messages of one question about recordings, in the format of `Model.chat`."""
     parts = [{"type": "audio", "audio": source} for source in ([] if audio is None else _sources(audio))]
     user = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
     return [user] if system is None else [{"role": "system", "content": system}, user]

@@ -1,7 +1,7 @@
-"""A model for asyncio: answers are awaited, and no thread waits for them.
+"""A model for asyncio: callers await answers, and no thread blocks.
 
-The engine's thread notifies the event loop once per step, for all requests that changed in it (`Bridge`). What takes
-time before the engine has a request, decoding audio and building prompts, runs in the loop's thread pool.
+The engine's thread notifies the event loop once per step, for all requests that changed in it (`Bridge`). Decoding
+audio and building prompts run in the loop's thread pool.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Listened:
-    """How much of a prompt has been computed, in tokens."""
+    """The number of a prompt's tokens that have been computed."""
 
     done: int
     total: int
@@ -47,7 +47,7 @@ class Bridge:
         self._changed: dict[SequenceState, asyncio.Event] = {}
 
     def on_update(self, sequences: list[SequenceState]) -> None:
-        """Wake those who wait for sequences. The engine's thread calls it after a step."""
+        """Wake the tasks that wait for sequences. The engine's thread calls this after a step."""
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._wake, sequences)
 
@@ -57,9 +57,11 @@ class Bridge:
                 self._changed[sequence].set()
 
     async def run(self, request: Request) -> AsyncGenerator[SequenceState, None]:
-        """Submit a request made with `on_update`, and yield its sequence now and after each change until it has ended.
+        """Submit a request made with `on_update`, and yield its sequence at once and after each change until it has
+        ended.
 
-        Leaving early cancels it. Raises what `Engine.submit` does, and the error of a sequence that failed.
+        Closing the generator early cancels the request. Raises the errors of `Engine.submit`, and that of a failed
+        sequence.
         """
         sequence = await self._submit(request)
         self._changed[sequence] = changed = asyncio.Event()
@@ -78,7 +80,8 @@ class Bridge:
             self._engine.cancel_soon(sequence)
 
     async def _submit(self, request: Request) -> SequenceState:
-        """Submit in a thread, as the audio is hashed there. A request whose caller is cancelled meanwhile ends, too."""
+        """Submit in a thread, because that hashes the audio. If the caller is cancelled meanwhile, so is the
+        request."""
         submitted = self._loop.run_in_executor(None, self._engine.submit, request)
         try:
             return await asyncio.shield(submitted)
@@ -92,13 +95,13 @@ class Bridge:
 
 
 class AsyncStream(AsyncIterator[Piece]):
-    """The pieces of an answer as they come. `answer` is the whole of it after the last one.
+    """The pieces of an answer as they are generated. After the last one, `answer` is the whole answer.
 
     Close it to stop early: `await stream.aclose()`, or leave an `async with` block.
     """
 
     def __init__(self, bridge: Bridge, prepare: Callable[[OnUpdate], Prepared]):
-        """prepare: makes the request; it is called in a thread."""
+        """prepare: makes the request; called in a thread."""
         self._bridge = bridge
         self._prepare = prepare
         self._prepared: Prepared | None = None
@@ -106,9 +109,9 @@ class AsyncStream(AsyncIterator[Piece]):
         self.answer: Answer | None = None
 
     async def ready(self, pool: Executor | None = None) -> "Self":
-        """Check the question and load its audio. Raises what is wrong with them, before anything is computed.
+        """Check the question and load its audio. Raises their errors before anything is computed.
 
-        pool: whose thread does it, the event loop's own by default.
+        pool: runs this, by default the event loop's thread pool.
         """
         if self._prepared is None:
             loop = asyncio.get_running_loop()
@@ -122,12 +125,12 @@ class AsyncStream(AsyncIterator[Piece]):
         raise StopAsyncIteration
 
     def updates(self) -> AsyncIterator[Piece | Listened]:
-        """The pieces, and before them how much of the prompt is computed whenever that changes."""
+        """Yields `Listened` whenever more of the prompt has been computed, then the pieces."""
         return self._updates
 
     @property
     def budget(self) -> int:
-        """Tokens of the prompt and of the longest answer, once it is `ready`."""
+        """Tokens of the prompt and of the longest answer, after `ready`."""
         assert self._prepared is not None
         return self._prepared.request.budget
 
@@ -177,18 +180,18 @@ class AsyncStream(AsyncIterator[Piece]):
 
 
 class AsyncListening:
-    """Something heard, or being heard, that answers questions; see `Context` and `Live`."""
+    """A context or live recording that answers questions; see `Context` and `Live`."""
 
     def __init__(self, bridge: Bridge, listening: Listening):
         self._bridge = bridge
         self._listening = listening
 
     def stream(self, question: str, **options: "Unpack[QuestionOptions]") -> AsyncStream:
-        """The answer to a question piece by piece; see `Listening.stream`."""
+        """Stream the answer to a question; see `Listening.stream`."""
         return self.stream_chat(asked(question), **options)
 
     def stream_chat(self, messages: Sequence[Message], **options: "Unpack[QuestionOptions]") -> AsyncStream:
-        """The next turn of a conversation about it piece by piece; see `Listening.stream_chat`."""
+        """Stream the next turn of a conversation about the audio; see `Listening.stream_chat`."""
         return AsyncStream(self._bridge, lambda on_update: self._listening.prepare(messages, options, on_update))
 
     async def ask(self, question: str, **options: "Unpack[QuestionOptions]") -> Answer:
@@ -196,7 +199,7 @@ class AsyncListening:
         return await self.stream(question, **options).finish()
 
     async def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         await asyncio.to_thread(self._listening.close)
 
     async def __aenter__(self) -> "Self":
@@ -209,7 +212,7 @@ class AsyncListening:
 
 
 class AsyncModel:
-    """A model whose calls are awaited. Any number of them may run at once; their requests share the engine's steps."""
+    """A model whose calls are awaited. Any number may run at once; their requests share the engine's steps."""
 
     def __init__(self, model: Model):
         self.model = model
@@ -217,7 +220,7 @@ class AsyncModel:
 
     @classmethod
     async def load(cls, *args: Any, **options: Any) -> "Self":
-        """Load a model in a thread; arguments and errors as of `afnext.load`."""
+        """Load a model in a thread; arguments and errors are those of `afnext.load`."""
         return cls(await asyncio.to_thread(load, *args, **options))
 
     def stream(

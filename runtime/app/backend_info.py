@@ -1,4 +1,4 @@
-"""Which implementation each operation runs on here, and with what."""
+"""The implementation that each operation uses on this machine, and how it was built."""
 
 import importlib
 import pkgutil
@@ -14,9 +14,10 @@ from ...kernels.errors import BackendError
 
 
 def describe_backends(device: torch.device) -> dict[str, Any]:
-    """The backends tried for each operation on `device`, best first, and how the CPU's kernels were built, as values.
+    """The backends tried for each operation on `device`, best first, and how the CPU's kernels were built, as plain
+    values.
 
-    Raises BackendError where AFNEXT_BACKEND or AFNEXT_ISA asks for what is not there.
+    Raises BackendError if AFNEXT_BACKEND or AFNEXT_ISA names something that is not available.
     """
     for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
         importlib.import_module(module.name)
@@ -38,7 +39,7 @@ def _tried(operation: Any, device: torch.device) -> list[str]:
 
 
 def table(description: dict[str, Any]) -> Table:
-    """`describe_backends`' result for people."""
+    """`describe_backends`' result as a table."""
     rows = Table(show_header=False, box=None, pad_edge=False)
     rows.add_column(style="bold")
     rows.add_column()

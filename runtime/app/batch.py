@@ -1,7 +1,7 @@
-"""Batches: one piece of work for each of many recordings, which a killed run leaves for the next one to take up.
+"""Batches: one task for each of many recordings; a run resumes where a killed one stopped.
 
-Each item has an id that changes with its file, the model and the options. What is done already, the rows on disk tell
-(`batch_rows`); the runner works on the rest and writes a row for each item, whether it succeeds or fails.
+Each item has an id that changes with its file, the model and the options. Items with a row on disk (`batch_rows`) are
+done; the runner processes the others and writes a row for each item, whether it succeeds or fails.
 """
 
 import asyncio
@@ -35,14 +35,14 @@ from .transcribe import DEFAULT_OVERLAP, DEFAULT_WINDOW, Transcript, spans
 
 T = TypeVar("T")
 DEFAULT_JOBS = 8
-AHEAD = 2  # recordings that are decoded while all jobs are taken
+AHEAD = 2  # recordings that are decoded ahead while all jobs are busy
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")
 _log = logging.getLogger("afnext")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an item: the fields of its row besides id, path and status."""
+    """The result of an item: the fields of its row besides id, path and status."""
 
     fields: Mapping[str, Any]
     usage: Usage
@@ -50,10 +50,10 @@ class Outcome:
 
 
 class Work(Protocol):
-    """What is to be done with an item."""
+    """The task to do for an item."""
 
     def check(self, model: Model) -> None:
-        """Raise AfnextError if the model can do it for no recording."""
+        """Raise AfnextError if the model cannot do it for any recording."""
 
     async def run(self, session: "Session", item: "Item") -> Outcome:
         """Do it. Raises AfnextError."""
@@ -61,7 +61,7 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class Item:
-    """A row to be: `id` tells whether it is there already, `head` are the fields by which users find it."""
+    """A future row: `id` identifies its row on disk, `head` has the fields by which users find it."""
 
     id: str
     head: Mapping[str, Any]
@@ -69,13 +69,13 @@ class Item:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return str(next(iter(self.head.values())))
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a run works with. slots: taken while the engine works on an item, of which the next ones are decoded."""
+    """The state of a run. slots: one is held while the engine works on an item; meanwhile the next ones are decoded."""
 
     model: AsyncModel
     slots: asyncio.Semaphore
@@ -96,7 +96,7 @@ class Session:
                 return await stream.finish()
 
     async def transcript(self, audio: AudioSource, **options: Any) -> tuple[Transcript, float]:
-        """The transcript of a recording, and the seconds that it took."""
+        """The transcript of a recording, and the seconds it took."""
         start = time.perf_counter()
         transcribe = partial(self.model.model.stream_transcribe, audio, **options, cancelled=self.stopped.is_set)
         stream = await self._in_thread(transcribe)
@@ -167,7 +167,7 @@ class Transcription:
 
 
 def check_sampling(options: AnswerOptions) -> None:
-    """Raise SamplingError for sampling options that no request can have."""
+    """Raise SamplingError for invalid sampling options."""
     known = SamplingParams.__dataclass_fields__
     given: dict[str, Any] = {name: value for name, value in options.items() if name in known}
     SamplingParams(**{"max_new_tokens": 1, **given})
@@ -176,9 +176,9 @@ def check_sampling(options: AnswerOptions) -> None:
 
 
 def plan_files(paths: Iterable[str], work: Question | Transcription, model: Mapping[str, Any]) -> list[Item]:
-    """An item for each path, in their order; a file that is named again is left out.
+    """An item for each path, in order; duplicates are left out.
 
-    model: what `model_identity` gives.
+    model: from `model_identity`.
     """
     return unique(
         Item(
@@ -189,7 +189,7 @@ def plan_files(paths: Iterable[str], work: Question | Transcription, model: Mapp
 
 
 def unique(items: Iterable[Item]) -> list[Item]:
-    """The items without those whose id has come before."""
+    """The items without duplicate ids."""
     first: dict[str, Item] = {}
     for item in items:
         first.setdefault(item.id, item)
@@ -203,16 +203,16 @@ def item_id(**values: Any) -> str:
 
 
 def file_state(path: str) -> dict[str, Any]:
-    """What of a file tells that it has changed: its absolute path, size in bytes and time of modification in ns."""
+    """Values that change with a file: its absolute path, size in bytes and modification time in ns."""
     try:
         status = os.stat(path)
-    except (OSError, ValueError):  # the run will say what is wrong with it
+    except (OSError, ValueError):  # the run will report the error
         return {"path": os.path.abspath(path), "size": None, "mtime": None}
     return {"path": os.path.abspath(path), "size": status.st_size, "mtime": status.st_mtime_ns}
 
 
 def model_identity(model: str, **options: Any) -> dict[str, Any]:
-    """What of a model its answers depend on: its name or, for a folder, its files; and options of `load`."""
+    """Values that a model's answers depend on: its name or, for a folder, its files; and options of `load`."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return {"name": full_name(model), **options}
@@ -222,8 +222,8 @@ def model_identity(model: str, **options: Any) -> dict[str, Any]:
 
 @dataclass
 class Summary:
-    """What a run has done. done, failed: items of this run; skipped: done before; failed_before: failed before, and
-    left. seconds: it took; audio_seconds: heard in it."""
+    """The result of a run. done, failed: items of this run; skipped: done before; failed_before: failed before and not
+    retried. seconds: of the run; audio_seconds: of the audio processed."""
 
     items: int = 0
     done: int = 0
@@ -243,9 +243,9 @@ def pending(items: Sequence[Item], rows: Rows, *, retry: bool = False) -> list[I
 
 @dataclass(frozen=True)
 class Runner:
-    """What makes rows of items. at_once: items that it is given at once. row: the row of one, failed or not.
+    """Computes rows. at_once: number of items to pass at a time. row: returns the row of an item, failed or not.
 
-    row raises EngineDeadError and OutputError, after which nothing can go on.
+    row raises EngineDeadError and OutputError, which end the run.
     """
 
     at_once: int
@@ -253,12 +253,12 @@ class Runner:
 
 
 RunnerContext = AbstractAsyncContextManager[Runner]
-"""A runner that is there for the length of a block."""
+"""A context manager that provides a runner."""
 
 
 @asynccontextmanager
 async def local_runner(model: Model, jobs: int = DEFAULT_JOBS) -> AsyncIterator[Runner]:
-    """Runs a model in this process. jobs: items that its engine works on at once."""
+    """Runs a model in this process. jobs: items that its engine processes at once."""
     session = Session.of(model, jobs)
     with session.threads:
         try:
@@ -273,10 +273,10 @@ def run_batch(
     rows: Rows,
     on_row: Callable[[Item, Row], None] = lambda item, row: None,
 ) -> Summary:
-    """Work on items, and write a row for each as it ends.
+    """Process items, and write a row for each as it ends.
 
-    on_row: called after each row is written. A failed item is a row like others. Raises EngineDeadError and
-    OutputError, after which nothing can go on.
+    on_row: called after each row is written. A failed item gets a row, too. Raises EngineDeadError and OutputError,
+    which end the run.
     """
     summary = Summary(len(items))
     start = time.perf_counter()
@@ -315,13 +315,13 @@ async def _work(runner: Runner, left: Iterator[Item], write: Callable[[Item, Row
 
 
 def failed_row(item: Item, error: Exception) -> Row:
-    """The row of an item that an error ended."""
+    """The row of an item that failed with an error."""
     problem = {"code": type(error).__name__, "message": str(error)}
     return {"id": item.id, **item.head, "status": FAILED, "error": problem}
 
 
 async def item_row(session: Session, item: Item) -> Row:
-    """The row of an item, failed or not. Raises EngineDeadError and OutputError, after which nothing can go on."""
+    """The row of an item, failed or not. Raises EngineDeadError and OutputError, which end the run."""
     try:
         outcome = await item.work.run(session, item)
     except (EngineDeadError, OutputError):
@@ -330,7 +330,7 @@ async def item_row(session: Session, item: Item) -> Row:
         _log.debug("%s", item.name, exc_info=True)
         return failed_row(item, error)
     usage = asdict(outcome.usage)
-    cached = usage.pop("cached_tokens")  # it depends on what ran before, as the timings do
+    cached = usage.pop("cached_tokens")  # depends on earlier requests, as the timings do
     return {
         "id": item.id,
         **item.head,

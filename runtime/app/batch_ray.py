@@ -14,12 +14,12 @@ from .api import Model
 from .batch import AHEAD, DEFAULT_JOBS, Item, Runner, Session, Work, failed_row, item_row
 from .batch_rows import Row
 
-_ATTEMPTS = 3  # of an item whose worker ends
-_LOSSES = 3  # workers per replica that may end one after the other without a row between them
+_ATTEMPTS = 3  # per item, if its worker ends
+_LOSSES = 3  # consecutive workers per replica that may end without completing a row
 
 
 class Worker:
-    """The model in a process of its own: a Ray actor."""
+    """The model in a separate process: a Ray actor."""
 
     def __init__(self, load: Callable[[], Model], jobs: int):
         """load: see `ray_runner`."""
@@ -28,9 +28,9 @@ class Worker:
         self._session: Session | None = None
 
     async def start(self, works: Collection[Work], folder: str) -> str | None:
-        """Load the model, and check that it can do `works`. Returns what is wrong, or None.
+        """Load the model, and check that it can do `works`. Returns the error, or None.
 
-        folder: the one that relative paths begin at.
+        folder: the base of relative paths.
         """
         try:
             os.chdir(folder)
@@ -46,24 +46,24 @@ class Worker:
         return None
 
     async def row(self, item: Item) -> Row:
-        """The row of an item. Raises EngineDeadError: then the process is of no more use."""
+        """The row of an item. Raises EngineDeadError: then the process is unusable."""
         assert self._session is not None
         return await item_row(self._session, item)
 
 
 @dataclass(eq=False)
 class _Place:
-    """A worker, and how many items it has."""
+    """A worker and its number of items."""
 
     actor: Any
     items: int = 0
 
 
 class _Workers:
-    """The workers that have started, and what replaces those that end."""
+    """The workers that have started; replaces those that end."""
 
     def __init__(self, start: Callable[[], Any], works: Collection[Work], count: int, at_once: int):
-        """start: makes a worker. at_once: items that each is given at once."""
+        """start: makes a worker. at_once: number of items passed to each at a time."""
         self._make = start
         self._works = works
         self._at_once = at_once
@@ -75,7 +75,7 @@ class _Workers:
         self._starting = {asyncio.create_task(self._start()) for _ in range(count)}
 
     async def row(self, item: Item) -> Row:
-        """The row of an item, from the worker that has the fewest."""
+        """The row of an item, from the worker with the fewest items."""
         problem = ""
         for _ in range(_ATTEMPTS):
             place = await self._taken()
@@ -83,7 +83,7 @@ class _Workers:
                 row: Row = await place.actor.row.remote(item)
                 self._losses = 0
                 return row
-            except Exception as error:  # Ray's, for a process that has ended, or that of an engine that is dead
+            except Exception as error:  # Ray's error for an ended process, or that of a dead engine
                 problem = _first_line(error)
                 self._lost(place, problem)
             finally:
@@ -91,7 +91,7 @@ class _Workers:
         return failed_row(item, WorkerLostError(f"each process that worked on it has ended ({problem})"))
 
     async def close(self) -> None:
-        """Start no more."""
+        """Stop starting workers."""
         for task in self._starting:
             task.cancel()
         await asyncio.gather(*self._starting, return_exceptions=True)
@@ -114,7 +114,7 @@ class _Workers:
             self._changed.notify_all()
 
     def _lost(self, place: _Place, problem: str) -> None:
-        """Replace a worker, unless another item has noticed its end."""
+        """Replace a worker, unless another item has already noticed its end."""
         if place not in self._places:
             return
         self._places.remove(place)
@@ -150,11 +150,11 @@ async def ray_runner(
     cpus: float,
     jobs: int = DEFAULT_JOBS,
 ) -> AsyncIterator[Runner]:
-    """Runs `replicas` models on the cluster that this process is connected to (see `ray_cluster`).
+    """Runs `replicas` models on the connected cluster (see `ray_cluster`).
 
-    load: loads the model; it is pickled. works: what they will be asked to do. gpus, cpus: that each replica asks for.
-    jobs: items that each works on at once. Recordings are read where the replica runs, under the same paths. The runner
-    raises AfnextError if a replica cannot be loaded, or cannot do the works.
+    load: loads the model; it is pickled. works: the tasks that they must support. gpus, cpus: requested by each
+    replica. jobs: items that each processes at once. Recordings are read on the replica's machine, under the same
+    paths. The runner raises AfnextError if a replica cannot be loaded or does not support the tasks.
     """
     import ray
 

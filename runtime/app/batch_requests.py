@@ -43,7 +43,7 @@ _STYLES = ("json", "text", "srt", "vtt")
 
 @dataclass(frozen=True)
 class Request:
-    """A request of a batch file, checked but for its audio. `recordings` are files and bytes, by their place."""
+    """A request of a batch file, checked except for its audio. `recordings`: files and bytes, by position."""
 
     custom_id: str
     url: str
@@ -51,14 +51,14 @@ class Request:
 
     @property
     def files(self) -> list[str]:
-        """The paths of the recordings that it names."""
+        """The paths of its recordings."""
         sources = [self.body["file"]] if self.url == TRANSCRIPTIONS else list(_audio_texts(self.body["messages"]))
         return [path for source in sources if (path := _path(source)) is not None]
 
 
 @dataclass(frozen=True)
 class Line:
-    """The line of a batch file with a request, read again when its turn comes: it may hold a long recording."""
+    """A request's line in a batch file. It is read again when it is processed, as it may contain a long recording."""
 
     path: Path
     number: int
@@ -82,9 +82,9 @@ class Line:
 
 
 def plan_requests(path: Path, model: Mapping[str, Any]) -> list[Item]:
-    """An item for each request of a batch file, in their order. model: what `model_identity` gives.
+    """An item for each request of a batch file, in order. model: from `model_identity`.
 
-    A line that is no request is an item that fails. Raises RequestError for a file that cannot be read.
+    An invalid line becomes an item that fails. Raises RequestError for a file that cannot be read.
     """
     return unique(_items(path, model))
 
@@ -124,7 +124,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def parse_request(text: bytes, where: str) -> Request:
-    """The request that a line spells. Raises RequestError, which names the line as `where`."""
+    """Parse the request in a line. Raises RequestError, which names the line as `where`."""
     return _request(parse_json_object(text, where, RequestError), where)
 
 
@@ -172,7 +172,7 @@ def _messages(body: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _audio_texts(messages: list[dict[str, Any]]) -> Iterator[str]:
-    """What stands for each recording: a path, a data: URL, or base64 behind `data:,`. Raises RequestError."""
+    """The reference to each recording: a path, a data: URL, or base64 after `data:,`. Raises RequestError."""
     for message in messages:
         for part in message["content"] if isinstance(message["content"], list) else ():
             converted = _part(part)
@@ -181,7 +181,7 @@ def _audio_texts(messages: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
-    """A part of a message, as `Model.chat` takes it but for its audio, which is text."""
+    """A part of a message in the format of `Model.chat`, except that its audio is text."""
     kind = part.get("type")
     value = part.get(kind) if isinstance(kind, str) else None
     if kind == "text" and isinstance(value, str):
@@ -201,7 +201,7 @@ def _path(source: str) -> str | None:
 
 
 def _source(text: str) -> AudioSource:
-    """A path, or the bytes of a data: URL. Raises RequestError for one that holds no base64."""
+    """A path, or the bytes of a data: URL. Raises RequestError for a URL without base64."""
     path = _path(text)
     if path is not None:
         return path
@@ -238,7 +238,7 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
 
 def _completion(answer: Answer, item: Item) -> dict[str, Any]:
     usage = completion_usage(answer.usage)
-    del usage["prompt_tokens_details"]["cached_tokens"]  # it depends on what ran before
+    del usage["prompt_tokens_details"]["cached_tokens"]  # depends on earlier requests
     details = {"warnings": list(answer.warnings), "finish_reason": answer.finish_reason}
     head = {"id": f"chatcmpl-{item.id}", "created": int(time.time()), "model": "afnext"}
     return completion(answer, head, usage, {**details, "truncated": answer.usage.truncated})

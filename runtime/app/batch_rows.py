@@ -1,6 +1,6 @@
-"""The rows of a batch on disk: JSON lines that are appended, or a folder of Parquet files.
+"""The rows of a batch on disk: appended JSON lines, or a folder of Parquet files.
 
-Both can be taken up where a run was killed: a row is there whole or not at all.
+Both can be resumed after a run was killed: a row is either complete or absent.
 """
 
 import json
@@ -27,7 +27,7 @@ _COLUMNS = ("id", "custom_id", "path", "status", "text", "result", "response", "
 
 
 class Rows(Protocol):
-    """The rows that are there, and more of them. `statuses` maps the id of each to OK or FAILED."""
+    """The rows on disk. `statuses` maps the id of each to OK or FAILED."""
 
     statuses: dict[str, str]
 
@@ -42,7 +42,7 @@ class Rows(Protocol):
 def open_rows(path: Path) -> "Iterator[Rows]":
     """The rows in `path`, which ends in .jsonl or .parquet; no other run can open them meanwhile.
 
-    Raises OutputError for another suffix, for a file that holds something else, and when it cannot be written.
+    Raises OutputError for another suffix, for a file with other contents, and when it cannot be written.
     """
     with ExitStack() as stack:
         if path.suffix == JSONL:
@@ -65,7 +65,7 @@ class JsonLines:
     """A file with one row per line. Each is on disk when `append` returns."""
 
     def __init__(self, path: Path):
-        """Open the file and drop a last line that a killed run has left unfinished."""
+        """Open the file and drop an incomplete last line of a killed run."""
         self._path = path
         self._file = _locked(path)
         try:
@@ -98,7 +98,7 @@ class JsonLines:
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # what could not be written is tried again here
+        with suppress(OSError):  # closing retries a failed write
             self._file.close()
 
     def _read(self) -> dict[str, str]:
@@ -137,7 +137,7 @@ def _locked(path: Path) -> BinaryIO:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether a line without an end is the beginning of a row, or of a file whose length came to disk before it."""
+    """Whether a line without a newline is an incomplete row, or zeros from a file whose length was written first."""
     return line.startswith(_START) or _START.startswith(line) or not line.strip(b"\0")
 
 
@@ -150,9 +150,9 @@ def _line(row: Row) -> bytes:
 
 
 class ParquetParts:
-    """A folder of Parquet files, each of which is written whole and then renamed.
+    """A folder of Parquet files, each of which is written completely and then renamed.
 
-    Rows go to disk in groups of 256, every minute, and at the end: a killed run loses those that it had not written.
+    Rows are written in groups of 256, every minute, and at the end: a killed run loses rows not yet written.
     """
 
     def __init__(self, folder: Path, parquet: ModuleType):
@@ -176,7 +176,7 @@ class ParquetParts:
             self.flush()
 
     def flush(self) -> None:
-        """Write the rows that wait as one file."""
+        """Write the pending rows as one file."""
         waiting, self._waiting = self._waiting, []
         self._written = time.monotonic()
         if waiting:
@@ -202,7 +202,7 @@ class ParquetParts:
     def _read(self, part: Path, columns: list[str]) -> Any:
         try:
             table = self._parquet.read_table(part, columns=columns, partitioning=None)
-            return table.select(columns)  # raises KeyError for one that is missing
+            return table.select(columns)  # raises KeyError if one is missing
         except (OSError, ValueError, KeyError) as problem:  # pyarrow's errors are ValueErrors and KeyErrors
             reason = shown(str(problem).partition("\n")[0])
             raise OutputError(f"{part} holds no rows of a batch ({reason}); choose another --out.") from None
@@ -221,7 +221,7 @@ def _number(part: Path) -> int:
 
 
 def _flat(row: Row) -> dict[str, str | None]:
-    """A row as text: nested values in JSON, the text of an answer or transcript as a column of its own."""
+    """A row as text: nested values in JSON, the text of an answer or transcript in a separate column."""
     result = row.get("result")
     values = {**row, "text": result["text"] if isinstance(result, dict) else None}
     return {name: _cell(values.get(name)) for name in _COLUMNS}

@@ -1,11 +1,11 @@
-"""Quantizing a checkpoint by what it hears: layer after layer, on recordings that the user gives.
+"""Quantizes a checkpoint with calibration, layer by layer, on the user's recordings.
 
-The calibration set is a folder of recordings. NAME.txt beside NAME.wav (or .flac, .mp3 ...) holds what the model is to
-answer, such as a transcript, NAME.prompt.txt what it is asked; without them it gets a general question. Everything runs
-through the stages of `layerwise`, each of which is quantized on what the quantized stages before it make of the set.
+The calibration set is a folder of recordings. NAME.txt beside NAME.wav (or .flac, .mp3 ...) has the expected answer,
+such as a transcript, NAME.prompt.txt the question; without them a general question is used. The set runs through the
+stages of `layerwise`; each stage is quantized on the outputs of the quantized stages before it.
 
-OUT gets one safetensors file a stage, as soon as the stage is done, and the hidden states between stages in
-OUT/.calibration; so a run that was interrupted goes on after its last whole stage. The same inputs give the same bytes.
+Each stage is written to OUT as one safetensors file as soon as it is done, and the hidden states between stages to
+OUT/.calibration, so an interrupted run continues after its last complete stage. The same inputs give the same bytes.
 """
 
 import hashlib
@@ -48,12 +48,12 @@ _WORK = ".calibration"
 
 
 class CalibrationError(CheckpointError):
-    """The calibration set cannot be used, or the folder to write into holds something else."""
+    """The calibration set cannot be used, or the output folder has other contents."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A recording, what is asked about it, and what is to be answered ("" for nothing)."""
+    """A recording, the question about it, and the expected answer ("" for none)."""
 
     audio: Path
     question: str
@@ -61,7 +61,7 @@ class Example:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The conversation, as `Conversation.load` takes it."""
+        """The conversation in the format of `Conversation.load`."""
         parts = [{"type": "audio", "audio": str(self.audio)}, {"type": "text", "text": self.question}]
         answer = [{"role": "assistant", "content": self.answer}] if self.answer else []
         return [{"role": "user", "content": parts}, *answer]
@@ -96,7 +96,7 @@ def _text(path: Path) -> str:
 
 @dataclass(frozen=True)
 class _State:
-    """What a run has come to: how many steps are done, and the hidden states that the next one takes."""
+    """The state of a run: the number of steps done, and the hidden states for the next one."""
 
     fingerprint: str
     done: int
@@ -141,12 +141,12 @@ def calibrate(
 ) -> tuple[LayerReport, ...]:
     """Quantize a dense checkpoint by `recipe`, calibrated on the recordings in a folder, into the folder `out`.
 
-    source: a folder or Hub name; data: see the module. options: by default scaling and feedback. dtype: what the model
-    runs in, by default the checkpoint's. measured: see `quantize`. progress: called with ("layers", done, total) and,
-    within a layer, ("this layer", done, total). Returns what became of every layer. Memory peaks at the largest stage:
-    its dense weights, a few matrices [in, in] of its widest input, and one of its weights in float32. Raises
-    AfnextError: CalibrationError for data that cannot be used, and for an `out` that holds anything but an unfinished
-    run of the same inputs, which is continued; OutputError for an `out` that another run is writing into, or that
+    source: a folder or Hub name; data: see the module. options: by default scaling and feedback. dtype: of the
+    computation, by default the checkpoint's. measured: see `quantize`. progress: called with ("layers", done, total)
+    and, within a layer, ("this layer", done, total). Returns a report of every layer. Memory peaks at the largest
+    stage: its dense weights, a few matrices [in, in] of its widest input, and one of its weights in float32. An
+    unfinished run of the same inputs in `out` is continued. Raises AfnextError: CalibrationError for data that cannot
+    be used, and for an `out` with other contents; OutputError for an `out` that another run is writing to, or that
     cannot be written.
     """
     examples = read_examples(Path(data))
@@ -185,7 +185,7 @@ class _Calibrator:
 
     def run(self, progress: Progress) -> tuple[LayerReport, ...]:
         """See `calibrate`."""
-        text_files(self.opened.files)  # refused links are an error before the long work
+        text_files(self.opened.files)  # raises for refused links before the long computation
         with locked_folder(self.out):
             return self._run(progress)
 
@@ -235,7 +235,7 @@ class _Calibrator:
         )
 
     def _started(self, progress: Progress) -> _State:
-        """Where an interrupted run stopped, or the start of a new one: everything heard as far as the stem."""
+        """The state of an interrupted run, or of a new one after the stem."""
         fingerprint = self._fingerprint()
         if (self.work / "state.json").exists():
             state = _State.read(self.work)
@@ -260,7 +260,7 @@ class _Calibrator:
 
     @torch.inference_mode()
     def _heard(self, windows: list[Window], prompts: list[PlacedPrompt]) -> Iterator[Tensor]:
-        """The stem's output for every window of every recording; appends what they are to the lists."""
+        """The stem's output for every window of every recording; appends the windows and prompts to the lists."""
         tokenizer, template = Tokenizer.from_folder(self.opened.files), PromptTemplate.from_folder(self.opened.files)
         stem = Stem(self.config.encoder.mel_bins, self.dtype, self._parameter)
         for example in self.examples:
@@ -293,7 +293,7 @@ class _Calibrator:
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
     def _parameter(self, name: str) -> Tensor:
-        """A dense parameter on the device, in the dtype that the model runs in."""
+        """A dense parameter on the device, in the dtype of the computation."""
         return self.checkpoint.tensor(name).to(self.device).to(self.dtype)
 
     def _fill(self, stage: Stage) -> None:
@@ -307,7 +307,8 @@ class _Calibrator:
     def _quantized(
         self, stage: Stage, states: HiddenStates, progress: Progress
     ) -> tuple[dict[str, Tensor], list[LayerReport]]:
-        """Calibrate and quantize a filled stage: what to store of it; its module then has the quantized weights."""
+        """Calibrate and quantize a filled stage, and return its tensors to store; its module gets the quantized
+        weights."""
         statistics = {
             fold.targets[0]: InputStatistics(
                 stage.module.get_buffer(f"{fold.targets[0]}.weight").shape[1],
@@ -347,7 +348,7 @@ class _Calibrator:
         return tensors, reports
 
     def _rest(self, others: list[Stage]) -> dict[str, Tensor]:
-        """What to store of the parameters of no stage, among them the embeddings, which no input calibrates."""
+        """The tensors to store that belong to no stage, such as the embeddings, which need no calibration."""
         staged = {stage.canonical(name) for stage in others for name, _ in stage.module.named_buffers()}
         tensors: dict[str, Tensor] = {}
         for name in self.checkpoint.names:
@@ -360,7 +361,7 @@ class _Calibrator:
 
     @torch.inference_mode()
     def _joined(self, state: _State, audio: HiddenStates) -> Iterator[Tensor]:
-        """The decoder's inputs, with embeddings as they will be stored."""
+        """The decoder's inputs, with the embeddings that will be stored."""
         name = "decoder.embed_tokens"
         scheme = self.schemes.get(name)
 
@@ -382,7 +383,7 @@ class _Calibrator:
         file.replace(self.out / name)
 
     def _finish(self, shards: int) -> None:
-        """Write the index, the config and the texts of the checkpoint; remove what only the run needed."""
+        """Write the index, the config and the texts of the checkpoint; remove temporary files."""
         index: dict[str, str] = {}
         for number in range(shards):
             name = shard_name(number + 1, shards)

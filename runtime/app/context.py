@@ -1,4 +1,4 @@
-"""Listen once, ask many: the keys and values of a recording are kept, and each conversation about it starts there."""
+"""Listen once, ask many: the keys and values of a recording are kept, and conversations about it reuse them."""
 
 import hashlib
 import json
@@ -35,37 +35,37 @@ MAX_SAMPLES = round(MAX_SECONDS * SAMPLE_RATE)
 
 
 class Listening(NotCopyable, ABC):
-    """Audio that has been heard, or is being heard. It answers until it is closed or left as a `with` block."""
+    """Audio that has been, or is being, processed. It answers questions until it is closed or its `with` block ends."""
 
     _responder: Responder
 
     def ask(self, question: str, **options: "Unpack[QuestionOptions]") -> Answer:
-        """Answer a question about what has been heard, independently of the questions before it.
+        """Answer a question about the audio so far, independently of earlier questions.
 
-        Raises PromptError, ContextLengthError or SamplingError, AudioError while nothing has been heard, and
-        AfnextError once it is closed.
+        Raises PromptError, ContextLengthError or SamplingError, AudioError if there is no audio yet, and AfnextError
+        after `close`.
         """
         return self.chat(asked(question), **options)
 
     def stream(self, question: str, **options: "Unpack[QuestionOptions]") -> Stream:
-        """Like `ask`, but gives the answer piece by piece."""
+        """Like `ask`, but yields the answer piece by piece."""
         return self.stream_chat(asked(question), **options)
 
     def chat(self, messages: Sequence[Message], **options: "Unpack[QuestionOptions]") -> Answer:
-        """Continue a conversation about what has been heard.
+        """Continue a conversation about the audio so far.
 
-        messages: user and assistant turns as in `Model.chat`, without audio. The first one is the user's, and the
-        recordings come before its text. The answer equals that of `Model.chat` for the whole conversation. Raises what
-        `ask` raises, and PromptError for other messages.
+        messages: user and assistant turns as in `Model.chat`, without audio. The first one is the user's; the
+        recordings are placed before its text. The answer equals that of `Model.chat` for the whole conversation. Raises
+        the errors of `ask`, and PromptError for other messages.
         """
         return self._responder.chat([self._conversation(messages, options)], options)[0]
 
     def stream_chat(self, messages: Sequence[Message], **options: "Unpack[QuestionOptions]") -> Stream:
-        """Like `chat`, but gives the answer piece by piece."""
+        """Like `chat`, but yields the answer piece by piece."""
         return self._responder.stream(self._conversation(messages, options), options)
 
     def prepare(self, messages: Sequence[Message], options: QuestionOptions, on_update: OnUpdate) -> Prepared:
-        """The engine's request for a conversation, whose caller waits by `on_update`; for `AsyncListening`."""
+        """The engine's request for a conversation; `on_update` notifies the caller. For `AsyncListening`."""
         return self._responder.prepare(self._conversation(messages, options), options, on_update=on_update)
 
     def _instead(self) -> str:
@@ -77,7 +77,7 @@ class Listening(NotCopyable, ABC):
 
     @abstractmethod
     def _conversation(self, messages: Sequence[Message], options: QuestionOptions) -> Conversation:
-        """The conversation about what has been heard so far, with the prefix that has been computed."""
+        """The conversation about the audio so far, with the computed prefix."""
 
     def __enter__(self) -> "Self":
         return self
@@ -89,7 +89,7 @@ class Listening(NotCopyable, ABC):
 
 
 class Context(Listening):
-    """Recordings that have been heard. Questions share the computed prefix, also when asked from several threads.
+    """Recordings that have been processed. Questions, also from several threads, share the computed prefix.
 
     It holds KV pages for its tokens until it is closed, left as a `with` block, or dropped.
     """
@@ -97,7 +97,7 @@ class Context(Listening):
     def __init__(
         self, responder: Responder, system: str | None, recordings: tuple[Recording, ...], prefix: Prefix, audio: str
     ):
-        """prefix: of the prompt that `system` and `recordings` begin; audio: the fingerprint of what was heard."""
+        """prefix: of the prompt with `system` and `recordings`; audio: the fingerprint of the audio."""
         self._responder = responder
         self._system = system
         self._recordings = recordings
@@ -145,7 +145,7 @@ class Context(Listening):
             try:
                 system, recordings = _checked(responder, saved, path, sources)
             except (ContextFileError, PromptError):
-                saved.verify()  # of a damaged file say that it is damaged
+                saved.verify()  # report damage rather than a mismatch
                 raise
             return cls(responder, system, recordings, responder.engine.load(saved), saved.metadata.get("audio", ""))
 
@@ -167,12 +167,12 @@ class Context(Listening):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the samples that have been heard, one recording after the other."""
+        """A hash of the samples of all recordings in order."""
         return self._audio
 
     @property
     def recordings(self) -> tuple[Recording, ...]:
-        """What has been heard: the name, length and warnings of each recording."""
+        """The name, length and warnings of each recording."""
         return self._recordings
 
     @property
@@ -197,7 +197,7 @@ class Context(Listening):
 
 
 def asked(question: str) -> list[Message]:
-    """The conversation that consists of a question."""
+    """A conversation with one question."""
     return [{"role": "user", "content": question}]
 
 
@@ -210,7 +210,8 @@ def conversation_prompt(
 ) -> Prompt:
     """The prompt of a conversation about recordings.
 
-    Raises PromptError for messages that `Listening.chat` does not take, and if the prompt does not begin with `prefix`.
+    Raises PromptError for messages that `Listening.chat` does not accept, and if the prompt does not begin with
+    `prefix`.
     """
     turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     turns += _with_audio(messages, len(recordings))
@@ -221,7 +222,7 @@ def conversation_prompt(
 
 
 def _with_audio(messages: Sequence[Message], recordings: int) -> list[Message]:
-    """The messages with the recordings in front of the first one's text."""
+    """The messages with the recordings placed before the text of the first one."""
     if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
         raise PromptError('messages are a list of {"role": "user" or "assistant", "content": ...}.')
     if not messages or messages[0].get("role") != "user":
@@ -251,7 +252,7 @@ def prefix_ids(responder: Responder, system: str | None, recordings: tuple[Recor
 
 
 class Fingerprint:
-    """A hash of the samples that have been heard, one recording after the other."""
+    """A hash of the samples of all recordings in order."""
 
     def __init__(self) -> None:
         self._digest = hashlib.blake2b(digest_size=32)
@@ -280,7 +281,7 @@ def _checked(
     responder: Responder, saved: SavedPrefix, path: Path, sources: Sequence[AudioSource] | None
 ) -> tuple[str | None, tuple[Recording, ...]]:
     """The system message and recordings of a file. Raises ContextFileError if it was saved from other audio than
-    `sources`, or if they do not give its tokens."""
+    `sources`, or if its tokens differ from their prompt."""
     if sources is not None:
         audio = [responder.load_audio(source, truncate=True) for source in sources]
         if _fingerprint(audio) != saved.metadata.get("audio"):
@@ -294,7 +295,7 @@ def _checked(
 
 
 def _text(name: str) -> str:
-    """A file name as text: bytes of it that are not UTF-8 become escapes."""
+    """A file name as text: bytes that are not UTF-8 become escapes."""
     return name.encode(errors="backslashreplace").decode()
 
 

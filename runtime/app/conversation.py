@@ -1,4 +1,4 @@
-"""Conversations to engine requests: load the audio, build the prompt, and read the answer back from its tokens."""
+"""Converts conversations to engine requests: loads the audio, builds the prompt, and decodes the answer's tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ MAX_RECORDINGS = 1000
 
 @dataclass(frozen=True)
 class Recording:
-    """What an answer says of one audio: its short name, its length in samples at 16 kHz, what was wrong with it."""
+    """One audio in an answer's report: its short name, its length in samples at 16 kHz, its warnings."""
 
     source: str
     samples: int
@@ -37,30 +37,30 @@ class Recording:
 
     @classmethod
     def of(cls, audio: Audio) -> "Recording":
-        """The recording that `audio` holds."""
+        """The `Recording` of an `Audio`."""
         return cls(audio.source, len(audio.samples), audio.truncated, audio.warnings)
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Length in seconds."""
         return self.samples / SAMPLE_RATE
 
     @property
     def tokens(self) -> int:
-        """Audio tokens that it takes."""
+        """Number of audio tokens."""
         return audio_token_count(self.samples)
 
     @property
     def windows(self) -> int:
-        """Windows of 30 s, the last one counted if it is shorter."""
+        """Number of windows of 30 s, including a shorter last one."""
         return -(-self.samples // WINDOW_SAMPLES)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation on its way through the model: its recordings, its prompt, and the clock that started with it.
+    """A conversation in progress: its recordings, its prompt, and its timings.
 
-    audio: the waveforms of what `prefix`, the part of the prompt that is computed already, leaves to be heard.
+    audio: the waveforms of audio after `prefix`, the part of the prompt that is already computed.
     """
 
     recordings: tuple[Recording, ...]
@@ -81,8 +81,8 @@ class Conversation:
     ) -> "Conversation":
         """Read every audio of the messages and build the prompt.
 
-        An audio part is {"type": "audio", "audio": source} with a source that `load_audio` takes ("path" is accepted
-        for "audio"). Raises AudioError or PromptError.
+        An audio part is {"type": "audio", "audio": source} with a source that `load_audio` accepts ("path" may replace
+        "audio"). Raises AudioError or PromptError.
         """
         timings = Timings()
         sources = list(islice(_audio_sources(messages), MAX_RECORDINGS + 1))
@@ -97,12 +97,12 @@ class Conversation:
         return cls(recordings, prompt, audio_inputs(prompt, audio), timings)
 
     def request(self, sampling: SamplingParams, **how: Any) -> Request:
-        """The engine's view of the conversation. how: the fields of `Request` that say when and how far to run it."""
+        """The engine's request. how: further fields of `Request`."""
         ids = self.prompt.token_ids
         return Request(ids, self.audio, sampling, prefix=self.prefix, timings=self.timings, **how)
 
     def usage(self, new_tokens: int, cached_tokens: int, thinking_tokens: int) -> Usage:
-        """What the conversation and an answer of `new_tokens` tokens consumed."""
+        """The usage of the conversation with an answer of `new_tokens` tokens."""
         return Usage(
             audio_seconds=sum(recording.seconds for recording in self.recordings),
             truncated=any(recording.truncated for recording in self.recordings),
@@ -116,7 +116,7 @@ class Conversation:
 
 
 def audio_inputs(prompt: Prompt, audio: Sequence[Audio]) -> tuple[AudioInput, ...]:
-    """The waveforms of a prompt's recordings, as the engine takes them."""
+    """The waveforms of a prompt's recordings in the engine's format."""
     return tuple(
         AudioInput(span.position, tuple(torch.from_numpy(window) for window in windows(recording.samples)))
         for span, recording in zip(prompt.audio, audio, strict=True)
@@ -135,7 +135,7 @@ def _audio_sources(messages: Sequence[Message]) -> Iterator[AudioSource]:
 
 
 def load_audible(source: AudioSource, *, max_seconds: float, truncate: bool) -> Audio:
-    """`load_audio` of a recording that is long enough to give a token. Raises AudioError for a shorter one."""
+    """`load_audio` for a recording of at least one token. Raises AudioError for a shorter one."""
     audio = load_audio(source, max_seconds=max_seconds, truncate=truncate)
     if audio_token_count(len(audio.samples)) == 0:
         milliseconds = 1000 * len(audio.samples) / SAMPLE_RATE
@@ -147,7 +147,7 @@ def load_audible(source: AudioSource, *, max_seconds: float, truncate: bool) -> 
 
 
 class AnswerReader:
-    """Turns the tokens of one answer into pieces of text, and at the end into an Answer."""
+    """Converts the tokens of one answer to pieces of text, and at the end to an Answer."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class AnswerReader:
         stop: Sequence[str],
         max_answer_tokens: int | None = None,
     ):
-        """stop, max_answer_tokens: what ends the answer, see `QuestionOptions`."""
+        """stop, max_answer_tokens: see `QuestionOptions`."""
         self._conversation = conversation
         self._decoder = StreamDecoder(tokenizer)
         self._stop = StopStrings(stop)
@@ -168,14 +168,14 @@ class AnswerReader:
 
     @property
     def ended(self) -> FinishReason | None:
-        """Why the answer ends here, whatever tokens follow: a stop string, or max_answer_tokens; else None."""
+        """Why the answer ends here, whatever tokens follow (a stop string or max_answer_tokens), or None."""
         if self._stop.reached:
             return "stop"
         limit = self._max_answer_tokens
         return "length" if limit is not None and len(self._tokens) - self._thinking_tokens >= limit else None
 
     def push(self, token: int) -> list[Piece]:
-        """The text that the next token completes."""
+        """The text completed by the next token."""
         self._tokens.append(token)
         answering = self._splitter.answering
         pieces = self._split(self._stop.push(self._decoder.push(token)))
@@ -201,7 +201,7 @@ class AnswerReader:
         return pieces, answer
 
     def _finish_reason(self, sequence: SequenceState) -> FinishReason:
-        # The engine may have decoded, or even ended, beyond the token at which the reader stopped.
+        # The engine may have decoded past the token at which the reader stopped, or even ended.
         if self.ended is not None and (self._stop.reached or len(sequence.tokens) > len(self._tokens)):
             return self.ended
         return sequence.finish_reason or "cancelled"

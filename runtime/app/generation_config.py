@@ -1,6 +1,6 @@
-"""generation_config.json: the defaults of sampling that a checkpoint recommends, as `transformers` reads them.
+"""generation_config.json: a checkpoint's sampling defaults, interpreted as in `transformers`.
 
-Every key is honoured, has no effect on the answers of this runtime, or is warned about at loading.
+Every key is applied, has no effect on the answers of this runtime, or causes a warning at loading.
 """
 
 import logging
@@ -17,15 +17,15 @@ from ..files import shown
 from ..values import flag, real, whole
 
 FILE = "generation_config.json"
-MOST_STOPS, LONGEST_STOP = 256, 1000  # stop strings, and characters of one
+MOST_STOPS, LONGEST_STOP = 256, 1000  # stop strings, and characters per string
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _ALWAYS = ("max_new_tokens", "repetition_penalty", "min_new_tokens", "no_repeat_ngram_size")
 _TOKENS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")
-# What `transformers` takes where a file that asks for sampling says nothing.
+# Defaults of `transformers` for a file that enables sampling.
 _UNSET = {"temperature": 1.0, "top_k": 50}
 
-# Keys that are not implemented, with the values, besides null, under which they change nothing.
+# Keys that are not implemented, with the values, besides null, that have no effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -48,7 +48,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _NEUTRAL_IN_SAMPLING = {"typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "top_h": ()}
 
-# Token ids, which the tokenizer reads; what is about speed, caches and the form of the output; what only beams use.
+# Token ids, which the tokenizer reads; settings of speed, caches and output format; settings of beam search.
 _WITHOUT_EFFECT = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "use_mtp", "prefill_chunk_size"),
@@ -66,8 +66,8 @@ _log = logging.getLogger("afnext")
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What a checkpoint recommends. sampling: fields of `SamplingParams`; stop: strings that end an answer; min_length:
-    tokens of prompt and answer before which none ends."""
+    """A checkpoint's defaults. sampling: fields of `SamplingParams`; stop: strings that end an answer; min_length:
+    minimal number of tokens of prompt and answer."""
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
@@ -75,11 +75,11 @@ class GenerationDefaults:
 
 
 def generation_defaults(settings: Mapping[str, Any], vocab_size: int) -> GenerationDefaults:
-    """The defaults that `settings`, the content of generation_config.json, recommend for a vocabulary of that size.
+    """The defaults in `settings`, the content of generation_config.json, for a vocabulary of that size.
 
-    Options of sampling count only where `do_sample` is true, as in `transformers`; null is as good as no key. Raises
-    ConfigError, naming file and key, for a value of the wrong type or out of range. Logs one warning that names the
-    keys that would change answers and are not implemented.
+    Sampling options apply only if `do_sample` is true, as in `transformers`; null counts as absent. Raises ConfigError,
+    naming file and key, for a value of the wrong type or out of range. Logs one warning that names the unimplemented
+    keys that would change answers.
     """
     given = {key: value for key, value in settings.items() if value is not None}
     try:
@@ -87,7 +87,7 @@ def generation_defaults(settings: Mapping[str, Any], vocab_size: int) -> Generat
         chosen = {name: given[name] for name in (*_ALWAYS, *_SAMPLING, *_TOKENS) if name in given}
         checked = SamplingParams(**{"max_new_tokens": 1, **chosen})
         Constraints(checked, (), vocab_size, torch.device("cpu"))
-        # Checked in any case, and of no effect, as in `transformers`, without `do_sample`.
+        # Always checked, but without effect unless `do_sample` is true, as in `transformers`.
         names = [name for name in chosen if sampled or name not in _SAMPLING]
         stop = stop_strings("stop_strings", given.get("stop_strings", ()))
         least = whole("min_length", given.get("min_length", 0), SamplingError, least=0, most=MOST_TOKENS)
@@ -105,7 +105,7 @@ def generation_defaults(settings: Mapping[str, Any], vocab_size: int) -> Generat
 
 
 def stop_strings(name: str, value: Any) -> tuple[str, ...]:
-    """The stop strings that `value`, one string or several, stands for. Raises SamplingError for anything else."""
+    """The stop strings in `value`, one string or several. Raises SamplingError for anything else."""
     stops = (value,) if isinstance(value, str) else value
     if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
         raise SamplingError(f"{name} is {shown(value)}; it must be a string or a list of strings")

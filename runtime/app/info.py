@@ -1,4 +1,4 @@
-"""What a checkpoint holds, without loading its weights."""
+"""Describes a checkpoint without loading its weights."""
 
 import math
 from collections import Counter
@@ -70,7 +70,7 @@ def describe(model: str | PathLike[str]) -> dict[str, Any]:
 
 
 def table(description: dict[str, Any]) -> Table:
-    """`describe`'s result for people."""
+    """`describe`'s result as a table."""
     rows = Table(show_header=False, box=None, pad_edge=False)
     rows.add_column(style="bold")
     rows.add_column()

@@ -1,4 +1,4 @@
-"""What models and what they have heard share: they cannot be copied, and are closed when they are no longer needed."""
+"""The base of models, contexts and live recordings: they cannot be copied, and are closed when no longer needed."""
 
 from typing import NoReturn, SupportsIndex
 
@@ -6,11 +6,11 @@ from ...kernels.errors import AfnextError
 
 
 class CopyError(AfnextError, TypeError):
-    """A model, context or live recording was to be pickled or copied. A TypeError too, as pickle's own refusals are."""
+    """An attempt to pickle or copy a model, context or live recording. Also a TypeError, like pickle's own errors."""
 
 
 class NotCopyable:
-    """A base for objects that hold weights or KV pages, of which pickle and copy would make a broken double."""
+    """A base for objects that hold weights or KV pages, whose copies by pickle or copy would be broken."""
 
     def __reduce_ex__(self, protocol: SupportsIndex, /) -> NoReturn:
         raise CopyError(f"a {type(self).__name__} cannot be pickled or copied: {self._instead()}")

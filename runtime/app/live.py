@@ -1,4 +1,5 @@
-"""Live listening: each window is processed as soon as it is complete, so a question waits only for the open one."""
+"""Live listening: each window is processed as soon as it is complete, so a question waits only for the incomplete
+one."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,17 +25,17 @@ from .responder import QuestionOptions, Responder, check_options
 
 
 class Live(Listening):
-    """A recording that is still going on. One thread feeds it; any thread may ask about what has been heard so far.
+    """A recording in progress. One thread feeds it; any thread may ask about the audio so far.
 
-    An answer is the one about a recording that ends at the last sample fed. The object holds KV pages until it is
+    An answer equals that for a recording that ends at the last sample fed. The object holds KV pages until it is
     finished, closed, left as a `with` block, or dropped.
 
-    source: a short name for people; warnings: what is wrong with the audio. Whoever feeds may set both; answers and the
+    source: a short name for display; warnings: defects of the audio. The feeding thread may set both; answers and the
     finished context report them.
     """
 
     def __init__(self, responder: Responder, system: str | None, salt: bytes = b""):
-        """salt: of the requests that hear the audio, see `Request`."""
+        """salt: of the requests that process the audio, see `Request`."""
         self._responder = responder
         self._salt = salt
         self._system = system
@@ -45,13 +46,13 @@ class Live(Listening):
         self._windows = 0
         self._complete: list[np.ndarray] = []  # windows that are not in the prefix yet
         self._prefix: Prefix | None = None
-        self._ended: str | None = None  # why nothing can be fed or asked any more
+        self._ended: str | None = None  # why it no longer accepts audio or questions
         self.source = "<live>"
         self.warnings: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
-        """Length of what has been fed."""
+        """Length of the audio fed."""
         return self._audio.samples / SAMPLE_RATE
 
     @property
@@ -62,8 +63,8 @@ class Live(Listening):
     def feed(self, pcm: Array, rate: int | float) -> None:
         """Append a piece of any size: an array that `load_audio` takes, with more samples than channels.
 
-        Returns when the windows that it completes have been processed. Raises AudioError, AudioTooLongError beyond what
-        the model can hear (the piece is not appended then), and AfnextError once it is finished or closed.
+        Returns when the windows that it completes have been processed. Raises AudioError, AudioTooLongError beyond the
+        model's limit (the piece is then not appended), and AfnextError after `finish` or `close`.
         """
         with self._lock:
             self._check_open()
@@ -73,10 +74,10 @@ class Live(Listening):
             self._hear_complete()
 
     def finish(self) -> Context:
-        """Process the rest, end the recording, and return the context that `Model.listen` of the whole would return.
+        """Process the rest, end the recording, and return the same context as `Model.listen` of the whole recording.
 
-        Raises AudioError while nothing has been heard, and AfnextError once it is finished or closed. If processing
-        fails, the recording stays open.
+        Raises AudioError if there is no audio yet, and AfnextError after `finish` or `close`. If processing fails, the
+        recording stays open.
         """
         with self._lock:
             self._check_open()
@@ -110,11 +111,12 @@ class Live(Listening):
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Ends the recording if the block is left half done, by Ctrl-C for example: answers would miss some audio."""
+        """End the recording if the block is interrupted, by Ctrl-C for example, because answers would miss some
+        audio."""
         self._ended = "the live recording was interrupted while a piece was appended; listen again"
         try:
             yield
-        except (AfnextError, TypeError, ValueError):  # raised by the checks of a piece, before anything has changed
+        except (AfnextError, TypeError, ValueError):  # raised by the checks of a piece, before any change
             self._ended = None
             raise
         self._ended = None
@@ -149,11 +151,11 @@ class Live(Listening):
                 self._fingerprint.add(window)
 
     def _rest(self, prompt: Prompt) -> tuple[AudioInput, ...]:
-        """All that follows the windows in the prefix."""
+        """All audio after the windows in the prefix."""
         return self._inputs(prompt, [*self._complete, *self._audio.open_windows()])
 
     def _inputs(self, prompt: Prompt, windows: list[np.ndarray]) -> tuple[AudioInput, ...]:
-        """Windows that follow those in the prefix."""
+        """Windows after those in the prefix."""
         position = prompt.audio[0].position + audio_token_count(self._heard)
         return (AudioInput(position, tuple(torch.from_numpy(window) for window in windows), first=self._windows),)
 

@@ -21,9 +21,9 @@ _log = logging.getLogger("afnext")
 
 
 class LiveSession:
-    """Feeds a `Live` from a source in a thread of its own, from `start` to the end of the audio or `stop`.
+    """Feeds a `Live` from a source in a separate thread, from `start` to the end of the audio or `stop`.
 
-    error: what ended the audio early, if anything. An exception that is no AfnextError is its `__cause__`.
+    error: the error that ended the audio early, or None. An exception other than AfnextError is its `__cause__`.
     """
 
     def __init__(self, live: Live, source: "Source"):
@@ -42,7 +42,7 @@ class LiveSession:
 
     @property
     def seconds(self) -> float:
-        """Length of what has been heard."""
+        """Length of the audio so far."""
         return self._live.seconds
 
     def start(self) -> None:
@@ -50,7 +50,7 @@ class LiveSession:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop feeding after the present piece."""
+        """Stop feeding after the current piece."""
         self._stopped.set()
 
     def wait(self) -> None:
@@ -59,12 +59,12 @@ class LiveSession:
         self.raise_error()
 
     def raise_error(self) -> None:
-        """Raise the error that ended the audio early, if there is one."""
+        """Raise the error that ended the audio early, if any."""
         if self.error is not None:
             raise self.error
 
     def stream(self, question: str, options: QuestionOptions) -> Stream:
-        """The answer to a question about what has been heard so far, piece by piece."""
+        """Stream the answer to a question about the audio so far."""
         if self._context is None:
             try:
                 return self._live.stream(question, **options)
@@ -84,7 +84,7 @@ class LiveSession:
             self._context = self._live.finish()
         except AfnextError as error:
             self.error = error
-        except BaseException as error:  # nobody else would see it: the thread ends here
+        except BaseException as error:  # otherwise lost, as the thread ends here
             _log.info("listening failed", exc_info=error)
             self.error = AfnextError(
                 f"listening failed with an internal error ({type(error).__name__}: {error}); please report it."
@@ -97,18 +97,18 @@ class LiveSession:
 
 @dataclass(frozen=True)
 class Source:
-    """Where audio comes from. name: for warnings; pieces: called with a function that tells whether to stop, and with
-    one that takes the warnings so far."""
+    """A source of audio. name: for warnings; pieces: called with a function that returns whether to stop, and one that
+    takes the warnings so far."""
 
     name: str
     pieces: Callable[[Callable[[], bool], Warn], Pieces]
 
 
 def open_source(source: str, stack: ExitStack, *, raw: str | None, rate: int, channels: int) -> Source:
-    """What `LiveSession` feeds from: "mic" or "mic:NAME", "-" for standard input, or the path of a pipe or file.
+    """A source for `LiveSession`: "mic" or "mic:NAME", "-" for standard input, or the path of a pipe or file.
 
-    raw: the format of samples without a header, one of RAW_FORMATS, or None for a container. A path is opened when the
-    pieces are asked for, which then raise AudioError if that fails.
+    raw: the format of samples without a header, one of RAW_FORMATS, or None for a container. A path is opened when
+    `pieces` is called, which raises AudioError if that fails.
     """
     if source == MICROPHONE or source.startswith(f"{MICROPHONE}:"):
         device = source.partition(":")[2] or None

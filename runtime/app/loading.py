@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a network in this process, whole or one rank's part, within the memory that there is."""
+"""Loads a network, whole or one rank's part, from a checkpoint folder within the available memory."""
 
 import logging
 from collections.abc import Callable
@@ -24,8 +24,8 @@ _log = logging.getLogger("afnext")
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """What `load` says about the network. memory: bytes that each device has for it, None for what it has free.
-    sequence: whether ranks hold the whole weights, too."""
+    """The settings of `load` for the network. memory: bytes available on each device, None for its free memory.
+    sequence: whether ranks also hold the whole weights."""
 
     dtype: str
     quant: Recipe | None
@@ -52,9 +52,9 @@ class NetworkSettings:
         return cls(values["dtype"], quant, values["memory"], options, values["sequence"])
 
     def within(self, checkpoint: OpenCheckpoint, device: torch.device, ranks: int = 1) -> EngineOptions:
-        """The options with the room for keys and values that the memory of the device leaves beside the weights.
+        """The options with the KV cache limited to the device's memory beside the weights.
 
-        ranks: among which the checkpoint is divided. Raises MemoryPlanError for no room.
+        ranks: number of ranks that share the checkpoint. Raises MemoryPlanError if it does not fit.
         """
         plan = self._plan(checkpoint, device, ranks)
         room = plan.largest()
@@ -65,10 +65,10 @@ class NetworkSettings:
         return replace(self.options, max_kv_tokens=room.kv_room)
 
     def fitted(self, checkpoint: OpenCheckpoint, device: torch.device, seconds: float | None) -> "NetworkSettings":
-        """These settings with the mildest changes with which a recording of `seconds` fits into the memory of `device`.
+        """These settings with the mildest changes that make a recording of `seconds` fit into the memory of `device`.
 
-        seconds: None for the longest that the model can hear. Logs the changes. Raises MemoryPlanError with advice
-        where nothing helps.
+        seconds: None for the model's longest audio. Logs the changes. Raises MemoryPlanError with advice if no changes
+        suffice.
         """
         plan = self._plan(checkpoint, device, 1)
         plan = replace(plan, audio_seconds=plan.most_seconds() if seconds is None else seconds, text_tokens=256)
@@ -90,7 +90,7 @@ class NetworkSettings:
     def _plan(self, checkpoint: OpenCheckpoint, device: torch.device, ranks: int) -> MemoryPlan:
         """The plan for a short question."""
         memory = self.memory
-        if memory is None:  # the ranks on a CPU share it
+        if memory is None:  # ranks on a CPU share its memory
             memory = free_memory(device) // (ranks if device.type == "cpu" else 1)
         stored = checkpoint.config
         config = to_quantize(stored, self.quant)
@@ -98,7 +98,7 @@ class NetworkSettings:
         as_stored = config == stored and (config.quantization is not None or str(computed) == f"torch.{config.dtype}")
         options = self.options
         part = config if ranks == 1 else shard_config(config, ranks)
-        if self.sequence:  # the whole weights are there, and those of the part that are not in the same memory
+        if self.sequence:  # the whole weights, and those of the part that do not share their memory
             whole, divided = (sum(n for n, _ in weight_bytes(one, computed).values()) for one in (config, part))
             memory -= whole - divided + column_bytes(part, computed)
         return MemoryPlan(

@@ -15,17 +15,17 @@ from ..model.parameters import PARTS, part_of
 
 FILE = "README.md"
 SOURCE_FILE = "README-source.md"
-"""What the card of the source is called beside it."""
+"""The file name of the source's card."""
 
 _MAX_CARD_BYTES = 1 << 20
 _LICENSE = re.compile(r"(license|license_name|license_link): *(\S[^\n]{0,200})")
 
 
 def write_card(out: Path, source: str, files: CheckpointFolder, recipe: Recipe, measured: str | None = None) -> None:
-    """Write the card of the weights in `out`, which are there already.
+    """Write the card of the weights in `out`, which must exist.
 
-    source: as the user named it; files: its texts; recipe: with the hash of its weights; measured: what is known of the
-    loss, in Markdown. Raises OutputError if it cannot be written.
+    source: the name given by the user; files: its texts; recipe: with the hash of its weights; measured: measured
+    losses, in Markdown. Raises OutputError if it cannot be written.
     """
     text = _card(out, SHORT_NAMES.get(source, source), files, recipe, measured)
     with output_file(out / FILE, OutputError) as file:
@@ -91,7 +91,7 @@ def _parts(weights: Checkpoint, recipe: Recipe) -> list[str]:
 
 
 def _license(files: CheckpointFolder) -> dict[str, str]:
-    """What the front matter of the source's card says of its licence."""
+    """The licence fields in the front matter of the source's card."""
     try:
         text = files.text(FILE, _MAX_CARD_BYTES) or ""
     except CheckpointError:

@@ -18,7 +18,7 @@ HARMLESS = frozenset(
         *("prompt_cache_key", "prompt_cache_retention", "reasoning_effort", "verbosity", "prediction", "include"),
     }
 )
-"""Fields of a chat completion that change nothing here."""
+"""Fields of a chat completion that have no effect here."""
 
 IMPOSSIBLE: Mapping[str, tuple[Any, ...]] = {
     "n": (None, 1),
@@ -36,11 +36,11 @@ IMPOSSIBLE: Mapping[str, tuple[Any, ...]] = {
     "presence_penalty": (None, 0),
     "web_search_options": (None,),
 }
-"""Fields that ask for something the model cannot do, with the values that ask for nothing."""
+"""Fields for unsupported features, with the values that do not request the feature."""
 
 
 def completion(answer: Answer, head: Mapping[str, Any], usage: Mapping[str, Any], details: Any) -> dict[str, Any]:
-    """A `chat.completion` object. head: its id, created and model. details: what OpenAI's fields have no place for."""
+    """A `chat.completion` object. head: its id, created and model. details: values without an OpenAI field."""
     message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
     if answer.thinking is not None:
         message |= {"reasoning_content": answer.thinking, "reasoning": answer.thinking}
@@ -80,7 +80,7 @@ def transcript_usage(transcript: Transcript) -> dict[str, Any]:
 
 
 def plain_text(segments: Iterable[Segment]) -> str:
-    """The words alone, without times and speakers."""
+    """The text without times and speakers."""
     return joined(segment.text for segment in segments)
 
 
@@ -92,10 +92,10 @@ def transcript_prompt(
     language: str = "",
     hint: str = "",
 ) -> str:
-    """What to ask for a transcript.
+    """The prompt for a transcript.
 
-    language: that is spoken; codes such as "de" are ignored, as prompts name languages. hint: what else is known of the
-    recording. Raises PromptError for what the checkpoint has no prompt for.
+    language: the spoken one; codes such as "de" are ignored, because prompts name languages. hint: further information
+    about the recording. Raises PromptError if the checkpoint has no prompt for the request.
     """
     prompt = prompts.transcript(timestamps=timestamps, speakers=speakers)
     named = [f"The language is {language}."] if language and not is_language_code(language) else []

@@ -1,4 +1,4 @@
-"""A folder that one run at a time writes a checkpoint into, and what is copied into it beside the weights."""
+"""An output folder for a checkpoint, locked to one run at a time, and the files copied into it beside the weights."""
 
 import json
 import os
@@ -29,11 +29,11 @@ _TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*")
 
 @contextmanager
 def locked_folder(target: Path) -> Iterator[bool]:
-    """Create the folder `target` if it does not exist, and keep other runs out of it during the `with` block.
+    """Create the folder `target` if it does not exist, and lock it against other runs during the `with` block.
 
-    Gives whether the folder could be locked, which some network file systems do not offer. A folder that the block
-    leaves empty is removed. Raises OutputError if another run holds the folder, if it cannot be created, and for every
-    OSError in the block.
+    Yields whether the folder could be locked; some network file systems do not support it. A folder that the block
+    leaves empty is removed. Raises OutputError if another run has locked the folder, if it cannot be created, and for
+    every OSError in the block.
     """
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file; give a new folder to write into")
@@ -57,9 +57,9 @@ def locked_folder(target: Path) -> Iterator[bool]:
 
 
 def lock_file(descriptor: int, target: Path) -> bool:
-    """Keep other runs out of the open file or folder `target` until it is closed; whether that was possible.
+    """Lock the open file or folder `target` against other runs until it is closed. Returns whether that was possible.
 
-    Raises OutputError if another run holds it.
+    Raises OutputError if another run has locked it.
     """
     if fcntl is not None:
         try:
@@ -85,14 +85,14 @@ def check_room(target: Path, nbytes: int) -> None:
 def text_files(files: CheckpointFolder) -> list[str]:
     """The names, within a checkpoint, of the files to copy with its weights, without config.json.
 
-    Raises CheckpointError for a link that leads out of the folder (out of the repository, for one in the Hub's cache),
-    since its target may be private, and for anything that is not a regular file.
+    Raises CheckpointError for a link to a target outside the folder (for the Hub's cache, outside the repository),
+    which may be private, and for anything that is not a regular file.
     """
     if isinstance(files, EmbeddedFiles):
         return [name for name in sorted(files.contents) if name != CONFIG and _is_text(name)]
     source = files.path
     roots = [source.resolve()]
-    if source.parent.name == "snapshots":  # of the Hub's cache, where every file is a link to a blob
+    if source.parent.name == "snapshots":  # in the Hub's cache, where every file is a link to a blob
         roots.append((source.parent.parent / "blobs").resolve())
     names = []
     for part in ("", *COMPONENTS):
@@ -115,9 +115,9 @@ def _is_text(name: str) -> bool:
 
 
 def copy_texts(files: CheckpointFolder, target: Path, recipe: Recipe) -> None:
-    """Copy everything but the weights; a README.md becomes README-source.md, as `target` has a card of its own.
+    """Copy everything but the weights; README.md becomes README-source.md, because `target` has its own card.
 
-    The config.json, with `recipe` in it, comes last and marks `target` complete.
+    The config.json, with `recipe` in it, is written last and marks `target` as complete.
     """
     config = {**files.settings(CONFIG), "quantization_config": recipe.to_dict()}
     for name in text_files(files):

@@ -1,4 +1,4 @@
-"""Packed copies: what `load(quant=..., keep_packed=True)` writes once, and maps into memory from then on."""
+"""Packed copies, which `load(quant=..., keep_packed=True)` writes once and then maps into memory."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from ..model.hub import packed_folder
 from .quantize import quantize
 
 LARGE = 1 << 30
-"""Bytes of dense weights from which on packing them at each load is worth a hint."""
+"""Bytes of dense weights above which packing them at each load causes a hint."""
 
 _log = logging.getLogger("afnext")
 
@@ -27,10 +27,10 @@ _log = logging.getLogger("afnext")
 def packed_copy(
     source: Path, recipe: Recipe, *, device: torch.device, progress: Callable[[int, int], None] | None = None
 ) -> Path:
-    """The folder of the copy of the dense checkpoint `source` packed by `recipe`, written first if there is none.
+    """The folder of a copy of the dense checkpoint `source` packed by `recipe`, which is written if it does not exist.
 
-    It is found again by the recipe and by path, sizes and times of the source's files, so that a source that changed is
-    packed anew. Several processes may ask at once. Raises what `quantize` raises.
+    Its name depends on the recipe and on path, sizes and times of the source's files, so a changed source is packed
+    again. Several processes may call this at once. Raises the errors of `quantize`.
     """
     folder = packed_folder() / f"{_readable(source)}-{recipe.name}-{_key(source, recipe)}"
     if folder.is_dir():
@@ -42,7 +42,7 @@ def packed_copy(
         unfinished.chmod(0o755)
         os.rename(unfinished, folder)
     except OSError:
-        if not folder.is_dir():  # where another process was quicker, its copy is as good
+        if not folder.is_dir():  # if another process was faster, its copy is used
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -51,7 +51,7 @@ def packed_copy(
 
 
 def hint(model: str, source: Path, quant: str, nbytes: int) -> None:
-    """Log how to keep what was packed, if it was large. model: as the user named it; source: its folder."""
+    """Log how to keep the packed weights, if they are large. model: the name given by the user; source: its folder."""
     if nbytes >= LARGE:
         _log.warning(
             "%.1f GB of weights were packed while loading, as they will be each time. To do it once: keep_packed=True "
@@ -66,7 +66,7 @@ def hint(model: str, source: Path, quant: str, nbytes: int) -> None:
 
 
 def _readable(source: Path) -> str:
-    """A name for people: that of the folder, or of the repository whose snapshot it is."""
+    """A readable name: that of the folder, or of the snapshot's repository."""
     repository = re.search(r"models--(?:.+?)--([^/]+)/snapshots/", source.absolute().as_posix())
     return repository[1] if repository and source.is_dir() else source.absolute().name.removesuffix(GGUF_SUFFIX)
 
@@ -75,7 +75,7 @@ def _key(source: Path, recipe: Recipe) -> str:
     if source.is_dir():
         folder, found = source, [source.rglob(pattern) for pattern in ("*.safetensors", "*.json", f"*{GGUF_SUFFIX}")]
     else:
-        folder, found = source.parent, [source.parent.glob(f"*{GGUF_SUFFIX}")]  # a pair is two of them
+        folder, found = source.parent, [source.parent.glob(f"*{GGUF_SUFFIX}")]  # a pair has two files
     files = sorted(path for paths in found for path in paths)
     stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
     described = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

@@ -1,4 +1,4 @@
-"""What `afnext plan` answers: a memory plan for a device that may or may not be there."""
+"""The command `afnext plan`: a memory plan for a device, which need not be present."""
 
 import re
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _PLACES = {"device": "GPU", "host": "host", "file": "file"}
 
 @dataclass(frozen=True)
 class Target:
-    """Where a model is planned to run: a name for people, bytes, and whether it is a GPU."""
+    """The target device of a plan: display name, bytes, and whether it is a GPU."""
 
     name: str
     memory: int
@@ -36,8 +36,8 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """From an amount ("8GB"), the name of a known GPU ("rtx3060", "RTX 3060", "3060"), "cpu" for this machine, or a
-        device of it that torch knows ("cuda", "cuda:1"). Raises DeviceError or MemoryPlanError for anything else."""
+        """Parse an amount ("8GB"), the name of a known GPU ("rtx3060", "RTX 3060", "3060"), "cpu" for this machine, or
+        one of its torch devices ("cuda", "cuda:1"). Raises DeviceError or MemoryPlanError for anything else."""
         name = text.strip().lower()
         if _AMOUNT.fullmatch(name):
             return cls(f"a GPU with {text}", parse_bytes(text), True)
@@ -75,7 +75,8 @@ def _known_gpu(text: str) -> Device:
 
 
 def model_config(model: str | PathLike[str] | None) -> ModelConfig:
-    """The config of a checkpoint folder, a GGUF file, a config.json, or a name on the Hub (whose weights stay there).
+    """The config of a checkpoint folder, a GGUF file, a config.json, or a name on the Hub (its weights are not
+    downloaded).
 
     None is the published Audio Flamingo Next. Raises CheckpointError or ConfigError.
     """
@@ -88,7 +89,7 @@ def model_config(model: str | PathLike[str] | None) -> ModelConfig:
 
 
 def view(plan: MemoryPlan, target: Target, changes: Sequence[str] = ()) -> RenderableType:
-    """The plan for people. changes: of the settings that were asked for, so that it fits."""
+    """The plan as a table. changes: changes to the requested settings that make it fit."""
     rows = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("part", "where", "bytes", ""):
         rows.add_column(column, justify="right" if column == "bytes" else "left")

@@ -1,4 +1,4 @@
-"""Prompts by task: transcripts, translations, captions, music, lyrics, and which checkpoint each is for.
+"""Prompts by task: transcripts, translations, captions, music, lyrics, and the checkpoints for each.
 
 Source: the prompt guide on the model cards of nvidia/audio-flamingo-next-hf, nvidia/audio-flamingo-next-think-hf and
 nvidia/audio-flamingo-next-captioner-hf (Hugging Face, 2026), which print the same table. Two prompts with timestamps
@@ -22,7 +22,8 @@ Variant = Literal["instruct", "think", "captioner"]
 """The released checkpoints: audio-flamingo-next-hf, audio-flamingo-next-think-hf, audio-flamingo-next-captioner-hf."""
 
 FILE = "prompts.json"
-"""Optional file of a checkpoint that knows only certain prompts: {"tasks": {name: prompt}, "no_speech": [answer]}."""
+"""Optional file of a checkpoint that supports only certain prompts: {"tasks": {name: prompt}, "no_speech":
+[answer]}."""
 
 _FROM = " from {source}"
 _CODE = re.compile(r"[a-z]{2,3}(?:[-_][A-Za-z]{2,4})?")
@@ -32,9 +33,9 @@ _CODE = re.compile(r"[a-z]{2,3}(?:[-_][A-Za-z]{2,4})?")
 class Task:
     """A task that the model was trained on.
 
-    name: what `get` takes. description: one line for users. prompt: the text, in which {source} and {target} stand for
-    languages; None where the user's own question is the prompt. variants: the checkpoints recommended for it, best
-    first as the card lists them. from_card: whether the card prints this prompt. example: a prompt of that kind.
+    name: the argument of `get`. description: one line for users. prompt: the text with {source} and {target} for
+    languages; None if the user's question is the prompt. variants: the checkpoints recommended for it, best first, as
+    in the card. from_card: whether the card has this prompt. example: an example of such a prompt.
     """
 
     name: str
@@ -121,9 +122,9 @@ _TRANSCRIPTS = {
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts that one checkpoint knows: those of the cards, or the few in its `prompts.json`.
+    """The prompts that one checkpoint supports: those of the cards, or those in its `prompts.json`.
 
-    tasks: by name. no_speech: answers by which the checkpoint says that nobody speaks.
+    tasks: by name. no_speech: answers that mean there is no speech.
     """
 
     tasks: Mapping[str, Task]
@@ -151,8 +152,8 @@ class Prompts:
         """The prompt for a task.
 
         to, source: for a translation, the language to translate into and, optionally, the one that is spoken, each by
-        its English name. Raises PromptError for an unknown task, for one that needs a question or a language, and for
-        a language that it does not take.
+        its English name. Raises PromptError for an unknown task, for one that needs a question or a language, and for a
+        language if the task takes none.
         """
         if task not in self.tasks:
             raise PromptError(f"there is no prompt for the task {task!r} here; there is one for {self._names()}.")
@@ -169,9 +170,9 @@ class Prompts:
         return prompt.replace(_FROM, spoken).replace("{target}", _language(to))
 
     def transcript(self, *, timestamps: bool | None = None, speakers: bool | None = None) -> str:
-        """The prompt for a transcript with times and speakers; None asks for them if the checkpoint can give them.
+        """The prompt for a transcript with times and speakers; None asks for them if the checkpoint supports them.
 
-        Raises PromptError if the checkpoint has no prompt for what is asked for.
+        Raises PromptError if the checkpoint has no prompt for the request.
         """
         for times in (True, False) if timestamps is None else (timestamps,):
             for names in (True, False) if speakers is None else (speakers,):

@@ -1,8 +1,8 @@
-"""Quantizing a checkpoint once for all: dense weights in, or what other libraries made of them, a folder with ours out.
+"""Quantizes a checkpoint, from dense weights or another library's format, into a folder in afnext's format.
 
-Every tensor is read, packed and written before the next one, so memory peaks at the largest of them. The folder has all
-that loading needs: weights under canonical names, config.json with what they are packed by, tokenizer and templates.
-The config.json is written last, so a folder that has one is complete.
+Every tensor is read, packed and written before the next one, so memory peaks at the largest tensor. The folder has
+everything needed for loading: weights under canonical names, config.json with the recipe, tokenizer and templates. The
+config.json is written last, so a folder that has one is complete.
 """
 
 import hashlib
@@ -38,8 +38,8 @@ _HASHED_AT_ONCE = 1 << 25
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be written: by which recipe, what that stores, and its tensors, which come from `sources`; the texts
-    of the checkpoint in `files`."""
+    """The output to write: its recipe, the tensors that the recipe stores, read from `sources`, and the texts in
+    `files`."""
 
     recipe: Recipe
     expected: dict[str, Stored]
@@ -64,15 +64,15 @@ def quantize(
     """Write the checkpoint `source` (a folder, GGUF file or Hub name), packed by `recipe`, into the new folder `out`.
 
     Layers that GPTQ, AWQ or compressed-tensors quantized to 4 bits, in `source` or in `backbone`, keep their bits, and
-    those in blocks of a GGUF file keep their values. backbone: a folder or Hub name of a quantized Qwen2, taken in
-    place of the decoder of `source`. device: where to compute. measured: what is known of the loss, in Markdown, for
-    the model card. `progress` is called with (stored bytes read, of all). Returns what came of it as plain values:
-    files, bytes and bytes by part before and after, seconds.
+    those in blocks of a GGUF file keep their values. backbone: a folder or Hub name of a quantized Qwen2 that replaces
+    the decoder of `source`. device: where to compute. measured: measured losses, in Markdown, for the model card.
+    `progress` is called with (stored bytes read, total). Returns the result as plain values: files, bytes and bytes by
+    part before and after, seconds.
 
-    Raises OutputError if `out` holds something, is in use by another run, or cannot be written, CheckpointError for a
-    text file that links out of `source`, ConfigError if the source is quantized by afnext already, SchemeError naming a
-    layer that its scheme cannot store or that a rule would round a second time, ImportFormatError for weights of other
-    libraries that have no equal here.
+    Raises OutputError if `out` is not empty, is used by another run, or cannot be written, CheckpointError for a text
+    file that links outside `source`, ConfigError if the source is already quantized by afnext, SchemeError naming a
+    layer that its scheme cannot store or that a rule would round a second time, ImportFormatError for unsupported
+    formats of other libraries.
     """
     begun = time.perf_counter()
     path, target = resolve(source, revision=revision), Path(out)
@@ -80,7 +80,7 @@ def quantize(
         work = _import_work(path, None if backbone is None else resolve(backbone), recipe, device, progress)
     else:
         work = _dense_work(path, recipe, device, progress)
-    text_files(work.files)  # refused links are an error before the long work
+    text_files(work.files)  # raises for refused links before the long computation
     sizes = {name: math.prod(stored.shape) * stored.dtypes[0].itemsize for name, stored in work.expected.items()}
     unknown = quantization_metadata(replace(work.recipe, source="0" * 64))
     with locked_folder(target) as locked:
@@ -139,7 +139,7 @@ def _import_work(
 
 
 def as_stored(dtype: Callable[[str], torch.dtype | None], config: ModelConfig) -> dict[str, Stored]:
-    """What a quantized checkpoint holds: for each tensor one shape, and the one dtype that `dtype` tells, if any."""
+    """The tensors of a quantized checkpoint, with one shape each, and the dtype that `dtype` returns, if any."""
     return {
         name: Stored(stored.shape, (dtype(name) or stored.dtypes[0],))
         for name, stored in expected_tensors(config).items()
@@ -161,7 +161,7 @@ def weights_hash(*checkpoints: Checkpoint) -> str:
 
 
 def _prepare(target: Path, nbytes: int, locked: bool) -> None:
-    """Check that the folder has nothing in it and enough room. If it is locked, remove what crashed runs left."""
+    """Check that the folder is empty and has enough space. If it is locked, remove files of crashed runs."""
     found = [path for path in target.iterdir() if path.suffix != ".part"]
     if found:
         raise OutputError(f"{target} holds {min(found).name} already; give a new folder to write into")

@@ -1,7 +1,7 @@
 """The process of a rank other than the first: `python -m afnext.runtime.app.rank FD`, started by `load_parallel`.
 
-It ends when rank 0 closes its end of the socket FD, in the middle of a computation too, and when rank 0's process is
-gone. Signals of the terminal and of a service manager are for rank 0, which lets requests end first.
+It ends when rank 0 closes its end of the socket FD, even during a computation, and when rank 0's process has ended. It
+ignores signals of the terminal and of a service manager: rank 0 handles them, and completes requests first.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from ..model.opened import open_checkpoint
 from .loading import NetworkSettings, load_network
 from .tensor_parallel import RankSettings
 
-_SECONDS_TO_END = 1.0  # between the end of rank 0 and that of a rank which is computing
+_SECONDS_TO_END = 1.0  # time for a computing rank to end after rank 0 has ended
 
 
 def main(descriptor: int) -> None:
-    """Load this rank's part and compute what rank 0 sends. Exits with status 1 after an error, which it sends first."""
+    """Load this rank's part and run rank 0's operations. After an error, sends it and exits with status 1."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
@@ -64,7 +64,7 @@ def _serve(control: socket.socket) -> None:
 
 
 def _end_with(control: socket.socket, parent: int) -> None:
-    """End this process soon after rank 0 has closed its end, or has gone with another process holding that open."""
+    """End this process soon after rank 0 has closed its end, or has ended while another process holds that end open."""
     poll = select.poll()
     poll.register(control, 0)
     while not poll.poll(1000) and os.getppid() == parent:

@@ -1,4 +1,4 @@
-"""A Ray cluster to run on: one that is there, or one of this machine that only this machine can reach."""
+"""Connects to a Ray cluster: an existing one, or a new one that only this machine can reach."""
 
 import os
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ _GPU_DEVICES = ("auto", "cuda")
 
 @contextmanager
 def connected(address: str | None, cpus: int, *, logs: bool) -> Iterator[None]:
-    """Connect this process to a cluster for the length of the block.
+    """Connect this process to a cluster during the block.
 
-    address: as Ray takes it ("auto", "10.0.0.1:6379"), or None to start one that ends with this process and has at
-    least `cpus` places for actors, however many cores there are. It has no dashboard. logs: print here what the actors
-    print. Raises AfnextError without Ray, and if there is no such cluster.
+    address: Ray's address ("auto", "10.0.0.1:6379"), or None to start a cluster that ends with this process and has at
+    least `cpus` CPU slots for actors, whatever the number of cores, and no dashboard. logs: print the actors' output
+    here. Raises AfnextError without Ray, and if there is no such cluster.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # each line counts
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # print duplicate lines, too
     if address is None:
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on Linux, too: every process listens on the loopback
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # so that all processes listen on the loopback
     try:
         import ray
     except ImportError:
@@ -42,7 +42,7 @@ def connected(address: str | None, cpus: int, *, logs: bool) -> Iterator[None]:
 
 
 def gpus_of_a_replica(given: float | None, device: str, ranks: int) -> float:
-    """The GPUs that each replica asks Ray for: as given, otherwise one per rank if the cluster has any."""
+    """GPUs that each replica requests from Ray: `given`, otherwise one per rank if the cluster has any."""
     import ray
 
     if given is not None:

@@ -1,4 +1,4 @@
-"""From conversations to answers: sampling options, requests to the engine, and the text that comes back."""
+"""Answers conversations: sampling options, requests to the engine, and decoding of the answers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,17 +26,16 @@ MOST_PRIORITY = 10**9
 
 
 class QuestionOptions(TypedDict, total=False):
-    """Options of a question about audio that has been heard. Those of sampling default to the checkpoint's
-    generation_config.json.
+    """Options of a question about processed audio. Sampling options default to the checkpoint's generation_config.json.
 
     max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, min_new_tokens, no_repeat_ngram_size,
     suppress_tokens, begin_suppress_tokens, bad_words_ids, sequence_bias: see `SamplingParams`.
-    max_answer_tokens: bounds the answer without the thinking before it. max_new_tokens bounds both; where it is not
-    given, it is the checkpoint's and max_answer_tokens together.
-    stop_repetition: end an answer that says the same over and over; `Answer.repetition` reports it in any case.
-    ignore_eos: go on to max_new_tokens, for measurements. stop: a string, or several, that end the answer and are left
-    out of it. priority, deadline, salt: see `Request`. progress: called with (stage, done, total). cancelled: polled
-    between steps; once it returns true the answer ends with what it has.
+    max_answer_tokens: limit of the answer without thinking. max_new_tokens limits both; its default is the checkpoint's
+    value plus max_answer_tokens.
+    stop_repetition: end an answer that repeats itself; `Answer.repetition` always reports it. ignore_eos: continue to
+    max_new_tokens, for measurements. stop: one or several strings that end the answer and are not part of it. priority,
+    deadline, salt: see `Request`. progress: called with (stage, done, total). cancelled: polled between steps; when it
+    returns true, the answer ends with its tokens so far.
     """
 
     max_answer_tokens: int
@@ -64,9 +63,9 @@ class QuestionOptions(TypedDict, total=False):
 
 
 class AnswerOptions(QuestionOptions, total=False):
-    """Options of `ask`, `stream` and `chat`: those of a question, and of the audio that comes with it.
+    """Options of `ask`, `stream` and `chat`: those of a question and of its audio.
 
-    truncate: cut audio to what the model can hear instead of refusing it.
+    truncate: cut audio to the model's limit instead of raising an error.
     """
 
     truncate: bool
@@ -94,7 +93,7 @@ def check_options(options: QuestionOptions, known: type) -> None:
 
 
 class Stream(Iterator[Piece]):
-    """The pieces of an answer as they come. `answer` is the whole of it once the last piece has been given out.
+    """The pieces of an answer as they are generated. After the last piece, `answer` is the whole answer.
 
     Close it (or drop it) to stop early.
     """
@@ -105,7 +104,7 @@ class Stream(Iterator[Piece]):
 
     @property
     def answer(self) -> Answer | None:
-        """The whole answer, or None while pieces are still to come."""
+        """The whole answer, or None before the last piece."""
         return self._answers[0]
 
     def __next__(self) -> Piece:
@@ -118,14 +117,14 @@ class Stream(Iterator[Piece]):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A question on its way to the engine: the request, and the reader of its answer."""
+    """A prepared question: the engine's request, and the reader of its answer."""
 
     request: Request
     reader: AnswerReader
 
 
 class Responder:
-    """What it takes to answer conversations: an engine over a network, its tokenizer, template and defaults."""
+    """Answers conversations with an engine over a network, its tokenizer, template and defaults."""
 
     def __init__(
         self,
@@ -143,12 +142,12 @@ class Responder:
 
     @property
     def engine(self) -> Engine:
-        """The engine. Raises AfnextError once it has been closed."""
+        """The engine. Raises AfnextError after `close`."""
         return self._open()[0]
 
     @property
     def network(self) -> AudioFlamingo:
-        """The network. Raises AfnextError once it has been closed."""
+        """The network. Raises AfnextError after `close`."""
         return self._open()[1]
 
     def _open(self) -> tuple[Engine, AudioFlamingo]:
@@ -158,13 +157,13 @@ class Responder:
         return loaded
 
     def close(self) -> None:
-        """Stop the engine and drop it and the network. Answers in progress go on to their end. Idempotent."""
+        """Stop the engine and drop it and the network. Answers in progress are completed. Idempotent."""
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             loaded[0].stop()
 
     def load(self, messages: Sequence[Message], *, truncate: bool) -> Conversation:
-        """The conversation that `messages` spell, its audio loaded. Raises AudioError or PromptError."""
+        """The conversation in `messages`, with its audio loaded. Raises AudioError or PromptError."""
         return Conversation.load(
             messages,
             self.tokenizer,
@@ -174,7 +173,7 @@ class Responder:
         )
 
     def load_audio(self, source: AudioSource, *, truncate: bool) -> Audio:
-        """A recording that the model can hear. Raises AudioError."""
+        """Load a recording within the model's limits. Raises AudioError."""
         return load_audible(source, max_seconds=self.network.config.max_audio_seconds, truncate=truncate)
 
     def chat(self, conversations: Sequence[Conversation], options: QuestionOptions) -> list[Answer]:
@@ -192,7 +191,7 @@ class Responder:
     def _start(
         self, conversations: Sequence[Conversation], answers: list[Answer | None], options: QuestionOptions
     ) -> Iterator[tuple[int, Piece]]:
-        """Check everything now; what is returned generates as it is read."""
+        """Check everything now; the returned iterator generates as it is consumed."""
         progress = _sum_of_progress(len(conversations), options.get("progress") or (lambda stage, done, total: None))
         prepared = [
             self.prepare(conversation, options, progress=report)
@@ -201,9 +200,9 @@ class Responder:
         return self._read(prepared, answers)
 
     def prepare(self, conversation: Conversation, options: QuestionOptions, **how: Any) -> Prepared:
-        """The engine's request for a conversation, checked, and what reads its answer.
+        """The engine's request for a conversation, checked, and the reader of its answer.
 
-        how: fields of `Request` besides those that the options give. Raises SamplingError, ContextLengthError or
+        how: further fields of `Request` besides those of the options. Raises SamplingError, ContextLengthError or
         OutOfPagesError.
         """
         stop = stop_strings("stop", options["stop"]) if "stop" in options else self.defaults.stop
@@ -223,7 +222,7 @@ class Responder:
         given = {name: value for name, value in options.items() if name in SamplingParams.__dataclass_fields__}
         values = {**self.defaults.sampling, **given}
         prompt = len(conversation.prompt.token_ids)
-        # A default may be more than context and memory have room for; a number from the caller is checked as it is.
+        # A default is reduced to the room in context and memory; a caller's number is checked unchanged.
         room = min(self.network.config.decoder.max_positions, self.engine.room) - prompt
         if "max_new_tokens" not in options:
             wanted = values.get("max_new_tokens", DEFAULT_NEW_TOKENS) + options.get("max_answer_tokens", 0)
@@ -235,8 +234,8 @@ class Responder:
         return SamplingParams(**values)
 
     def _read(self, prepared: list[Prepared], answers: list[Answer | None]) -> Iterator[tuple[int, Piece]]:
-        """Yield (conversation, piece) as text comes; fill `answers` at the end."""
-        engine = self.engine  # it may be closed before the answers end
+        """Yield (conversation, piece) as text is generated; fill `answers` at the end."""
+        engine = self.engine  # the model may be closed before the answers end
         readers = [one.reader for one in prepared]
         sequences = [engine.sequence(one.request) for one in prepared]
         for index, token in engine.follow(sequences):
@@ -251,7 +250,7 @@ class Responder:
 
 
 def _sum_of_progress(count: int, report: Progress) -> list[Callable[[int, int], None]]:
-    """One callback a prompt; `report` hears of the sum over all of them."""
+    """One callback per prompt; `report` is called with the sum over all of them."""
     done, total = [0] * count, [0] * count
 
     def callback(index: int) -> Callable[[int, int], None]:

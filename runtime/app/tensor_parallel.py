@@ -1,7 +1,7 @@
-"""Loading a model in several processes: rank 0 is the caller's, the others are started here.
+"""Loads a model in several processes: rank 0 is the caller's, the others are started here.
 
-Each loads its own part of the checkpoint. They find each other through a file in a folder that only the user may read,
-and talk over the loopback interface and socket pairs alone.
+Each loads its own part of the checkpoint. They connect through a file in a folder that only the user may read, and
+communicate only over the loopback interface and socket pairs.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ from .loading import NetworkSettings, load_network
 
 @dataclass(frozen=True)
 class RankSettings:
-    """What the process of a rank has to know. store: the file through which the ranks find each other; threads: to
-    compute with; network: `NetworkSettings` as plain values."""
+    """Settings for a rank's process. store: the file through which the ranks connect; threads: number of CPU threads;
+    network: `NetworkSettings` as plain values."""
 
     folder: str
     rank: int
@@ -57,7 +57,7 @@ class RankSettings:
         return cls(**json.loads(text))
 
     def connect(self) -> Group:
-        """Connect this process to the other ranks. Raises GroupError if one does not come."""
+        """Connect this process to the other ranks. Raises GroupError if one does not connect."""
         distributed: Any = torch.distributed
         return Group(distributed.FileStore(self.store, self.size), self.rank, self.size, torch.device(self.device))
 
@@ -70,7 +70,8 @@ def rank_device(device: torch.device, rank: int) -> torch.device:
 def check_ranks(config: ModelConfig, device: torch.device, *, tp: int, sp: int) -> int:
     """The number of processes to compute in. device: of rank 0; the others take the following GPUs.
 
-    Raises ValueError, ConfigError, SchemeError or AfnextError if so many cannot compute a model with this config.
+    Raises ValueError, ConfigError, SchemeError or AfnextError if that many processes cannot share a model with this
+    config.
     """
     for name, count in (("tp", tp), ("sp", sp)):
         if count < 1:
@@ -102,11 +103,11 @@ def load_parallel(
     size: int,
     progress: Callable[[int, int], None],
 ) -> tuple[ParallelExecutor, EngineOptions]:
-    """Load a checkpoint in `size` processes. Returns what computes with them, and the options with the room for keys
-    and values that every rank's memory leaves.
+    """Load a checkpoint in `size` processes. Returns their executor, and the options with the KV cache limited to the
+    memory of every rank.
 
-    options: with the room that rank 0 has, this process, whose device is `device`. Raises what loading raises, and
-    EngineDeadError with the cause if another rank fails.
+    options: with the KV cache limited to the memory of rank 0, this process; device: of rank 0. Raises the errors of
+    loading, and EngineDeadError with the cause if another rank fails.
     """
     with _private_folder() as private:
         first, *others = (
@@ -148,7 +149,7 @@ def _start(ranks: list[RankSettings]) -> ProcessLinks:
                 )
             )
         sockets.append(ours)
-        with contextlib.suppress(OSError):  # if it has ended, waiting for its answer says why
+        with contextlib.suppress(OSError):  # if it has ended, waiting for its answer reports why
             send(ours, rank.to_json())
     return ProcessLinks(processes, sockets)
 

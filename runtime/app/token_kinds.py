@@ -1,4 +1,4 @@
-"""What kind of text each token is: a number, a word, or neither."""
+"""The kind of each token: a number, a word, or neither."""
 
 import re
 
@@ -9,7 +9,7 @@ from ..engine.repetition import NUMBER, OTHER, WORD
 from ..io.tokenizer import BYTE_OF_SYMBOL, Tokenizer
 
 _SPACE = next(symbol for symbol, byte in BYTE_OF_SYMBOL.items() if byte == 0x20)
-# A word has a Latin letter or part of a character beyond ASCII, which is one in all likelihood.
+# A word has a Latin letter or part of a non-ASCII character, which most likely is a letter.
 _LETTERS = "".join(symbol for symbol, byte in BYTE_OF_SYMBOL.items() if byte >= 0x80 or chr(byte).isalpha())
 _NUMBER = re.compile(rf"{_SPACE}?[0-9]+")
 _WORD = re.compile(f"[{re.escape(_LETTERS)}]")

@@ -1,4 +1,4 @@
-"""Transcription: windows of a recording to the model, and its answers to one transcript with times and speakers."""
+"""Transcription: sends windows of a recording to the model and merges its answers into one transcript."""
 
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -22,8 +22,8 @@ from .answer import NOTHING, Answer, Usage
 FORMATS = ("text", "json", "ndjson", "srt", "vtt")
 MAX_SECONDS = 6 * 3600.0  # 1.4 GB of samples
 DEFAULT_WINDOW, DEFAULT_OVERLAP = 300.0, 10.0
-_TOKENS_PER_SECOND, _MORE_TOKENS = 12, 128  # fast speech has five tokens per second, and its times and labels as many
-_SHORTEST = 0.1  # seconds; what is left of a recording beyond its last window is transcribed from this length on
+_TOKENS_PER_SECOND, _MORE_TOKENS = 12, 128  # fast speech has five tokens per second, and as many for times and labels
+_SHORTEST = 0.1  # seconds; a rest after the last window is transcribed if it is at least this long
 _SILENCE = 2.0**-15  # amplitude: one step of 16-bit audio
 
 _UNFINISHED: dict[FinishReason, str] = {
@@ -38,9 +38,8 @@ _UNFINISHED: dict[FinishReason, str] = {
 class TranscribedWindow:
     """One window of a recording.
 
-    start, end: seconds. raw: the model's answer, unchanged. segments: what was read from it, with times from the start
-    of the recording. problems: what to know before trusting them. thinking: what the model wrote before the answer.
-    usage: what its request consumed.
+    start, end: seconds. raw: the model's answer, unchanged. segments: parsed from it, with times from the start of the
+    recording. problems: warnings about them. thinking: the model's text before the answer. usage: of its request.
     """
 
     start: float
@@ -55,10 +54,9 @@ class TranscribedWindow:
 
 @dataclass(frozen=True)
 class Transcript:
-    """What is said in a recording.
+    """The transcript of a recording.
 
-    segments: in the order of their starts; windows: what each was made of, the model's own words included; warnings:
-    what to know before trusting it.
+    segments: ordered by start; windows: their sources, with the model's unchanged text; warnings: problems found.
     """
 
     source: str
@@ -69,12 +67,12 @@ class Transcript:
 
     @property
     def usage(self) -> Usage:
-        """What the requests of all windows consumed together."""
+        """The total usage of the requests of all windows."""
         return sum((window.usage for window in self.windows), NOTHING)
 
     @property
     def text(self) -> str:
-        """The words, a line for each turn, `[Speaker n]` before it where speakers are known."""
+        """Text without times: one line per turn, after `[Speaker n]` if speakers are known."""
         return to_text(self.segments)
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,12 +84,12 @@ class Transcript:
         return to_srt(self.segments)
 
     def to_vtt(self) -> str:
-        """WebVTT subtitles, speakers as voices."""
+        """WebVTT subtitles, with speakers as voices."""
         return to_vtt(self.segments)
 
 
 Hear = Callable[[Audio, float, float], TranscribedWindow]
-"""Transcribes the window of a recording from a start to an end in seconds."""
+"""A function that transcribes the window of a recording from a start to an end in seconds."""
 
 
 class TranscriptStream(Iterator[Segment]):
@@ -101,7 +99,7 @@ class TranscriptStream(Iterator[Segment]):
     """
 
     def __init__(self, audio: Audio, spans: Sequence[tuple[float, float]], hear: Hear, done: Callable[[float], None]):
-        """spans: start and end of each window in seconds. done: called with the seconds that are transcribed."""
+        """spans: start and end of each window in seconds. done: called with the seconds transcribed so far."""
         self._audio = audio
         self._windows: list[TranscribedWindow] = []
         self._transcript: Transcript | None = None
@@ -109,14 +107,14 @@ class TranscriptStream(Iterator[Segment]):
 
     @property
     def transcript(self) -> Transcript | None:
-        """The whole transcript, or None while segments are still to come."""
+        """The whole transcript, or None before the last segment."""
         return self._transcript
 
     def __next__(self) -> Segment:
         return next(self._segments)
 
     def finish(self) -> Transcript:
-        """Transcribe the rest and return the whole. Raises AfnextError after `close`."""
+        """Transcribe the rest and return the whole transcript. Raises AfnextError after `close`."""
         for _ in self:
             pass
         if self._transcript is None:
@@ -124,7 +122,7 @@ class TranscriptStream(Iterator[Segment]):
         return self._transcript
 
     def close(self) -> None:
-        """Stop transcribing; there is no transcript then."""
+        """Stop transcribing, without a transcript."""
         self._segments.close()
 
     def _run(
@@ -157,15 +155,15 @@ class TranscriptStream(Iterator[Segment]):
 
 
 def render(transcript: Transcript, format: str) -> str:
-    """The transcript in one of FORMATS, its last line ended."""
+    """The transcript in one of FORMATS, ending with a newline."""
     return "".join(_pieces(iter(transcript.segments), lambda: transcript, format))
 
 
 def render_stream(stream: TranscriptStream, format: str) -> Iterator[str]:
-    """The transcript in one of FORMATS in pieces, as its segments come. The pieces joined are `render` of the whole.
+    """The transcript in one of FORMATS, in pieces as segments arrive. The joined pieces equal `render` of the whole.
 
-    "json" comes in one piece at the end. "ndjson" is one line per segment, {"type": "segment", ...}, and a last one for
-    the whole, {"type": "transcript", ...}.
+    "json" is one piece at the end. "ndjson" is one line per segment, {"type": "segment", ...}, and a last line for the
+    whole transcript, {"type": "transcript", ...}.
     """
     return _pieces(stream, stream.finish, format)
 
@@ -190,7 +188,8 @@ def _line(values: dict[str, Any]) -> str:
 
 
 def spans(duration: float, window: float, overlap: float) -> list[tuple[float, float]]:
-    """Start and end of the windows of a recording, each `window` seconds long except the last, `overlap` shared.
+    """Start and end of the windows of a recording, each `window` seconds long except the last, with `overlap` seconds
+    in common.
 
     Raises AudioError unless 0 <= overlap <= window / 2 and the window is at least a second.
     """
@@ -207,10 +206,10 @@ def spans(duration: float, window: float, overlap: float) -> list[tuple[float, f
 
 @dataclass(frozen=True)
 class Transcriber:
-    """Asks for the transcript of one window after the other and reads the answers.
+    """Requests the transcripts of windows one after another and parses the answers.
 
-    ask: called with the window's audio and the tokens that its transcript may take, thinking not counted. decode: the
-    text of token ids. no_speech: answers by which the checkpoint says that nobody speaks.
+    ask: called with the window's audio and the token limit of its transcript, without thinking. decode: converts token
+    ids to text. no_speech: answers that mean there is no speech.
     """
 
     ask: Callable[[Audio, int], Answer]
@@ -229,7 +228,7 @@ class Transcriber:
         )
 
     def _read(self, answer: Answer, start: float, end: float) -> tuple[list[Segment], list[str]]:
-        """The segments of an answer, with times from the start of the window, and what was wrong with it."""
+        """The segments of an answer, with times from the start of the window, and the problems found."""
         silent = answer.text in self.no_speech
         segments, problems = ([], []) if silent else parse_segments(answer.text, end - start)
         if answer.finish_reason != "stop":
@@ -245,7 +244,7 @@ class Transcriber:
         return _UNFINISHED.get(answer.finish_reason, answer.finish_reason)
 
     def _repeats(self, answer: Answer, repetition: Repetition, start: float, end: float) -> str:
-        """Says from when on the answer repeats itself: the last time stated before, else by its share of the tokens."""
+        """A warning with the start of the repetition: the last time before it, else estimated from token counts."""
         first = repetition.start
         text = self.decode(answer.token_ids[:first])
         if answer.thinking is not None:

@@ -1,8 +1,8 @@
-"""Audio from anywhere to the one thing the model hears: mono float32 at 16 kHz, cut into 30 s windows.
+"""Converts audio of any source to the model's input: mono float32 at 16 kHz, cut into 30 s windows.
 
-Channels are mixed by their plain mean and resampled with soxr HQ, as librosa.load does, but as a stream: memory holds
-the result, at most `max_seconds` of it, and one block. Too long audio is an error unless the caller asks to truncate;
-what could be read of a damaged file comes with warnings. Only the named file is opened, and nothing is fetched.
+Channels are averaged and resampled with soxr HQ, as in librosa.load, but as a stream: memory holds the result, at most
+`max_seconds` of it, and one block. Audio that is too long is an error unless the caller asks to truncate; the readable
+part of a damaged file is returned with warnings. Only the named file is opened, and nothing is downloaded.
 """
 
 import io
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 MAX_SECONDS = 1800.0
 MAX_DECODE_SECONDS = 300.0
-MAX_STREAM_BYTES = 4 << 30  # of a file object that cannot seek and is therefore spooled
+MAX_STREAM_BYTES = 4 << 30  # of a file object that cannot seek, which is spooled
 _SPOOLED_AT_ONCE = 1 << 20  # bytes
-_BLOCK = 1 << 18  # samples of an array that are converted at once
+_BLOCK = 1 << 18  # samples of an array that are converted at a time
 _HEADERLESS = {".pcm", ".raw"}
 
 
 @dataclass(frozen=True, eq=False)
 class Audio:
-    """One decoded audio: `samples` float32 mono [n] at 16 kHz, and where they came from.
+    """One decoded audio: `samples` float32 mono [n] at 16 kHz, and their source.
 
-    `source` is a short name for people; `truncated` tells that the audio went on beyond the limit and was cut on
-    request; `warnings` tell what was wrong with a file of which only a part could be read.
+    `source` is a short name for display; `truncated`: the audio was longer than the limit and was cut on request;
+    `warnings` describe the defects of a file that could only be read in part.
     """
 
     samples: np.ndarray
@@ -76,16 +76,16 @@ def load_audio(
 
     `source` is a local path (a str is never a URL), the bytes of a file, an open binary file (read from its start if it
     can seek), `(array, rate)` or an Audio. An array is numpy or torch, [n], [channels, n] or [n, channels]: the smaller
-    dimension, at most 32, is the channels. Floats are taken as they are, int8/16/32 and uint8/16 scaled to [-1, 1).
-    `progress` is called with the seconds decoded so far, about once for each second of audio. Decoding a file may take
-    `max_decode_seconds` of wall clock, reading it not counted; half an hour takes a few.
+    dimension, at most 32, is the channels. Floats are used unchanged, int8/16/32 and uint8/16 are scaled to [-1, 1).
+    `progress` is called with the seconds decoded so far, about once per second of audio. Decoding a file may take
+    `max_decode_seconds` of wall-clock time, not counting reads; half an hour of audio takes a few seconds.
 
-    Where a file's time stamps say that audio is missing, or packets are damaged, there is silence in its place; that
-    and whatever else was not as it should be is in `Audio.warnings`.
+    Audio that is missing by the file's time stamps, or damaged, is replaced by silence; `Audio.warnings` reports this
+    and all other defects.
 
     Raises AudioTooLongError beyond `max_seconds` unless `truncate` (then exactly max_seconds * 16000 samples are kept),
-    and AudioError when the source cannot be read, holds no samples, or a sample that is no sensible number, and when
-    decoding takes too long.
+    and AudioError when the source cannot be read, has no samples or an invalid sample (NaN, infinite or too large), and
+    when decoding takes too long.
     """
     if not (math.isfinite(max_seconds) and max_seconds * SAMPLE_RATE >= 1):
         raise AudioError(f"max_seconds is {max_seconds}; it must be a positive number of seconds.")
@@ -102,7 +102,7 @@ def load_audio(
 
 
 def windows(samples: np.ndarray, window_samples: int = WINDOW_SAMPLES) -> list[np.ndarray]:
-    """Cut `samples` [n] into consecutive views of `window_samples`; the last one keeps what is left, unpadded."""
+    """Cut `samples` [n] into consecutive views of `window_samples`; the last one is shorter, not padded."""
     if samples.ndim != 1 or window_samples < 1:
         raise AudioError(
             f"windows need samples of shape [n] and a positive length, not {list(samples.shape)} and {window_samples}."
@@ -111,7 +111,8 @@ def windows(samples: np.ndarray, window_samples: int = WINDOW_SAMPLES) -> list[n
 
 
 class _Collector:
-    """Mono blocks of any rate in, 16 kHz samples out, up to one sample beyond `limit`: the sign that there is more."""
+    """Collects mono blocks of any rate as 16 kHz samples, up to one sample past `limit`, which shows that there are
+    more."""
 
     def __init__(self, limit: int, progress: Callable[[float], None] | None):
         self.limit = limit
@@ -133,7 +134,7 @@ class _Collector:
         if rate != self._resampler.rate:
             self.finish()
             self._resampler = Resampler(rate)
-        for start in range(0, len(block), rate):  # a second at a time, so that a low rate cannot swell a block
+        for start in range(0, len(block), rate):
             if self.full:
                 break
             self._keep(self._resampler.push(block[start : start + rate]))
@@ -141,13 +142,13 @@ class _Collector:
             self._report()
 
     def finish(self) -> None:
-        """Take what the resampler still holds."""
+        """Add the samples that the resampler still holds."""
         if not self.full:
             self._keep(self._resampler.finish())
         self._resampler = Resampler(SAMPLE_RATE)
 
     def samples(self) -> np.ndarray:
-        """What was collected, at most `limit` samples: float32 [n], writable."""
+        """The collected samples, at most `limit`: float32 [n], writable."""
         if self._progress:
             self._report()
         return np.frombuffer(self._bytes, np.float32)[: self.limit]
@@ -218,7 +219,7 @@ def array_channels(array: Array, rate: int | float) -> tuple[int, np.ndarray]:
 
 
 def mono_blocks(channels: np.ndarray, rate: int) -> Iterator[np.ndarray]:
-    """The mix of [channels, n], a block [m] float32 at a time. Raises AudioError for samples that are no numbers."""
+    """The mix of [channels, n], a block [m] float32 at a time. Raises AudioError for invalid samples."""
     for start in range(0, channels.shape[1], _BLOCK):
         block = mix(channels[:, start : start + _BLOCK])
         check_samples(block, "<array>", rate, start / rate)
@@ -243,7 +244,7 @@ def _too_long(name: str, seconds: float | None, max_seconds: float) -> AudioTooL
 
 
 def _is_tensor(value: object) -> bool:
-    torch = sys.modules.get("torch")  # whoever has a tensor has imported it; decoding alone needs none
+    torch = sys.modules.get("torch")  # a caller with a tensor has imported torch; decoding does not need it
     return torch is not None and isinstance(value, torch.Tensor)
 
 
@@ -298,7 +299,7 @@ def _array_rate(rate: Any) -> int:
 
 @contextmanager
 def _opened(source: Any) -> Iterator[tuple[BinaryIO, str]]:
-    """A seekable binary file for `source` and its name for people; closes only what it opened itself."""
+    """A seekable binary file for `source` and its display name; closes only what it opened itself."""
     with ExitStack() as stack:
         if isinstance(source, bytes | bytearray | memoryview):
             file, name = cast(BinaryIO, io.BytesIO(source)), "<bytes>"

@@ -1,4 +1,4 @@
-"""Audio that is still being recorded: pieces of any size in, windows out as they complete."""
+"""Audio that is still being recorded: takes pieces of any size, returns windows as they complete."""
 
 import numpy as np
 
@@ -9,30 +9,30 @@ from .resample import Resampler
 
 
 class AudioStream:
-    """Mixes and resamples pieces as `load_audio` does the whole, in time proportional to their length.
+    """Mixes and resamples pieces as `load_audio` does whole audio, in time proportional to their length.
 
-    Complete windows are bit for bit those of the whole recording. The end of the open one is provisional while audio of
-    another rate than 16 kHz comes: see `Resampler.rest`.
+    Complete windows equal those of the whole recording bit for bit. If the rate is not 16 kHz, the end of the
+    incomplete one is provisional: see `Resampler.rest`.
     """
 
     def __init__(self, max_seconds: float):
-        """max_seconds: how much may be fed in all."""
+        """max_seconds: most audio that may be fed in total."""
         self._limit = round(max_seconds * SAMPLE_RATE)
         self._resampler = Resampler(SAMPLE_RATE)
-        self._finished = 0  # samples at 16 kHz from before the present resampler
+        self._finished = 0  # samples at 16 kHz from before the current resampler
         self._complete: list[np.ndarray] = []
         self._open = np.empty(WINDOW_SAMPLES, np.float32)
-        self._filled = 0  # samples of the open window
+        self._filled = 0  # samples of the incomplete window
 
     @property
     def samples(self) -> int:
-        """Length of everything fed, at 16 kHz."""
+        """Length of all audio fed, at 16 kHz."""
         return self._finished + self._resampler.length
 
     def feed(self, pcm: Array, rate: int | float) -> None:
-        """Append a piece: an array as `load_audio` takes it, of `rate` samples per second, or an empty one.
+        """Append a piece: an array in a format of `load_audio`, of `rate` samples per second, or an empty one.
 
-        Raises AudioError for a piece that is no audio, and AudioTooLongError beyond the limit, and appends nothing.
+        Raises AudioError for an invalid piece, and AudioTooLongError beyond the limit; then nothing is appended.
         """
         if len(pcm) == 0:
             return
@@ -51,7 +51,7 @@ class AudioStream:
                 self._append(self._resampler.push(block[start : start + frequency]))
 
     def finish(self) -> None:
-        """Complete what has been fed. What is fed after that begins anew, as after a change of rate."""
+        """Flush the resampler. Audio fed afterwards starts a new one, as after a change of rate."""
         self._append(self._resampler.finish())
         self._finished = self.samples
         self._resampler = Resampler(SAMPLE_RATE)
@@ -62,7 +62,7 @@ class AudioStream:
         return complete
 
     def open_windows(self) -> list[np.ndarray]:
-        """The audio after the complete windows, as if the recording ended here: no window, one, or two if the
+        """The audio after the complete windows, as if the recording ended here: zero or one window, or two if the
         provisional end completes one."""
         rest = np.concatenate([self._open[: self._filled], self._resampler.rest()])
         return [rest[start : start + WINDOW_SAMPLES] for start in range(0, len(rest), WINDOW_SAMPLES)]

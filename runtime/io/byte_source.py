@@ -1,4 +1,4 @@
-"""A caller's file as FFmpeg may see it: bytes and positions, neither its name nor its exceptions, within limits."""
+"""FFmpeg's view of a caller's file: bytes and positions within limits, without its name and exceptions."""
 
 import io
 import signal
@@ -10,21 +10,21 @@ from typing import Any, BinaryIO
 
 from ..errors import AudioError
 
-MAX_HEADER_BYTES = 64 << 20  # that FFmpeg reads before the first sample; an index of a day of AAC has 16 MB
+MAX_HEADER_BYTES = 64 << 20  # limit of bytes before the first sample; the index of a day of AAC has 16 MB
 MAX_HEADER_SECONDS = 20.0
-_BLOCK = 1 << 18  # bytes read at once from a file that has an end
-_MAX_KEPT = 1 << 17  # bytes of a stream that are looked at before they are read; a page of Ogg has half of it
+_BLOCK = 1 << 18  # bytes read at a time from a file that has an end
+_MAX_KEPT = 1 << 17  # bytes of a stream that may be peeked at; an Ogg page has half as many
 
 
 class ByteSource:
-    """Reads `file`, a block at a time where it can seek to its end, and keeps time.
+    """Reads `file`, a block at a time if it can seek to its end, and measures time.
 
-    An exception must not travel through FFmpeg's callbacks: it is kept, FFmpeg sees the end of the file, and
-    `raise_error` reports it afterwards; so are limits that are exceeded, and a Ctrl-C.
+    An exception must not propagate through FFmpeg's callbacks: it is stored, FFmpeg sees the end of the file, and
+    `raise_error` raises it afterwards. The same applies to exceeded limits and Ctrl-C.
     """
 
     def __init__(self, file: BinaryIO, name: str, max_seconds: float | None):
-        """max_seconds: how long everything but waiting for `file` may take, None for as long as it takes."""
+        """max_seconds: time limit, not counting waits for `file`; None for no limit."""
         self.name = name
         self.interrupts = Interrupts()
         self._file = file
@@ -32,10 +32,10 @@ class ByteSource:
         self._max_seconds = max_seconds
         self._started = time.monotonic()
         self._waited = 0.0
-        self._header: tuple[float, int] | None = None  # what `used` and `_served` were when it began
+        self._header: tuple[float, int] | None = None  # `used` and `_served` when the header began
         self._served = 0
         self._block, self._block_start = b"", 0
-        self.end: int | None = None  # where the file ended, once that is known
+        self.end: int | None = None  # offset of the file's end, if known
         self._size = self._seek_to_end()
         file.seek(0)
         self._position = 0
@@ -53,19 +53,19 @@ class ByteSource:
 
     @property
     def used(self) -> float:
-        """Seconds that everything but waiting for the file has taken."""
+        """Seconds elapsed, not counting waits for the file."""
         return time.monotonic() - self._started - self._waited
 
     def begin_header(self) -> None:
-        """What is read from now on until `end_header` is bounded more tightly."""
+        """Apply tighter limits to reads until `end_header`."""
         self._header = self.used, self._served
 
     def end_header(self) -> None:
-        """The first sample is there."""
+        """End the tighter limits: the first sample has been decoded."""
         self._header = None
 
     def check(self) -> None:
-        """Raises AudioError when the time is over."""
+        """Raise AudioError when the time limit is exceeded."""
         if self._max_seconds is not None and self.used > self._max_seconds:
             raise AudioError(
                 f"decoding {self.name} took longer than the {self._max_seconds:g} s that it may take; convert it to "
@@ -81,7 +81,7 @@ class ByteSource:
             )
 
     def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset`, as many as are there; none at the end or when something went wrong."""
+        """Up to `size` bytes from `offset`, as many as are available; none at the end or after an error."""
         if self._error is not None or self.interrupts.pending:
             return b""
         try:
@@ -94,8 +94,8 @@ class ByteSource:
         return data
 
     def exactly(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`, fewer at the end of the file or when something went wrong. In a stream these are
-        kept for reading, and what is neither kept nor next counts as past the end."""
+        """`size` bytes from `offset`, fewer at the end of the file or after an error. In a stream these bytes are
+        buffered for reading, and bytes that are neither buffered nor next count as past the end."""
         data = bytearray()
         if self._size is None and not self._keep(offset, size):
             return b""
@@ -104,7 +104,7 @@ class ByteSource:
         return bytes(data)
 
     def can_reach(self, offset: int) -> bool:
-        """Whether `offset` can be read from next; in a stream what lies before it is read and dropped."""
+        """Whether `offset` can be read from next; in a stream the bytes before it are read and dropped."""
         in_block = 0 <= offset - self._block_start <= len(self._block)
         if self._size is not None or offset == self._position or in_block:
             return True
@@ -119,22 +119,22 @@ class ByteSource:
         return True
 
     def forget(self, offset: int) -> None:
-        """Nothing before `offset` is read any more."""
+        """Drop the bytes before `offset`, which will not be read again."""
         start = offset - self._block_start
         if self._size is None and 0 < start <= len(self._block):
             self._block, self._block_start = self._block[start:], offset
 
     def raise_error(self) -> None:
-        """Raises what went wrong since the last call, if anything did; AudioError for what the file raised."""
+        """Raise the error since the last call, if any; AudioError for an exception of the file."""
         error, self._error = self._error, None
         if isinstance(error, AudioError) or (error is not None and not isinstance(error, Exception)):
             raise error
         if error is not None:
-            self._error = error  # a failed file is not read again
+            self._error = error  # do not read a failed file again
             raise unreadable(self.name, error)
 
     def _keep(self, offset: int, size: int) -> bool:
-        """Reads a stream on until its block covers `size` bytes from `offset`."""
+        """Read a stream until its block covers `size` bytes from `offset`."""
         if not 0 <= offset - self._block_start <= _MAX_KEPT - size:
             if offset != self._position:
                 return False
@@ -171,7 +171,7 @@ class ByteSource:
 
 
 class View:
-    """Part of a source as a file of its own: `patches` replace bytes, by their offsets in the source."""
+    """Part of a source as a separate file: `patches` replace bytes, by their offsets in the source."""
 
     def __init__(self, source: ByteSource, start: int, end: int | None, patches: Mapping[int, bytes]):
         self._source, self._start, self._end = source, start, end
@@ -194,7 +194,7 @@ class View:
         return data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """The new position, -1 where it cannot be reached."""
+        """The new position, -1 if it cannot be reached."""
         if whence == io.SEEK_END:
             size = self._source.size
             if size is None:
@@ -214,8 +214,8 @@ class View:
 class Interrupts:
     """Ctrl-C around a call into FFmpeg: `with interrupts: call()`.
 
-    Python runs signal handlers wherever it runs next, which may be a callback out of FFmpeg, where an exception is
-    lost. So an interrupt within the call waits for its end, but for one that comes while a file is waited for.
+    Python may run a signal handler in a callback of FFmpeg, where an exception is lost. So an interrupt is deferred to
+    the end of the call, except while waiting for a file.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The chat template that ships with a checkpoint: where it is found, and rendered in a sandbox (`template_sandbox`)."""
+"""Finds the chat template of a checkpoint and renders it in a sandbox (`template_sandbox`)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ RENDER_SECONDS = 5.0
 
 
 class PromptTemplate:
-    """A compiled chat template; `source` is its text. Rendering changes nothing, so threads may share one."""
+    """A compiled chat template; `source` is its text. Rendering has no side effects, so threads may share one."""
 
     def __init__(self, source: str):
         """Compile `source`.
@@ -26,15 +26,15 @@ class PromptTemplate:
             raise PromptError(f"the checkpoint's chat template is longer than {MAX_TEMPLATE_BYTES:,} characters.")
         try:
             self._template = Sandbox().compiled(source)
-        except Exception as error:  # jinja2's own, and what Python says to the code that it makes of a template
+        except Exception as error:  # jinja2's errors, and Python's about the code that jinja2 generates
             raise PromptError(f"the checkpoint's chat template does not compile: {_text_of(error)}") from error
 
     @classmethod
     def from_folder(cls, folder: Path | CheckpointFolder) -> "PromptTemplate":
         """The template of a checkpoint's folder.
 
-        Looked for in chat_template.jinja, then under `chat_template` in processor_config.json, chat_template.json and
-        tokenizer_config.json, where it is a string or several named ones, of which `default` is taken. In NVIDIA's
+        Searched in chat_template.jinja, then under `chat_template` in processor_config.json, chat_template.json and
+        tokenizer_config.json, where it is a string or several named ones, of which `default` is used. In NVIDIA's
         component layout these files may also lie in llm/; a template of the text model there, which writes no <sound>,
         does not count. Raises PromptError when there is none, CheckpointError when a file is damaged.
         """
@@ -58,7 +58,7 @@ class PromptTemplate:
         """The conversation as one string, special tokens spelled out.
 
         variables: further names the template may use, such as `bos_token`.
-        Raises PromptError when the template raises, loops, reaches outside the sandbox or makes too much text.
+        Raises PromptError when the template raises, loops, reaches outside the sandbox or produces too much text.
         """
         names = {
             **(variables or {}),
@@ -93,7 +93,7 @@ def _joined(pieces: Iterable[str]) -> str:
 
 
 def _text_of(error: Exception) -> str:
-    """What an error says, or its name, at most 500 characters of it."""
+    """The message of an error, or its class name, at most 500 characters."""
     return (str(error) or type(error).__name__)[:500]
 
 

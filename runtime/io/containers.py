@@ -1,5 +1,5 @@
-"""What the headers of a file state, read without FFmpeg: where its samples and the file itself end, and which tags to
-hide from FFmpeg, whose dictionary of tags takes time in the square of their number."""
+"""Reads file headers without FFmpeg: where the samples and the file end, and which tags to hide from FFmpeg, whose tag
+dictionary takes time quadratic in the number of tags."""
 
 import struct
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from .byte_source import ByteSource, View
 
-MAX_TAG_BYTES = 1 << 16  # more are hidden, whatever they are
+MAX_TAG_BYTES = 1 << 16  # larger ones are hidden, whatever they contain
 MAX_TAGS = 1000
 MAX_CHUNKS = 1000  # of one file
 STREAMED = 0x7FFFF000  # writers that cannot seek back leave this size or a larger one in a 32-bit header
@@ -25,16 +25,16 @@ _ASF_INDICES = tuple(  # of times, of streams, of objects, of time codes
     )
 )
 _SYNC = 0x47  # the first byte of an MPEG transport packet
-_TRANSPORT_PACKETS = ((188, 0), (192, 4), (204, 0))  # size, and where the sync byte is: plain, with times, with parity
+_TRANSPORT_PACKETS = ((188, 0), (192, 4), (204, 0))  # size, and offset of the sync byte: plain, with times, with parity
 
 
 @dataclass
 class Layout:
-    """Of one file in a source; offsets are those in the source.
+    """The layout of one file in a source; offsets are relative to the source.
 
-    `samples` is where the samples start and, by the header, end; `end` where the file ends by its header, None where
-    that cannot be told; `patches` are bytes to replace, by their offsets. `next_tag`: where a stream may have one more
-    ID3 tag. `mp3_seconds`: the length that a header frame (Xing, Info or VBRI) states, padding included.
+    `samples`: where the samples start and, by the header, end; `end`: where the file ends by its header, None if
+    unknown; `patches`: bytes to replace, by their offsets. `next_tag`: where a stream may have another ID3 tag.
+    `mp3_seconds`: the length that a header frame (Xing, Info or VBRI) states, padding included.
     """
 
     samples: tuple[int, int] | None = None
@@ -44,14 +44,14 @@ class Layout:
     mp3_seconds: float | None = None
 
     def view(self, source: ByteSource, start: int) -> View:
-        """The file, which starts at `start`, as FFmpeg may see it."""
+        """FFmpeg's view of the file that starts at `start`."""
         if self.next_tag is None:
             return View(source, start, self.end, self.patches)
         return _TaggedStream(source, start, self, self.next_tag)
 
 
 def layout(source: ByteSource, start: int) -> Layout:
-    """Of the file that begins at `start`. What is not understood is left to FFmpeg."""
+    """The layout of the file that begins at `start`. Unknown formats are left to FFmpeg."""
     tags = _id3_tags(source, start)
     inner = tags[-1][1] if tags and source.size is not None else start
     magic = source.exactly(inner, 16)
@@ -89,19 +89,19 @@ def layout(source: ByteSource, start: int) -> Layout:
 
 
 def _without_frames(tag: int) -> dict[int, bytes]:
-    """Patches that make the ID3 tag at `tag` one without flags, and with nothing but padding."""
+    """Patches that clear the flags of the ID3 tag at `tag` and turn its contents into padding."""
     return {tag + 5: b"\0", tag + 10: bytes(4)}
 
 
 class _TaggedStream(View):
-    """A stream that begins with an ID3 tag. Those that follow it, which are not there yet at first, are hidden."""
+    """A stream that begins with an ID3 tag. Tags that arrive after it are hidden, too."""
 
     def __init__(self, source: ByteSource, start: int, found: Layout, next_tag: int):
         super().__init__(source, start, found.end, found.patches)
         self._next_tag: int | None = next_tag
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes, none beyond the beginning of a tag that has not been looked at."""
+        """Up to `size` bytes, none past the beginning of a tag that has not been checked."""
         position = self._start + self._position
         if position == self._next_tag:
             tags = _id3_tags(self._source, position)
@@ -114,7 +114,7 @@ class _TaggedStream(View):
 
 
 def starts_a_file(data: bytes) -> bool:
-    """Whether `data`, at least 16 bytes, is how one of the formats that `layout` finds the end of begins."""
+    """Whether `data`, at least 16 bytes, is the beginning of a format whose end `layout` can find."""
     return (
         (data[:4] in (b"RIFF", b"RF64", b"BW64") and data[8:12] in (b"WAVE", b"AVI "))
         or (data[:4] == b"FORM" and data[8:12] in (b"AIFF", b"AIFC"))
@@ -125,13 +125,13 @@ def starts_a_file(data: bytes) -> bool:
 
 
 def are_tags(data: bytes) -> bool:
-    """Whether `data` is padding, or tags as players append them."""
+    """Whether `data` is padding, or tags that players append."""
     return data.startswith((b"TAG", b"APETAGEX", b"LYRICS", b"ID3")) or not any(data)
 
 
 def _chunks(source: ByteSource, start: int, form: str) -> Iterator[tuple[int, bytes, int, int]]:
     """(offset, name, offset of the content, size) of the chunks from `start` on, by a `struct` format of name and size;
-    ends at the first thing that is no chunk, such as another file."""
+    ends at the first bytes that are not a chunk, such as another file."""
     size_of_header = struct.calcsize(form)
     position = start
     for _ in range(MAX_CHUNKS):
@@ -169,13 +169,13 @@ def _wav(source: ByteSource, start: int) -> Layout:
         found.samples = content, content + size
         found.end = max(content + size, start + 8 + riff_size) if riff_size < STREAMED else content + size
         if source.size is None or size >= STREAMED or found.end > source.size:
-            return found  # no way to look further
+            return found  # cannot read further
         found.end = content + size
     return _with_stale_size_mended(source, found, data, start + 8 + riff_size)
 
 
 def _with_stale_size_mended(source: ByteSource, found: Layout, data: int | None, riff_end: int) -> Layout:
-    """The samples go on to the end of the file where the size of their chunk does not, but that of the file does."""
+    """Extend the samples to the end of the file if the size of their chunk is stale and that of the file is right."""
     if data is None or found.samples is None:
         return Layout(patches=found.patches)
     rest = source.exactly(found.samples[1], 1 << 12) if found.end == found.samples[1] else b""
@@ -196,7 +196,7 @@ def _avi(source: ByteSource, start: int) -> Layout:
     end = start + 8 + size + size % 2
     if source.size is None or found.samples is None or size >= STREAMED or not found.samples[1] <= end <= source.size:
         return found
-    for _ in range(MAX_CHUNKS):  # a long file goes on in further RIFFs
+    for _ in range(MAX_CHUNKS):  # a long file continues in further RIFFs
         head = source.exactly(end, 12)
         if head[:4] != b"RIFF" or head[8:] != b"AVIX":
             break
@@ -206,7 +206,7 @@ def _avi(source: ByteSource, start: int) -> Layout:
 
 
 def _matroska_end(source: ByteSource, start: int) -> int | None:
-    """Where the segment of a Matroska file ends, None where it does not say."""
+    """Where the segment of a Matroska file ends, None if it does not state that."""
     position = start
     for name in (_MATROSKA, _SEGMENT):
         head = source.exactly(position, 12)
@@ -292,7 +292,7 @@ def _joined_boxes(source: ByteSource, start: int) -> int | None:
 
 
 def _asf_end(source: ByteSource, start: int) -> int | None:
-    """Where the objects of an ASF file end, None where it does not say or nothing follows."""
+    """Where the objects of an ASF file end, None if it does not state that or nothing follows."""
     position, complete = start, False
     for _ in range(MAX_CHUNKS):
         header = source.exactly(position, 24)
@@ -301,7 +301,7 @@ def _asf_end(source: ByteSource, start: int) -> int | None:
         if complete and header[:16] not in _ASF_INDICES:
             return position
         (size,) = struct.unpack_from("<Q", header, 16)
-        if size < 24:  # a broadcast, which goes on to the end
+        if size < 24:  # a broadcast, which continues to the end
             return None
         complete |= header.startswith(_ASF_DATA)
         position += size
@@ -309,7 +309,7 @@ def _asf_end(source: ByteSource, start: int) -> int | None:
 
 
 def _transport_packet(source: ByteSource, start: int) -> tuple[int, int] | None:
-    """Size of an MPEG transport stream's packets and where in them the sync byte is, None for anything else."""
+    """Packet size of an MPEG transport stream and offset of the sync byte, None for anything else."""
     head = source.exactly(start, 4 + 3 * 204)
     for size, sync in _TRANSPORT_PACKETS:
         if len(head) > sync + 2 * size and all(head[sync + i * size] == _SYNC for i in range(3)):
@@ -318,8 +318,8 @@ def _transport_packet(source: ByteSource, start: int) -> tuple[int, int] | None:
 
 
 def _transport_end(source: ByteSource, start: int, size: int, packet: int, sync: int) -> int | None:
-    """Where the packets end of a transport stream in a source of `size` bytes, None where nothing but a cut packet
-    follows, or where the last packets do not lie at multiples of their size, as after damage."""
+    """Where the packets of a transport stream in a source of `size` bytes end. None if only a cut packet follows, or if
+    the last packets are not at multiples of their size, as after damage."""
     last = (size - start) // packet - 1
     for index in range(last, max(2, last - MAX_CHUNKS), -1):
         if all(source.exactly(start + (index - i) * packet + sync, 1) == bytes([_SYNC]) for i in range(3)):
@@ -331,7 +331,7 @@ def _transport_end(source: ByteSource, start: int, size: int, packet: int, sync:
 
 
 def _flac_comments(source: ByteSource, start: int) -> dict[int, bytes]:
-    """Patches that make padding of comments that are too many."""
+    """Patches that turn too many comments into padding."""
     patches = {}
     position = start + 4
     for _ in range(MAX_CHUNKS):
@@ -366,7 +366,7 @@ def _id3_tags(source: ByteSource, start: int) -> list[tuple[int, int]]:
 
 
 def _mp3_seconds(frame: bytes) -> float | None:
-    """What the first frame of an MP3 states where it is no sound but a header."""
+    """The length stated by the first frame of an MP3, if that frame is a header."""
     found = [(frame.find(tag), offset) for tag, offset in ((b"Xing", 8), (b"Info", 8), (b"VBRI", 14)) if tag in frame]
     version, rate_index = (frame[1] >> 3 & 3, frame[2] >> 2 & 3) if len(frame) > 2 else (1, 3)
     if not found or version == 1 or rate_index == 3:

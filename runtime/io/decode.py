@@ -1,9 +1,9 @@
-"""Audio containers and codecs to mono blocks at the file's own rate, with FFmpeg (PyAV) behind locked doors.
+"""Decodes audio containers and codecs to mono blocks at the file's own rate, with FFmpeg (PyAV) under restrictions.
 
-The file is hostile until proven otherwise. FFmpeg sees only the bytes the caller named: it gets a reader without a
-name, may open no protocol (so no playlist, no reference to a second file), and knows only the containers and codecs
-listed here. Nothing is allocated on a header's word: blocks are yielded as they are decoded, one frame is at most
-`MAX_FRAME_SAMPLES` long, and FFmpeg may make no single allocation above `MAX_ALLOCATION` bytes.
+Files are untrusted. FFmpeg sees only the caller's bytes: it gets a reader without a name, may open no protocol (so no
+playlist and no second file), and may use only the containers and codecs listed here. No allocation depends on a header:
+blocks are yielded as they are decoded, a frame has at most `MAX_FRAME_SAMPLES`, and FFmpeg may make no single
+allocation above `MAX_ALLOCATION` bytes.
 """
 
 import ctypes
@@ -31,14 +31,14 @@ from .timeline import Timeline
 MAX_FRAME_SAMPLES = 1 << 20
 MAX_ALLOCATION = 128 << 20  # bytes; an index of four million packets, more than a day of AAC
 MAX_STREAMS = 64
-MAX_DAMAGED_IN_A_ROW = 1000  # packets without one frame between them
+MAX_DAMAGED_IN_A_ROW = 1000  # damaged packets without a good frame between them
 MAX_PACKETS_AT_ONCE, MAX_BYTES_AT_ONCE = 32, 1 << 20
 _DTYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "flt": np.float32, "dbl": np.float64}  # planar with a "p"
-SAMPLES_AT_ONCE = 16_384  # of a channel, that are mixed and resampled together
-MAX_PARTS = 2000  # files that are joined, or runs of a damaged Ogg stream
+SAMPLES_AT_ONCE = 16_384  # per channel, mixed and resampled together
+MAX_PARTS = 2000  # joined files, or runs of a damaged Ogg stream
 SHORTFALL = 0.1  # seconds that lossy codecs may pad or trim
 LOSSLESS_SHORTFALL = 0.001  # seconds
-MIN_REST = 64  # bytes after the stated end that are worth a warning
+MIN_REST = 64  # bytes after the stated end that cause a warning
 
 FORMATS = (
     *("wav", "w64", "aiff", "au", "caf", "flac", "mp3", "aac", "amr", "ogg"),
@@ -59,9 +59,9 @@ _OPTIONS = {
 }
 _PCM_OPTIONS = {
     "max_probe_packets": "4"
-}  # in which FFmpeg looks for DTS disguised as PCM; by default in five megabytes
+}  # the range in which FFmpeg searches for DTS in PCM; its default is five megabytes
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]")
-_SAFE_PLANES = 7  # PyAV's walk over the planes of a frame overruns from the eighth on
+_SAFE_PLANES = 7  # PyAV overruns when it iterates over a frame's planes from the eighth on
 
 _log = logging.getLogger("afnext.io")
 
@@ -69,21 +69,21 @@ _log = logging.getLogger("afnext.io")
 class Decoder:
     """Mono blocks from one audio stream of a binary file; use it in a `with` statement.
 
-    It is the first stream that can be decoded among those marked as default, or else among all. Files that are joined,
-    and the links of a chained Ogg stream, follow one another.
+    Uses the first decodable stream among those marked as default, or else among all. Joined files, and the links of a
+    chained Ogg stream, are decoded one after another.
 
     `sample_rate` and `channels` are those of the first decoded frame (0 before it), `length_hint` the duration in
-    seconds that the container claims or None.
+    seconds that the container states, or None.
     Raises AudioError when the file holds no audio that can be decoded.
     """
 
     def __init__(self, file: BinaryIO, name: str, *, max_decode_seconds: float | None = None):
-        """file: seekable, or a stream that can go back to what FFmpeg reads to recognize it; max_decode_seconds: of
-        everything but waiting for the file, None for as long as it takes; AudioError beyond."""
+        """file: seekable, or a stream that can seek back over the bytes that FFmpeg probes; max_decode_seconds: time
+        limit, not counting waits for the file, None for no limit; AudioError beyond it."""
         self.name = name
         self.sample_rate = 0
         self.channels = 0
-        self._seconds = self._part_from = self._timeline_from = 0.0  # given out in all, and before these began
+        self._seconds = self._part_from = self._timeline_from = 0.0  # yielded: in all, before the part, the timeline
         self._notes: list[str] = []
         self._damaged, self._first_damage, self._unfilled = 0, 0.0, 0
         self._cancellation = Cancellation()
@@ -115,7 +115,7 @@ class Decoder:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was wrong with the part that was decoded so far, and what should be known of it."""
+        """Defects of the audio decoded so far, and other notices about it."""
         notes = [*self._damage(), *self._notes, *self._timeline.all_warnings()]
         if self._ogg:
             notes += self._ogg.warnings
@@ -137,9 +137,9 @@ class Decoder:
         """The decoded samples in order, some frames at a time, as (mono float32 [n], rate in Hz); the rate may change
         within a file.
 
-        Where time stamps say that something is missing there is silence instead, at most a second in a block. Damaged
-        packets are skipped. Both, and what else was wrong, end up in `warnings`. Raises AudioError when nothing at all
-        can be decoded, for a sample that is no sensible number, and for a rate or channel count out of bounds.
+        Audio that is missing by the time stamps is replaced by silence, at most a second per block. Damaged packets are
+        skipped. `warnings` reports both, and other defects. Raises AudioError when nothing can be decoded, for an
+        invalid sample, and for a rate or channel count out of bounds.
         """
         yield from self._blocks_of_part()
         while self._next_part():
@@ -150,7 +150,7 @@ class Decoder:
     def _blocks_of_part(self) -> Iterator[tuple[np.ndarray, int]]:
         self._part_from = self._seconds
         damaged, in_a_row = 0, 0
-        # Of a stream each frame goes on at once: what comes after it may not be there yet.
+        # In a stream each frame is yielded at once: the next one may not have arrived yet.
         pending = _Frames(0 if self._source.size is None else SAMPLES_AT_ONCE)
         for packet in self._packets():
             try:
@@ -185,7 +185,7 @@ class Decoder:
         self._check_length(self._seconds - self._part_from)
 
     def _packets(self) -> "Iterator[Packet[AudioStream]]":
-        """The packets of the part, demuxed a few at a time, for a stream one by one."""
+        """The packets of the part, demuxed a few at a time, or one by one in a stream."""
         packets = self._container.demux(self._stream)
         most = 1 if self._source.size is None else MAX_PACKETS_AT_ONCE
         error: av.FFmpegError | None = None
@@ -215,7 +215,7 @@ class Decoder:
         if time is None and first and packet.pts is not None:
             time = float(packet.pts * packet.time_base)
         resumed = False
-        if self._ogg:  # there is nothing missing within a run
+        if self._ogg:  # nothing is missing within a run
             time = time if first or damaged else None
             resumed = first and (self._ogg.same_link or self._ogg.start_lost)
             if resumed and not self._ogg.same_link:
@@ -234,7 +234,7 @@ class Decoder:
         return silence
 
     def _next_part(self) -> bool:
-        """Opens what follows: a further run of an Ogg stream, or a file that is joined to the one before."""
+        """Open the next part: another run of an Ogg stream, or a file joined to the previous one."""
         if self._parts == MAX_PARTS:
             self._notes.append(f"given up at {self._seconds:.2f} s, after {MAX_PARTS} parts")
             return False
@@ -259,7 +259,7 @@ class Decoder:
         return False
 
     def _open_following(self, *, same_clock: bool) -> bool:
-        """Opens a part that is not the first; what cannot be read is a warning."""
+        """Open a part after the first; failure to read it is a warning."""
         self._container.close()
         clock = self._timeline, self._timeline_from
         try:
@@ -275,7 +275,7 @@ class Decoder:
         return True
 
     def _open(self) -> None:
-        """Opens the file at `_start`, or the run of the Ogg stream that has begun."""
+        """Open the file at `_start`, or the current run of the Ogg stream."""
         _limit_allocations()
         self._parts += 1
         self._layout = Layout() if self._ogg else layout(self._source, self._start)
@@ -309,7 +309,7 @@ class Decoder:
         )
 
     def _chosen_stream(self) -> AudioStream:
-        """The first default stream that can be decoded, or else the first one that can be."""
+        """The first decodable default stream, or else the first decodable one."""
         streams = self._container.streams.audio
         if not streams:
             raise _UnreadableError(f"{self.name} has no audio stream; extract or record the sound and pass that file.")
@@ -326,7 +326,7 @@ class Decoder:
             self._notes.append(f"the file has {count} audio streams; only {which} is used")
         context = streams[index].codec_context
         context.options = {"max_samples": str(MAX_FRAME_SAMPLES)}
-        if context.name == "flac":  # its checksums tell noise from music, but FFmpeg heeds them only on request
+        if context.name == "flac":  # FFmpeg verifies FLAC's checksums, which detect damage, only on request
             context.options |= {"err_detect": "crccheck+explode"}
         context.thread_count = 1
         return streams[index]
@@ -355,7 +355,7 @@ class Decoder:
         return kind
 
     def _mono(self, pending: "_Frames") -> Iterator[tuple[np.ndarray, int]]:
-        """The mix of the pending frames, if there are any."""
+        """The mix of the pending frames, if any."""
         if pending.samples:
             samples, rate, seconds = pending.taken()
             block = mix(samples)
@@ -372,14 +372,14 @@ class Decoder:
         return f"{self.name} has a header but contains no audio samples; record or export it again."
 
     def _check_length(self, seconds: float) -> None:
-        """Says where the part that gave `seconds` states that it has more."""
+        """Warn if the part that yielded `seconds` states a greater length."""
         stated, allowed = self._stated_seconds(seconds)
         if stated and seconds and seconds < stated - allowed:
             self._notes.append(f"the file is cut short or damaged: decoded {seconds:.3f} s of a stated {stated:.3f} s")
 
     def _stated_seconds(self, seconds: float) -> tuple[float | None, float]:
-        """The length that the header states, where it is a statement and not FFmpeg's estimate from the bit rate, and
-        by how much an intact file may fall short of it."""
+        """The length that the header states (None if FFmpeg only estimates it from the bit rate), and by how much an
+        intact file may be shorter."""
         lossless = self._stream.codec_context.name.startswith(("flac", "pcm_"))
         allowed = LOSSLESS_SHORTFALL if lossless else SHORTFALL
         if self._layout.samples:
@@ -399,7 +399,7 @@ class Decoder:
 
 
 class _Kind(NamedTuple):
-    """What frames have in common that are mixed together. format: of the samples, by FFmpeg's name."""
+    """Common properties of frames that are mixed together. format: FFmpeg's name of the sample format."""
 
     format: str
     channels: int
@@ -407,26 +407,26 @@ class _Kind(NamedTuple):
 
 
 class _Frames:
-    """Frames of one kind that are mixed together: each one alone takes as long as a hundred times as many samples
-    would."""
+    """Frames of one kind that are mixed together: a single small frame would take as long as a hundred times as many
+    samples."""
 
     def __init__(self, enough: int):
-        """enough: samples of a channel from which on it is `full`."""
+        """enough: samples per channel at which it is `full`."""
         self._enough = enough
         self._kind = _Kind("", 0, 0)
         self._seconds = 0.0
         self._buffer = np.empty((0, 0), np.uint8)  # [planes, bytes]
         self._planes: list[memoryview] = []  # the rows of the buffer
-        self._width = 1  # bytes of a sample in a plane, of all channels where there is one plane
+        self._width = 1  # bytes per sample in a plane, for all channels if there is one plane
         self.samples = 0
 
     @property
     def full(self) -> bool:
-        """Whether there are enough frames, or half a second of them."""
+        """Whether there are `enough` samples, or half a second of them."""
         return self.samples >= self._enough or self.samples >= self._kind.rate // 2
 
     def takes(self, kind: _Kind, count: int) -> bool:
-        """Whether the frames are of this kind, and with `count` more samples no longer than a second."""
+        """Whether the frames are of this kind, and with `count` more samples at most a second long."""
         return not self.samples or (kind == self._kind and self.samples + count <= kind.rate)
 
     def add(self, frame: AudioFrame, kind: _Kind, seconds: float) -> None:
@@ -444,7 +444,8 @@ class _Frames:
         self.samples += frame.samples
 
     def taken(self) -> tuple[np.ndarray, int, float]:
-        """All samples [channels, n], valid until the next `add`, their rate, and where they begin; none are left."""
+        """Remove and return all samples [channels, n], valid until the next `add`, their rate, and their start in
+        seconds."""
         values, channels = self._buffer.view(_DTYPES[self._kind.format.removesuffix("p")]), self._kind.channels
         planar = values if len(values) == channels else values.reshape(-1, channels).T
         count, self.samples = self.samples, 0
@@ -469,7 +470,7 @@ class _Frames:
 
 
 class _UnreadableError(AudioError):
-    """Nothing at this place can be decoded, which is no reason to stop where something was decoded before."""
+    """This part cannot be decoded; not fatal if earlier parts were decoded."""
 
 
 def _reason(error: av.FFmpegError) -> str:
@@ -478,9 +479,9 @@ def _reason(error: av.FFmpegError) -> str:
 
 @cache
 def _limit_allocations() -> None:
-    """Tells FFmpeg to refuse single allocations above `MAX_ALLOCATION` (its own knob, which PyAV does not pass on).
+    """Make FFmpeg refuse single allocations above `MAX_ALLOCATION`, by an option of FFmpeg that PyAV does not expose.
 
-    Without it an MP4 of 1 KB that claims 5 * 10**7 packets makes FFmpeg write an index of 1.8 GB.
+    Otherwise an MP4 of 1 KB that claims 5 * 10**7 packets makes FFmpeg allocate an index of 1.8 GB.
     """
     package = Path(av.__file__).parent
     folders: tuple[Path, ...] = (package.parent / "av.libs", package / ".dylibs")

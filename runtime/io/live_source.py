@@ -1,6 +1,6 @@
-"""Audio as it comes: raw samples or an encoded stream from a pipe, or a microphone, in pieces for `Live.feed`.
+"""Live audio: raw samples or an encoded stream from a pipe, or a microphone, in pieces for `Live.feed`.
 
-Each function takes `warn`, which it calls with everything that is wrong with the audio so far whenever that changes.
+Each function calls `warn` with all warnings about the audio so far, whenever they change.
 """
 
 import io
@@ -18,7 +18,7 @@ from .mixing import mix
 
 RAW_FORMATS = {"s16le": "<i2", "s32le": "<i4", "f32le": "<f4", "u8": "u1"}
 _PIECE_SECONDS = 0.1
-_HEAD = 1 << 20  # bytes at the start of a stream to which a demuxer may go back
+_HEAD = 1 << 20  # bytes at the start of a stream within which a demuxer may seek
 
 Pieces = Iterator[tuple[np.ndarray, int]]
 Warn = Callable[[tuple[str, ...]], None]
@@ -31,9 +31,9 @@ def ignore(warnings: tuple[str, ...]) -> None:
 def raw_pieces(file: BinaryIO, format: str, *, rate: int, channels: int, warn: Warn = ignore) -> Pieces:
     """Samples without a header, mixed to mono, as (float32 [n], rate), as soon as they arrive.
 
-    format: one of RAW_FORMATS, as FFmpeg names them; channels interleaved. Bytes at the end that are less than a sample
-    of every channel are left out with a warning. Raises AudioError for another format, for a rate or a number of
-    channels below 1, and for a stream that holds nothing but such bytes.
+    format: one of RAW_FORMATS, FFmpeg's names; channels interleaved. An incomplete sample at the end is dropped with a
+    warning. Raises AudioError for another format, for a rate or a number of channels below 1, and for a stream without
+    a complete sample.
     """
     if format not in RAW_FORMATS or rate < 1 or channels < 1:
         raise AudioError(
@@ -60,8 +60,8 @@ def raw_pieces(file: BinaryIO, format: str, *, rate: int, channels: int, warn: W
 def decoded_pieces(file: BinaryIO, name: str, warn: Warn = ignore) -> Pieces:
     """An encoded stream as (mono float32 [n], rate).
 
-    A file that can seek may hold any container; a stream that cannot holds one that can be read from its start on (WAV,
-    MP3, FLAC, Ogg, Matroska, ...). Raises what `Decoder` raises.
+    A seekable file may have any container; other streams need one that can be read sequentially (WAV, MP3, FLAC, Ogg,
+    Matroska, ...). Raises what `Decoder` raises.
     """
     known: tuple[str, ...] = ()
     with Decoder(file if file.seekable() else cast(BinaryIO, _Pipe(file)), name) as decoder:
@@ -104,7 +104,7 @@ def microphone_pieces(stopped: Callable[[], bool], device: str | None = None, wa
 
     def heard(samples: np.ndarray, frames: int, time: Any, status: Any) -> None:
         nonlocal gaps
-        if status:  # the only flag of an input stream is its overflow
+        if status:  # the only status flag of an input stream is overflow
             gaps += 1
             warn((f"the computer was too busy for the microphone: audio is missing in {gaps} places",))
         pieces.put(samples[:, 0].copy())
@@ -150,7 +150,7 @@ class _Pipe(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Seek within the head, or to the present end of what was read. Raises OSError for other positions."""
+        """Seek within the head, or to the end of the bytes read so far. Raises OSError for other positions."""
         target = offset + (self._position if whence == io.SEEK_CUR else 0)
         if whence == io.SEEK_END or not (0 <= target <= len(self._head) or target == self._read):
             raise OSError("a stream has no end to go to, and no way back")

@@ -1,6 +1,6 @@
-"""Times and speakers marked in a transcript: which spellings are markers, and what each says.
+"""Markers of times and speakers in a transcript: their spellings and values.
 
-`LAYOUTS` is the table of spellings. To add one, add a line. In a layout
+`LAYOUTS` is the table of spellings; to add one, add a line. In a layout
 
     {times}     is a time or a range of two, {range} a range, {clock} a time such as 00:12.5;
     {numbers}   is a range of two plain numbers, which are seconds;
@@ -20,7 +20,7 @@ from math import inf
 
 
 class Place(Enum):
-    """Where a layout is a marker; elsewhere it is part of what was said."""
+    """Where a layout is a marker; elsewhere it is part of the speech."""
 
     ANYWHERE = auto()
     LINE = auto()  # at the start of a line, or, if it names a speaker, after another marker
@@ -57,14 +57,14 @@ LAYOUTS = (
     ("{clock}", Place.CLOCKS),
     ("({range})", Place.END),
 )
-"""Spellings of markers; of those that fit at one place, the first counts."""
+"""Spellings of markers; if several match at one place, the first applies."""
 
 
 @dataclass(frozen=True)
 class Marker:
     """A marker in a text, from index `start` to `end`.
 
-    times: none, one, or from and to, in seconds; infinity for one that no clock shows, such as 00:75.
+    times: none, one, or start and end, in seconds; infinity for an invalid time such as 00:75.
     """
 
     start: int
@@ -86,7 +86,7 @@ _TOKENS = {
 
 
 def _range(time: str) -> str:
-    """A range of which at least one end is surely a time."""
+    """A range with at least one end that is certainly a time."""
     return rf"(?:{time}{_TO}(?:{time}|{_NUMBER})|{_NUMBER}{_TO}{time})"
 
 
@@ -125,7 +125,7 @@ def _at(*places: Place) -> list[str]:
 
 
 def _search_for(*at_line_start: Place) -> re.Pattern[str]:
-    """Finds the next marker, whatever is before it."""
+    """A pattern for the next marker, whatever precedes it."""
     return re.compile(
         rf"(?P<lead>{_LINE_START}){_any_of(_at(Place.ANYWHERE, *at_line_start))}"
         rf"|{_any_of(_at(Place.ANYWHERE))}"
@@ -174,7 +174,7 @@ _PLAIN: dict[int, int] = {
 
 
 def find_markers(text: str) -> Iterator[Marker]:
-    """The markers in a text, in order, none overlapping another."""
+    """The markers in a text, in order, without overlaps."""
     plain = text.translate(_PLAIN)
     rate = _frame_rate(plain)
     lines = [line for line in plain.split("\n") if line.strip()]
@@ -192,12 +192,12 @@ def find_markers(text: str) -> Iterator[Marker]:
 
 
 def suspects(text: str) -> list[str]:
-    """What looks like a marker in a text that `find_markers` has found nothing in."""
+    """Possible markers in a text in which `find_markers` found none."""
     return [text[match.start() : match.end()] for match in _SUSPECT.finditer(text.translate(_PLAIN))]
 
 
 def _without_opening(plain: str, start: int, end: int) -> int:
-    """The end without emphasis that nothing from `start` on has opened: it belongs to what follows."""
+    """The end without closing emphasis that was not opened after `start`: it belongs to the following text."""
     body = plain[start:end]
     rest = body.rstrip("*_")
     return end if rest == body or body[-1] in rest else start + len(rest)
@@ -216,13 +216,13 @@ def _name(speaker: str) -> str:
 
 
 def _frame_rate(plain: str) -> int:
-    """Frames per second of the times hh:mm:ss:ff, which do not state it: 25, or what the largest number needs."""
+    """Frames per second of times hh:mm:ss:ff, which do not state it: 25, or more if the largest number requires it."""
     largest = max(map(int, _FRAMES.findall(plain)), default=0)
     return next((rate for rate in (25, 30) if largest < rate), 60)
 
 
 def _seconds(time: str, rate: int) -> float:
-    """The seconds that a time stands for, infinite if a field of it is too large."""
+    """A time in seconds, infinite if one of its fields is too large."""
     if ":" not in time:
         numbers = re.findall(r"\d+(?:\.\d+)?", time)
         return float(sum(float(number) * 60**power for power, number in enumerate(reversed(numbers))))

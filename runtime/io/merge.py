@@ -1,4 +1,4 @@
-"""The segments of overlapping windows of a long recording, joined to one transcript."""
+"""Merges the segments of overlapping windows of a long recording into one transcript."""
 
 import re
 from collections import Counter
@@ -10,13 +10,13 @@ from itertools import zip_longest
 from .scripts import units
 from .segments import Segment
 
-_ALIKE = 0.6  # share of the shorter text's words that two hearings of one sentence have in common
-_NEAR = 1.0  # seconds between two hearings of one sentence
+_ALIKE = 0.6  # share of the shorter text's words that two transcripts of one sentence have in common
+_NEAR = 1.0  # seconds between two transcripts of one sentence
 
 
 @dataclass(frozen=True)
 class Heard:
-    """What was heard in one window of a recording. All times count from the start of the recording."""
+    """The transcript of one window of a recording. All times count from the start of the recording."""
 
     start: float
     end: float
@@ -24,12 +24,12 @@ class Heard:
 
 
 class Merger:
-    """Joins the segments of windows that come one after the other, and gives out each once it is final.
+    """Merges the segments of consecutive windows, and returns each as soon as it is final.
 
-    Where two windows overlap, segments that agree in time and text are one; the transcript that its window cuts off
-    less is kept. Of the rest, the window that is closer to its edge yields where the other has text for that time.
-    Windows number their speakers independently: agreeing segments map one numbering to the other, and a speaker of a
-    later window without such a segment gets the next free number.
+    Where two windows overlap, segments that agree in time and text are merged; the one that is less truncated by its
+    window is kept. Of the other segments, those closer to their window's edge are dropped if the other window has text
+    for that time. Windows number their speakers independently: agreeing segments map one numbering to the other, and a
+    speaker of a later window without such a segment gets the next free number.
     """
 
     def __init__(self) -> None:
@@ -38,9 +38,9 @@ class Merger:
         self._end: float | None = None
 
     def push(self, window: Heard, following: float | None) -> list[Segment]:
-        """Add the next window; return the segments that no later window can change, in the order of their starts.
+        """Add the next window; return the segments that no later window can change, ordered by start.
 
-        following: where the window after this one starts, or None if this is the last.
+        following: start of the window after this one, or None if this is the last.
         """
         old, new = self._pending, list(window.segments)
         overlap = (window.start, window.start if self._end is None else self._end)
@@ -67,7 +67,7 @@ def merge(windows: Sequence[Heard]) -> list[Segment]:
 
 
 def _count_final(segments: list[Segment], following: float | None) -> int:
-    """How many of the first segments lie wholly before anything that a window from `following` on is compared with."""
+    """Number of first segments that end before everything that a window starting at `following` can affect."""
     if following is None:
         return len(segments)
     ends = (i for i, segment in enumerate(segments) if segment.end > following - _NEAR)
@@ -85,7 +85,7 @@ def _joined(
     middle = (first + last) / 2
     dropped_old, dropped_new = set(), set()
     for a, b in pairs:
-        # The one that its window cuts off has fewer words; of equals, the one farther from its window's edge.
+        # A truncated segment has fewer words; among equals, keep the one farther from its window's edge.
         longer_old = len(_words(old[a])) - len(_words(new[b]))
         keep_old = longer_old > 0 or (longer_old == 0 and _center(old[a]) < middle)
         (dropped_new.add(b) if keep_old else dropped_old.add(a))
@@ -108,7 +108,7 @@ def _center(segment: Segment) -> float:
 
 
 def _covered(segment: Segment, others: Iterable[Segment]) -> bool:
-    """Whether one of the others was heard during at least half of the segment."""
+    """Whether one of the others covers at least half of the segment."""
     length = segment.end - segment.start
     return any(
         min(segment.end, other.end) - max(segment.start, other.start) >= length / 2
@@ -122,7 +122,7 @@ def _words(segment: Segment) -> list[str]:
 
 
 def _agreeing(old: list[Segment], new: list[Segment]) -> list[tuple[int, int]]:
-    """Pairs of indices of segments that are one sentence heard twice: alike in text, close in time, in one order."""
+    """Pairs of indices of segments that transcribe one sentence twice: similar in text, close in time, in order."""
     old_words, new_words = [_words(segment) for segment in old], [_words(segment) for segment in new]
     best = [[0.0] * (len(new) + 1) for _ in range(len(old) + 1)]
     matched: set[tuple[int, int]] = set()
@@ -150,7 +150,7 @@ def _agreeing(old: list[Segment], new: list[Segment]) -> list[tuple[int, int]]:
 
 
 def _distance(one: Segment, other: Segment) -> float:
-    """Seconds between two hearings, of which one window may have cut off one end; it decides among equal texts."""
+    """Seconds between two segments, of which a window may have cut off one end; a tie-breaker for equal texts."""
     return min(abs(one.start - other.start), abs(one.end - other.end))
 
 
@@ -163,7 +163,7 @@ def _likeness(one: list[str], other: list[str]) -> float:
 
 
 def _renamed(new: list[Segment], pairs: list[tuple[Segment, Segment]], known: set[str]) -> list[Segment]:
-    """The new segments with the names that the transcript so far has for their speakers.
+    """The new segments with the speaker names of the transcript so far.
 
     pairs: an old segment and the new one that agrees with it; known: the speakers so far.
     """

@@ -1,4 +1,4 @@
-"""Channels to one: the plain mean, its checks, and the notice when channels cancel each other."""
+"""Mixes channels by their mean, checks samples, and warns when channels cancel each other."""
 
 from functools import cache
 
@@ -8,7 +8,7 @@ from ..errors import AudioError
 
 MIN_RATE, MAX_RATE = 1, 768_000  # Hz
 MAX_CHANNELS = 32
-MAX_AMPLITUDE = 2.0**31  # raw 32-bit samples kept as floats; far below what overflows a power spectrum in float32
+MAX_AMPLITUDE = 2.0**31  # raw 32-bit samples as floats; far below overflow of a float32 power spectrum
 SCALES = {
     "int8": (0.0, 2.0**-7),
     "uint8": (2.0**7, 2.0**-7),
@@ -17,15 +17,15 @@ SCALES = {
     "int32": (0.0, 2.0**-31),
 }
 _STRIDE = 8  # every eighth sample is enough to compare powers
-_CANCELLED = 0.05  # of the power that remains of channels which have nothing in common
+_CANCELLED = 0.05  # share of the power that uncorrelated channels would leave
 _ENOUGH = 1000  # samples compared
-_SILENT = 1e-9  # mean power of a channel, of full scale 1
+_SILENT = 1e-9  # mean power of a channel with full scale 1
 
 
 def mix(channels: np.ndarray) -> np.ndarray:
     """Plain mean of `channels` [channels, n], any dtype of `SCALES` or floating -> float32 [n].
 
-    Integers are scaled to [-1, 1); the mean is formed in float32, as librosa does. Overflow becomes infinity.
+    Integers are scaled to [-1, 1); the mean is computed in float32, as in librosa. Overflow becomes infinity.
     """
     offset, scale = _offset_and_scale(channels.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -33,7 +33,7 @@ def mix(channels: np.ndarray) -> np.ndarray:
         if offset:
             samples -= np.float32(offset)
         mono: np.ndarray = samples[0]
-        if len(samples) > 1:  # as `mean` does, which takes several times as long
+        if len(samples) > 1:  # same as `mean`, which takes several times as long
             mono += np.float32(0)
             for channel in samples[1:]:
                 mono += channel
@@ -45,19 +45,19 @@ def mix(channels: np.ndarray) -> np.ndarray:
 
 @cache
 def _offset_and_scale(dtype: np.dtype) -> tuple[float, float]:
-    """Of samples of this dtype; it takes numpy long to say its name."""
+    """Offset and scale of samples of this dtype; cached, because the name of a numpy dtype is slow."""
     return SCALES.get(dtype.name, (0.0, 1.0))
 
 
 class Cancellation:
-    """Compares the power of a mix with that of its channels: channels of opposite phase leave little of each other."""
+    """Compares the power of a mix with that of its channels: channels of opposite phase cancel each other."""
 
     def __init__(self) -> None:
-        self._mix = self._alone = 0.0  # power of the mix, and what it would be if the channels had nothing in common
+        self._mix = self._alone = 0.0  # power of the mix, and its power if the channels were uncorrelated
         self._loudest, self._counted = 0.0, 0
 
     def add(self, channels: np.ndarray, mono: np.ndarray) -> None:
-        """Count in `channels` [channels, n] of any dtype that `mix` takes, and their mix [n]."""
+        """Add `channels` [channels, n] of any dtype that `mix` takes, and their mix [n]."""
         if len(channels) == 1:
             return
         offset, scale = _offset_and_scale(channels.dtype)
@@ -71,7 +71,7 @@ class Cancellation:
         self._counted += some.shape[1]
 
     def warning(self) -> str | None:
-        """What to say of the channels so far, or None."""
+        """The warning about the channels so far, or None."""
         if self._counted < _ENOUGH or self._loudest < _SILENT or self._mix > _CANCELLED * self._alone:
             return None
         return (

@@ -1,5 +1,5 @@
-"""Ogg pages, checked: what is damaged or missing splits a stream into runs that are each decoded alone, and so do the
-links of a chain. FFmpeg drops a page with a wrong checksum without a word, and what follows moves to its place."""
+"""Checks Ogg pages: damaged or missing pages, and the links of a chain, split a stream into runs that are decoded
+separately. FFmpeg silently drops a page with a wrong checksum, which shifts all later audio."""
 
 import struct
 import zlib
@@ -46,14 +46,14 @@ class Page:
 
 
 class OggFile:
-    """The first audio stream of an Ogg file, run by run: `read` gives FFmpeg the pages of one, `next_run` goes on.
+    """The first audio stream of an Ogg file: `read` returns the pages of one run, `next_run` starts the next.
 
-    A run ends before missing or damaged pages and at the end of a link. `warnings` says what was wrong so far.
+    A run ends before missing or damaged pages and at the end of a link. `warnings` lists the defects so far.
     """
 
     def __init__(self, source: ByteSource, start: int):
         self._pages = _pages(source, start, self)
-        self._held: Page | None = None  # taken, but not yet used
+        self._held: Page | None = None  # read, but not yet used
         self._headers: list[Page] = []
         self._given = bytearray()
         self._expected = 0  # sequence number of the next page
@@ -61,12 +61,12 @@ class OggFile:
         self._last_seen = False
         self._over = self._run_is_over = False
         self._begun = False  # a page of audio was seen in this link
-        self.damaged = False  # so was something that is no intact page
-        self.start_lost = False  # both, in the wrong order
+        self.damaged = False  # bytes that are no intact page were seen in this link
+        self.start_lost = False  # the damage came before the first page of audio
         self._lost, self.cut = 0, False
         self.streams = 0  # of audio, in the first link
-        self.position: int | None = None  # of the first sample of the run where FFmpeg cannot tell it
-        self.same_link = False  # whether this run belongs to the link of the one before
+        self.position: int | None = None  # of the first sample of the run, if FFmpeg cannot determine it
+        self.same_link = False  # whether this run is in the same link as the previous one
 
     @property
     def warnings(self) -> list[str]:
@@ -80,7 +80,7 @@ class OggFile:
         return notes
 
     def next_run(self) -> bool:
-        """Begins the next run; False at the end of the file."""
+        """Begin the next run; False at the end of the file."""
         page = self._take()
         if page is None:
             self._over = True
@@ -91,7 +91,7 @@ class OggFile:
             self._begin_link(page)
             return True
         self._expected = page.sequence + 1
-        if page.flags & _LAST:  # FFmpeg tells when a page is heard only if it is not the last one
+        if page.flags & _LAST:  # FFmpeg knows a page's time only if it is not the last one
             page = Page(_sealed(page.data[:5] + bytes([page.flags & ~_LAST]) + page.data[6:]))
             self._last_seen = True
         self.position = _flac_position(page, self._headers[0])
@@ -133,7 +133,7 @@ class OggFile:
         return None
 
     def _begin_link(self, page: Page | None) -> None:
-        """Collects the header pages of a link: those of its first stream of audio that can be decoded."""
+        """Collect the header pages of a link: those of its first decodable audio stream."""
         firsts = []
         while page is not None and page.flags & _FIRST:
             firsts.append(page)
@@ -161,7 +161,7 @@ class OggFile:
 
 
 def _pages(source: ByteSource, start: int, file: OggFile) -> Iterator[Page]:
-    """The intact pages from `start` on; of one that the end of the file cuts, the packets that are whole."""
+    """The intact pages from `start` on; for a page cut by the end of the file, its complete packets."""
     offset = start
     granules: dict[bytes, bytes] = {}  # of the last page of each stream
     while True:
@@ -202,8 +202,8 @@ def _capture(source: ByteSource, offset: int) -> int | None:
 
 
 def _whole_packets(data: bytes, granules: dict[bytes, bytes]) -> Page | None:
-    """The page that begins with `data` and is cut there, without the packets that are cut. Its position is that of the
-    page before, from `granules`: nothing follows that it would be needed for, but FFmpeg refuses pages without one."""
+    """The page that begins with `data` and is cut by the end of the file, without incomplete packets. Its position is
+    that of the previous page, from `granules`: it is not needed, but FFmpeg refuses pages without one."""
     if len(data) < 27 + data[26]:
         return None
     kept, size, have = 0, 0, len(data) - 27 - data[26]
@@ -221,7 +221,7 @@ def _whole_packets(data: bytes, granules: dict[bytes, bytes]) -> Page | None:
 
 
 def _packets(pages: list[Page]) -> list[bytes]:
-    """The packets that are complete in `pages` of one stream."""
+    """The complete packets in `pages` of one stream."""
     packets, packet = [], b""
     for page in pages:
         position, body = 0, page.body
@@ -235,7 +235,7 @@ def _packets(pages: list[Page]) -> list[bytes]:
 
 
 def _flac_position(page: Page, first: Page) -> int | None:
-    """Of the first sample of the first whole frame on `page`, by the number in its header; None for other codecs."""
+    """Position of the first sample of the first complete frame on `page`, from its header; None for other codecs."""
     start = 0
     if page.flags & _CONTINUED:
         for segment in page.lacing:
@@ -245,7 +245,7 @@ def _flac_position(page: Page, first: Page) -> int | None:
     frame = page.body[start : start + 12]
     if not first.body.startswith(b"\x7fFLAC") or len(frame) < 12 or frame[0] != 0xFF or frame[1] & 0xFC != 0xF8:
         return None
-    ones = 8 - (frame[4] ^ 0xFF).bit_length()  # the number is coded as UTF-8 codes a character, in up to seven bytes
+    ones = 8 - (frame[4] ^ 0xFF).bit_length()  # the number is encoded like a UTF-8 character, in up to seven bytes
     number = frame[4] & 0x7F >> ones
     for byte in frame[5 : 4 + max(1, ones)]:
         number = number << 6 | byte & 0x3F
@@ -253,7 +253,7 @@ def _flac_position(page: Page, first: Page) -> int | None:
 
 
 def _header_packets(first: bytes) -> int:
-    """How many packets of a stream that begins with the packet `first` come before its audio."""
+    """Number of packets before the audio in a stream that begins with the packet `first`."""
     if first.startswith(b"OpusHead"):
         return 2
     if first.startswith(b"\x7fFLAC") and len(first) > 9:
@@ -287,7 +287,7 @@ def _without_tags(packet: bytes) -> bytes:
 
 
 def _paginated(packets: list[bytes], pages: list[Page]) -> list[Page]:
-    """`packets` on pages of their own, numbered so that they end where `pages` end."""
+    """`packets` on new pages, numbered so that they end where `pages` end."""
     made: list[tuple[int, bytes, bytes, bytes]] = []
     for packet in packets:
         segments = [255] * (len(packet) // 255) + [len(packet) % 255]
@@ -310,19 +310,19 @@ def _paginated(packets: list[bytes], pages: list[Page]) -> list[Page]:
 
 
 def _sealed(page: bytes) -> bytes:
-    """`page` with the checksum that belongs to it."""
+    """`page` with its correct checksum."""
     return page[:22] + _checksum(page) + page[26:]
 
 
 def _checksum(page: bytes) -> bytes:
-    """CRC-32 of the polynomial 0x04C11DB7, most significant bit first, of a page whose own checksum counts as zero:
-    zlib's, which takes the least significant bit first and inverts at both ends, of the bits in reverse."""
+    """CRC-32 of the polynomial 0x04C11DB7, most significant bit first, of a page with its own checksum set to zero.
+    Computed by zlib, which takes the least significant bit first and inverts at both ends, on reversed bits."""
     bits = (page[:22] + bytes(4) + page[26:]).translate(_REVERSED)
     return (zlib.crc32(bits, 0xFFFFFFFF) ^ 0xFFFFFFFF).to_bytes(4, "little").translate(_REVERSED)[::-1]
 
 
 def stated_seconds(source: ByteSource, rate: int) -> float | None:
-    """By the granule position of the last page of a file of `rate` samples a second."""
+    """Length of a file of `rate` samples per second, by the granule position of its last page."""
     if source.size is None:
         return None
     start = max(0, source.size - (1 << 17))

@@ -1,13 +1,13 @@
-"""Messages to token ids: the checkpoint's chat template, with room for every audio.
+"""Converts messages to token ids with the checkpoint's chat template, and adds placeholders for every audio.
 
-The whole conversation is rendered, cut at the special tokens that the template wrote, and the text between them encoded
-piece by piece. That gives the ids of the `transformers` processor, which cuts at the same tokens, except for one thing:
-what the messages say is text. A message with `<sound>` or `<|im_end|>` in it means those characters and can neither
-open a turn nor claim an audio. System messages are text of the messages, too.
+The whole conversation is rendered and split at the special tokens that the template wrote, and the text between them is
+encoded piece by piece. This gives the ids of the `transformers` processor, which splits at the same tokens, with one
+exception: the contents of messages are text. A message that contains `<sound>` or `<|im_end|>` means those characters
+and can neither open a turn nor claim an audio. This applies to system messages, too.
 
 A template writes one `<sound>` for a message with audio, in front of its text. It becomes `<|sound_bos|>`, one
 `<sound>` for each audio token, `<|sound_eos|>`; Audio Flamingo 3 has no enclosing tokens. The reference takes one audio
-a conversation; here a message with n audio parts gets n such expansions in their order.
+per conversation; here a message with n audio parts gets n such expansions in order.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,13 +21,13 @@ from .tokenizer import THINK_TAGS, Tokenizer
 __all__ = ["AudioSpan", "Prompt", "PromptTemplate", "Tokenizer", "build_prompt"]
 
 ROLES = ("system", "user", "assistant")
-# Code points that Unicode leaves to private use; those absent from a conversation stand in for what it must not say.
+# Unicode's private-use code points; those absent from a conversation replace spellings of special tokens in it.
 PRIVATE_USE = (*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE), *range(0xE000, 0xF900))
 
 
 @dataclass(frozen=True)
 class AudioSpan:
-    """Where the embeddings of one audio go: the index of its first `<sound>` in the ids, and how many there are."""
+    """The position of one audio's embeddings: the index of its first `<sound>` in the ids, and their number."""
 
     position: int
     tokens: int
@@ -46,12 +46,12 @@ class Prompt:
 
     @property
     def audio_tokens(self) -> int:
-        """How many of the ids are `<sound>` placeholders."""
+        """Number of `<sound>` placeholders among the ids."""
         return sum(span.tokens for span in self.audio)
 
     @property
     def text_tokens(self) -> int:
-        """How many of the ids are anything else."""
+        """Number of other ids."""
         return len(self.token_ids) - self.audio_tokens
 
 
@@ -66,12 +66,13 @@ def build_prompt(
     """Turn a conversation into token ids.
 
     messages: `{"role": "system" | "user" | "assistant", "content": ...}`, where the content is a string or a list of
-        parts `{"type": "text", "text": ...}` and `{"type": "audio", ...}` (further keys of an audio part are the
-        caller's own). None of it is changed.
+        parts `{"type": "text", "text": ...}` and `{"type": "audio", ...}` (further keys of an audio part are ignored).
+        The messages are not modified.
     audio_tokens: the number of audio tokens of each audio part, in order of appearance over the conversation.
     add_generation_prompt: end with the opening of the assistant's turn.
 
-    Raises PromptError when messages are malformed, audio is missing, surplus or too short, or the template fails.
+    Raises PromptError when messages are malformed, the number of audios is wrong, an audio is too short, or the
+    template fails.
     """
     conversation, audio_parts = _checked(messages)
     _check_audio_tokens(audio_tokens, sum(audio_parts))
@@ -102,7 +103,7 @@ def build_prompt(
 
 
 def _expand(ids: list[int], count: int, tokenizer: Tokenizer) -> AudioSpan:
-    """Append one audio's placeholders to `ids`, enclosed where the checkpoint has tokens for that."""
+    """Append one audio's placeholders to `ids`, between enclosing tokens if the checkpoint has them."""
     if tokenizer.audio_bos_id is not None:
         ids.append(tokenizer.audio_bos_id)
     span = AudioSpan(position=len(ids), tokens=count)
@@ -115,9 +116,9 @@ def _expand(ids: list[int], count: int, tokenizer: Tokenizer) -> AudioSpan:
 class _Shield:
     """Keeps the conversation's text from being read as control tokens while it passes through the template.
 
-    Each spelling of an added token in a text is covered by one private-use character that occurs nowhere else. A text
-    that starts or ends with a fragment of a spelling gets a filler character there, so that no token comes into being
-    across its edge either: two parts `<so` and `und>`, which a template joins, stay text.
+    Each spelling of an added token in a text is replaced by a private-use character that occurs nowhere else. A text
+    that starts or ends with a fragment of a spelling gets a filler character there, so that joining texts creates no
+    token either: two parts `<so` and `und>`, which a template joins, stay text.
     """
 
     def __init__(self, tokenizer: Tokenizer, strings: Iterable[str]):
@@ -135,7 +136,7 @@ class _Shield:
         self._tails = tuple({spelling[i:] for spelling in self._spellings for i in range(1, len(spelling))})
 
     def cover(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """A copy of a checked message with its text covered."""
+        """A copy of a checked message with the replacements made."""
         content = message["content"]
         if isinstance(content, str):
             return {**message, "content": self._covered(content)}
@@ -143,12 +144,12 @@ class _Shield:
         return {**message, "content": parts}
 
     def uncover(self, text: str) -> str:
-        """The text as it was before."""
+        """The text with the replacements undone."""
         return text.translate(self._uncover)
 
     def _covered(self, text: str) -> str:
         text = self._pattern.sub(lambda match: self._cover[match[0]], text)
-        core = text.strip()  # templates trim, so the fillers stand where trimming leaves them
+        core = text.strip()  # templates trim, so the fillers are placed where trimming keeps them
         start, end = text.partition(core)[::2] if core else (text, "")
         if core.startswith(self._tails) or any(core in spelling for spelling in self._spellings if core):
             start += self._filler
@@ -163,7 +164,7 @@ def _texts(message: Mapping[str, Any]) -> list[str]:
 
 
 def _checked(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
-    """Copies of the messages with only what a template needs, and how many audio parts each has."""
+    """Copies of the messages with only the keys that a template needs, and the number of audio parts in each."""
     if not messages or not isinstance(messages, list | tuple):
         raise PromptError("there are no messages. Give a list with at least one, the last usually from the user.")
     conversation = []

@@ -1,4 +1,4 @@
-"""Text of scripts that are written without spaces between words."""
+"""Text in scripts without spaces between words."""
 
 import re
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ _NO_SPACE_BESIDE = re.compile(rf"[{_HAN_AND_KANA}{_WIDE_PUNCTUATION}]")
 
 
 def units(text: str) -> list[str]:
-    """The words of the text, and the single characters of scripts without spaces; no case, no punctuation."""
+    """The words of the text, or single characters in scripts without spaces, without case and punctuation."""
     return _UNIT.findall(text.casefold())
 
 
 def joined(pieces: Iterable[str]) -> str:
-    """The pieces as one text, a space between them except between Chinese or Japanese characters."""
+    """Join pieces with spaces, except between Chinese or Japanese characters."""
     parts, last = [], ""
     for piece in pieces:
         parts.append(continued(last, piece))
@@ -27,10 +27,10 @@ def joined(pieces: Iterable[str]) -> str:
 
 
 def continued(before: str, piece: str) -> str:
-    """The piece with what separates it from the text before it, either of which may be empty."""
+    """The piece, preceded by the separator from the text before it; either text may be empty."""
     return separator(before, piece) + piece if before and piece else piece
 
 
 def separator(before: str, after: str) -> str:
-    """What stands between two texts on one line: nothing between Chinese or Japanese characters, else a space."""
+    """The separator of two texts on one line: empty between Chinese or Japanese characters, else a space."""
     return "" if _NO_SPACE_BESIDE.match(before[-1:]) and _NO_SPACE_BESIDE.match(after[:1]) else " "

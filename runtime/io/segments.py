@@ -1,10 +1,10 @@
-"""Who says what, and when, read from the text that the model writes.
+"""Parses segments (speaker, text, times) from the model's text.
 
-A transcript is text with markers: times, speakers, or both (see `markers`). A marker stands before the text that it
-belongs to, further lines included; where every time stands at the end of its line, it belongs to the text before it.
-A model may write anything, so no text is lost and no time is trusted: a time beyond the recording, or one such as
-00:75, stays in the text; times that are missing are estimated from the lengths of the texts; both are reported, and so
-is what looks like a marker in an unknown layout.
+A transcript is text with markers: times, speakers, or both (see `markers`). A marker precedes its text, which may
+continue on further lines; if every time is at the end of its line, times follow their texts. A model may write
+anything, so no text is lost and times are checked: a time beyond the recording, or an invalid one such as 00:75, stays
+in the text; missing times are estimated from the lengths of the texts. Both are reported, and so are possible markers
+in unknown layouts.
 """
 
 import re
@@ -16,8 +16,8 @@ from .markers import Marker, find_markers, suspects
 from .scripts import joined
 from .transcript import CLOSE, OPEN
 
-_LATE = 1.0  # seconds that a time may lie beyond the end: models round
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # without those that are white space
+_LATE = 1.0  # seconds that a time may exceed the end, because models round
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # except white space
 _SEPARATOR_AT_END = re.compile(r"(?<=.) [-–—|;,:]$")
 _TAG = re.compile(
     r"(</?(?:think|sound|s|unk|pad)>|\[(?:BOS|EOS|PAD)\]|<\|(?! *(?:\d|speaker|spk))[\w /-]{1,40}\|>)", re.IGNORECASE
@@ -26,7 +26,7 @@ _TAG = re.compile(
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of speech: start and end in seconds, its text on one line, and its speaker ("Speaker 1") if known.
+    """A segment of speech: start and end in seconds, its text on one line, and its speaker ("Speaker 1") if known.
 
     start_stated, end_stated: whether the model stated the time; otherwise it is estimated.
     """
@@ -48,9 +48,9 @@ class _Draft:
 
 
 def parse_segments(text: str, duration: float) -> tuple[list[Segment], list[str]]:
-    """The segments in the model's `text` about a recording of `duration` seconds, and what was wrong with it.
+    """The segments in the model's `text` about a recording of `duration` seconds, and the problems found.
 
-    Segments come in the order of their starts, within 0 .. duration, none without text.
+    Segments are ordered by start, within 0 .. duration, and have text.
     """
     problems: list[str] = []
     text = _without_tags(text, problems)
@@ -79,9 +79,9 @@ def parse_segments(text: str, duration: float) -> tuple[list[Segment], list[str]
 
 
 def clean(text: str) -> str:
-    """The text on one line, without control characters; empty if nothing of it can be seen.
+    """The text on one line, without control characters; empty if no character is visible.
 
-    Any run of white space becomes one space, or nothing where a line break stands between Chinese or Japanese text.
+    Any run of white space becomes one space, or nothing for a line break between Chinese or Japanese text.
     """
     lines = _CONTROL.sub("", text).splitlines()
     line = joined(" ".join(line.split()) for line in lines)
@@ -89,10 +89,10 @@ def clean(text: str) -> str:
 
 
 def _without_tags(text: str, problems: list[str]) -> str:
-    """The text without thoughts between `<think>` and `</think>`, and without stray tags of the model's own format."""
+    """The text without thinking between `<think>` and `</think>`, and without stray tags of the model's format."""
     kept: list[str] = []
     left_out: list[str] = []
-    opened: int | None = None  # where in `kept` a thought has begun
+    opened: int | None = None  # index in `kept` where thinking began
     for index, part in enumerate(_TAG.split(text)):
         if index % 2 == 0:
             kept.append(part)
@@ -113,7 +113,7 @@ def _without_tags(text: str, problems: list[str]) -> str:
 
 
 def _sound_markers(text: str, duration: float, problems: list[str]) -> list[Marker]:
-    """The markers whose times lie within the recording; what else is or may be one stays in the text."""
+    """The markers with times within the recording; other possible markers stay in the text."""
     found = list(find_markers(text))
     sound, impossible, backwards = [], [], []
     for marker in found:
@@ -148,7 +148,7 @@ def _between(text: str, markers: list[Marker]) -> list[str]:
 
 
 def _drafts(pieces: list[str], markers: list[Marker]) -> list[_Draft]:
-    """The segments of a text in which markers stand before what they belong to."""
+    """The segments of a text in which markers precede their texts."""
     drafts = [_Draft(text=line) for line in _lines(pieces[0])]
     draft = _Draft()
     for marker, piece in zip(markers, pieces[1:], strict=True):
@@ -156,7 +156,7 @@ def _drafts(pieces: list[str], markers: list[Marker]) -> list[_Draft]:
             _close(draft, drafts)
             draft = _Draft(speaker=draft.speaker)
         if marker.times and draft.start is not None:
-            draft.end = marker.times[0]  # two times in a row: from, to
+            draft.end = marker.times[0]  # two times in a row: start, end
         elif marker.times:
             draft.start, draft.end = (*marker.times, None)[:2]
         draft.speaker = marker.speaker or draft.speaker
@@ -166,13 +166,13 @@ def _drafts(pieces: list[str], markers: list[Marker]) -> list[_Draft]:
 
 
 def _continues(draft: _Draft, marker: Marker) -> bool:
-    """Whether the marker's time belongs to the draft, which has no text yet: it has no time, or no end."""
+    """Whether the marker's time belongs to the draft: it has no text yet, and no time or no end."""
     start, *rest = marker.times
     return draft.start is None or (draft.end is None and not rest and start > draft.start)
 
 
 def _close(draft: _Draft, drafts: list[_Draft]) -> None:
-    """Add the draft; one that has a time and no text ends the one before."""
+    """Add the draft; a draft with a time and no text ends the previous one."""
     before = drafts[-1] if drafts else _Draft()
     if draft.text:
         drafts.append(draft)
@@ -181,15 +181,16 @@ def _close(draft: _Draft, drafts: list[_Draft]) -> None:
 
 
 def _times_are_behind(pieces: list[str], markers: list[Marker]) -> bool:
-    """Whether each time stands behind the text that it belongs to, on its line."""
+    """Whether each time follows its text on the same line."""
     timed = [piece for piece, marker in zip(pieces, markers, strict=False) if marker.times]
     return bool(timed) and not clean(pieces[-1]) and all(clean(f"{piece}.".splitlines()[-1][:-1]) for piece in timed)
 
 
 def _with_times_behind(pieces: list[str], markers: list[Marker]) -> list[_Draft]:
-    """The segments of a text in which each time stands behind what it belongs to.
+    """The segments of a text in which each time follows its text.
 
-    A speaker right behind a time belongs to the same text at the end of a line, and everywhere if the text ends so.
+    A speaker directly after a time belongs to the same text at the end of a line, and everywhere if the text ends that
+    way.
     """
     drafts: list[_Draft] = []
     speaker = None
@@ -208,7 +209,7 @@ def _with_times_behind(pieces: list[str], markers: list[Marker]) -> list[_Draft]
 
 
 def _needs_text(last: Marker, behind: bool, pieces: list[str]) -> bool:
-    """Whether the last marker, which no text follows, says something that belongs to no text before it either."""
+    """Whether the last marker, which no text follows, does not belong to the text before it either."""
     if behind:
         return not last.times and bool(pieces[-2])
     return last.speaker is not None or len(last.times) > 1
@@ -219,7 +220,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _starts(drafts: list[_Draft], duration: float) -> list[float]:
-    """Starts of all drafts; those not stated share the time up to the next one by the lengths of their texts."""
+    """Starts of all drafts; drafts without one share the time up to the next start by the lengths of their texts."""
     starts = [draft.start for draft in drafts]
     first = 0
     while first < len(drafts):
@@ -231,7 +232,7 @@ def _starts(drafts: list[_Draft], duration: float) -> list[float]:
         leader = drafts[first - 1] if first else _Draft(0.0, 0.0)
         shares = [len(draft.text) for draft in drafts[first:stop]]
         since = leader.end
-        if since is None:  # the one before has no end either: it takes its share, too
+        if since is None:  # the previous draft has no end either, so it gets a share, too
             since = starts[first - 1] or 0.0
             since += max(0.0, until - since) * len(leader.text) / (len(leader.text) + sum(shares))
         pace = max(0.0, until - since) / sum(shares)
@@ -241,7 +242,7 @@ def _starts(drafts: list[_Draft], duration: float) -> list[float]:
 
 
 def _with_ends(segments: list[Segment], duration: float) -> list[Segment]:
-    """The segments, sorted by start, with each end that was not stated at the next later start."""
+    """The segments, sorted by start; ends that were not stated are set to the next later start."""
     ended: list[Segment] = []
     later = duration
     for i in range(len(segments) - 1, -1, -1):

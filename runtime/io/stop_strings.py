@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Passes text on until one of `stops` appears. Text that may be the beginning of one is held back."""
+    """Passes text through until one of `stops` appears. Text that may be the beginning of one is held back."""
 
     def __init__(self, stops: Sequence[str]):
         """Raises ValueError for an empty stop string."""
@@ -15,7 +15,7 @@ class StopStrings:
         self.reached = False
 
     def push(self, text: str) -> str:
-        """The text that is certainly before any stop string. Sets `reached` when one is complete."""
+        """The text that certainly precedes any stop string. Sets `reached` when one is complete."""
         if self.reached:
             return ""
         self._held += text
@@ -34,7 +34,7 @@ class StopStrings:
         return passed
 
     def _held_back(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Length of the longest suffix of the held text that is a prefix of a stop string."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stops):

@@ -1,4 +1,4 @@
-"""Segments as text, SRT and WebVTT, whole or piece by piece.
+"""Segments as text, SRT and WebVTT, whole or in pieces.
 
 Source: W3C, "WebVTT: The Web Video Text Tracks Format". SRT has no standard and follows SubRip: a number,
 `hh:mm:ss,mmm --> hh:mm:ss,mmm`, the text, an empty line.
@@ -11,22 +11,22 @@ from .segments import Segment
 
 
 def to_text(segments: Iterable[Segment]) -> str:
-    """The words alone, a new line for each turn, which `[Speaker n]` precedes where speakers are known."""
+    """Text without times: one line per turn, after `[Speaker n]` if speakers are known."""
     return "".join(text_pieces(segments))
 
 
 def to_srt(segments: Iterable[Segment]) -> str:
-    """SubRip subtitles, `[Speaker n]` before the text where the speaker is known."""
+    """SubRip subtitles, with `[Speaker n]` before the text if the speaker is known."""
     return "".join(srt_pieces(segments))
 
 
 def to_vtt(segments: Iterable[Segment]) -> str:
-    """WebVTT subtitles, the speaker as a voice span."""
+    """WebVTT subtitles, with the speaker as a voice span."""
     return "".join(vtt_pieces(segments))
 
 
 def text_pieces(segments: Iterable[Segment]) -> Iterator[str]:
-    """`to_text` in pieces, one as soon as each segment is known, and the end of the last line."""
+    """`to_text` in pieces: one for each segment as soon as it is known, and the end of the last line."""
     before: Segment | None = None
     for segment in segments:
         if before is None:
@@ -55,12 +55,12 @@ def vtt_pieces(segments: Iterable[Segment]) -> Iterator[str]:
 
 
 def labelled(segment: Segment) -> str:
-    """The text, after `[Speaker n]` where the speaker is known."""
+    """The text, after `[Speaker n]` if the speaker is known."""
     return segment.text if segment.speaker is None else f"[{segment.speaker}] {segment.text}"
 
 
 def _line_of_times(segment: Segment, point: str) -> str:
-    """`start --> end`. The end is at least one millisecond later: players drop a cue of no duration."""
+    """`start --> end`. The end is at least one millisecond later, because players drop cues without duration."""
     start = round(segment.start * 1000)
     end = max(start + 1, round(segment.end * 1000))
     return f"{_clock(start, point)} --> {_clock(end, point)}"

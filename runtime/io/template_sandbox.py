@@ -1,13 +1,13 @@
 """The jinja2 environment that chat templates run in, with bounded time and memory.
 
-A template is code from the checkpoint. jinja2's immutable sandbox keeps it from Python's internals and from changing
-the messages; this one bounds what it can spend. Only operations whose cost is at most proportional to the size of
-their operands and result are offered: some filters, tests and methods are left out, arguments that multiply a text are
-checked first. Every operation is charged with that size against one budget for the whole rendering, and values that
-nest deeper or hold more than `MAX_CHARACTERS` and `MAX_ITEMS` are refused when they are made. So neither many small
-steps nor few large ones can exceed the budget by more than one operation's worth.
+A template is code from the checkpoint. jinja2's immutable sandbox keeps it from accessing Python's internals and from
+changing the messages; this one bounds its cost. Only operations whose cost is at most proportional to the size of their
+operands and result are available: some filters, tests and methods are removed, and arguments that multiply a text are
+checked first. Every operation's size is charged to one budget for the whole rendering, and values that nest too deeply
+or exceed `MAX_CHARACTERS` and `MAX_ITEMS` are refused when they are made. So neither many small steps nor few large
+ones can exceed the budget by more than one operation.
 
-The environment offers what templates written for `transformers` expect: trimmed blocks, loop controls,
+The environment has the features that templates for `transformers` expect: trimmed blocks, loop controls,
 `{% generation %}` blocks (rendered as their content), `tojson`, `raise_exception` and `strftime_now`.
 """
 
@@ -36,9 +36,9 @@ MAX_ITEMS = 100_000
 MAX_DEPTH = 64
 MAX_INTEGER_BITS = 2**13
 ITEM = 32
-"""What an element of a list costs, in characters: about its memory."""
+"""Cost of a list element in characters, about its memory."""
 BUDGET = 1 << 26
-"""Characters that one rendering may handle in all its operations together."""
+"""Characters that one rendering may process in total."""
 _PLAIN = (float, range, Undefined, type(None))
 
 TOO_LONG = (
@@ -48,7 +48,7 @@ TOO_LONG = (
 
 
 class Budget:
-    """What one rendering may still spend."""
+    """The remaining budget of one rendering."""
 
     def __init__(self, seconds: float) -> None:
         self._left = BUDGET
@@ -56,7 +56,7 @@ class Budget:
         self._deadline = time.monotonic() + seconds
 
     def spend(self, cost: int) -> None:
-        """Take `cost` characters. Raises PromptError when there are none left or the time is over."""
+        """Subtract `cost` characters. Raises PromptError when the budget or the time is exhausted."""
         self._left -= cost
         if self._left < 0 or time.monotonic() > self._deadline:
             raise PromptError(
@@ -66,13 +66,13 @@ class Budget:
 
 
 budget: ContextVar[Budget] = ContextVar("render_budget")
-"""That of the rendering in progress."""
+"""The budget of the rendering in progress."""
 
 
 def charge(value: Any) -> Any:
-    """`value` itself, after its whole size, with all that it contains, has been charged.
+    """Charge the whole size of `value`, contents included, and return it.
 
-    Raises PromptError for more than may be in one value, and for objects that are no plain data.
+    Raises PromptError for a value that is too large, and for objects that are not plain data.
     """
     characters = items = 0
     pending: list[tuple[Any, int]] = [(value, 0)]
@@ -97,7 +97,7 @@ def charge(value: Any) -> Any:
 
 
 def charge_top(value: Any) -> Any:
-    """`value` itself, after its own length, without what it contains, has been charged."""
+    """Charge the length of `value`, without its contents, and return it."""
     cost = len(value) if isinstance(value, str) else ITEM * len(value) if isinstance(value, dict | list | tuple) else 0
     if isinstance(value, int):
         _check_integer(value)
@@ -117,7 +117,8 @@ def _metered(values: Iterable[Any]) -> Iterator[Any]:
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}...{% endgeneration %}` marks what an assistant wrote, for training; here it is just content."""
+    """`{% generation %}...{% endgeneration %}` marks the assistant's text for training; here it is rendered as
+    content."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as a plain set
 
@@ -126,7 +127,7 @@ class _GenerationBlock(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-# Names that no template can spell, for the filters that `guarded` puts around parts of a template.
+# Names that no template can contain, for the filters that `guarded` wraps around parts of a template.
 _STEPS = "loop steps"
 _CHARGE = "charge"
 _CHARGE_TOP = "charge top"
@@ -160,12 +161,12 @@ _DEEP_TESTS = _names("== != < > <= >= eq equalto ge gt greaterthan in le lesstha
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """See the module. Templates are compiled by `compiled`."""
+    """The sandbox described in the module's docstring. `compiled` compiles templates."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
     def __init__(self) -> None:
-        # Without the optimizer, which would compute constant expressions while compiling, outside any budget.
+        # No optimizer: it would evaluate constant expressions at compile time, outside any budget.
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -190,7 +191,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     def wrap_str_format(self, value: Any) -> None:
-        """None: jinja2 would offer `format`, whose widths multiply a text."""
+        """Returns None, which disables `format`: its widths multiply a text."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         for kind, methods in _METHODS:
@@ -232,7 +233,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return charge(super().call_binop(context, operator, left, right))
 
     def compiled(self, source: str) -> jinja2.Template:
-        """The template `source`, with charges around everything that loops, joins, compares, slices or writes.
+        """Compile the template `source`, with charges around everything that loops, joins, compares, slices or writes.
 
         Raises jinja2's errors, SyntaxError for blocks nested too deeply, and RecursionError.
         """
@@ -262,7 +263,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _limited(function: Callable[..., Any], deep: bool) -> Callable[..., Any]:
-    """A filter or test that is charged for its arguments (`deep`: with all that they contain) and for its result."""
+    """A filter or test that charges its arguments (`deep`: with their contents) and its result."""
 
     def limited(*arguments: Any, **keywords: Any) -> Any:
         values: list[Any] = []
@@ -300,7 +301,7 @@ def _steps(context: Context, items: Iterable[Any]) -> Iterator[Any]:
 
 
 def _check_product(operator: str, left: Any, right: Any) -> None:
-    """Refuse a product or power before it takes memory or time without bound."""
+    """Refuse a product or power that would take unbounded memory or time."""
     if isinstance(left, int) and isinstance(right, int):
         if operator == "**" and left.bit_length() * right > MAX_INTEGER_BITS:
             raise PromptError("the checkpoint's chat template computes with huge numbers. Use another template.")
@@ -343,7 +344,7 @@ def _indent(text: Any, width: Any = 4, first: bool = False, blank: bool = False)
 
 
 def _text(value: Any) -> str:
-    """`safe` marks text as HTML in jinja2; here nothing is escaped."""
+    """The filter `safe`, which marks text as HTML in jinja2; here nothing is escaped."""
     return str(charge(value))
 
 

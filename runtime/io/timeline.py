@@ -1,26 +1,26 @@
-"""Time stamps to silence: when a frame is heard by its container, against how much has been decoded before it."""
+"""Fills gaps with silence: compares the time stamps of frames with the length of the audio decoded before them."""
 
-MIN_GAP = 0.1  # seconds; less is a codec's delay, the rounding of time stamps, or two clocks that drift apart
+MIN_GAP = 0.1  # seconds; smaller gaps are a codec's delay, rounded time stamps, or drift between two clocks
 MIN_GAP_AFTER_DAMAGE = 0.003  # more than the millisecond to which Matroska and ASF round
-MAX_CLOCK_START = 60.0  # a later start of everything in the file is the clock of a stream that had been going on
+MAX_CLOCK_START = 60.0  # if all streams start later, the file was cut from a running stream
 MAX_BROADCAST_GAP = 60.0  # a larger jump in a transport stream is another program's clock
 
-# The formats whose time stamps are written in the file. Those of other formats count what was read, so that they tell
-# of damaged packets only. AVI counts chunks, wrongly where their sizes vary: only its start is one.
+# Formats with time stamps in the file. In other formats time stamps count the data read, so they show damaged packets
+# only. AVI counts chunks, wrongly if their sizes vary, so only its start is used.
 _MOV, _MATROSKA, _TRANSPORT = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts"
 _START_AT_ZERO = {_MOV, _MATROSKA, "asf", "avi"}
 _TIMED = {_MOV, _MATROSKA, "asf", _TRANSPORT, "flac", "ogg"}
 
 
 class Timeline:
-    """How much silence is missing before each frame of one container. Time that steps back is not undone: what
-    overlaps is heard one after the other."""
+    """Computes the missing silence before each frame of one container. If time steps back, nothing is removed:
+    overlapping audio is concatenated."""
 
     def __init__(self, format: str, start: float | None, *, continues: bool = False):
-        """format: FFmpeg's name of the demuxer; start: seconds at which the earliest stream of the container starts,
-        where it says so; continues: the container follows another one, so that its own start is no silence."""
+        """format: FFmpeg's name of the demuxer; start: seconds at which the container's earliest stream starts, if
+        stated; continues: the container follows another one, so its start is not silence."""
         self.warnings: list[str] = []
-        self.begins_at = 0.0  # by the time stamps, what counts as the start of the file
+        self.begins_at = 0.0  # the time stamp that counts as the start of the file
         self._format = format
         self._zero: float | None = None  # the time stamp of the first sample, silence included
         self._gaps, self._first_gap, self._filled = 0, 0.0, 0.0
@@ -32,14 +32,15 @@ class Timeline:
             self.warnings.append(f"the time stamps begin at {start:.1f} s; times count from there")
 
     def start_at_zero(self) -> None:
-        """What is before the first frame is missing, and no delay."""
+        """Treat the time before the first frame as missing audio, not as delay."""
         self._zero = 0.0
 
     def silence(self, time: float | None, seconds: float, rate: int, *, damaged: bool, said: float) -> int:
         """Samples of silence before a frame.
 
-        time: the frame's time stamp in seconds, None without one; seconds: what this container gave before it, silence
-        included; damaged: packets were skipped before it; said: seconds given of the whole file, for the warnings.
+        time: the frame's time stamp in seconds, or None; seconds: length of this container's audio before it, silence
+        included; damaged: packets were skipped before it; said: length of the whole file's audio so far, for the
+        warnings.
         """
         if time is None:
             return 0
@@ -65,7 +66,7 @@ class Timeline:
         return round(ahead * rate)
 
     def all_warnings(self) -> list[str]:
-        """What was found so far."""
+        """All warnings so far."""
         if not self._gaps:
             return self.warnings
         many = f"{self._gaps} gaps in the audio, the first" if self._gaps > 1 else "a gap in the audio"

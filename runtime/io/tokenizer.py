@@ -3,9 +3,9 @@
 `tokenizer.json` holds a byte-level BPE vocabulary and, above it, the added tokens (`<|im_start|>`, `<sound>`, ...). Ids
 differ between checkpoints, so every id is looked up by its spelling.
 
-Text is text: the spelling of an added token inside a text becomes ordinary tokens, never that token. This goes for all
-added tokens, also for those that the vocabulary does not call special (`<tool_call>`, `<|fim_prefix|>`); only the chat
-template may write them. In everything else the ids equal those of the `transformers` tokenizers.
+The spelling of an added token inside a text becomes ordinary tokens, never that token. This applies to all added
+tokens, also to those that the vocabulary does not mark as special (`<tool_call>`, `<|fim_prefix|>`); only the chat
+template may write them. Otherwise the ids equal those of the `transformers` tokenizers.
 """
 
 import codecs
@@ -32,11 +32,11 @@ THINK_TAGS = ("<think>", "</think>")
 
 
 class Tokenizer:
-    """Encodes text, decodes ids, and knows the ids that audio, padding and the end of a turn have in this checkpoint.
+    """Encodes text, decodes ids, and has the checkpoint's ids of audio, padding and the end of a turn.
 
-    audio_token_id: the placeholder that one audio embedding replaces. audio_bos_id, audio_eos_id: what encloses the
-    placeholders, both None in Audio Flamingo 3 checkpoints. eos_ids: any of these ends an answer. pad_id: fills up
-    batches. template_variables: the spellings that chat templates may use (`bos_token`, `eos_token`, ...).
+    audio_token_id: the placeholder that one audio embedding replaces. audio_bos_id, audio_eos_id: enclose the
+    placeholders, both None in Audio Flamingo 3 checkpoints. eos_ids: any of these ends an answer. pad_id: pads batches.
+    template_variables: the spellings that chat templates may use (`bos_token`, `eos_token`, ...).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Tokenizer:
         """Wrap a loaded `tokenizers.Tokenizer`. Raises ConfigError when it is not byte-level BPE or lacks a token."""
         _check_backend(backend)
         added = backend.get_added_tokens_decoder()
-        # Shares vocabulary and merges, and leaves out added tokens, truncation, padding and post-processing.
+        # The same vocabulary and merges, without added tokens, truncation, padding and post-processing.
         self._text_only = tokenizers.Tokenizer(backend.model)
         if backend.normalizer is not None:
             self._text_only.normalizer = backend.normalizer
@@ -61,7 +61,7 @@ class Tokenizer:
             self._text_only.pre_tokenizer = backend.pre_tokenizer
         self.added_tokens: dict[str, int] = {token.content: token_id for token_id, token in added.items()}
         self._added_bytes = {token_id: token.content.encode() for token_id, token in added.items()}
-        # A checkpoint may register the think tags as special, yet without them thinking cannot be told from the answer.
+        # A checkpoint may register the think tags as special, but they are needed to separate thinking from the answer.
         self._skipped = {i for i, token in added.items() if token.special and token.content not in THINK_TAGS}
         self._spaced = {t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word}
         longest_first = sorted(self.added_tokens, key=len, reverse=True)
@@ -144,10 +144,10 @@ class Tokenizer:
         )
 
     def check_against(self, config_ids: Mapping[str, int | None]) -> None:
-        """Refuse a config.json whose audio token ids are not this tokenizer's.
+        """Raise ConfigError if the audio token ids of config.json are not this tokenizer's.
 
-        config_ids: `audio_token_id`, `audio_bos_token_id`, `audio_eos_token_id` as config.json has them; None or absent
-        where it says nothing. Raises ConfigError that names both sides.
+        config_ids: `audio_token_id`, `audio_bos_token_id`, `audio_eos_token_id` from config.json; None or absent if it
+        does not state them. The error names both sides.
         """
         ours = {
             "audio_token_id": self.audio_token_id,
@@ -169,7 +169,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id; the model's embedding table needs at least so many rows."""
+        """One more than the largest id; the model's embedding table needs at least that many rows."""
         return max(self._text_only.get_vocab_size(), 1 + max(self._added_bytes))
 
     def id_of(self, spelling: str) -> int:
@@ -182,15 +182,15 @@ class Tokenizer:
             ) from None
 
     def spelling(self, token_id: int) -> str | None:
-        """The token with this id as the vocabulary writes it, or None when there is none."""
+        """The spelling of the token with this id in the vocabulary, or None if there is none."""
         if token_id in self._added_bytes:
             return self._added_bytes[token_id].decode()
         return self._text_only.id_to_token(token_id) if 0 <= token_id < 2**32 else None
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Token ids of `text`, in which spellings of added tokens are text.
+        """Token ids of `text`. Spellings of added tokens are encoded as text.
 
-        allow_special: spellings of added tokens become those tokens, for text that the program itself wrote.
+        allow_special: spellings of added tokens become those tokens, for trusted text.
         Raises PromptError when the text is not valid Unicode.
         """
         if not allow_special:
@@ -201,10 +201,10 @@ class Tokenizer:
         return ids
 
     def split_at_added(self, text: str) -> Iterator[str | int]:
-        """Cut `text` at spellings of added tokens: the text between them as str, the tokens as their ids.
+        """Split `text` at spellings of added tokens: the text between them as str, the tokens as their ids.
 
-        Raises ConfigError at a token that takes whitespace around it or only matches whole words: cutting there would
-        differ from the reference, and no checkpoint of this family has one in its template.
+        Raises ConfigError at a token that strips surrounding whitespace or only matches whole words: splitting there
+        would differ from the reference, and no checkpoint of this family has one in its template.
         """
         start = 0
         for match in self.added_pattern.finditer(text):
@@ -249,7 +249,7 @@ class Tokenizer:
         return ids
 
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
-        """The bytes that one token stands for; none for an id beyond the vocabulary, as in the reference."""
+        """The bytes of one token; none for an id beyond the vocabulary, as in the reference."""
         if token_id in self._added_bytes:
             return b"" if skip_special and token_id in self._skipped else self._added_bytes[token_id]
         symbols = self.spelling(token_id)
@@ -261,16 +261,17 @@ class Tokenizer:
             return symbols.encode()
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Special tokens are left out unless told otherwise.
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Special tokens are left out unless `skip_special` is
+        false.
 
-        The think tags stay even where a checkpoint calls them special.
+        The think tags are kept even if the checkpoint marks them as special.
         """
         pieces = (self.token_bytes(token_id, skip_special=skip_special) for token_id in ids)
         return b"".join(pieces).decode("utf-8", errors="replace")
 
 
 class StreamDecoder:
-    """Decodes one token at a time into complete characters; the pieces joined equal `decode` of all the ids."""
+    """Decodes one token at a time into complete characters; the joined pieces equal `decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
         self._tokenizer = tokenizer
@@ -278,11 +279,11 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The text that is complete with this token; empty while a character still lacks bytes."""
+        """The text completed by this token; empty while a character lacks bytes."""
         return self._utf8.decode(self._tokenizer.token_bytes(token_id, skip_special=self._skip_special))
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD for an unfinished character, else nothing."""
+        """The rest at the end: U+FFFD for an unfinished character, else empty."""
         return self._utf8.decode(b"", final=True)
 
 

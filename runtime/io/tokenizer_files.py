@@ -1,8 +1,8 @@
 """Loads the byte-level BPE vocabulary of a checkpoint: tokenizer.json, or vocab.json and merges.txt.
 
-A tokenizer.json can describe far more than byte-level BPE: regular expressions that never finish, replacements that
-multiply the text, random merges. Everything outside the model section is therefore compared with a short list of what
-Qwen2-style tokenizers use, before the `tokenizers` library compiles any of it.
+A tokenizer.json can contain far more than byte-level BPE: regular expressions that never finish, replacements that
+multiply the text, random merges. Everything outside the model section is therefore compared with a short list of
+settings that Qwen2-style tokenizers use, before the `tokenizers` library compiles any of it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TINY_SPLIT = r"\[?\p{N}\p{N}:|\p{N}\p{N}|\.\p{N}\]?|\p{N}| ?\p{L}+|</?think>|\s|[^\s\p{L}\p{N}]"
 SPLITS = (QWEN2_SPLIT, LLAMA3_SPLIT, GPT2_SPLIT, TINY_SPLIT)
-"""The expressions that may cut text into words: those of Qwen2, Llama 3, GPT-2 and the bundled model."""
+"""The allowed regular expressions for splitting text into words: Qwen2, Llama 3, GPT-2 and the bundled model."""
 
 
 def load_backend(files: CheckpointFolder) -> tokenizers.Tokenizer:
@@ -77,13 +77,13 @@ def _check(values: Mapping[str, Any], name: str) -> None:
                 f"{name} has a pre-tokenizer ({_kind(step)}) that does not split words as Qwen2, Llama 3 or GPT-2 do; "
                 "it is not supported."
             )
-    for section in ("post_processor", "decoder"):  # neither is used, but the library compiles their expressions
+    for section in ("post_processor", "decoder"):  # neither is used, but the library compiles their regular expressions
         if any(expression not in SPLITS for expression in _expressions(values.get(section))):
             raise ConfigError(f"{name} has a {section} with an unknown regular expression, which is not supported.")
 
 
 def _steps(value: Any, key: str) -> Iterator[Any]:
-    """The steps of a normalizer or pre-tokenizer; those of nested sequences, which stand under `key`, in order."""
+    """The steps of a normalizer or pre-tokenizer in order; nested sequences, under `key`, are flattened."""
     if isinstance(value, dict) and value.get("type") == "Sequence" and isinstance(value.get(key), list):
         for step in value[key]:
             yield from _steps(step, key)

@@ -1,13 +1,13 @@
-"""What the model says, cut into thinking and answer.
+"""Splits the model's text into thinking and answer.
 
-A Think checkpoint writes `<think> ... </think>` and then the answer. Three rules hold for a whole text and a stream:
+A Think checkpoint writes `<think> ... </think>` and then the answer. Three rules apply to a whole text and to a stream:
 
-- Thinking starts the text (whitespace aside) or was opened by the prompt, and ends at the first `</think>`. A text cut
-  off before that is all thinking, and its answer is empty.
-- Tags anywhere else are part of the text around them and stay as they are.
-- Whitespace at the start and the end of either part is left out; inside a part it is kept.
+- Thinking starts the text (whitespace aside) or was opened by the prompt, and ends at the first `</think>`. A text
+without one is all thinking, and its answer is empty.
+- Tags anywhere else are part of the surrounding text and are kept.
+- Whitespace at the start and end of each part is removed; inside a part it is kept.
 
-Special tokens such as `<|im_end|>` are gone by then: decoding leaves them out.
+The text has no special tokens such as `<|im_end|>`: decoding leaves them out.
 """
 
 from typing import Literal
@@ -20,7 +20,7 @@ OPEN, CLOSE = THINK_TAGS
 
 
 def split_thinking(text: str, *, opened: bool | None = None) -> tuple[str | None, str]:
-    """Cut a complete text into (thinking, answer); thinking is None when there is none.
+    """Split a complete text into (thinking, answer); thinking is None if there is none.
 
     opened: whether the prompt ended with `<think>`, so that the text starts in the middle of thinking. None infers it:
     a `</think>` without a `<think>` before it closes one that the prompt opened.
@@ -35,18 +35,18 @@ def split_thinking(text: str, *, opened: bool | None = None) -> tuple[str | None
 
 
 class ThinkingSplitter:
-    """Cuts a text that arrives in pieces; never gives out a piece of a tag.
+    """Splits a text that arrives in pieces; never returns a part of a tag.
 
-    The pieces of a part joined are what `split_thinking` returns for the whole text with the same `opened`.
-    thought: whether there has been thinking so far, be it empty.
+    The joined pieces of a part equal the result of `split_thinking` for the whole text with the same `opened`. thought:
+    whether there has been thinking so far, even if empty.
     """
 
     def __init__(self, *, opened: bool = False):
         """opened: whether the prompt ended with `<think>`, see `Prompt.opens_thinking`."""
         self._opened = opened
         self._part: Part | None = None
-        self._held = ""  # may still turn out to be a tag, or whitespace at the end of a part
-        self._started = False  # whether the current part has given out anything
+        self._held = ""  # may be a tag, or whitespace at the end of a part
+        self._started = False  # whether any text of the current part has been returned
         self.thought = opened
 
     @property
@@ -55,7 +55,7 @@ class ThinkingSplitter:
         return self._part == "answer"
 
     def push(self, piece: str) -> list[tuple[Part, str]]:
-        """Take the next piece; return what is certain by now as (part, text) in order, often nothing."""
+        """Add the next piece; return the text whose part is certain, as (part, text) in order, often nothing."""
         self._held += piece
         if self._part is None and not self._begin(final=False):
             return []
@@ -70,7 +70,7 @@ class ThinkingSplitter:
         return given + self._give(len(answer))
 
     def finish(self) -> list[tuple[Part, str]]:
-        """Return what was held back; call once, after the last piece."""
+        """Return the text held back; call once, after the last piece."""
         if self._part is None:
             self._begin(final=True)
         given = self._give(len(self._held))
@@ -78,7 +78,7 @@ class ThinkingSplitter:
         return given
 
     def _begin(self, *, final: bool) -> bool:
-        """Decide in which part the text starts; False while that takes more text."""
+        """Determine the part in which the text starts; False if more text is needed."""
         text = self._held.lstrip()
         if text.startswith(OPEN):
             self.thought = True
@@ -93,7 +93,7 @@ class ThinkingSplitter:
         self._part, self._held, self._started = part, text, False
 
     def _give(self, end: int) -> list[tuple[Part, str]]:
-        """Give out what is held up to `end`, but no whitespace that starts a part or may turn out to end it."""
+        """Return the held text up to `end`, without whitespace that starts a part or may end it."""
         text = self._held[:end].rstrip()
         self._held = self._held[len(text) :]
         if not self._started:
@@ -105,5 +105,5 @@ class ThinkingSplitter:
 
 
 def _unfinished(text: str) -> int:
-    """Length of the longest end of `text` that may be the beginning of `</think>`."""
+    """Length of the longest suffix of `text` that may be the beginning of `</think>`."""
     return next((n for n in range(len(CLOSE) - 1, 0, -1) if text.endswith(CLOSE[:n])), 0)

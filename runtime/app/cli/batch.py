@@ -161,7 +161,7 @@ def _on_ray(loading: LoadOptions, fleet: RayOptions, works: "Sequence[Work]", jo
 
 
 def _inputs(given: list[str], lists: list[Path]) -> tuple[list[str], list[Path]]:
-    """The recordings and folders, and the files of requests, that are named directly, by a glob or in a list."""
+    """The recordings and folders, and the files of requests, named directly, by a glob or in a list."""
     names = [name for each in given for name in _expanded(each)]
     names += [name for each in lists for name in _listed(each)]
     if STDIN in names:
@@ -223,7 +223,7 @@ def _planned(
 
 
 def _before(items: "list[Item]", left: "list[Item]", rows: "Rows") -> "Summary":
-    """The summary of a run that has not begun."""
+    """The summary before the run begins."""
     from ..batch import Summary
     from ..batch_rows import FAILED
 
@@ -233,7 +233,7 @@ def _before(items: "list[Item]", left: "list[Item]", rows: "Rows") -> "Summary":
 
 @contextmanager
 def _counted(total: int, hidden: bool) -> "Iterator[Any]":
-    """A progress bar on stderr if it is a terminal, with the time that is left; what it gives counts an item."""
+    """A progress bar on stderr if it is a terminal, with the remaining time; yields a function that counts an item."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

@@ -76,7 +76,7 @@ def chat(
 
 @dataclass
 class _Chat:
-    """A conversation on the terminal, or with questions from a pipe, where the first error ends it."""
+    """A conversation on the terminal, or with questions from a pipe; with a pipe, the first error ends it."""
 
     model: "Model"
     options: "AnswerOptions"
@@ -101,7 +101,7 @@ class _Chat:
                 fail(error)
 
     def add_audio(self, source: Any) -> None:
-        """Give a recording with the next question. Raises AudioError when it cannot be heard."""
+        """Add a recording to the next question. Raises AudioError if it cannot be read."""
         from ...io.audio import load_audio
 
         limit = self.model.network.config.max_audio_seconds
@@ -109,7 +109,7 @@ class _Chat:
         self.new_audio.append({"type": "audio", "audio": recording})
 
     def ask(self, question: str) -> None:
-        """Answer a question, which joins the conversation unless it raises."""
+        """Answer a question, and add it to the conversation unless it raises."""
         asked = {"role": "user", "content": [*self.new_audio, {"type": "text", "text": question}]}
         with _interruptible() as stopped:
             with progress(self.show.silent) as report:
@@ -123,7 +123,7 @@ class _Chat:
         self.messages += [asked, {"role": "assistant", "content": answer.text}]
 
     def _obey(self, command: str, argument: str = "") -> bool:
-        """Obey a command; return whether the conversation goes on."""
+        """Run a command; return whether the conversation continues."""
         argument = argument.strip()
         if command in ("/exit", "/quit"):
             return False
@@ -160,7 +160,7 @@ class _Chat:
 
 
 def _text(content: Any) -> str:
-    """What a message says; its recordings by name."""
+    """The text of a message, with its recordings by name."""
     if isinstance(content, str):
         return content
     return "\n".join(part["text"] if part["type"] == "text" else f"[{part['audio'].source}]" for part in content)

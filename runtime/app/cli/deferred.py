@@ -1,4 +1,4 @@
-"""Groups of commands that are imported when one of them, or their help, is asked for."""
+"""Command groups that are imported only when one of their commands or their help is used."""
 
 from importlib import import_module
 from typing import Any

@@ -1,4 +1,4 @@
-"""`afnext info`: what a checkpoint holds, and which implementations run here."""
+"""`afnext info`: describes a checkpoint, or the implementations on this machine."""
 
 from typing import Annotated
 

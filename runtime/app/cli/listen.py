@@ -80,7 +80,7 @@ def listen(
 
 
 def _check(source: str, raw: str | None) -> None:
-    """Raise AudioError where there is nothing to listen to, before a model is loaded."""
+    """Raise AudioError if the source does not exist, before a model is loaded."""
     from ...io.live_source import check_microphone
 
     if raw is not None and raw not in RAW_FORMATS:

@@ -77,7 +77,7 @@ def run(command: typer.Typer) -> None:
         fail(error)
     except BrokenPipeError:
         code = 1
-    except OSError as problem:  # of `--help` or a table, when standard output cannot be written
+    except OSError as problem:  # raised by `--help` or a table if standard output cannot be written
         code = 1
         fail(f"{problem.filename or 'the output'}: {problem.strerror or problem}")
     except KeyboardInterrupt:
@@ -86,7 +86,7 @@ def run(command: typer.Typer) -> None:
 
 
 def _flushed(code: str | int | None) -> str | int | None:
-    """Flush what is left, so that the interpreter does not complain at its end; the exit code."""
+    """Flush the output, so that the interpreter reports no error at exit; return the exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -100,7 +100,7 @@ def _flushed(code: str | int | None) -> str | int | None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Send what `stream` still holds nowhere."""
+    """Discard the buffered output of `stream`."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -1,6 +1,6 @@
-"""The options that several commands share, declared once: single ones, and groups that a command takes as a whole.
+"""Options shared by several commands, declared once: single options, and groups of options.
 
-Nothing here imports torch, so that `--help` is quick; the tests hold the choices against those of the library.
+Nothing here imports torch, so that `--help` is fast; tests compare the choices with those of the library.
 """
 
 import inspect
@@ -25,7 +25,7 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "fl
 
 
 class KV(str, Enum):
-    """What keys and values are stored in."""
+    """Formats of keys and values."""
 
     auto = "auto"
     int8 = "int8"
@@ -33,7 +33,7 @@ class KV(str, Enum):
 
 
 class Format(str, Enum):
-    """What a transcript is written as."""
+    """Formats of a transcript."""
 
     text = "text"
     json = "json"
@@ -43,7 +43,7 @@ class Format(str, Enum):
 
 
 def dtype_name(text: str) -> str:
-    """The full name of a dtype, which may be given in short. Raises typer.BadParameter for an unknown one."""
+    """The full name of a dtype or of its abbreviation. Raises typer.BadParameter for an unknown one."""
     name = _DTYPES.get(text.lower(), text.lower())
     if name not in ("auto", *_DTYPES.values()):
         raise typer.BadParameter(f"{text!r} is not one of auto, bfloat16 (bf16), float16 (fp16), float32 (fp32).")
@@ -51,21 +51,21 @@ def dtype_name(text: str) -> str:
 
 
 def scheme_name(text: str) -> str:
-    """The name of a scheme as the library takes it; it checks it. Raises typer.BadParameter for the name of a dtype."""
+    """The scheme's name unchanged; the library checks it. Raises typer.BadParameter for the name of a dtype."""
     if text.lower() in {"auto", *_DTYPES, *_DTYPES.values()}:
         raise typer.BadParameter(f"{text!r} is a dtype, not a scheme; give it with --dtype.")
     return text.lower()
 
 
 def memory_size(text: str) -> str:
-    """The amount itself; a number without a unit is refused."""
+    """The amount unchanged. Raises typer.BadParameter for a number without a unit."""
     if text.strip().isdigit() and len(text.strip()) < 8:
         raise typer.BadParameter(f"{text!r} has no unit; write {text.strip()}GB.")
     return text
 
 
 def question_text(text: str | None) -> str | None:
-    """The question itself. Raises typer.BadParameter for an empty one, and for bytes that are no text."""
+    """The question unchanged. Raises typer.BadParameter for an empty one, and for bytes that are not UTF-8."""
     if text is not None and not text.strip():
         raise typer.BadParameter("the question is empty; ask something.")
     if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
@@ -212,7 +212,7 @@ class LoadOptions:
     ] = None
 
     def load(self, progress: "Progress | None" = None) -> "Model":
-        """The loaded model. Raises what `afnext.load` raises."""
+        """Load the model. Raises the errors of `afnext.load`."""
         import torch
 
         from ..api import load
@@ -243,7 +243,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How an answer is generated. What is None is left to the checkpoint's generation_config.json."""
+    """How an answer is generated. None means the value in the checkpoint's generation_config.json."""
 
     max_new_tokens: Annotated[int | None, typer.Option(help="Limit of the answer's length.", min=1)] = None
     temperature: Annotated[float | None, typer.Option(help="0 always takes the most likely token.", min=0.0)] = None
@@ -298,7 +298,7 @@ class RayOptions:
     ] = None
 
     def check(self) -> None:
-        """Raise typer.BadParameter for options that mean nothing without --ray."""
+        """Raise typer.BadParameter for options that need --ray."""
         for option in fields(self):
             if not self.ray and getattr(self, option.name) != option.default:
                 raise typer.BadParameter("it belongs to --ray.", param_hint=f"--{option.name.replace('_', '-')}")
@@ -306,7 +306,7 @@ class RayOptions:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is printed, and how."""
+    """Options of the output."""
 
     as_json: JsonOption = False
     quiet: QuietOption = False
@@ -314,17 +314,17 @@ class OutputOptions:
 
     @property
     def silent(self) -> bool:
-        """Whether progress and notes are left out."""
+        """Whether progress and notes are suppressed."""
         return self.quiet or self.as_json
 
 
 def grouped(command: Callable[..., T]) -> Callable[..., T]:
-    """The command with each parameter that is annotated with a dataclass replaced by the fields of that dataclass."""
+    """The command with each parameter that is annotated with a dataclass replaced by the dataclass's fields."""
     hints = get_type_hints(command, include_extras=True)
     taken = {name: hints[name] for name in inspect.signature(command).parameters}
     groups = {name: hint for name, hint in taken.items() if isinstance(hint, type) and is_dataclass(hint)}
     parameters: list[inspect.Parameter] = []
-    shared: list[inspect.Parameter] = []  # behind the command's own, so that help begins with these
+    shared: list[inspect.Parameter] = []  # after the command's own, so that help begins with these
     for name, parameter in inspect.signature(command).parameters.items():
         if name in groups:
             types = get_type_hints(groups[name], include_extras=True)

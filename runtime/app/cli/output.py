@@ -1,7 +1,7 @@
-"""What the commands print: answers to stdout as they come, notes, warnings and progress to stderr.
+"""Output of the commands: answers to stdout as they are generated; notes, warnings and progress to stderr.
 
-On a pipe, stdout gets the answer's bytes as they are. On a terminal, control characters in it are shown instead of
-obeyed. Messages are one line each, however wide the terminal is, and never contain control characters.
+On a pipe, stdout gets the answer's bytes unchanged. On a terminal, its control characters are escaped. Messages are one
+line each, whatever the terminal's width, and never contain control characters.
 """
 
 import io
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def write(text: str) -> None:
     """Write to stdout and flush. Characters that its encoding lacks become escapes, with one warning.
 
-    Raises OutputError, and BrokenPipeError when nobody reads on.
+    Raises OutputError, and BrokenPipeError when the reader has closed the pipe.
     """
     if sys.stdout is None:
         raise OutputError("standard output is closed; redirect it to a file, or use --output.")
@@ -53,7 +53,7 @@ def write(text: str) -> None:
 
 
 def _degrade_stdout() -> None:
-    """Let stdout escape characters that its encoding lacks from now on, and say so."""
+    """Make stdout escape characters that its encoding lacks, and print a warning."""
     warn(
         f"standard output is encoded in {sys.stdout.encoding}, which lacks some of the characters; they are written as "
         "backslash escapes. Set PYTHONIOENCODING=utf-8, or use --output or --json."
@@ -73,7 +73,7 @@ def write_json(value: Any) -> None:
 
 
 def write_table(renderable: "RenderableType") -> None:
-    """Write a table to stdout; one that is no terminal gets lines of any length."""
+    """Write a table to stdout; if it is not a terminal, lines may have any length."""
     from rich.console import Console
 
     terminal = sys.stdout is not None and sys.stdout.isatty()
@@ -96,10 +96,10 @@ def descriptor(path: str) -> int | None:
 
 @contextmanager
 def open_output(path: Path | None) -> Iterator[BinaryIO | None]:
-    """The file of `--output`, complete or not there at all; None for stdout.
+    """The file of `--output`, which is created only when it is complete; None for stdout.
 
-    Pipes, devices and open descriptors (/dev/stderr, /dev/fd/3) are written directly: what they are redirected to is
-    not replaced. Raises OutputError when it cannot be written.
+    Pipes, devices and open descriptors (/dev/stderr, /dev/fd/3) are written directly; their targets are not replaced.
+    Raises OutputError when it cannot be written.
     """
     number = 1 if path is None else descriptor(str(path))
     if path is None or number == 1:
@@ -118,7 +118,7 @@ def open_output(path: Path | None) -> Iterator[BinaryIO | None]:
         raise
     except OSError as problem:
         raise OutputError(f"{path} cannot be written: {problem.strerror or problem}.") from None
-    target = Path(os.path.realpath(path))  # a link is followed, and stays
+    target = Path(os.path.realpath(path))  # a link is followed and kept
     with _creating_folder(target), output_file(target, OutputError) as file:
         yield file
 
@@ -133,7 +133,7 @@ def _creating_folder(target: Path) -> Iterator[None]:
 
 
 def note(message: str) -> None:
-    """Print a line on stderr that informs."""
+    """Print a note on stderr."""
     _print((message, "dim"))
 
 
@@ -148,7 +148,7 @@ def fail(error: Exception | str) -> None:
 
 
 def _print(*parts: tuple[str, str]) -> None:
-    """Print one line on stderr, never wrapped. A stderr that cannot be written stops nothing, unless it is a pipe."""
+    """Print one line on stderr, never wrapped. Errors of writing are ignored, unless stderr is a pipe."""
     from rich.text import Text
 
     if sys.stderr is None:
@@ -176,7 +176,7 @@ def stderr_console() -> "Console":
 
 
 class _Formatter(logging.Formatter):
-    """Formats log records with the control characters of their arguments made visible."""
+    """Formats log records with the control characters in their arguments escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record), keep="\n\t")
@@ -190,7 +190,7 @@ def log_to_stderr(verbose: bool) -> None:
 
 
 def announce(model: str, quiet: bool) -> None:
-    """Say that the small model answers, so that nobody takes it for the real one."""
+    """Print a note that the small model answers, so that it is not mistaken for the real one."""
     if full_name(model) == BUNDLED and not quiet:
         note(
             f"{BUNDLED} answers, a demonstration that often errs: it knows 113 words and nine sounds. "
@@ -199,7 +199,7 @@ def announce(model: str, quiet: bool) -> None:
 
 
 class Bars:
-    """A progress bar per stage on stderr. Called with (stage, done, total), as the library's `progress` is."""
+    """A progress bar per stage on stderr. Called with (stage, done, total), like the library's `progress`."""
 
     def __init__(self, bars: "RichProgress"):
         self._bars = bars
@@ -212,7 +212,7 @@ class Bars:
 
     @contextmanager
     def out_of_the_way(self) -> Iterator[None]:
-        """Without the bars, so that a terminal can show what is written."""
+        """Hide the bars during the block, so that output on a terminal is visible."""
         self._bars.stop()
         yield
         self._bars.start()
@@ -220,7 +220,7 @@ class Bars:
 
 @contextmanager
 def progress(hidden: bool) -> Iterator[Bars]:
-    """Progress bars on stderr if it is a terminal, gone at the end."""
+    """Progress bars on stderr if it is a terminal; they are removed at the end."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     console = stderr_console()
@@ -244,9 +244,9 @@ def show_answer(
     output: BinaryIO | None = None,
     thoughts: bool = True,
 ) -> "Answer":
-    """Write the answer as it comes, or as one JSON object, to `output` or stdout; return it.
+    """Write the answer as it is generated, or as one JSON object, to `output` or stdout; return it.
 
-    first: the first piece of the stream; thoughts: whether to print what the model thinks.
+    first: the first piece of the stream; thoughts: whether to print the model's thinking.
     """
     pieces: Iterable[Piece] = () if first is None else chain([first], stream)
     if show.as_json or output is not None:
@@ -267,7 +267,7 @@ def show_answer(
 
 
 def _write_pieces(pieces: "Iterable[Piece]", quiet: bool) -> None:
-    """Write the answer piece by piece; the model's thinking dimmed before it or, on a pipe, to stderr."""
+    """Write the answer piece by piece, after the model's thinking, which is dimmed or, on a pipe, goes to stderr."""
     terminal = sys.stdout is not None and sys.stdout.isatty()
     thinking = False
     for piece in pieces:

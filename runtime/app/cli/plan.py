@@ -1,4 +1,4 @@
-"""`afnext plan`: what a model takes on a device, before anything is loaded."""
+"""`afnext plan`: the memory that a model needs on a device, before anything is loaded."""
 
 from dataclasses import replace
 from typing import Annotated

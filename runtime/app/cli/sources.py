@@ -1,4 +1,4 @@
-"""Recordings named on the command line: checked before a model is downloaded or loaded."""
+"""Recordings named on the command line, which are checked before a model is downloaded or loaded."""
 
 import os
 import sys
@@ -25,10 +25,10 @@ def standard_input() -> BinaryIO:
 
 
 def open_sources(names: Sequence[str], *, truncate: bool = False) -> "list[AudioSource]":
-    """What the model can be given for `names`: paths, or - for standard input.
+    """The audio sources for `names`: paths, or - for standard input.
 
-    Files are decoded for a second, to find the ones that are no audio; standard input and pipes, which can be read only
-    once, are decoded whole. Raises AudioError for what cannot be heard.
+    One second of each file is decoded to check it; standard input and pipes, which can be read only once, are decoded
+    completely. Raises AudioError for sources that cannot be decoded.
     """
     if Counter(names)[STDIN] > 1:
         raise AudioError("standard input can be read only once; name it once.")

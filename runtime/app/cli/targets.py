@@ -1,4 +1,4 @@
-"""Which recordings `afnext transcribe` reads, and where each transcript goes."""
+"""The recordings that `afnext transcribe` reads, and the output paths of the transcripts."""
 
 import os
 from collections import Counter
@@ -18,21 +18,22 @@ SUFFIXES = frozenset(
     wma wmv
     """.split()  # noqa: SIM905
 )
-"""Files with these suffixes are taken from a folder; a file that is named is taken whatever its suffix."""
+"""Suffixes of the files that are read from a folder; a file named directly may have any suffix."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A recording: its path or "-", and the path that it has below the folder it was found in."""
+    """A recording: its path or "-", and its path relative to the named folder."""
 
     source: str
     below: Path
 
 
 def recordings(names: Sequence[str]) -> list[Recording]:
-    """The files that are named and, sorted, those in the folders that are named, at any depth.
+    """The named files and, sorted, the files at any depth in the named folders.
 
-    Hidden files and folders are left out, links to folders not followed. Raises AudioError for a folder without any.
+    Hidden files and folders are skipped, and links to folders are not followed. Raises AudioError for a folder without
+    any.
     """
     return [recording for name in names for recording in _found(name)]
 
@@ -55,17 +56,17 @@ def _found(name: str) -> list[Recording]:
 
 
 def is_folder(output: str, count: int) -> bool:
-    """Whether `--output` is a folder: it ends in a slash, is one already, or several transcripts go there."""
+    """Whether `--output` is a folder: it ends in a slash, exists as one, or receives several transcripts."""
     separators = tuple(filter(None, (os.sep, os.altsep)))
     return output.endswith(separators) or Path(output).is_dir() or count > 1
 
 
 def output_paths(found: Sequence[Recording], output: str | None, suffix: str, *, several: bool) -> list[Path | None]:
-    """Where each transcript goes: None for stdout, one file, or files in a folder.
+    """The output path of each transcript: None for stdout, one file, or files in a folder.
 
-    In a folder each has the name of its recording. Where names are equal, the recordings keep their subfolders and,
-    if need be, their suffixes. several: whether `output` is a folder whatever it looks like.
-    Raises AfnextError where two would go to one file, or one would replace a recording.
+    In a folder each has the name of its recording. Equal names keep the recordings' subfolders and, if necessary, their
+    suffixes. several: treat `output` as a folder in any case. Raises AfnextError if two transcripts had the same path,
+    or one would replace a recording.
     """
     if output is None or descriptor(output) == 1:
         return [None] * len(found)
@@ -88,7 +89,7 @@ def _identity(path: str | Path) -> tuple[int, int]:
 
 
 def _names(found: Sequence[Recording], suffix: str) -> list[Path]:
-    """A name for each transcript: its recording's, with more of its path and suffix where that is another's, too."""
+    """A name for each transcript: its recording's, with more of the path and the suffix if names are equal."""
     common = _below_common([recording.source for recording in found])
     names = [_named(recording.below, suffix, whole=False) for recording in found]
     for whole in (False, True):
@@ -105,7 +106,7 @@ def _names(found: Sequence[Recording], suffix: str) -> list[Path]:
 
 
 def _key(path: Path) -> str:
-    return str(path).casefold()  # not every file system tells capitals apart
+    return str(path).casefold()  # some file systems ignore case
 
 
 def _named(path: Path, suffix: str, *, whole: bool) -> Path:
@@ -113,11 +114,11 @@ def _named(path: Path, suffix: str, *, whole: bool) -> Path:
 
 
 def _below_common(sources: Sequence[str]) -> list[Path]:
-    """The paths below the deepest folder that all of them share."""
+    """The paths relative to their deepest common folder."""
     paths = [Path("stdin") if source == STDIN else Path(os.path.abspath(source)) for source in sources]
     files = [str(path.parent) for path in paths if path.is_absolute()]
     try:
         common = os.path.commonpath(files) if files else ""
-    except ValueError:  # on several drives
+    except ValueError:  # the paths are on several drives
         common = ""
     return [path.relative_to(common) if path.is_absolute() and common else Path(path.name) for path in paths]

@@ -1,4 +1,4 @@
-"""`afnext tasks`: what the model was trained to do, and which checkpoint each task is for."""
+"""`afnext tasks`: the tasks that the model was trained for, and the checkpoints for each."""
 
 from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""Text on its way out: control characters made visible, and Python's option names in the command line's spelling."""
+"""Text for output: escapes control characters, and replaces Python's option names by those of the command line."""
 
 import json
 import re
@@ -8,7 +8,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 _CONTROL_OR_DIRECTION = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
-# Names with an underscore are nothing but options; the others are also English words and need their `=value`.
+# Names with an underscore can only be options; the others are also English words and need `=value`.
 _NAMES = (
     "batch_invariant chunk_size draft_tokens encode_batch keep_packed max_new_tokens min_p page_size release_encoder "
     "repetition_penalty top_k top_p"
@@ -21,15 +21,15 @@ _OPTION = re.compile(
 
 
 def visible(text: str, *, keep: str = "") -> str:
-    """`text` with control characters, but for those in `keep`, as backslash escapes.
+    """`text` with control characters, except those in `keep`, as backslash escapes.
 
-    A terminal would obey them: move the cursor, rename the window, write to the clipboard.
+    A terminal would execute them: move the cursor, rename the window, write to the clipboard.
     """
     return _CONTROL.sub(lambda match: match[0] if match[0] in keep else _escaped(match[0]), text)
 
 
 def visible_line(text: str) -> str:
-    """`text` as one line for a message: like `visible`, and no character can reverse the direction of what follows."""
+    """`text` as one line for a message: like `visible`, and without characters that reverse the text direction."""
     return _CONTROL_OR_DIRECTION.sub(lambda match: _escaped(match[0]), text)
 
 
@@ -48,9 +48,9 @@ def json_text(value: Any, encoding: str) -> str:
 
 
 def encodable_json(text: str, encoding: str) -> str:
-    """JSON with its characters beyond ASCII escaped if `encoding` lacks any, as JSON allows: they stand in strings.
+    """JSON with its non-ASCII characters, which only occur in strings, escaped if `encoding` lacks any of them.
 
-    The bytes of a file name that are not UTF-8 stay the lone surrogates that Python makes of them.
+    Bytes of a file name that are not UTF-8 remain Python's lone surrogates.
     """
     try:
         text.encode(encoding)
@@ -60,9 +60,9 @@ def encodable_json(text: str, encoding: str) -> str:
 
 
 def command_line_spelling(message: str) -> str:
-    """A message of the library with options as the command line spells them: --max-new-tokens, --kv int8.
+    """A message of the library with the command line's option names: --max-new-tokens, --kv int8.
 
-    Words within paths are left alone.
+    Words within paths are not changed.
     """
     return _OPTION.sub(_option, message)
 

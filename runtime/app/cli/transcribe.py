@@ -1,4 +1,4 @@
-"""`afnext transcribe`: what is said in recordings, as text, JSON, SRT or WebVTT."""
+"""`afnext transcribe`: transcripts of recordings as text, JSON, SRT or WebVTT."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -127,7 +127,7 @@ def transcribe(
 def _write_transcript(
     start: "Callable[[Bars], TranscriptStream]", target: Path | None, format: Format, *, several: bool, quiet: bool
 ) -> "Transcript":
-    """Write a transcript to `target` or stdout as its segments come; return it."""
+    """Write a transcript to `target` or stdout as its segments arrive; return it."""
     ended: BaseException | None = None
     with open_output(target) as file, progress(quiet) as bars:
         stream = start(bars)
@@ -152,7 +152,7 @@ def _write_stdout(stream: "TranscriptStream", format: Format, bars: Bars) -> Non
 
 
 def _write_file(stream: "TranscriptStream", format: Format, file: BinaryIO) -> BaseException | None:
-    """Write the transcript as it comes. Returns the error, or the Ctrl-C, that ended it when something was written."""
+    """Write the transcript as it arrives. If an error or Ctrl-C ends it after output was written, return that."""
     from ..transcribe import render_stream
 
     pieces = 0
@@ -163,7 +163,7 @@ def _write_file(stream: "TranscriptStream", format: Format, file: BinaryIO) -> B
             file.flush()
             pieces += 1
     except (AfnextError, KeyboardInterrupt) as error:
-        if pieces <= (format is Format.vtt):  # its header is no reason to keep the file
+        if pieces <= (format is Format.vtt):  # a header alone is no reason to keep the file
             raise
         return error
     return None
