@@ -8,7 +8,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ from afnext.runtime.model.hub import resolve
 
 AUDIO = (speech_like(1.3, 1), 16_000)
 GREEDY = {"max_new_tokens": 12, "ignore_eos": True}
-ENDLESS = {"max_new_tokens": 4000, "ignore_eos": True}
-SECONDS = 5.0  # within which everything has ended
+ENDLESS = {"max_new_tokens": 16_000, "ignore_eos": True}
+SECONDS = 60.0  # within which everything has ended; ranks that notice nothing wait for 600 seconds
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="ranks need socket pairs that a process inherits")
 
@@ -36,6 +37,14 @@ def model() -> Iterator[afnext.Model]:
 
 def ranks_of(model: afnext.Model) -> list[subprocess.Popen[bytes]]:
     return model.engine._executor._links._processes  # type: ignore[attr-defined]
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_two_processes_give_the_answers_of_one(model: afnext.Model, tmp_path: Path) -> None:
@@ -65,8 +74,10 @@ def test_no_rank_listens_outside_the_loopback_interface(model: afnext.Model) -> 
     model.ask(AUDIO, "?", max_new_tokens=1)
     listening = []
     for pid in (os.getpid(), *(process.pid for process in ranks_of(model))):
-        links = [link for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
-        inodes = {os.readlink(link)[8:-1] for link in links if os.readlink(link).startswith("socket:[")}
+        inodes = set()
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed since
+                inodes.add(os.readlink(link).removeprefix("socket:[").removesuffix("]"))
         for table in ("tcp", "tcp6"):
             for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
                 _, local, _, state, *_, inode = line.split()[:10]
@@ -76,41 +87,38 @@ def test_no_rank_listens_outside_the_loopback_interface(model: afnext.Model) -> 
     assert set(listening) == {"0100007F"}
 
 
-def test_a_closed_model_ends_its_processes() -> None:
-    before = set(Path(tempfile.gettempdir()).glob("afnext-ranks-*"))
+def test_a_closed_model_ends_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with afnext.load(tp=2) as loaded:
         processes = ranks_of(loaded)
         assert loaded.ask(AUDIO, "?", max_new_tokens=2).token_ids
     del loaded
     assert [process.poll() for process in processes] == [0]
-    assert set(Path(tempfile.gettempdir()).glob("afnext-ranks-*")) <= before
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_rank_ends_every_request() -> None:
     loaded = afnext.load(tp=2, page_size=16)
     (process,) = ranks_of(loaded)
-    errors: list[tuple[BaseException, float]] = []
+    errors: list[BaseException] = []
 
     def ask(question: str) -> None:
         try:
             loaded.ask(AUDIO, question, **ENDLESS)
         except BaseException as error:
-            errors.append((error, time.monotonic()))
+            errors.append(error)
 
     threads = [threading.Thread(target=ask, args=(question,)) for question in ("What?", "Who?")]
     for thread in threads:
         thread.start()
-    while loaded.engine.stats().decoding < 2:
-        time.sleep(0.01)
-    killed = time.monotonic()
+    eventually(lambda: loaded.engine.stats().decoding == 2)
     process.send_signal(signal.SIGKILL)
     for thread in threads:
-        thread.join(60)
+        thread.join(SECONDS)
     assert len(errors) == 2
-    for error, when in errors:
+    for error in errors:
         assert isinstance(error, EngineDeadError)
         assert "the process of rank 1 was killed by SIGKILL" in str(error)
-        assert when - killed < SECONDS
     assert not loaded.engine.stats().alive
     with pytest.raises(EngineDeadError, match="killed by SIGKILL"):
         loaded.ask(AUDIO, "?")
@@ -120,14 +128,12 @@ def test_a_killed_rank_ends_every_request() -> None:
 @pytest.mark.slow
 def test_a_rank_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that is stopped, which nothing but the time without an answer shows."""
-    monkeypatch.setitem(group._SECONDS, "cpu", 3)
+    monkeypatch.setitem(group._SECONDS, "cpu", 10)
     loaded = afnext.load(tp=2, page_size=16)
     (process,) = ranks_of(loaded)
     process.send_signal(signal.SIGSTOP)
-    start = time.monotonic()
     with pytest.raises(EngineDeadError, match=r"rank 0 failed \(GroupError: another rank ended or did not answer"):
         loaded.ask(AUDIO, "What?", **ENDLESS)
-    assert time.monotonic() - start < 3 + SECONDS
     assert process.wait(SECONDS) == -signal.SIGKILL
     loaded.close()
 
@@ -137,10 +143,8 @@ def test_an_exception_on_a_rank_names_its_cause() -> None:
     loaded = afnext.load(tp=2, page_size=16)
     (process,) = ranks_of(loaded)
     send(loaded.engine._executor._links._sockets[0], encoded(Op.COPY_PAGE, [[10**6, 0]]))  # type: ignore[attr-defined]
-    process.wait(60)
-    end = time.monotonic() + SECONDS
-    while loaded.engine.stats().alive and time.monotonic() < end:
-        time.sleep(0.01)
+    process.wait(SECONDS)
+    eventually(lambda: not loaded.engine.stats().alive)
     with pytest.raises(EngineDeadError, match=r"rank 1 failed \(IndexError: .*out of bounds"):
         loaded.ask(AUDIO, "What?", **ENDLESS)
     loaded.close()
@@ -180,7 +184,10 @@ import json, sys, afnext, numpy as np
 if __name__ == "__main__":
     model = afnext.load(tp=2)
     print(json.dumps([process.pid for process in model.engine._executor._links._processes]), flush=True)
-    model.ask((np.zeros(16_000, np.float32), 16_000), "?", max_new_tokens=60_000, ignore_eos=True)
+    silence = (np.zeros(16_000, np.float32), 16_000)
+    pieces = model.stream(silence, "?", max_new_tokens=60_000, ignore_eos=True)
+    print("answering" if next(pieces) else "", flush=True)
+    list(pieces)
 """
 
 
@@ -193,18 +200,14 @@ def test_nothing_outlives_the_first_process(number: signal.Signals) -> None:
     ) as process:
         assert process.stdout is not None
         (rank,) = json.loads(process.stdout.readline())
-        time.sleep(2)
+        assert process.stdout.readline() == b"answering\n"
         assert alive(rank)
         if number == signal.SIGINT:
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
-        end = time.monotonic() + SECONDS
-        process.wait(60)
-        while alive(rank) and time.monotonic() < end:
-            time.sleep(0.02)
-        assert not alive(rank)
-        assert time.monotonic() < end
+        process.communicate(timeout=SECONDS)
+        eventually(lambda: not alive(rank))
 
 
 def alive(pid: int) -> bool:

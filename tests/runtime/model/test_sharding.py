@@ -124,7 +124,7 @@ def test_a_lost_rank_is_a_group_error() -> None:
             del group._backend
             gone.set()
             return ""
-        gone.wait(10)
+        assert gone.wait(60)
         with pytest.raises(GroupError, match="another rank ended"):
             group.all_reduce(torch.ones(4))
         return "raised"
