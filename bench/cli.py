@@ -203,15 +203,18 @@ def serving(
 @app.command(epilog="Example: [bold]afnext bench ranks --random full-width:1,4 --ways tp1,tp2,sp2[/bold]")
 def ranks(
     random: Annotated[str, typer.Option(help="Shape of a random checkpoint: tiny, full-width:ENC,DEC or full.")],
-    ways: Annotated[str, typer.Option(help="tp or sp and a number of processes, with commas.")] = "tp1,tp2",
+    ways: Annotated[
+        str, typer.Option(help="tp, sp or copies (whole models) and a number of processes, with commas.")
+    ] = "tp1,tp2",
     audio: Annotated[float, typer.Option(help="Seconds of the recording.", min=1.0)] = 30.0,
     new_tokens: Annotated[int, typer.Option(help="Tokens of the answer.", min=2)] = 32,
     repeats: Annotated[int, typer.Option(help="Rounds.", min=1)] = 5,
     scheme: Annotated[str, typer.Option(help=f"{', '.join(SCHEMES)}.")] = "bf16",
+    requests: Annotated[int, typer.Option(help="Questions asked together.", min=1)] = 1,
     out: OutOption = Path("results.jsonl"),
     as_json: JsonOption = False,
 ) -> None:
-    """One question to models divided among several processes: time to the first token, and tokens a second."""
+    """The same questions to models in one process and in several: time to the first token, and tokens a second."""
     from .model.ranks import WAYS, run_ranks
 
     records = run_ranks(
@@ -222,6 +225,7 @@ def ranks(
         new_tokens=new_tokens,
         repeats=repeats,
         scheme=choice(scheme, tuple(SCHEMES), "--scheme"),
+        requests=requests,
     )
     if as_json:
         show(records, as_json)

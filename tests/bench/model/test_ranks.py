@@ -1,4 +1,4 @@
-"""The bench of tensor parallelism runs on a tiny checkpoint, and refuses to compare models that answer differently."""
+"""The bench of several processes runs on a tiny checkpoint, and refuses to compare models that answer differently."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from afnext.bench.model import ranks
 from afnext.bench.model.ranks import run_ranks
 
 
-def test_each_number_of_ranks_is_a_record(tmp_path: Path) -> None:
-    out = tmp_path / "results.jsonl"
-    records = run_ranks(out, shape="tiny", ways=["tp1", "tp2"], seconds=1, new_tokens=3, repeats=1, scheme="fp32")
+def test_each_way_is_a_record(tmp_path: Path) -> None:
+    out, ways = tmp_path / "results.jsonl", ["tp1", "tp2", "copies2"]
+    asked = {"seconds": 1, "new_tokens": 3, "requests": 3}
+    records = run_ranks(out, shape="tiny", ways=ways, repeats=1, scheme="fp32", **asked)
     assert list(read(out)) == records
-    assert [record.case["way"] for record in records] == ["tp1", "tp2"]
+    assert [record.case["way"] for record in records] == ways
     for record in records:
         assert record.values["first_s"] > 0
         assert record.values["tokens_per_s"] > 0
