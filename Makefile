@@ -14,7 +14,7 @@ TEST_PROCESSES ?= -n auto --maxprocesses 4 --dist worksteal
 # CI repeats a failed test, since its machine may stall for seconds; the summary lists each repetition.
 TEST_RERUNS ?= $(if $(CI),--reruns 2)
 
-.PHONY: ask browser native test test-slow test-gpu test-ray sanitize fuzz lint docs llama-cpp clean
+.PHONY: ask browser native test test-slow test-gpu test-ray test-ray-quick sanitize fuzz lint docs llama-cpp clean
 
 ask: native
 	$(BIN)/python -m afnext.bench.ask_demo
@@ -27,7 +27,7 @@ build/native/.built: $(INSTALLED) $(NATIVE)
 	mkdir -p build/native && touch $@
 
 # Threads that wait do not spin: the suite starts many processes, and often shares its cores with others.
-test test-slow test-gpu test-ray sanitize fuzz: export OMP_WAIT_POLICY = passive
+test test-slow test-gpu test-ray test-ray-quick sanitize fuzz: export OMP_WAIT_POLICY = passive
 
 test: native
 	$(BIN)/python -m pytest -m "not slow" $(TEST_PROCESSES) $(TEST_RERUNS)
@@ -41,6 +41,10 @@ test-gpu: native
 # The fleet's tests on a Ray cluster of this machine. Ray has an environment of its own, which adds it to the other one.
 test-ray: native $(RAY)/.installed
 	$(RAY)/bin/python -m pytest -p no:cacheprovider tests/fleet
+
+# Without what takes minutes: one fleet is started, and no batch.
+test-ray-quick: native $(RAY)/.installed
+	$(RAY)/bin/python -m pytest -p no:cacheprovider -m "not slow" tests/fleet
 
 $(RAY)/.installed: $(INSTALLED)
 	rm -rf $(RAY) && $(PYTHON) -m venv $(RAY)

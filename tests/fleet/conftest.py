@@ -47,9 +47,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def fleet(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """The fleet."""
     state = tmp_path_factory.mktemp("state")
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
+    held = socket.socket()  # so that nothing else gets the port before Ray Serve, which shares ports
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(("127.0.0.1", 0))
+    port = held.getsockname()[1]
     arguments = ["--ray", "--replicas", "2", "--max-requests", "1", "--decode-workers", "1", "--threads", "1"]
     command = [sys.executable, "-m", "afnext", "serve", *arguments, "--port", str(port), "--state-dir", str(state)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -69,9 +70,10 @@ def fleet(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
         assert process.poll() is None, "".join(lines)
         yield Fleet(f"http://127.0.0.1:{port}", process)
     finally:
+        held.close()
         process.terminate()
         try:
-            process.wait(60)
+            process.wait(120)
         finally:
             process.kill()
         print("".join(lines[-200:]))

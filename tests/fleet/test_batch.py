@@ -14,6 +14,7 @@ from support.audio import speech_like, wav_bytes
 
 pytest.importorskip("ray", reason="Ray is not installed; `make test-ray` sets it up")
 psutil = pytest.importorskip("psutil")
+pytestmark = pytest.mark.slow  # each starts Ray twice
 
 
 def batch(folder: Path, out: Path, *more: str) -> list[str]:

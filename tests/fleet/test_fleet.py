@@ -19,6 +19,7 @@ import afnext
 from .conftest import QUESTION, SCENE, Fleet, kill, listening_addresses, replica_of
 
 pytest.importorskip("ray", reason="Ray is not installed; `make test-ray` sets it up")
+pytestmark = pytest.mark.timeout(600)  # the first test starts the fleet
 WAIT_SECONDS = 120
 LONG_SECONDS = 1500.0  # of audio, which takes longer than any test
 

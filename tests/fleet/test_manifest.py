@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed; `make test-ray` sets it up")
 yaml = pytest.importorskip("yaml")
+pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # Ray's
 MANIFEST = Path(__file__).parents[2] / "packaging/kuberay.yaml"
 
 
