@@ -9,6 +9,7 @@ its source pages are released at once, so that loading peaks at the model plus o
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -200,9 +201,9 @@ def load_weights(
     shard: yield this part of each tensor. Memory peaks at the weights that the caller keeps plus one tensor. On the CPU
     a tensor that needs no conversion is a read-only view of the file. `progress(done, total)` is called with stored
     bytes after each weight. Raises CheckpointError before the first tensor if the checkpoint does not fit the config,
-    is packed differently from `quant`, or has scales that are not finite or too large for a product, and during loading
-    if a weight does not fit `dtype` (finite values that float16 cannot hold); SchemeError if a layer does not fit its
-    scheme.
+    is packed differently from `quant`, or stores scales that are not finite or too large for a product; during loading
+    if computed scales are not finite or too large, or a weight does not fit `dtype` (finite values that float16 cannot
+    hold). Raises SchemeError if a layer does not fit its scheme.
     """
     check_fit(checkpoint, config)
     wanted = expected_tensors(config)
@@ -210,10 +211,16 @@ def load_weights(
     shapes = expected_shapes(config)
     asked = layer_schemes(to_quantize(config, quant))
     schemes = {layer: scheme for layer, scheme in asked.items() if f"{layer}.weight" in checkpoint}
+    later: dict[str, Callable[[], None]] = {}
     for layer, scheme in layer_schemes(config).items():
-        _check_stored_scales(checkpoint, layer, scheme, shapes[f"{layer}.weight"][1], dtype)
+        check = partial(_check_stored_scales, checkpoint, layer, scheme, shapes[f"{layer}.weight"][1], dtype)
+        scales = f"{layer}.{PARTS[1]}"
+        if checkpoint.parameters[scales].is_mapped:
+            check()
+        else:  # they are decoded once, for the check and the model
+            later[scales] = check
     where = device if callable(device) else lambda name: torch.device(device)
-    return _weights(checkpoint, names, schemes, where, dtype, shard, progress)
+    return _weights(checkpoint, names, schemes, later, where, dtype, shard, progress)
 
 
 def _check_stored_scales(
@@ -232,14 +239,18 @@ def _weights(
     checkpoint: Checkpoint,
     names: list[str],
     schemes: dict[str, Scheme],
+    checks: Mapping[str, Callable[[], None]],
     device: Callable[[str], torch.device],
     dtype: torch.dtype | None,
     shard: Shard | None,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """checks: called before the parameter of that name is read."""
     total = sum(map(checkpoint.stored_bytes, names))
     done = 0
     for name in names:
+        if name in checks:
+            checks[name]()
         scheme = schemes.get(name.removesuffix(".weight"))
         yield from weight_tensors(checkpoint, name, scheme, device(name), dtype, shard)
         done += checkpoint.stored_bytes(name)
@@ -298,6 +309,8 @@ def _place(
         dtype = None
     dtype = dtype or mapped.dtype
     if device.type == "cpu" and mapped.dtype == dtype:
+        if not checkpoint.parameters[name].is_mapped:
+            checkpoint.release(name)
         return mapped
     weight = mapped.to(device).to(dtype)
     if (

@@ -91,12 +91,32 @@ def open_gguf(path: Path, files: tuple[GgufFile, ...]) -> GgufCheckpoint:
     return GgufCheckpoint(EmbeddedFiles(path, contents), weights, _recipe(schemes, tensors))
 
 
+class _BlockScales:
+    """The scales, and zero points if any, of a matrix in blocks: decoded together, kept until both are released."""
+
+    def __init__(self, source: NamedTensor) -> None:
+        self._source = source
+        self._decoded: dict[str, Tensor] = {}
+
+    def part(self, name: str) -> Tensor:
+        """One of them by its name in `PARTS`. Raises ImportFormatError for numbers that cannot be stored."""
+        if name not in self._decoded:
+            tensor = self._source.tensor
+            scales, zeros = packed_scales(tensor.kind, _rows(self._source.file.mapped.bytes, tensor))
+            self._decoded = {PARTS[1]: scales} if zeros is None else {PARTS[1]: scales, PARTS[2]: zeros}
+        return self._decoded[name]
+
+    def release(self, name: str) -> None:
+        """Forget one of them; it is decoded again if it is asked for again."""
+        self._decoded.pop(name, None)
+
+
 class _BlockParameter(StoredParameter):
     """Codes, scales or zero points of a matrix in blocks, as its scheme stores them."""
 
-    def __init__(self, source: NamedTensor, part: str) -> None:
+    def __init__(self, source: NamedTensor, part: str, scales: _BlockScales) -> None:
         self.file, self.stored_name = source.file.mapped, source.stored_name
-        self._tensor, self._part = source.tensor, part
+        self._tensor, self._part, self._scales = source.tensor, part, scales
         stored = FORMATS[source.tensor.kind].scheme.stored(source.shape)[part]
         self.shape, self._dtype = stored.shape, stored.dtypes[0]
         if self._dtype == torch.bfloat16:  # ggml's own 16 bits
@@ -114,21 +134,19 @@ class _BlockParameter(StoredParameter):
 
     def tensor(self) -> Tensor:
         """A copy, decoded from the blocks. Raises CheckpointError for numbers that cannot be stored."""
-        data = _rows(self.file.bytes, self._tensor)
         try:
             if self._part == PARTS[0]:
-                return packed_codes(self._tensor.kind, data)
-            scales, zeros = packed_scales(self._tensor.kind, data)
+                return packed_codes(self._tensor.kind, _rows(self.file.bytes, self._tensor))
+            return self._scales.part(self._part)
         except ImportFormatError as problem:
             raise CheckpointError(f"{self.origin} {problem}.") from None
         finally:
             self.file.release(self._tensor.start, self._tensor.end)
-        found = scales if self._part == PARTS[1] else zeros
-        assert found is not None
-        return found
 
     def release(self, nbytes: int) -> None:
-        """Nothing to release: the file's memory is released as soon as it is decoded."""
+        """Forget what was decoded; the file's memory is released as soon as it is decoded."""
+        if nbytes >= self.nbytes:
+            self._scales.release(self._part)
 
 
 class _DequantizedParameter(StoredParameter):
@@ -169,7 +187,8 @@ def _parameters(source: NamedTensor) -> Mapping[str | None, StoredParameter]:
         return {name: _DequantizedParameter(source)}
     form = FORMATS[kind]
     layer = name.removesuffix("weight")
-    return {layer + part: _BlockParameter(source, part) for part in form.scheme.stored(source.shape)}
+    scales = _BlockScales(source)
+    return {layer + part: _BlockParameter(source, part, scales) for part in form.scheme.stored(source.shape)}
 
 
 def _rows(data: Tensor, tensor: GgufTensor) -> Tensor:

@@ -23,13 +23,14 @@ from support.logits import last_logits, question
 from support.tokenizers import CHAT_TEMPLATE
 
 import afnext
+from afnext.quant.ggml import packed_scales
 from afnext.quant.recipe import recipe
 from afnext.quant.scheme import SchemeError
 from afnext.runtime.app.quantize import quantize
 from afnext.runtime.errors import AfnextError, CheckpointError, ConfigError
 from afnext.runtime.io.prompt import PromptTemplate
 from afnext.runtime.io.tokenizer import Tokenizer
-from afnext.runtime.model import gguf_pair
+from afnext.runtime.model import gguf_checkpoint, gguf_pair
 from afnext.runtime.model.checkpoint import check_fit
 from afnext.runtime.model.gguf_file import GgufFile
 from afnext.runtime.model.opened import open_checkpoint
@@ -113,6 +114,20 @@ def test_a_package_is_quantized_once_for_all(mixed: tuple[Path, Path], tmp_path:
             assert torch.equal(tensor, made[name]), name
     assert sum(tensor.nbytes for tensor in written.values()) == done["bytes"]
     assert done["recipe"] == "gguf-q5_k and int8"
+
+
+def test_scales_are_decoded_once(mixed: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the check that they are finite and for the model; with their zero points, where there are any."""
+    decoded: list[int] = []
+
+    def counting(kind: str, data: torch.Tensor) -> Any:
+        decoded.append(data.data_ptr())
+        return packed_scales(kind, data)
+
+    monkeypatch.setattr(gguf_checkpoint, "packed_scales", counting)
+    model = afnext.load(mixed[0])
+    packed = [name for name in model.network.state_dict() if name.endswith("weight_scales")]
+    assert len(decoded) == len(set(decoded)) == len(packed) > 0
 
 
 def test_weights_in_blocks_are_not_rounded_again(mixed: tuple[Path, Path], tmp_path: Path) -> None:
