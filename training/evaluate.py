@@ -10,7 +10,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,12 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {"name": self.name, "clips": self.clips, "stopped": self.stopped, **self.values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Row":
+        """The inverse of `to_dict`."""
+        rest = {name: value for name, value in values.items() if name not in ("name", "clips", "stopped")}
+        return cls(values["name"], values["clips"], rest, values["stopped"])
 
 
 def clips(bank: VoiceBank, kind: str, count: int, seed: str, **options: Any) -> list[Clip]:
@@ -208,36 +214,18 @@ def long_recording(bank: VoiceBank, seed: int, minutes: float = 30.0) -> tuple[n
     return samples, items
 
 
-def _long(model: Model, bank: VoiceBank, recordings: int) -> list[Row]:
-    """Recordings of 30 minutes, a row a tenth of their length: when what happens once in them does, and how much of
-    everything is in one list."""
-    heard = [
-        _heard_long(model, *long_recording(bank, number))
-        for number in track(range(recordings), description="30 minutes")
-    ]
-    rows = []
-    for part in range(10):
-        asked, lists = [], []
-        for times, expected, found in heard:
-            asked += [(clip, answer) for clip, answer in times if _tenth(clip.question.evidence[0].onset) == part]
-            lists.append([[pair for pair in pairs if _tenth(pair[0]) == part] for pairs in (expected, found)])
-        row = Row(f"when, minutes {3 * part} to {3 * part + 3} of 30", len(asked))
-        row.stopped = sum(answer.finish_reason == "stop" for _, answer in asked)
-        right = [_alike(clip.question.answer, answer.text) for clip, answer in asked]
-        errors = [_first_error(clip.question.evidence[0].onset, answer.text) for clip, answer in asked]
-        listed_right = sum(error <= _NEAR for pairs in lists for error in matched(*pairs))
-        listed_all = sum(len(pairs) for both in lists for pairs in both)
-        row.values = {"accuracy": sum(right) / len(right), **_quantiles(errors)} if asked else {}
-        row.values["F1 of the list"] = 2 * listed_right / max(1, listed_all)
-        rows.append(row)
-    return rows
+Pairs = list[tuple[float, str]]
+Heard = tuple[list[tuple[Clip, Answer]], Pairs, Pairs]
 
 
-_Heard = tuple[list[tuple[Clip, Answer]], list[tuple[float, str]], list[tuple[float, str]]]
+def hear_long(model: Model, bank: VoiceBank, recordings: int) -> list[Heard]:
+    """Of each recording of 30 minutes the answers about times of what is in it once, and everything there is and was
+    listed."""
+    numbers = track(range(recordings), description="30 minutes")
+    return [_heard_long(model, *long_recording(bank, number)) for number in numbers]
 
 
-def _heard_long(model: Model, samples: np.ndarray, items: list[Item]) -> _Heard:
-    """Of a long recording the answers about times of what is in it once, and everything there is and was listed."""
+def _heard_long(model: Model, samples: np.ndarray, items: list[Item]) -> Heard:
     with model.listen((samples, RATE)) as context:
         listing = context.ask("Describe the audio with timestamps.", temperature=0.0, max_new_tokens=1000)
         times = []
@@ -245,6 +233,35 @@ def _heard_long(model: Model, samples: np.ndarray, items: list[Item]) -> _Heard:
             answer = context.ask(question.prompt, temperature=0.0, max_new_tokens=100)
             times.append((Clip(samples, items, question), answer))
     return times, listed(lines(items)), listed(listing.text)
+
+
+def long_rows(heard: list[Heard]) -> list[Row]:
+    """A row for each tenth of 30 minutes: when what happens once in it does, and how much of it is in one list."""
+    rows = []
+    for part in range(10):
+        inside = [
+            (
+                [(clip, answer) for clip, answer in times if _tenth(clip.question.evidence[0].onset) == part],
+                [pair for pair in expected if _tenth(pair[0]) == part],
+                [pair for pair in found if _tenth(pair[0]) == part],
+            )
+            for times, expected, found in heard
+        ]
+        rows.append(long_row(f"when, minutes {3 * part} to {3 * part + 3} of 30", inside))
+    return rows
+
+
+def long_row(name: str, heard: list[Heard]) -> Row:
+    """How many of the moments are right, how far off they are, and F1 of the lists."""
+    asked = [pair for times, _, _ in heard for pair in times]
+    row = Row(name, len(asked), stopped=sum(answer.finish_reason == "stop" for _, answer in asked))
+    right = [_alike(clip.question.answer, answer.text) for clip, answer in asked]
+    errors = [_first_error(clip.question.evidence[0].onset, answer.text) for clip, answer in asked]
+    listed_right = sum(error <= _NEAR for _, *both in heard for error in matched(*both))
+    listed_all = sum(len(pairs) for _, *both in heard for pairs in both)
+    row.values = {"accuracy": sum(right) / len(right), **_quantiles(errors)} if asked else {}
+    row.values["F1 of the list"] = 2 * listed_right / max(1, listed_all)
+    return row
 
 
 def _tenth(onset: float) -> int:
@@ -298,7 +315,7 @@ def evaluate(model: Model, folder: Path, count: int, recordings: int) -> list[Ro
     rows = [test.run(model, bank, count) for test in TESTS]
     if (folder / "human.json").exists():
         rows.append(HUMAN.run(model, VoiceBank(folder, "human"), count))
-    return rows + _long(model, bank, recordings)
+    return rows + long_rows(hear_long(model, bank, recordings))
 
 
 def parity(model: Model, folder: Path, source: Path, count: int) -> int:

@@ -3,13 +3,16 @@
     python -m training.schemes FOLDER
 
 FOLDER is that of `train` and `export`; the recordings are those of `evaluate`. Calibration hears voices of the
-training. Writes FOLDER/schemes.json and .md.
+training. Writes FOLDER/schemes.json, to which every row is added at once and from which a stopped run goes on, and .md.
 """
 
 import json
 import random
 import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import soundfile
 import typer
@@ -19,15 +22,45 @@ from afnext.quant.recipe import recipe
 from afnext.runtime.app.api import Model, load
 from afnext.runtime.app.calibration import calibrate
 
-from .evaluate import TESTS, Row
+from .evaluate import TESTS, Row, hear_long, long_row
 from .scenes import ask, make_scene, random_conditions
 from .voices import RATE, VoiceBank
 
+
+@dataclass(frozen=True)
+class Storage:
+    """How a checkpoint is stored. scheme: "dense", a scheme or a recipe; kv: see `load`."""
+
+    scheme: str = "dense"
+    calibrated: bool = False
+    kv: str = "auto"
+
+    @property
+    def name(self) -> str:
+        """For people: int4-g64, calibrated, int8 KV."""
+        kv = "" if self.kv == "auto" else f", {self.kv} KV"
+        return f"{self.scheme}{', calibrated' if self.calibrated else ''}{kv}"
+
+
 NEAREST = (
     *("dense", "int8", "int8-w8a8", "int4-g32", "int4-g64", "int4-g128"),
-    *("int4-g64-zeros", "int4-g64-w4a8", "nf4"),
+    *("int4-g64-zeros", "int4-g64-w4a8", "nf4", "small"),
 )
-CALIBRATED = ("int8", "int4-g32", "int4-g64", "int4-g128")
+CALIBRATED = ("int8", "int4-g32", "int4-g64", "int4-g128", "small")
+SHORT = (
+    *map(Storage, NEAREST),
+    *(Storage(kv=kv) for kv in ("int8", "int4")),
+    *(Storage(name, calibrated=True) for name in CALIBRATED),
+    *(Storage("int4-g64", calibrated=True, kv=kv) for kv in ("int8", "int4")),
+    Storage("small", kv="int4"),
+)
+"""What is asked about short recordings."""
+LONG = (
+    *(Storage(kv=kv) for kv in ("auto", "int8", "int4")),
+    *(Storage("int4-g64", kv=kv) for kv in ("int8", "int4")),
+    Storage("small", kv="int4"),
+)
+"""What is asked about recordings of 30 minutes."""
 _SHOWN = ("words, clean", "words, 10 dB noise", "words with times", "sounds with times", "counting sounds")
 _QUESTIONS = ("transcribe", "transcribe_times", "sounds_times", "describe", "count_sound")
 
@@ -48,7 +81,7 @@ def score(model: Model, bank: VoiceBank, count: int) -> list[Row]:
     return [test.run(model, bank, count) for test in TESTS if test.name in _SHOWN]
 
 
-def table(results: dict[str, list[Row]]) -> str:
+def table(results: Mapping[str, list[Row]]) -> str:
     """The results in Markdown, a line a scheme."""
     first = next(iter(results.values()))
     columns = [(row.name, name) for row in first for name in row.values if name != "90th percentile, s"]
@@ -62,31 +95,66 @@ def table(results: dict[str, list[Row]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(folder: Path, count: int = 100) -> None:
-    """Score the checkpoint in FOLDER stored by each scheme; see the module."""
-    checkpoint, held_out = folder / "checkpoint", VoiceBank(folder / "bank", "held_out")
-    results: dict[str, list[Row]] = {}
-    console = Console(stderr=True, highlight=False)
+class Stored:
+    """The checkpoint in a folder, loaded as it is asked for. work: a folder for calibrated copies."""
+
+    def __init__(self, folder: Path, work: Path):
+        self._checkpoint, self._bank, self._work = folder / "checkpoint", folder / "bank", work
+
+    def load(self, storage: Storage) -> Model:
+        """The model, computing in float32."""
+        if storage.calibrated:
+            return load(self._calibrated(storage.scheme), dtype="float32", kv=storage.kv)
+        quant = None if storage.scheme == "dense" else storage.scheme
+        return load(self._checkpoint, dtype="float32", quant=quant, kv=storage.kv)
+
+    def _calibrated(self, scheme: str) -> Path:
+        packed, heard = self._work / scheme, self._work / "recordings"
+        if not heard.exists():
+            heard.mkdir()
+            write_calibration_set(VoiceBank(self._bank, "train"), heard)
+        if not packed.exists():
+            calibrate(self._checkpoint, packed, recipe(scheme), heard)
+        return packed
+
+
+class Results:
+    """The rows in a JSON file by part and by how the model is stored; every new one is added at once."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._parts: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        if path.exists():
+            self._parts = json.loads(path.read_text(encoding="utf-8"))
+
+    def complete(self, part: str, storages: Iterable[Storage], measure: Callable[[Storage], list[Row]]) -> None:
+        """Measure what is not there."""
+        for storage in storages:
+            if storage.name not in self._parts.setdefault(part, {}):
+                Console(stderr=True, highlight=False).print(f"[bold]{part}: {storage.name}[/bold]")
+                self._parts[part][storage.name] = [row.to_dict() for row in measure(storage)]
+                self._path.write_text(json.dumps(self._parts, indent=1) + "\n", encoding="utf-8")
+
+    def table(self, part: str, storages: Iterable[Storage]) -> str:
+        """A part in Markdown, in this order."""
+        rows = self._parts[part]
+        return table({each.name: list(map(Row.from_dict, rows[each.name])) for each in storages})
+
+
+def main(folder: Path, count: int = 100, recordings: int = 3) -> None:
+    """Score the checkpoint in FOLDER stored in several ways; see the module. count: clips a row; recordings: of 30
+    minutes. Both must be those of a run that is continued."""
+    held_out = VoiceBank(folder / "bank", "held_out")
+    results = Results(folder / "schemes.json")
     with tempfile.TemporaryDirectory() as work:
-        heard = Path(work, "recordings")
-        heard.mkdir()
-        write_calibration_set(VoiceBank(folder / "bank", "train"), heard)
-        runs = [(name, checkpoint, None if name == "dense" else name, "auto") for name in NEAREST]
-        runs += [("int4-small", checkpoint, "int4-small", "auto")]
-        runs += [(f"dense, {kv} KV", checkpoint, None, kv) for kv in ("int8", "int4")]
-        for name in CALIBRATED:
-            packed = Path(work, name)
-            calibrate(checkpoint, packed, recipe(name), heard)
-            runs.append((f"{name}, calibrated", packed, None, "auto"))
-        runs += [(f"int4-g64, calibrated, {kv} KV", Path(work, "int4-g64"), None, kv) for kv in ("int8", "int4")]
-        for name, source, quant, kv in runs:
-            console.print(f"[bold]{name}[/bold]")
-            results[name] = score(load(source, dtype="float32", quant=quant, kv=kv), held_out, count)
-    text = table(results)
+        stored = Stored(folder, Path(work))
+        results.complete("10 s", SHORT, lambda storage: score(stored.load(storage), held_out, count))
+        results.complete(
+            "30 minutes", LONG, lambda s: [long_row("when", hear_long(stored.load(s), held_out, recordings))]
+        )
+    text = f"{results.table('10 s', SHORT)}\n{results.table('30 minutes', LONG)}"
     print(text)
     (folder / "schemes.md").write_text(text, encoding="utf-8")
-    record = {scheme: [row.to_dict() for row in rows] for scheme, rows in results.items()}
-    (folder / "schemes.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

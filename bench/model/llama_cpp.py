@@ -9,7 +9,7 @@ import ctypes
 import importlib.util
 import os
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -102,6 +102,7 @@ class _Text(ctypes.Structure):
 
 
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_quantize_chunk": (c_size_t, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "llama_print_system_info": (c_char_p, []),
     "llama_log_set": (None, [c_void_p, c_void_p]),
     "llama_model_default_params": (_ModelParams, []),

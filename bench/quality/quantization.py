@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from ...quant.awq import Fold
 from ...quant.calibrate import Calibration, InputStatistics, quantize_stage
-from ...quant.recipe import recipe
-from ...quant.scheme import Packed, Scheme, parse_scheme
+from ...quant.recipe import RECIPES, recipe
+from ...quant.scheme import Int4, Int8, Packed, Scheme, parse_scheme
 from ...runtime.app.api import load
 from ...runtime.app.calibration import calibrate, read_examples
+from ..ops.libraries import available
 from .answers import run_quality
 from .data import read_manifest
 
@@ -38,6 +39,8 @@ SCHEMES = (
     *("int8", "int8-w8a8", "nf4", "int4-g64-w4a8"),
     *(f"int4-g{group}{zeros}" for zeros in ("", "-zeros") for group in (32, 64, 128)),
 )
+HEADS = (Int8(), Int4(32, symmetric=False), Int4(64, symmetric=False), Int4(32))
+"""What else the head of Whisper is rounded to, alone."""
 _LAYER = Fold("norm", ("layer",))
 Progress = Callable[[int, int], None]
 
@@ -148,6 +151,30 @@ def measure_layers(
                 results.add(Row("layers", case, name, method, {"error": error}))
 
 
+def _speech_runs(schemes: Sequence[str]) -> Iterator[tuple[str, str, str, dict[str, Scheme]]]:
+    """What is measured on Whisper: case, name, method, and the scheme of each part of it that is rounded."""
+    from .quantized_whisper import EMBEDDINGS, HEAD, PARTS, recipe_parts
+
+    yield "everything", "dense", "nearest", {}
+    for name, method in variants(schemes):
+        scheme = parse_scheme(name)
+        assert scheme is not None
+        yield "everything", name, method, dict.fromkeys(PARTS, scheme)
+    for part in PARTS:
+        yield f"{part} alone", "int4-g64", "nearest", {part: Int4(64)}
+    for name in RECIPES:
+        parts = recipe_parts(recipe(name))
+        if len(set(parts.values())) > 1:
+            yield "recipes", name, "nearest", parts
+    if available("gguf") and available("xllamacpp"):
+        from .q4_k import KIND, Q4K
+
+        # As audio.cpp packs it: all but the embeddings.
+        yield "recipes", KIND, "nearest", {part: Q4K() for part in PARTS if part != EMBEDDINGS}
+    for scheme in HEADS:
+        yield f"{HEAD} alone", str(scheme), "nearest", {HEAD: scheme}
+
+
 def measure_speech(
     results: Results,
     whisper: Path,
@@ -159,27 +186,28 @@ def measure_speech(
 ) -> None:
     """Add the rows of part `speech`: `data` is an asr manifest, `recordings` a folder to calibrate on.
 
-    whisper: the folder of model.bin and tokenizer.json.
+    whisper: the folder of model.bin and tokenizer.json. Recipes that store everything alike are among the schemes.
+    Q4_K is rounded by llama.cpp and has no row without it.
     """
-    from .quantized_whisper import PARTS, Whisper, load_clip, measure
+    from .quantized_whisper import Clip, Whisper, load_clip, measure
 
     model = Whisper(whisper)
     clips = [load_clip(item.audio, item.text) for item in read_manifest(data, "asr").items if item.audio is not None]
     encoded = [model.encode(clip) for clip in clips]
     dense = [(tokens := model.transcribe(x), model.scores(x, tokens)) for x in encoded]
-    heard = [load_clip(example.audio) for example in read_examples(recordings)]
-    calibration = [(clip, model.transcribe(model.encode(clip))) for clip in heard]
-    runs: list[tuple[str, str, str, tuple[str, ...]]] = [("everything", "dense", "nearest", ())]
-    runs += [("everything", scheme, method, PARTS) for scheme, method in variants(schemes)]
-    runs += [(f"{part} alone", "int4-g64", "nearest", (part,)) for part in PARTS]
+    runs = list(_speech_runs(schemes))
+    calibration: list[tuple[Clip, list[int]]] = []
     for number, (case, name, method, parts) in enumerate(runs):
         progress(number, len(runs))
         if ("speech", case, name, method) in results:
             continue
+        if METHODS[method] is not None and not calibration:
+            model.reset()
+            heard = [load_clip(example.audio) for example in read_examples(recordings)]
+            calibration = [(clip, model.transcribe(model.encode(clip))) for clip in heard]
         model.reset()
-        scheme = parse_scheme(name)
-        if scheme is not None:
-            model.quantize(scheme, METHODS[method], calibration, parts)
+        if parts:
+            model.quantize(parts, METHODS[method], calibration)
         values = measure(model, clips, dense)
         results.add(Row("speech", case, name, method, {**asdict(values), "rate": values.errors / values.words}))
 
@@ -233,6 +261,14 @@ def _table(rows: Sequence[Row], shown: Callable[[Row], str]) -> Iterator[str]:
     names = dict.fromkeys(row.scheme for row in rows)
     for name in [*(name for name in names if name not in SCHEMES), *(name for name in SCHEMES if name in names)]:
         cells = {row.method: shown(row) for row in rows if row.scheme == name}
-        scheme = None if name in ("dense", "bf16") else parse_scheme(name)
-        bits = "16" if scheme is None else f"{bits_of(scheme):.3g}"
+        bits = "16" if name in ("dense", "bf16") else _bits(name)
         yield f"| {name} | {bits} | {' | '.join(cells.get(method, '') for method in METHODS)} |"
+
+
+def _bits(name: str) -> str:
+    """Bits of a weight in the decoder's layers, by a scheme, a recipe or a format of GGUF files."""
+    if name == "Q4_K":
+        return "4.5"
+    scheme = recipe(name).scheme("decoder.layers.0.mlp.up_proj") if name in RECIPES else parse_scheme(name)
+    assert scheme is not None
+    return f"{bits_of(scheme):.3g}"

@@ -5,7 +5,7 @@ whose linear layers get the weights that a scheme leaves of theirs. Calibration 
 layer, each on what the quantized ones before it make of the calibration clips.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ...kernels.audio_format import WINDOW_SAMPLES
 from ...kernels.log_mel import log_mel
 from ...quant.awq import Fold, encoder_folds
 from ...quant.calibrate import Calibration, InputStatistics, gathering, quantize_stage
+from ...quant.recipe import Recipe
 from ...quant.scheme import Int8, Packed, Scheme
 from ...runtime.io.audio import load_audio
 from .answers import word_errors
@@ -25,7 +26,8 @@ from .whisper import LAYERS, model_weights
 
 WIDTH, HEADS, INNER, MEL_BINS, VOCABULARY = 384, 6, 1536, 80, 51864
 END, MOST_TOKENS = 50256, 120
-PARTS = ("encoder attention", "encoder MLP", "decoder attention", "decoder MLP", "lm_head", "embeddings")
+HEAD, EMBEDDINGS = "lm_head", "embeddings"
+PARTS = ("encoder attention", "encoder MLP", "decoder attention", "decoder MLP", HEAD, EMBEDDINGS)
 
 DECODER_FOLDS = (
     Fold("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -136,16 +138,16 @@ class Whisper:
 
     def quantize(
         self,
-        scheme: Scheme,
+        schemes: Mapping[str, Scheme],
         options: Calibration | None,
         clips: Sequence[tuple[Clip, Sequence[int]]],
-        parts: Sequence[str] = PARTS,
     ) -> None:
-        """Round the linear layers of `parts`, calibrated on clips with what is said in them, or not without options."""
+        """Round the linear layers of some of PARTS, calibrated on clips with what is said in them, or not without
+        options. schemes: by part."""
         states = [] if options is None else [self.stem(clip) for clip, _ in clips]
         for name, stage, folds in self.stages():
-            used = [layer for fold in folds for layer in fold.targets if part_of(name, layer) in parts]
-            chosen = {layer: fitting(scheme, stage.get_submodule(layer)) for layer in used}
+            used = [layer for fold in folds for layer in fold.targets if part_of(name, layer) in schemes]
+            chosen = {layer: fitting(schemes[part_of(name, layer)], stage.get_submodule(layer)) for layer in used}
             parameters = {key: value.detach() for key, value in stage.named_parameters()}
             if options is None:
                 for layer in used:
@@ -171,7 +173,8 @@ class Whisper:
                     states = [stage(x, None) for x in states]
                     if name == f"encoder {LAYERS - 1}":
                         states = [self.network.model.encoder.layer_norm(x) for x in states]
-        if "embeddings" in parts:
+        scheme = schemes.get(EMBEDDINGS)
+        if scheme is not None:
             table = self.network.model.decoder.embed_tokens
             packed = scheme.quantize(table.weight.detach())
             table.weight = nn.Parameter(scheme.dequantize(packed, torch.float32), requires_grad=False)
@@ -187,8 +190,19 @@ def positions_of(fold: Fold, stage: str, clips: Sequence[tuple[Clip, Sequence[in
 def part_of(stage: str, layer: str) -> str:
     """Which of `PARTS` a layer belongs to."""
     if stage == "head":
-        return "lm_head"
+        return HEAD
     return f"{stage.split()[0]} {'attention' if 'attn' in layer else 'MLP'}"
+
+
+def recipe_parts(recipe: Recipe) -> dict[str, Scheme]:
+    """What a recipe makes of each of PARTS; those that it leaves dense are not there."""
+    layers = (
+        *("encoder.layers.0.self_attn.q_proj", "encoder.layers.0.fc1"),
+        *("decoder.layers.0.self_attn.q_proj", "decoder.layers.0.mlp.up_proj"),
+        *("decoder.lm_head", "decoder.embed_tokens"),
+    )
+    schemes = zip(PARTS, map(recipe.scheme, layers), strict=True)
+    return {part: scheme for part, scheme in schemes if scheme is not None}
 
 
 def fitting(scheme: Scheme, layer: nn.Module) -> Scheme:

@@ -48,7 +48,7 @@ CHANGES: Mapping[str, dict[str, Any]] = {
     "quant=int8": {"scheme": "int8"},
     "quant=int4": {"scheme": "int4"},
     "kv=int4": {"kv": "int4"},
-    "quant=int4-small": {"scheme": "int4-small"},
+    "quant=small": {"scheme": "small"},
 }
 
 

@@ -21,8 +21,9 @@ def test_the_default_recipes() -> None:
     assert recipe("int4-w4a8", group_size=32).scheme(MLP) == Int4(32, int8_inputs=True)
     assert recipe("nf4").scheme(MLP) == NF4()
     for name in RECIPES:
-        for layer in ("decoder.lm_head", "decoder.embed_tokens", "adaptor.linear_2"):
-            assert recipe(name).scheme(layer) == Int8()
+        for layer in ("decoder.lm_head", "decoder.embed_tokens"):
+            assert recipe(name).scheme(layer) == (Int4(64) if name == "small" else Int8())
+        assert recipe(name).scheme("adaptor.linear_2") == Int8()
         for layer in ("encoder.conv1", "encoder.embed_positions", "decoder.norm"):
             assert recipe(name).scheme(layer) is None
     assert recipe("int4").scheme("encoder.layers.3.fc1") == Int8()
@@ -66,6 +67,8 @@ def test_equal_rules_are_equal_recipes() -> None:
         ({"name": "int4", "group_size": 48}, "not 48"),
         ({"name": "int8", "group_size": 64}, "only int4"),
         ({"name": "int4-g32", "symmetric": False}, "only int4"),
+        ({"name": "small", "group_size": 32}, "small has no group size"),
+        ({"name": "small", "symmetric": False}, "small has no group size"),
         ({"name": "int4", "rules": [("decoder.*", "int9")]}, "int9"),
     ],
 )
@@ -95,13 +98,13 @@ def test_damaged_quantizations_are_refused(change: dict[str, Any], message: str)
         Recipe.from_dict([])
 
 
-def test_the_smallest_recipe_has_int4_for_head_and_embeddings() -> None:
-    small = recipe("int4-small", rules=[("decoder.layers.0.*", "int8")])
-    assert small.name == "int4-small"
-    assert small.scheme("decoder.lm_head") == small.scheme("decoder.embed_tokens") == small.scheme(MLP) == Int4()
-    assert small.scheme("adaptor.linear_1") == small.scheme("decoder.layers.0.mlp.up_proj") == Int8()
-    with pytest.raises(SchemeError, match="no group size"):
-        recipe("int4-small", group_size=32)
+def test_the_small_recipe_has_four_bits_nearly_everywhere() -> None:
+    small = recipe("small", rules=[("decoder.layers.0.*", "int8")])
+    assert small.name == "small"
+    for layer in ("decoder.lm_head", "decoder.embed_tokens", "encoder.layers.3.fc1", MLP):
+        assert small.scheme(layer) == Int4(64)
+    for layer in ("encoder.layers.3.self_attn.q_proj", "adaptor.linear_1", "decoder.layers.0.mlp.up_proj"):
+        assert small.scheme(layer) == Int8()
 
 
 def test_the_fewest_rules_give_each_layer_its_scheme(seed: int) -> None:

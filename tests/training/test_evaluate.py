@@ -1,6 +1,7 @@
 """The scores of the evaluation, on answers whose worth is known."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training import evaluate
-from training.evaluate import Clip, Row, _alike, _first_error, listed, matched, seconds, table
-from training.scenes import Item, Question, lines
+from training.evaluate import Clip, Row, _alike, _first_error, listed, long_row, long_rows, matched, seconds, table
+from training.scenes import Item, Question, lines, timestamp
 from training.voices import voices
 
 EXPECTED = [(1.0, "beep"), (2.0, "beep"), (5.5, "seven")]
@@ -62,6 +63,22 @@ def test_the_first_time_said_counts_and_none_is_the_worst() -> None:
     assert _first_error(61.27, "01:01.2") == 0
     assert _first_error(61.27, "00:59.2, 01:01.2") == pytest.approx(2.0)
     assert _first_error(61.27, "It does not occur.") == 1800
+
+
+def test_thirty_minutes_are_scored_by_moments_and_by_the_list() -> None:
+    def asked(at: float, said: str) -> tuple[Clip, Any]:
+        question = Question("when", "", f"A beep at {timestamp(at)}.", [Item("beep", False, at, at + 0.2)])
+        return Clip(np.zeros(1), [], question), SimpleNamespace(text=said, finish_reason="stop")
+
+    first = ([asked(61.0, "A beep at 01:01.2.")], [(61.0, "beep")], [(61.2, "beep")])
+    second = ([asked(1000.0, "No.")], [(1000.0, "beep"), (1100.0, "siren")], [])
+    row = long_row("when", [first, second])
+    assert (row.clips, row.stopped, row.values["accuracy"]) == (2, 2, 0.5)
+    assert row.values["median error, s"] == pytest.approx((0.2 + 1800) / 2)
+    assert row.values["F1 of the list"] == pytest.approx(2 / 4)
+    tenths = long_rows([first, second])
+    assert [tenth.clips for tenth in tenths] == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+    assert [tenth.values["F1 of the list"] for tenth in tenths] == [1.0, *[0.0] * 9]
 
 
 def test_timestamps_are_seconds() -> None:

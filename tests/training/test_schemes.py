@@ -4,7 +4,7 @@ from pathlib import Path
 
 from afnext.runtime.app.calibration import read_examples
 from training.evaluate import Row
-from training.schemes import table, write_calibration_set
+from training.schemes import Results, Storage, table, write_calibration_set
 from training.voices import VoiceBank
 
 
@@ -24,3 +24,20 @@ def test_calibration_reads_what_is_written_for_it(bank: VoiceBank, tmp_path: Pat
     examples = read_examples(tmp_path)
     assert len(examples) == 6
     assert all(example.question.endswith((".", "?")) and example.answer for example in examples)
+
+
+def test_rows_that_are_there_are_not_measured_again(tmp_path: Path) -> None:
+    storages = (Storage(), Storage("int4-g64", calibrated=True, kv="int8"))
+    assert [storage.name for storage in storages] == ["dense", "int4-g64, calibrated, int8 KV"]
+    measured = []
+
+    def measure(storage: Storage) -> list[Row]:
+        measured.append(storage)
+        return [Row("words, clean", 4, {"word error rate": 0.125 * len(measured)}, stopped=4)]
+
+    Results(tmp_path / "schemes.json").complete("10 s", storages[:1], measure)
+    results = Results(tmp_path / "schemes.json")
+    results.complete("10 s", storages, measure)
+    assert measured == list(storages)
+    lines = results.table("10 s", storages).splitlines()
+    assert lines[2:] == ["| dense | 12.5 % | 100.0 % |", f"| {storages[1].name} | 25.0 % | 100.0 % |"]

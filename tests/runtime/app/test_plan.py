@@ -38,9 +38,11 @@ def test_settings_are_chosen_so_that_it_fits(run: CommandLine) -> None:
     plan = json.loads(run("plan", "--gpu", "6GB", "--audio", 1800, "--fit", "--json").stdout)
     assert plan["fits"]
     assert plan["total"] <= 6.0e9
-    assert plan["changes"] == ["release_encoder", "kv=int4", "quant=int4-small"]
-    assert (plan["scheme"], plan["kv"], plan["release_encoder"]) == ("int4-small", "int4", True)
-    assert "Chosen so that it fits: release_encoder, kv=int4" in run("plan", "--gpu", "6GB", "--fit").stdout
+    assert plan["changes"] == ["chunk_size=256, encode_batch=1", "kv=int4", "quant=small"]
+    assert (plan["scheme"], plan["kv"], plan["release_encoder"]) == ("small", "int4", False)
+    assert "Chosen so that it fits: chunk_size=256, encode_batch=1, kv=int4" in run(
+        "plan", "--gpu", "6GB", "--fit"
+    ).stdout.replace("\n", " ")
     refused = run("plan", "--gpu", "4GB", "--audio", 300, "--fit")
     assert refused.returncode != 0
     assert "300 s of audio do not fit into 4.00 GB with any settings" in refused.stderr

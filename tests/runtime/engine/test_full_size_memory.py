@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 @pytest.mark.timeout(3600)
 def test_thirty_minutes_take_what_is_planned(tmp_path: Path) -> None:
     """Weights from a checkpoint, keys, values and every stage's workspace by torch's allocator."""
-    folder = write_random_checkpoint(tmp_path, "full", quant=recipe("int4-small"))
+    folder = write_random_checkpoint(tmp_path, "full", quant=recipe("small"))
     plan = MemoryPlan(
         ModelConfig.from_folder(folder),
         6 * 10**9,

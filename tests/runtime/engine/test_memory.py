@@ -197,18 +197,18 @@ def test_thirty_minutes_on_a_card_of_six_gibibytes() -> None:
     assert parts + part(fitted, "KV pages") < 5.5e9
     smallest = replace(plan, memory=6 * 10**9)
     fitted = smallest.changed(smallest.changes_to_fit())
-    assert (fitted.scheme, fitted.kv, fitted.release_encoder) == ("int4-small", "int4", True)
-    assert fitted.total <= 5.8e9
+    assert (fitted.scheme, fitted.kv, fitted.release_encoder) == ("small", "int4", False)
+    assert fitted.total <= 6.0e9
     roomy = replace(plan, memory=24 * 10**9)
     assert roomy.changed(roomy.changes_to_fit()) == roomy
     with pytest.raises(
         MemoryPlanError,
-        match=r"1800 s of audio do not fit into 5\.00 GB .* kv=int4 and quant=int4-small it holds \d+ s",
+        match=r"1800 s of audio do not fit into 5\.00 GB .* kv=int4 and quant=small it holds \d+ s",
     ):
         replace(plan, memory=5 * 10**9).changes_to_fit()
 
 
-SMALLER = ("dense", "int8", "int4-g32", "int4", "int4-g128", "int4-small")
+SMALLER = ("dense", "int8", "int4-g32", "int4", "int4-g128", "small")
 
 
 def test_smaller_schemes_take_less_and_unknown_ones_are_refused() -> None:
