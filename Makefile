@@ -13,8 +13,11 @@ FUZZ_SECONDS ?= 1200
 TEST_PROCESSES ?= -n auto --maxprocesses 4 --dist worksteal
 # CI repeats a failed test, since its machine may stall for seconds; the summary lists each repetition.
 TEST_RERUNS ?= $(if $(CI),--reruns 2)
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_EMULATOR ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
+ARM_CPUS ?= max cortex-a72
 
-.PHONY: ask browser native test test-slow test-gpu test-ray test-ray-quick sanitize fuzz lint docs llama-cpp clean
+.PHONY: ask browser native test test-slow test-gpu test-ray test-ray-quick test-arm sanitize fuzz lint docs llama-cpp clean
 
 ask: native
 	$(BIN)/python -m afnext.bench.ask_demo
@@ -27,7 +30,7 @@ build/native/.built: $(INSTALLED) $(NATIVE)
 	mkdir -p build/native && touch $@
 
 # Threads that wait do not spin: the suite starts many processes, and often shares its cores with others.
-test test-slow test-gpu test-ray test-ray-quick sanitize fuzz: export OMP_WAIT_POLICY = passive
+test test-slow test-gpu test-ray test-ray-quick test-arm sanitize fuzz: export OMP_WAIT_POLICY = passive
 
 test: native
 	$(BIN)/python -m pytest -m "not slow" $(TEST_PROCESSES) $(TEST_RERUNS)
@@ -52,6 +55,18 @@ $(RAY)/.installed: $(INSTALLED)
 		> "$$($(RAY)/bin/python -c 'import site; print(site.getsitepackages()[0])')/afnext.pth"
 	$(RAY)/bin/pip install -q -c constraints.txt "ray[serve]>=2.60"
 	touch $@
+
+# The native kernels of ARM, in an emulator: of a CPU with every extension, and of one without any.
+test-arm: native
+	@for tool in $(ARM_CXX) $(firstword $(ARM_EMULATOR)); do command -v $$tool >/dev/null || \
+		{ echo "$$tool is missing: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	CXX="$(ARM_CXX)" $(BIN)/python kernels/native/build.py build/arm build/arm/objects
+	$(ARM_CXX) -std=c++17 -O1 -Wall tests/support/arm_runner.cpp -ldl -o build/arm/arm_runner
+	for cpu in $(ARM_CPUS); do \
+		AFNEXT_ARM=build/arm AFNEXT_ARM_EMULATOR="$(ARM_EMULATOR) -cpu $$cpu" PYTHONPATH=tests \
+			$(BIN)/python -m pytest -p support.arm_emulation -m "not slow" -k native- $(TEST_PROCESSES) $(TEST_RERUNS) \
+			tests/kernels || exit 1; \
+	done
 
 # The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer. Python itself leaks at exit.
 sanitize: $(INSTALLED)

@@ -6,15 +6,16 @@
 FLOPs: 2 * rows * in * out per weight. Bytes: out * in elements of each weight, which limit the speed for few rows, and
 x and y.
 
-torch computes dense products (cuBLAS, oneDNN, MKL), except where it is slow. On a CPU without instructions for bfloat16
-(before Cooper Lake and Zen 4, and most of Intel's client CPUs) torch multiplies bfloat16 and float16 at a seventh of
-the speed of float32; where the instructions are slow (Emerald Rapids without AMX), at half of it. On such CPUs the
-native kernels multiply in float32: for many rows they widen the weights a panel at a time in the L1 cache
+torch computes dense products (cuBLAS, oneDNN, MKL), except where it is slow. On a CPU without instructions for
+bfloat16 (before Cooper Lake and Zen 4, and most of Intel's client CPUs) torch multiplies bfloat16 and float16 at a
+seventh of the speed of float32; where the instructions are slow (Emerald Rapids without AMX), at half of it. On such
+CPUs the native kernels multiply in float32: for many rows they widen the weights a panel at a time in the L1 cache
 (`native/panels.h`), for up to 16 rows as they read them (`native/linear_dense.cpp`). With AVX512-BF16 the native
 kernels multiply bfloat16 in two cases: up to four rows, where they read the weights at 34 to 43 GB/s and torch at 30
-(two cores of a Zen 5 EPYC), and a pair with many rows, which they multiply as fast as torch without writing gate and up
-to memory. Where rows must not depend on each other (`row_groups.py`), the native kernels run on CPUs, and the W8A16
-kernel, with unscaled weights, on GPUs.
+(two cores of a Zen 5 EPYC), and a pair with many rows, which they multiply as fast as torch without writing gate and
+up to memory. On ARM they multiply bfloat16 at every level but the portable one, because torch multiplies it fast only
+if it was built with Arm's Compute Library. Where rows must not depend on each other (`row_groups.py`), the native
+kernels run on CPUs, and the W8A16 kernel, with unscaled weights, on GPUs.
 """
 
 import torch
@@ -55,13 +56,15 @@ def linear_misfit(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     if forced_backend("linear") is None and not is_row_invariant():
         if x.dtype == torch.float32:
             return "float32, which torch multiplies as fast"
-        if not products.has_panels() or (products.multiplies_bfloat16() and not _reads_faster(x)):
+        if not products.has_panels() or (products.multiplies_bfloat16() and not _multiplies_faster(x)):
             return f"dense weights at the level {native.isa()}"
     return native.misfit(x, weight, bias)
 
 
-def _reads_faster(x: Tensor) -> bool:
-    return native.isa() == "avx512" and x.dtype == torch.bfloat16 and x.shape[:-1].numel() <= 4
+def _multiplies_faster(x: Tensor) -> bool:
+    """Whether the native kernels multiply bfloat16 instead of torch, at a level with instructions for it."""
+    few = x.shape[:-1].numel() <= 4
+    return x.dtype == torch.bfloat16 and (native.isa() == "i8mm" or (native.isa() == "avx512" and few))
 
 
 @_operation.implementation("native", linear_misfit, few_rows_in_tiles)

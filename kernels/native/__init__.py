@@ -12,6 +12,7 @@ that name, and the loader gives them the one that is there.
 import ctypes
 import logging
 import os
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,19 @@ def _load() -> tuple[dict[str, ctypes.CDLL], str]:
     if not path.exists():
         return {}, f"they were not built ({path} does not exist)"
     try:
+        _share_openmp()
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return {}, f"they cannot be loaded ({error})"
     if build.sources() and _text(library, "afnext_fingerprint") != build.fingerprint():
         return {}, "they were built from other sources than those beside them"
     return {"portable": library}, ""
+
+
+def _share_openmp() -> None:
+    """Make torch's OpenMP visible to the libraries on macOS, where they are linked to none (`build.openmp_flags`)."""
+    if sys.platform == "darwin":
+        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libomp.dylib"), mode=ctypes.RTLD_GLOBAL)
 
 
 @cache

@@ -238,7 +238,7 @@ void attend_narrow_or_wide(const Problem& p, const Task& task, float* memory) {
 }
 
 void run(const Problem& p, const Task& task, float* memory) {
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
   if (are_few(p)) {
     if (p.cache_dtype == kInt4) return attend_few<Int4Pair>(p, task, memory);
     if (p.cache_dtype == kInt8) return attend_few<int8_t>(p, task, memory);

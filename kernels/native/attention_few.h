@@ -10,7 +10,7 @@
 #include "int4_rows.h"
 #include "rows.h"
 
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
 
 namespace afnext {
 
@@ -59,17 +59,28 @@ inline void store_scores_of_two(const Vec* sums, float* scores) {
   _mm512_storeu_ps(scores, _mm512_maskz_mov_ps(0x00ff, all));
   _mm512_storeu_ps(scores + kLanes, _mm512_maskz_compress_ps(0xff00, all));
 }
+#elif defined(AFNEXT_NEON)
+// The sums of the lanes of eight vectors.
+inline void store_sums_of_lanes(const Vec (&x)[8], float* sums) {
+  const auto four = [&](int i) {
+    const auto pair = [&](int j) { return vpaddq_f32((float32x4_t)x[j], (float32x4_t)x[j + 1]); };
+    return (Vec)vpaddq_f32(pair(i), pair(i + 2));
+  };
+  store(sums, four(0));
+  store(sums + kLanes, four(4));
+}
 #else
 // The sums of the lanes of eight vectors.
-inline Vec sums_of_lanes(const Vec (&x)[8]) {
+inline void store_sums_of_lanes(const Vec (&x)[8], float* sums) {
   const auto pair = [&](int i) { return _mm256_hadd_ps((__m256)x[i], (__m256)x[i + 1]); };
   const __m256 first = _mm256_hadd_ps(pair(0), pair(2)), last = _mm256_hadd_ps(pair(4), pair(6));
-  return (Vec)_mm256_permute2f128_ps(first, last, 0x20) + (Vec)_mm256_permute2f128_ps(first, last, 0x31);
+  store(sums, (Vec)_mm256_permute2f128_ps(first, last, 0x20) + (Vec)_mm256_permute2f128_ps(first, last, 0x31));
 }
 #endif
 
 #if defined(__AVX512BF16__)
-using FewRows = Pairs<1>;
+constexpr int kFewVecs = 1;
+using FewRows = Pairs<kFewVecs>;
 
 // Channels that are multiplied at once, from keys or values of From.
 inline __m512i load_part(const bfloat16* from, float) { return _mm512_loadu_si512(from); }
@@ -143,7 +154,8 @@ inline void accumulate_few(const bfloat16* weights, int count, int64_t channels,
   }
 }
 #else
-using FewRows = Floats<1>;
+constexpr int kFewVecs = kFew <= kLanes ? 1 : kFew / kLanes;  // of a key's scores
+using FewRows = Floats<kFewVecs>;
 
 // Channels that are multiplied at once, from keys or values of From.
 template <typename From>
@@ -176,10 +188,10 @@ void put_query(const T* from, int64_t count, float scale, float* to) {
   }
 }
 
-constexpr int kTogether =
-    kLanes == 16 ? 2 : 1;  // of two keys, or halves, at once: as many sums as there are registers for
+// Of two keys, or halves, at once: as many sums as there are registers for.
+constexpr int kTogether = kLanes == 8 ? 1 : 2;
 
-// The first product for R rows and two keys, with channels as the lanes: scores[k * kLanes + r], the lanes behind R zero.
+// The first product for R rows and two keys, with channels as the lanes: scores[k * FewRows::kRows + r], those behind R zero.
 // queries: [R][channels]; key(k, d): the channels d .. d + 2 * kLanes - 1, in the same order.
 template <int R, typename Key>
 inline void score_few(const float* queries, int64_t channels, Key key, float* scores) {
@@ -199,12 +211,12 @@ inline void score_few(const float* queries, int64_t channels, Key key, float* sc
 #if defined(__AVX512F__)
   store_scores_of_two(total[0], scores);
 #else
-  for (int k = 0; k < 2; ++k) store(scores + k * kLanes, sums_of_lanes(total[k]));
+  for (int k = 0; k < 2; ++k) store_sums_of_lanes(total[k], scores + k * FewRows::kRows);
 #endif
 }
 
 // The second product for R rows, with channels as the lanes: sum_key weights[key][r] * value(key, d) goes to put(r, d, sums).
-// weights: of Floats<1>; value(key, d): the channels d .. d + 2 * kLanes - 1, in an order that put knows.
+// weights: of FewRows; value(key, d): the channels d .. d + 2 * kLanes - 1, in an order that put knows.
 template <int R, typename Value, typename Put>
 inline void accumulate_few(const float* weights, int count, int64_t channels, Value value, Put put, Fetch& fetch) {
   for (int64_t d = 0; d < channels; d += 2 * kLanes) {
@@ -217,7 +229,7 @@ inline void accumulate_few(const float* weights, int count, int64_t channels, Va
         const Vec halves[2] = {part.first, part.second};
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const Vec by = splat(weights[key * kLanes + r]);
+          const Vec by = splat(weights[key * FewRows::kRows + r]);
           for (int half = first; half < first + kTogether; ++half) total[half][r] += halves[half] * by;
         }
       }
@@ -295,17 +307,18 @@ void put_int4_query(const Problem& p, const Task& task, int64_t row, Element* qu
 template <int R, typename Element>
 void add_bias_scores(const Problem& p, int64_t first, int keys, int count, const Element* turned, float* scores) {
   const int64_t half = p.head_dim / 2;
-  float two[2 * kLanes];
+  float two[2 * FewRows::kRows];
   for (int i = 0; i < count; i += 2) {
     const auto key = [&](int k, int64_t d) {
       const int64_t token = first + std::min(i + k, keys - 1);
       return load_part(d < half ? p.key_cos + token * p.turn_row + d : p.key_sin + token * p.turn_row + d - half, 1.0f);
     };
     score_few<R>(turned, p.head_dim, key, two);
-    for (int k = 0; k < 2; ++k) {
-      float* at = scores + (i + k) * kLanes;
-      store(at, load(at) + load(two + k * kLanes));
-    }
+    for (int k = 0; k < 2; ++k)
+      for (int w = 0; w < FewRows::kRows; w += kLanes) {
+        float* at = scores + (i + k) * FewRows::kRows + w;
+        store(at, load(at) + load(two + k * FewRows::kRows + w));
+      }
   }
 }
 
@@ -356,7 +369,7 @@ void attend_few(const Problem& p, const Task& task, float* memory) {
 #if defined(__AVX512BF16__)
   weigh_by(Products());
 #else
-  p.dtype == kBFloat16 ? weigh_by(CoarseFloats<1>()) : weigh_by(Products());
+  p.dtype == kBFloat16 ? weigh_by(CoarseFloats<kFewVecs>()) : weigh_by(Products());
 #endif
   const int64_t first = ((task.b * p.kv_heads + task.kv_head) * p.part_count() + task.part) * p.rows();
   float* out = p.parts + first * p.head_dim;

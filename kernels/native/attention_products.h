@@ -18,8 +18,12 @@ namespace afnext {
 
 constexpr int kChunk = 32;   // keys, and channels, that are handled at a time
 constexpr int kBlock = 256;  // keys of a block: their scores for one tile stay in the first-level cache
-constexpr int kWide =
-    kLanes == 8 ? 3 : 2;  // vectors of rows in a tile: with kStep, as many sums as there are registers for
+// Vectors of rows in a tile: with kStep, as many sums as there are registers for.
+#if defined(AFNEXT_NEON)
+constexpr int kWide = 4;
+#else
+constexpr int kWide = kLanes == 8 ? 3 : 2;
+#endif
 
 // Rows of memory that are read soon, fetched a few lines at a time among the computations, whose pace memory then follows.
 class Fetch {
@@ -49,7 +53,7 @@ class Fetch {
   int64_t at_ = 0, bytes_;
 };
 
-// out[j][i] = rows[i][j] for 32-bit elements; out has `width` elements a row.
+// out[j][i] = rows[i][j] for 32-bit elements; out has `width` elements a row; columns: a multiple of 4.
 template <int width>
 inline void transpose(const uint32_t* const* rows, int columns, uint32_t* out) {
 #if defined(__AVX512F__)
@@ -61,6 +65,11 @@ inline void transpose(const uint32_t* const* rows, int columns, uint32_t* out) {
     }
     return;
   }
+#elif defined(AFNEXT_NEON)
+  for (int first = 0; first < width; first += 4)
+    for (int column = 0; column < columns; column += 4)
+      transpose_4([=](int i) { return rows[first + i] + column; }, out + (int64_t)column * width + first, width);
+  return;
 #endif
   for (int column = 0; column < columns; ++column)
     for (int i = 0; i < width; ++i) out[(int64_t)column * width + i] = rows[i][column];
@@ -136,6 +145,12 @@ struct FloatProducts {
         }
         continue;
       }
+#elif defined(AFNEXT_NEON)
+      for (int i = 0; i < kStep; i += 4)
+        for (int d = 0; d < depth; d += 4)
+          transpose_4([=](int row) { return (const uint32_t*)rows[key + i + row] + d; }, (uint32_t*)to + d * kStep + i,
+                      kStep);
+      continue;
 #endif
       for (int d = 0; d < depth; ++d)
 #pragma GCC unroll 8

@@ -23,6 +23,7 @@ _AVX512VNNI_PARTS = ("f", "bw", "vl", "dq", "vnni")
 _AVX512VNNI = [*_AVX2, "-mprefer-vector-width=512", *(f"-mavx512{part}" for part in _AVX512VNNI_PARTS)]
 _AVX512 = [*_AVX512VNNI, "-mavx512bf16"]
 _AMX = [*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+_NEON = ["-DAFNEXT_NEON"]  # a part of the architecture, which the portable level leaves to the compiler
 _LEVELS = {
     "x86_64": {
         "portable": [],
@@ -31,9 +32,16 @@ _LEVELS = {
         "avx512vnni": _AVX512VNNI,
         "avx512": _AVX512,
         "amx": _AMX,
-    }
+    },
+    "aarch64": {
+        "portable": [],
+        "neon": _NEON,
+        "neondot": [*_NEON, "-march=armv8.2-a+dotprod"],
+        "i8mm": [*_NEON, "-march=armv8.2-a+dotprod+i8mm+bf16"],
+    },
 }
-_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
+_MACHINES = {"AMD64": "x86_64", "arm64": "aarch64"}
+_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 # a * b + c may become one instruction; nothing else that changes results is allowed.
 _FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 _FLAGS += [
@@ -49,9 +57,10 @@ class BuildError(Exception):
     """The native kernels cannot be compiled here: no compiler, or one that refuses."""
 
 
-def levels() -> dict[str, list[str]]:
-    """The instruction-set levels of this architecture, lowest first, and the flags of each."""
-    return _LEVELS.get(platform.machine().replace("AMD64", "x86_64"), {"portable": []})
+def levels(machine: str | None = None) -> dict[str, list[str]]:
+    """The instruction-set levels of an architecture, of this machine if none is named, lowest first, with flags."""
+    machine = machine or platform.machine()
+    return _LEVELS.get(_MACHINES.get(machine, machine), {"portable": []})
 
 
 def library_name(level: str) -> str:
@@ -78,14 +87,17 @@ def fingerprint() -> str:
 def build(folder: Path, objects: Path, extra_flags: list[str] | None = None) -> list[Path]:
     """Compile what has changed since last time into `objects` and link the libraries into `folder`; return them.
 
-    The compiler is $CXX, else $CC, else the first of c++, g++ and clang++ found. Raises BuildError if it fails.
+    The compiler is $CXX, else $CC, else the first of c++, g++ and clang++ found, and the levels are those of the
+    architecture that it compiles for. Raises BuildError if it fails.
     """
     compiler = _compiler()
-    flags = [*_FLAGS, *(extra_flags or [])]
+    target = _target(compiler)
+    compile_openmp, link_openmp = openmp_flags(target)
+    flags = [*_FLAGS, *compile_openmp, *(extra_flags or [])]
     commands: list[list[str]] = []
     links: list[list[str]] = []
     libraries = []
-    for level, level_flags in levels().items():
+    for level, level_flags in levels(target.partition("-")[0]).items():
         made = objects / level
         made.mkdir(parents=True, exist_ok=True)
         parts = []
@@ -100,7 +112,7 @@ def build(folder: Path, objects: Path, extra_flags: list[str] | None = None) -> 
         library = folder / library_name(level)
         libraries.append(library)
         # Linked beside its place and moved there: a process that has the old library mapped keeps it intact.
-        links.append([*compiler, *flags, "-shared", *parts, "-o", f"{library}.new"])
+        links.append([*compiler, *flags, *link_openmp, "-shared", *parts, "-o", f"{library}.new"])
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as workers:
         list(workers.map(_run, commands))
@@ -108,6 +120,26 @@ def build(folder: Path, objects: Path, extra_flags: list[str] | None = None) -> 
     for library in libraries:
         os.replace(f"{library}.new", library)
     return libraries
+
+
+def openmp_flags(target: str) -> tuple[list[str], list[str]]:
+    """Flags to compile, and further ones to link, with OpenMP for a target such as "aarch64-linux-gnu".
+
+    On macOS the libraries are linked to no OpenMP: two in one process abort it, so they use torch's, which
+    `native/__init__.py` makes visible. Apple's clang hides the flag behind its preprocessor's, and has no omp.h.
+    """
+    if "apple" in target:
+        return ["-Xpreprocessor", "-fopenmp"], ["-undefined", "dynamic_lookup"]
+    return ["-fopenmp"], []
+
+
+def _target(compiler: list[str]) -> str:
+    """What the compiler compiles for, such as "x86_64-linux-gnu"; this machine if it does not say."""
+    try:
+        said = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, check=False)
+    except OSError:
+        return platform.machine()  # compiling will fail, and say why
+    return said.stdout.strip() or platform.machine()
 
 
 def _older(part: Path, inputs: list[Path]) -> bool:

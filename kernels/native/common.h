@@ -20,7 +20,11 @@ enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 struct bfloat16 {
   uint16_t bits;
 };
+#if defined(__aarch64__)
+using float16 = __fp16;  // gcc has _Float16 in C++ from version 13 on
+#else
 using float16 = _Float16;
+#endif
 
 // Calls `function` with a value of the C++ type of `dtype`: with_dtype(dtype, [&](auto zero) { using T = ...; }).
 template <typename Function>

@@ -36,12 +36,15 @@ inline void store_two(bfloat16* p, TwoVecs x) {
   std::memcpy(p, &bits, sizeof bits);
 }
 
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
 // Float32 sums of channels that load_two took from T, as neighbours.
 template <typename T>
 inline void store_sums(float* p, TwoVecs x) {
   if constexpr (std::is_same_v<T, bfloat16>) {
-#if defined(__AVX512F__)
+#if defined(AFNEXT_NEON)
+    const float32x4_t even = (float32x4_t)x.first, odd = (float32x4_t)x.second;
+    x = {(Vec)vzip1q_f32(even, odd), (Vec)vzip2q_f32(even, odd)};
+#elif defined(__AVX512F__)
     const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i last = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
     const __m512 even = (__m512)x.first, odd = (__m512)x.second;

@@ -20,7 +20,7 @@ inline FixedPoint to_fixed_point(const T* x, int64_t count, int16_t* codes) {
   Vec most{};
   for (int64_t i = 0; i < count; i += kLanes) {
     const Vec v = load(x + i), size = v < 0 ? -v : v;
-    most = (size > most) | (size != size) ? size : most;
+    most = ((size > most) | (size != size)) ? size : most;
   }
   const float scale = largest(most) / kLargest, factor = scale > 0 ? 1 / scale : 0;
   IntVec total{};

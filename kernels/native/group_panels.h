@@ -12,13 +12,18 @@
 #include "fixed_point.h"
 #include "panels.h"
 
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
 
 namespace afnext {
 
 // Whether activations of T go past panels in 15 bits.
+#if defined(AFNEXT_NEON)
+template <typename T>
+constexpr bool kFixedPoint = false;
+#else
 template <typename T>
 constexpr bool kFixedPoint = std::is_same_v<T, bfloat16> && std::is_same_v<Number, float>;
+#endif
 
 // The tokens' codes, [rows, inner] of int8 or int16, and of each group and token its scale and what the product makes of the
 // sum of its codes. The last group may be short.
@@ -132,6 +137,11 @@ struct GroupUnit : VectorUnit {
   // Adds the products of so many words.
   template <int WORDS>
   static void add_run(const uint8_t* weights, const uint8_t* bytes, IntVec (&total)[kRows][2]) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    for (int word = 0; word < WORDS; word += 4)
+      for_four_words([&](int w) { return weights + (word + w) * 64; }, [&](int i) { return bytes + i * 64 + word * 4; },
+                     total);
+#else
     Sums sums[kRows][2];
     for (int i = 0; i < kRows; ++i)
       for (int w = 0; w < 2; ++w) sums[i][w] = Sums(total[i][w]);
@@ -149,6 +159,7 @@ struct GroupUnit : VectorUnit {
     for (int i = 0; i < kRows; ++i)
       for (int w = 0; w < 2; ++w) total[i][w] = sums[i][w].total();
     asm volatile("" : : : "memory");  // or gcc keeps the sums of all parts in registers, and spills
+#endif
   }
 
   void add_group(const IntVec (&total)[kRows][2], const float* scales, int64_t g, int64_t row, float* sums) const {

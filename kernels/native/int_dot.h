@@ -4,15 +4,21 @@
 
 #include "vec.h"
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-#define AFNEXT_VNNI  // one instruction adds four products to a lane, without overflow between them
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(AFNEXT_NEON)
+#define AFNEXT_BYTE_DOT  // bytes are multiplied without overflow, so that int8 weights need no wider integers
 #endif
 
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
 
 namespace afnext {
 
 constexpr int kBytes = 4 * kLanes;  // in a vector of bytes
+// What is added to int8 weights before they are multiplied: on x86 one side of the instruction is unsigned.
+#if defined(AFNEXT_NEON)
+constexpr int kWeightOffset = 0;
+#else
+constexpr int kWeightOffset = 128;
+#endif
 typedef int8_t Bytes __attribute__((vector_size(kBytes)));
 typedef uint8_t UBytes __attribute__((vector_size(kBytes)));
 
@@ -35,9 +41,16 @@ inline UBytes load_first_bytes(const T* p, int64_t count) {
 #endif
 }
 
-// total + codes * x in each lane's four bytes; codes: 0 .. 255, on plain AVX2 so small that two products fit into int16.
+// total + codes * x in each lane's four bytes, x of -127 .. 127. codes: 0 .. 255, on plain AVX2 so small that two products fit
+// into int16, on NEON the bits of -128 .. 127.
 inline IntVec add_dot(IntVec total, UBytes codes, Bytes x) {
-#if defined(__AVX512VNNI__)
+#if defined(__ARM_FEATURE_DOTPROD) && defined(AFNEXT_NEON)
+  return (IntVec)vdotq_s32((int32x4_t)total, (int8x16_t)codes, (int8x16_t)x);
+#elif defined(AFNEXT_NEON)
+  const int8x16_t a = (int8x16_t)codes, b = (int8x16_t)x;
+  const int16x8_t pairs = vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
+  return (IntVec)vpadalq_s16((int32x4_t)total, pairs);
+#elif defined(__AVX512VNNI__)
   return (IntVec)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)x);
 #elif defined(__AVXVNNI__)
   return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)codes, (__m256i)x);
@@ -47,6 +60,23 @@ inline IntVec add_dot(IntVec total, UBytes codes, Bytes x) {
 #endif
 }
 
+#if defined(AFNEXT_NEON)
+// total + weights * token in each lane, a token's word of that number times the weights of all lanes: four bytes, or a float.
+template <int WORD>
+inline IntVec add_word(IntVec total, IntVec weights, IntVec token) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return (IntVec)vdotq_laneq_s32((int32x4_t)total, (int8x16_t)weights, (int8x16_t)token, WORD);
+#else
+  return add_dot(total, (UBytes)weights, (Bytes)vdupq_laneq_s32((int32x4_t)token, WORD));
+#endif
+}
+template <int WORD>
+inline Vec add_word(Vec total, Vec weights, Vec token) {
+  return (Vec)vfmaq_laneq_f32((float32x4_t)total, (float32x4_t)weights, (float32x4_t)token, WORD);
+}
+#endif
+
+#if defined(__AVX2__)
 // total + a * b in each lane's two integers of 16 bits.
 inline IntVec add_pairs(IntVec total, IntVec a, IntVec b) {
 #if defined(__AVX512VNNI__)
@@ -57,15 +87,34 @@ inline IntVec add_pairs(IntVec total, IntVec a, IntVec b) {
   return total + (IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #endif
 }
+#endif
 
-// A sum, and products added to it of codes of 0 .. 15 with bytes of -127 .. 127. Plain AVX2 adds kMost of them in 16 bits.
+// The upper codes of bytes with two of four bits each.
+inline UBytes upper_codes(BitVec words) {
+#if defined(AFNEXT_NEON)
+  return (UBytes)words >> 4;  // gcc shifts words and clears bits otherwise
+#else
+  return (UBytes)((words >> 4) & 0x0F0F0F0F);
+#endif
+}
+
+// A sum, and products added to it of codes of 0 .. 15 with bytes of -127 .. 127. Plain AVX2 and plain NEON add kMost of them in
+// 16 bits.
 class CodeSums {
  public:
   using Left = UBytes;
   using Right = Bytes;
 
   explicit CodeSums(IntVec sum = IntVec{}) : sum_(sum) {}
-#if defined(AFNEXT_VNNI)
+#if defined(AFNEXT_NEON) && !defined(__ARM_FEATURE_DOTPROD)
+  static constexpr int kMost = 16;
+  void add(UBytes codes, Bytes x) {
+    const int8x16_t a = (int8x16_t)codes, b = (int8x16_t)x;
+    low_ = vmlal_s8(low_, vget_low_s8(a), vget_low_s8(b));
+    high_ = vmlal_high_s8(high_, a, b);
+  }
+  IntVec total() const { return sum_ + (IntVec)vpaddq_s32(vpaddlq_s16(low_), vpaddlq_s16(high_)); }
+#elif defined(AFNEXT_BYTE_DOT)
   static constexpr int kMost = 16;
   void add(UBytes codes, Bytes x) { sum_ = add_dot(sum_, codes, x); }
   IntVec total() const { return sum_; }
@@ -78,12 +127,15 @@ class CodeSums {
 #endif
 
  private:
-#if !defined(AFNEXT_VNNI)
+#if defined(AFNEXT_NEON) && !defined(__ARM_FEATURE_DOTPROD)
+  int16x8_t low_ = vdupq_n_s16(0), high_ = vdupq_n_s16(0);
+#elif !defined(AFNEXT_BYTE_DOT)
   __m256i products_ = _mm256_setzero_si256();
 #endif
   IntVec sum_;
 };
 
+#if defined(__AVX2__)
 // The same of integers of 16 bits, whose products have to fit together into 32.
 class PairSums {
  public:
@@ -98,14 +150,19 @@ class PairSums {
  private:
   IntVec sum_;
 };
+#else
+class PairSums;  // NEON multiplies no more integers of 16 bits at a time than floats
+#endif
 
-// Weights of -128 .. 127, to be multiplied with codes of -127 .. 127: |w| * (x with the sign of w).
+// Weights of -128 .. 127, to be multiplied with codes of -127 .. 127; on x86 |w| * (x with the sign of w).
 class SignedBytes {
  public:
   explicit SignedBytes(Bytes w) : weights_(w) {}
 
   IntVec add_dot(IntVec total, Bytes x) const {
-#if defined(__AVX512F__)
+#if defined(AFNEXT_NEON)
+    return afnext::add_dot(total, (UBytes)weights_, x);
+#elif defined(__AVX512F__)
     const __mmask64 negative = _mm512_movepi8_mask((__m512i)weights_);
     const __m512i signed_x = _mm512_mask_sub_epi8((__m512i)x, negative, _mm512_setzero_si512(), (__m512i)x);
     return afnext::add_dot(total, (UBytes)_mm512_abs_epi8((__m512i)weights_), (Bytes)signed_x);

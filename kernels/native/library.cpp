@@ -8,9 +8,14 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
-#if defined(__linux__)
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace {
@@ -34,6 +39,29 @@ bool may_use_amx() {
 #else
   return false;
 #endif
+}
+#endif
+
+#if defined(__aarch64__)
+enum class Extension { kDotProd, kI8MM, kBF16 };
+
+// Whether the CPU has an extension of the instruction set, as far as the system tells.
+bool has(Extension extension) {
+#if defined(__linux__)
+  constexpr unsigned long dot_product = 1ul << 20, i8mm = 1ul << 13, bf16 = 1ul << 14;
+  switch (extension) {
+    case Extension::kDotProd: return getauxval(AT_HWCAP) & dot_product;
+    case Extension::kI8MM: return getauxval(AT_HWCAP2) & i8mm;
+    case Extension::kBF16: return getauxval(AT_HWCAP2) & bf16;
+  }
+#elif defined(__APPLE__)
+  const char* const names[] = {"hw.optional.arm.FEAT_DotProd", "hw.optional.arm.FEAT_I8MM",
+                               "hw.optional.arm.FEAT_BF16"};
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(names[(int)extension], &value, &size, nullptr, 0) == 0 && value;
+#endif
+  return false;
 }
 #endif
 
@@ -97,6 +125,11 @@ AFNEXT_EXPORT int afnext_supports(const char* level) {
   const bool avx512 = avx512vnni && __builtin_cpu_supports("avx512bf16");
   if (std::strcmp(level, "avx512") == 0) return avx512;
   if (std::strcmp(level, "amx") == 0) return avx512 && may_use_amx();
+#elif defined(__aarch64__)
+  if (std::strcmp(level, "neon") == 0) return 1;
+  const bool dot_product = has(Extension::kDotProd);
+  if (std::strcmp(level, "neondot") == 0) return dot_product;
+  if (std::strcmp(level, "i8mm") == 0) return dot_product && has(Extension::kI8MM) && has(Extension::kBF16);
 #endif
   return 0;
 }

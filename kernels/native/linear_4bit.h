@@ -197,7 +197,7 @@ void product(const Rows& x, const Weight& weight, const Weight& up, const Epilog
   for_outputs(write.columns, rows * write.columns * inner, own + 2 * block, threads, body);
 }
 
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
 // A matrix as the unit multiplies it with floats: rounded to bfloat16 where a level has its dot products.
 template <typename Codes, typename GroupOf>
 struct UnpackedMatrix {
@@ -223,9 +223,11 @@ struct UnpackedMatrix {
   template <typename Numbers>
   static void write_step(const uint8_t* codes, const Numbers& numbers, uint8_t* to) {
     constexpr int kEven = shift_of(0, Codes::kEven), kOdd = shift_of(1, Codes::kEven);
-#if defined(__AVX512BF16__)
-    const BitVec pairs = widen(load_as<UByteVec>(codes));
-    store_pairs(to, numbers(pairs >> kEven), numbers(pairs >> kOdd));
+#if defined(AFNEXT_BFLOAT16)
+    for (int i = 0; i < kNumbers / 2; i += kLanes) {
+      const BitVec pairs = widen(load_as<UByteVec>(codes + i));
+      store_pairs((bfloat16*)to + 2 * i, numbers(pairs >> kEven), numbers(pairs >> kOdd));
+    }
 #else
     BitVec shifts;
     for (int i = 0; i < kLanes; ++i) shifts[i] = i % 2 ? kOdd : kEven;
@@ -240,7 +242,7 @@ struct UnpackedMatrix {
 template <typename Codes, typename Rows, typename T, typename GroupOf>
 void multiply_4bit(const T* x, const Weight& weight, const Weight& up, GroupOf group_of, const Epilogue<T>& write,
                    int64_t rows, int64_t inner, int64_t group, int64_t threads) {
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
   if constexpr (kPanelsTake<T>)
     if (takes_panels(rows, write.columns)) {
       const UnpackedMatrix<Codes, GroupOf> matrices[2] = {{weight, group_of, inner, group},

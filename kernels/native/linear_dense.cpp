@@ -40,7 +40,7 @@ AFNEXT_EXPORT void afnext_linear(const void* x, const void* weight, const void* 
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Epilogue<T> write{bias, nullptr, (T*)out, columns, up != nullptr};
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
     if constexpr (kPanelsTake<T>)
       if (takes_panels(rows, columns)) {
         const NumberMatrix<T> matrices[2] = {{(const T*)weight, inner}, {(const T*)up, inner}};

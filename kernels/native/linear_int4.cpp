@@ -1,7 +1,7 @@
 // Products with int4 weights in groups, scales[n, g] * (code[n, k] - zeros[n, g]); see linear_4bit.h.
 //
-// float32 and float16 activations, and all without AVX2: codes become float32. bfloat16 activations on AVX2 and up: those
-// of a group become integers, and sums are made with the codes as they are stored.
+// float32 and float16 activations, and all at the portable level: codes become float32. bfloat16 activations on AVX2 and NEON
+// and up: those of a group become integers, and sums are made with the codes as they are stored.
 
 #include "fixed_point.h"
 #include "group_panels.h"
@@ -18,7 +18,7 @@ struct Integers {
   static Vec number(BitVec codes) { return to_float((IntVec)(codes & 15) - kOffset); }
 };
 
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
 // Activations as integers of 15 bits, a scale a group: of each chunk the high bytes of the even inputs, their low bytes,
 // the high bytes of the odd inputs, their low bytes.
 class FixedRows {
@@ -43,18 +43,28 @@ class FixedRows {
     UBytes even[C], odd[C];
     for (int c = 0; c < C; ++c) {
       even[c] = (UBytes)(words[c] & 0x0F0F0F0F);
-      odd[c] = (UBytes)((words[c] >> 4) & 0x0F0F0F0F);
+      odd[c] = upper_codes(words[c]);
     }
     for (int r = 0; r < R; ++r) {
       Bytes part[4];
       for (int i = 0; i < 4; ++i) part[i] = (Bytes)load_bytes(x + r * pitch + i * kBytes);
       for (int c = 0; c < C; ++c) {
+#if defined(AFNEXT_NEON)
+        CodeSums high;
+        high.add(even[c], part[0]);
+        high.add(odd[c], part[2]);
+        CodeSums low(high.total() << 7);  // begins with what the high bytes make, and needs no zeros
+        low.add(even[c], part[1]);
+        low.add(odd[c], part[3]);
+        sums[c][r] = to_float(low.total());
+#else
         CodeSums high, low;
         high.add(even[c], part[0]);
         low.add(even[c], part[1]);
         high.add(odd[c], part[2]);
         low.add(odd[c], part[3]);
         sums[c][r] = to_float((high.total() << 7) + low.total());
+#endif
       }
     }
   }
@@ -110,7 +120,7 @@ class ByteRows {
       for (int c = 0; c < C; ++c) {
         CodeSums codes;
         codes.add((UBytes)(words[c] & 0x0F0F0F0F), even);
-        codes.add((UBytes)((words[c] >> 4) & 0x0F0F0F0F), odd);
+        codes.add(upper_codes(words[c]), odd);
         sums[c][r] = to_float(codes.total());
       }
     }
@@ -158,16 +168,25 @@ Group group_of(const Weight& weight, int64_t at) {
   return {number(weight.scales, at, weight.kind), weight.zeros ? number(weight.zeros, at, weight.kind) : 8};
 }
 
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
 // The codes of `count` bytes, at most 32, one a byte as they are stored, zeros for what is missing.
 inline void put_codes(const uint8_t* packed, int64_t count, uint8_t* out) {
   uint8_t whole[32] = {};
   if (count < 32) packed = (const uint8_t*)std::memcpy(whole, packed, count);
+#if defined(AFNEXT_NEON)
+  for (int i = 0; i < 32; i += 16) {
+    const uint8x16_t both = vld1q_u8(packed + i);
+    const uint8x16_t low = vandq_u8(both, vdupq_n_u8(15)), high = vshrq_n_u8(both, 4);
+    vst1q_u8(out + 2 * i, vzip1q_u8(low, high));
+    vst1q_u8(out + 2 * i + 16, vzip2q_u8(low, high));
+  }
+#else
   for (int i = 0; i < 32; i += kLanes) {
     const HalfVec wide = __builtin_convertvector(load_as<UByteVec>(packed + i), HalfVec);
     const HalfVec codes = (wide | wide << 4) & 0x0F0F;  // a byte's upper code goes to the byte above
     std::memcpy(out + 2 * i, &codes, sizeof codes);
   }
+#endif
 }
 
 // The codes of 16 bytes, less 8, one in 16 bits.
@@ -244,13 +263,13 @@ AFNEXT_EXPORT void afnext_linear_int4(const void* x, const uint8_t* weight, cons
   const Weight first{weight, scales, zeros, group_dtype}, second{up, up_scales, up_zeros, group_dtype};
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
     using Rows = std::conditional_t<std::is_same<T, bfloat16>::value, FixedRows, FloatRows<Integers>>;
 #else
     using Rows = FloatRows<Integers>;
 #endif
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
     if constexpr (kFixedPoint<T>)
       if (takes_panels(rows, columns))
         return product_in_groups<int16_t>(first, second, write, rows, inner, group, threads, (const T*)x);
@@ -270,7 +289,7 @@ AFNEXT_EXPORT void afnext_linear_w4a8(const void* x, const uint8_t* weight, cons
     using T = decltype(zero);
     const QuantizedRows by((const T*)x, rows * (inner / group), group, threads);
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
     if (takes_panels(rows, columns))
       return product_in_groups<int8_t>(first, second, write, rows, inner, group, threads, (const int8_t*)by.codes,
                                        (const float*)by.scales);

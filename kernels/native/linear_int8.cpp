@@ -13,7 +13,7 @@ namespace {
 template <int C, int R>
 void dot_exactly(const int8_t* weight, const int8_t* x, int64_t inner, float* y, int64_t pitch) {
   int64_t k = 0;
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
   IntVec total[C][R] = {};
   Ahead<C> ahead(weight, C * inner);
   for (; k + kBytes <= inner; k += kBytes) {
@@ -28,17 +28,17 @@ void dot_exactly(const int8_t* weight, const int8_t* x, int64_t inner, float* y,
     for (int r = 0; r < R; ++r) {
       int32_t whole = 0;
       for (int64_t rest = k; rest < inner; ++rest) whole += (int32_t)weight[c * inner + rest] * x[r * inner + rest];
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
       whole += sum(total[c][r]);
 #endif
       y[c * pitch + r] = (float)whole;
     }
 }
 
-#if defined(AFNEXT_VNNI)
+#if defined(AFNEXT_BYTE_DOT)
 
-// Rows of bfloat16 as integers, a scale for each kShared inputs. Weights take part with 128 added, as the instruction wants
-// one side unsigned, and the sums begin with minus 128 times those of the row's codes.
+// Rows of bfloat16 as integers, a scale for each kShared inputs. Weights take part with kWeightOffset added, and the sums
+// begin with minus so many times those of the row's codes.
 class FixedRows {
  public:
   static constexpr int64_t kShared = 4 * kBytes;
@@ -55,7 +55,7 @@ class FixedRows {
         const int64_t at = row * groups_ + g, first = g * kShared;
         const FixedPoint rounded = to_fixed_point(x + row * inner + first, std::min(kShared, inner - first), codes);
         scales_[at] = rounded.scale;
-        begin_[at] = -128 * rounded.total;
+        begin_[at] = -kWeightOffset * rounded.total;
         for (int64_t i = 0; i < kShared; i += kLanes) {
           int8_t* high = bytes_ + at * 2 * kShared + i;
           put_bytes(widen(load_as<ShortVec>(codes + i)), high, high + kShared);
@@ -94,7 +94,8 @@ class FixedRows {
       UBytes codes[C];
       for (int c = 0; c < C; ++c) {
         const int8_t* from = weight + c * inner_ + k;
-        codes[c] = (CUT ? load_first_bytes(from, std::min<int64_t>(kBytes, left - k)) : load_bytes(from)) ^ 128;
+        codes[c] =
+            (CUT ? load_first_bytes(from, std::min<int64_t>(kBytes, left - k)) : load_bytes(from)) ^ kWeightOffset;
       }
       for (int r = 0; r < R; ++r) {
         const int8_t* bytes = bytes_ + (at + r * groups_) * 2 * kShared + k;
@@ -162,7 +163,7 @@ void product(const X& x, const float* row_scales, const Weight& weight, const We
               });
 }
 
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
 // A matrix of weights as they lie, multiplied as Element.
 template <typename Element>
 struct CodeMatrix {
@@ -242,7 +243,7 @@ AFNEXT_EXPORT void afnext_linear_int8(const void* x, const int8_t* weight, const
     using T = decltype(zero);
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
     const Weight first{weight, scales}, second{up, up_scales};
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
     if (takes_panels(rows, columns)) {
       if constexpr (kFixedPoint<T>) {
         return product_in_fixed_point((const T*)x, first, second, write, rows, inner, threads);
@@ -251,7 +252,7 @@ AFNEXT_EXPORT void afnext_linear_int8(const void* x, const int8_t* weight, const
       }
     }
 #endif
-#if defined(AFNEXT_VNNI)
+#if defined(AFNEXT_BYTE_DOT)
     if constexpr (std::is_same<T, bfloat16>::value)
       return product(FixedRows((const T*)x, rows, inner), nullptr, first, second, write, rows, inner, threads);
 #endif
@@ -271,7 +272,7 @@ AFNEXT_EXPORT void afnext_linear_w8a8(const void* x, const int8_t* weight, const
     const QuantizedRows by((const T*)x, rows, inner, threads);
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
     const Weight first{weight, scales}, second{up, up_scales};
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
     if (takes_panels(rows, columns))
       return product_in_panels(by.codes, by.scales, first, second, write, rows, inner, threads);
 #endif

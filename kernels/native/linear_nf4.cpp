@@ -37,6 +37,10 @@ inline Vec level(BitVec codes) {
   const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(kLevels), index);
   const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(kLevels + 8), index);
   return (Vec)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+#elif defined(AFNEXT_NEON)
+  const auto table = load_as<uint8x16x4_t>(kLevels);  // of bytes, four for a level
+  const uint32x4_t index = vmlaq_n_u32(vdupq_n_u32(0x03020100), (uint32x4_t)(codes & 15), 0x04040404);
+  return (Vec)vqtbl4q_u8(table, vreinterpretq_u8_u32(index));
 #else
   Vec x;
   for (int i = 0; i < kLanes; ++i) x[i] = kLevels[codes[i] & 15];

@@ -83,7 +83,41 @@ inline void transpose_tile(const uint32_t* rows, uint32_t* out) {
 
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(AFNEXT_NEON)
+
+// out[j * pitch + i] = row(i)[j] of 4 x 4 elements of 32 bits; row(i) points to the four of row i.
+template <typename Row>
+inline void transpose_4(Row row, uint32_t* out, int64_t pitch) {
+  uint32x4_t a[4];
+  for (int i = 0; i < 4; ++i) a[i] = load_as<uint32x4_t>(row(i));
+  const uint64x2_t even[2] = {(uint64x2_t)vtrn1q_u32(a[0], a[1]), (uint64x2_t)vtrn1q_u32(a[2], a[3])};
+  const uint64x2_t odd[2] = {(uint64x2_t)vtrn2q_u32(a[0], a[1]), (uint64x2_t)vtrn2q_u32(a[2], a[3])};
+  const uint64x2_t columns[4] = {vtrn1q_u64(even[0], even[1]), vtrn1q_u64(odd[0], odd[1]), vtrn2q_u64(even[0], even[1]),
+                                 vtrn2q_u64(odd[0], odd[1])};
+  for (int j = 0; j < 4; ++j) std::memcpy(out + j * pitch, &columns[j], sizeof columns[j]);
+}
+
+// One tile, rows and out contiguous; they may be the same.
+inline void transpose_tile(const uint32_t* rows, uint32_t* out) {
+  uint32_t copy[16 * 16];
+  std::memcpy(copy, rows, sizeof copy);
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 16; j += 4)
+      transpose_4([&](int row) { return copy + (i + row) * 16 + j; }, out + j * 16 + i, 16);
+}
+
+#endif
+
+#if defined(AFNEXT_MMLA)
+
+// Eight neighbours in bfloat16, from the even ones and the odd ones.
+inline void store_pairs(bfloat16* p, Vec even, Vec odd) {
+  const bfloat16x8_t halves = vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)even), (float32x4_t)odd);
+  const uint16x8_t bits = vreinterpretq_u16_bf16(halves);
+  vst1q_u16((uint16_t*)p, vzip1q_u16(bits, vextq_u16(bits, bits, 4)));
+}
+
+#elif defined(__AVX512BF16__)
 
 // 32 neighbours in bfloat16, from the even ones and the odd ones.
 inline void store_pairs(void* p, Vec even, Vec odd) {

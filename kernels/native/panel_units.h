@@ -18,11 +18,11 @@
 #include "linear.h"
 #include "matrix_unit.h"
 
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
 
 namespace afnext {
 
-#if defined(__AVX512BF16__)
+#if defined(AFNEXT_BFLOAT16)
 using Number = bfloat16;
 #else
 using Number = float;
@@ -34,6 +34,9 @@ struct VectorUnit {
 #if defined(__AVX512F__)
   static constexpr int kRows = 8;  // tokens at once: twice as many sums hide the latency of one, and leave registers
   static constexpr int64_t kPanels = 8, kPass = 512;
+#elif defined(__ARM_FEATURE_DOTPROD)
+  static constexpr int kRows = 8;  // of 32 registers, sums take 16
+  static constexpr int64_t kPanels = 4, kPass = 256;
 #else
   static constexpr int kRows = 6;
   static constexpr int64_t kPanels = 4, kPass = 240;
@@ -50,13 +53,121 @@ struct VectorUnit {
   static const int32_t* unfold(const int32_t* sums, int32_t*) { return sums; }  // [2 * kTile tokens][32 outputs]
 };
 
+#if defined(AFNEXT_NEON)
+// Adds the products of four words that follow each other: weights(w) has those of 2 * kLanes outputs, token(i) of a token.
+template <int ROWS, typename Sum, typename Weights, typename Token>
+inline void for_four_words(Weights weights, Token token, Sum (&total)[ROWS][2]) {
+  Sum of[ROWS];
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i) of[i] = load_as<Sum>(token(i));
+  const auto add = [&](auto word) {
+    constexpr int kWord = decltype(word)::value;
+    const uint8_t* p = weights(kWord);
+    const Sum by[2] = {load_as<Sum>(p), load_as<Sum>(p + VectorUnit::kNextLanes)};
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+      for (int w = 0; w < 2; ++w) total[i][w] = add_word<kWord>(total[i][w], by[w], of[i]);
+  };
+  add(std::integral_constant<int, 0>{});
+  add(std::integral_constant<int, 1>{});
+  add(std::integral_constant<int, 2>{});
+  add(std::integral_constant<int, 3>{});
+}
+#endif
+
 inline IntVec broadcast_ints(const uint8_t* p) {
   int32_t four;
   std::memcpy(&four, p, sizeof four);
   return IntVec{} + four;
 }
 
-#if defined(__AMX_INT8__)
+#if defined(AFNEXT_MMLA)
+
+// An instruction multiplies two outputs with two tokens, eight bytes of each. So rows lie in pairs, eight bytes of the one and
+// eight of the other in turn, and a vector of sums has two outputs by two tokens.
+template <bool INT8>
+struct Unit {
+  using Element = std::conditional_t<INT8, int8_t, Number>;
+  static constexpr int kTile = 8;
+  static constexpr int64_t kSteps = 8, kGranule = 1, kPanels = 4, kPass = 256, kPanelBytes = kSteps * 2048;
+  using Configuration = VectorUnit::Configuration;
+
+  static void arrange_weights(uint8_t* tile) { arrange<16>(tile); }
+  static void arrange_tokens(uint8_t* tile) { arrange<kTile>(tile); }
+  template <typename X>
+  static int32_t begin(const X*, int64_t) {
+    return 0;
+  }
+
+  // sums: of each block of 8 outputs and each tile, the vectors of 4 pairs of outputs by 4 pairs of tokens.
+  static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t, int64_t tokens,
+                       int64_t, int64_t count, bool fresh, int32_t* sums) {
+    for (int block = 0; block < 4; ++block)
+      for (int tile = 0; tile * kTile < tokens; ++tile)
+        multiply_block(panel + block * 512, tiles[tile], count, fresh, sums + (block * 2 + tile) * 64);
+  }
+
+  // out[token][output] of 16 tokens and 32 outputs.
+  static const int32_t* unfold(const int32_t* sums, int32_t* out) {
+    for (int block = 0; block < 4; ++block)
+      for (int tile = 0; tile < 2; ++tile)
+        for (int output = 0; output < 8; output += 4)
+          for (int token = 0; token < kTile; token += 2) {
+            const int32_t* from = sums + (block * 2 + tile) * 64 + output * 8 + token * 2;
+            const auto first = load_as<int32x4_t>(from), second = load_as<int32x4_t>(from + 16);
+            int32_t* to = out + (tile * kTile + token) * 32 + block * 8 + output;
+            vst1q_s32(to, vuzp1q_s32(first, second));
+            vst1q_s32(to + 32, vuzp2q_s32(first, second));
+          }
+    return out;
+  }
+
+ private:
+  using Sum = std::conditional_t<INT8, int32x4_t, float32x4_t>;
+
+  template <int ROWS>
+  static void arrange(uint8_t* tile) {
+    for (int row = 0; row < ROWS; row += 2, tile += 128) {
+      uint64x2_t pairs[2][4];
+      std::memcpy(pairs, tile, sizeof pairs);
+      for (int i = 0; i < 4; ++i) {
+        const uint64x2_t both[2] = {vzip1q_u64(pairs[0][i], pairs[1][i]), vzip2q_u64(pairs[0][i], pairs[1][i])};
+        std::memcpy(tile + i * 32, both, sizeof both);
+      }
+    }
+  }
+
+  static void multiply_block(const uint8_t* weights, const uint8_t* tokens, int64_t count, bool fresh, int32_t* sums) {
+    Sum total[4][4];
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 4; ++j) total[i][j] = fresh ? Sum{} : load_as<Sum>(sums + i * 16 + j * 4);
+    for (int64_t step = 0; step < count; ++step, weights += 2048, tokens += kTile * 64)
+#pragma GCC unroll 2
+      for (int part = 0; part < 128; part += 16) {
+        uint8x16_t by[4], of[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) by[i] = vld1q_u8(weights + i * 128 + part);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) of[j] = vld1q_u8(tokens + j * 128 + part);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) total[i][j] = add(total[i][j], by[i], of[j]);
+      }
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 4; ++j) std::memcpy(sums + i * 16 + j * 4, &total[i][j], sizeof(Sum));
+  }
+
+  static int32x4_t add(int32x4_t total, uint8x16_t weights, uint8x16_t tokens) {
+    return vmmlaq_s32(total, vreinterpretq_s8_u8(weights), vreinterpretq_s8_u8(tokens));
+  }
+  static float32x4_t add(float32x4_t total, uint8x16_t weights, uint8x16_t tokens) {
+    return vbfmmlaq_f32(total, vreinterpretq_bf16_u8(weights), vreinterpretq_bf16_u8(tokens));
+  }
+};
+
+#elif defined(__AMX_INT8__)
 
 // A tile is 16 rows of 64 bytes. The left operand is 16 outputs' weights as they lie, the right one 16 tokens with the four
 // bytes that follow each other in a token side by side. One step loads 4 KB for 64 cycles of multiplication, and the
@@ -129,17 +240,17 @@ struct Unit {
 #else
 
 // Vectors: outputs are the lanes, with the four bytes that follow each other in an output's weights in one lane, and the
-// four bytes of a token are broadcast. Where bytes are multiplied, one side is unsigned: weights with 128 added, for which
+// four bytes of a token are broadcast. Where x86 multiplies bytes, one side is unsigned: weights with 128 added, for which
 // 128 times the sum of the token's bytes is subtracted. Plain AVX2 cannot multiply them without overflow, and takes int8 as
 // pairs of 16 bits.
 template <bool INT8>
 struct Unit : VectorUnit {
-#if defined(AFNEXT_VNNI)
+#if defined(AFNEXT_BYTE_DOT)
   using Element = std::conditional_t<INT8, int8_t, Number>;
 #else
   using Element = std::conditional_t<INT8, int16_t, Number>;
 #endif
-  static constexpr bool kUnsigned = sizeof(Element) == 1;
+  static constexpr bool kUnsigned = sizeof(Element) == 1 && kWeightOffset != 0;
   static constexpr int64_t kPanelBytes = kSteps * 2048;
 
   static void arrange_weights(uint8_t* tile) {
@@ -184,6 +295,12 @@ struct Unit : VectorUnit {
     for_sums([&](int i, int w) {
       total[i][w] = fresh ? Sum{} + (kUnsigned ? begin[i] : 0) : load_as<Sum>(sums + i * 32 + w * kLanes);
     });
+#if defined(AFNEXT_NEON)
+    for (int64_t step = 0; step < count; ++step, panel += 2048, tokens += kTile * 64)
+      for (int part = 0; part < 64; part += 16)
+        for_four_words([&](int word) { return panel + (part + word * 4) * 16; },
+                       [&](int i) { return tokens + i * 64 + part; }, total);
+#else
     for (int64_t step = 0; step < count; ++step, panel += 2048, tokens += kTile * 64)
       for (int part = 0; part < 64; part += 4) {
         __builtin_prefetch(tokens + kTile * 64 + part * kRows);  // what the next step takes, piece by piece
@@ -195,9 +312,11 @@ struct Unit : VectorUnit {
           for (int w = 0; w < 2; ++w) total[i][w] = kept(add(total[i][w], by[w], all));
         }
       }
+#endif
     for_sums([&](int i, int w) { std::memcpy(sums + i * 32 + w * kLanes, &total[i][w], sizeof(Sum)); });
   }
 
+#if !defined(AFNEXT_NEON)
   static Sum add(Sum total, Operand weights, Operand token) {
     if constexpr (std::is_same_v<Element, float>) return total + weights * token;
     if constexpr (kUnsigned) return add_dot(total, (UBytes)weights, (Bytes)token);
@@ -206,6 +325,7 @@ struct Unit : VectorUnit {
     if constexpr (!INT8) return (Vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)weights, (__m512bh)token);
 #endif
   }
+#endif
 };
 
 #endif

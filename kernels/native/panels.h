@@ -8,7 +8,7 @@
 
 #include "panel_units.h"
 
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
 
 namespace afnext {
 
@@ -34,7 +34,12 @@ inline void convert_elements(const From* from, int64_t count, To* to) {
   }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(AFNEXT_MMLA)
+// count: a multiple of kLanes.
+inline void convert_elements(const int8_t* from, int64_t count, bfloat16* to) {
+  for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i));
+}
+#elif defined(__AVX512BF16__)
 // Of one step, 32 at most, and into all of it.
 inline void convert_elements(const int8_t* from, int64_t count, bfloat16* to) {
   const auto part = [&](int64_t first) {

@@ -20,12 +20,13 @@ Int8Groups = tuple[Tensor, Tensor, Tensor | None]
 """codes, scales, zeros"""
 
 
-_MOST_FEW_ROWS = {"amx": 4, "avx512": 16, "avx512vnni": 16, "avxvnni": 16, "avx2": 16}
+_NEON_LEVELS = ("neon", "neondot", "i8mm")
+_MOST_FEW_ROWS = {"amx": 4, **dict.fromkeys(("avx512", "avx512vnni", "avxvnni", "avx2", *_NEON_LEVELS), 16)}
 """Up to here a product reads the weights once; more rows go past weights in panels, at the levels that have it."""
-_BFLOAT16_LEVELS = ("amx", "avx512")
+_BFLOAT16_LEVELS = ("amx", "avx512", "i8mm")
 """The levels that multiply bfloat16 as it is, which then is the only dtype for panels; at others, all are widened."""
 
-_INTEGER_LEVELS = ("amx", "avx512", "avx512vnni", "avxvnni")
+_INTEGER_LEVELS = ("amx", "avx512", "avx512vnni", "avxvnni", *_NEON_LEVELS)
 """The levels that multiply a few rows of bfloat16 with int8 weights as integers."""
 _ONE_ORDER_LEVELS = ("avx2", "avxvnni")
 """The levels that add up floats in one order for any number of few rows; `dot` in linear.h."""

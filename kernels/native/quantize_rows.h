@@ -24,7 +24,7 @@ inline void quantize_row(const T* x, int8_t* codes, float* scale, int64_t width)
   for (int part = 1; part < 4; ++part) see((Vec)most[part], 0);
   *scale = largest((Vec)most[0]) / 127;
   const float divisor = *scale > 0 ? *scale : 1;
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
   // A quotient, put right by its remainder, is rounded as that of a division (Markstein 1990), which takes four times as long.
   const float inverse = 1 / divisor;
   const bool exact = divisor > 1e-30f && divisor < 1e30f;  // nothing under- or overflows

@@ -7,6 +7,18 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(AFNEXT_NEON)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX2__) || defined(AFNEXT_NEON)
+#define AFNEXT_PANELS  // the level has products of bytes (int_dot.h) and of many rows (panels.h)
+#endif
+#if defined(AFNEXT_NEON) && defined(__ARM_FEATURE_MATMUL_INT8) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define AFNEXT_MMLA  // an instruction multiplies 2 x 8 bytes with 8 x 2, or 2 x 4 bfloat16 with 4 x 2
+#endif
+#if defined(__AVX512BF16__) || defined(AFNEXT_MMLA)
+#define AFNEXT_BFLOAT16  // panels hold bfloat16, not float32
 #endif
 
 namespace afnext {
@@ -70,6 +82,21 @@ inline ByteVec narrow_to_bytes(IntVec x) {
   _mm_storel_epi64((__m128i*)&result, bytes);
   return result;
 }
+#elif defined(AFNEXT_NEON)
+inline BitVec widen(HalfVec x) { return (BitVec)vmovl_u16((uint16x4_t)x); }
+inline IntVec widen(ShortVec x) { return (IntVec)vmovl_s16((int16x4_t)x); }
+inline BitVec widen(UByteVec x) {
+  const uint8x8_t bytes = vcreate_u8(load_as<uint32_t>(&x));
+  return (BitVec)vmovl_u16(vget_low_u16(vmovl_u8(bytes)));
+}
+inline HalfVec narrow(BitVec x) { return (HalfVec)vmovn_u32((uint32x4_t)x); }
+inline ShortVec narrow(IntVec x) { return (ShortVec)vmovn_s32((int32x4_t)x); }
+inline ByteVec narrow_to_bytes(IntVec x) {
+  const int16x4_t halves = vmovn_s32((int32x4_t)x);
+  const uint32x2_t bytes = vreinterpret_u32_s8(vmovn_s16(vcombine_s16(halves, halves)));
+  const uint32_t four = vget_lane_u32(bytes, 0);
+  return load_as<ByteVec>(&four);
+}
 #else
 inline BitVec widen(HalfVec x) { return __builtin_convertvector(x, BitVec); }
 inline IntVec widen(ShortVec x) { return __builtin_convertvector(x, IntVec); }
@@ -79,22 +106,29 @@ inline ShortVec narrow(IntVec x) { return __builtin_convertvector(x, ShortVec); 
 inline ByteVec narrow_to_bytes(IntVec x) { return __builtin_convertvector(x, ByteVec); }
 #endif
 
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
 // Each of kLanes / 2 bytes in two lanes.
 inline BitVec twice(const uint8_t* p) {
+#if defined(AFNEXT_NEON)
+  const uint8x8_t bytes = vcreate_u8(load_as<uint16_t>(p));
+  return (BitVec)vmovl_u16(vget_low_u16(vmovl_u8(vzip1_u8(bytes, bytes))));
+#else
   int64_t bytes = 0;
   std::memcpy(&bytes, p, kLanes / 2);
   const __m128i one = _mm_cvtsi64_si128(bytes), two = _mm_unpacklo_epi8(one, one);
   return widen(load_as<UByteVec>(&two));
+#endif
 }
 #endif
 
 inline Vec splat(float x) { return x - Vec{}; }  // 0 + x would be an addition, for -0
 
-#if defined(__AVX2__)
+#if defined(AFNEXT_PANELS)
 // a * b + c, rounded once, whatever the compiler makes of * and +.
 inline Vec fused(Vec a, Vec b, Vec c) {
-#if defined(__AVX512F__)
+#if defined(AFNEXT_NEON)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#elif defined(__AVX512F__)
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #else
   return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
@@ -110,6 +144,8 @@ inline Vec load(const float16* p) {
   return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__)
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(AFNEXT_NEON)
+  return (Vec)vcvt_f32_f16(load_as<float16x4_t>(p));
 #else
   Vec x;
   for (int i = 0; i < kLanes; ++i) x[i] = (float)p[i];
@@ -136,6 +172,9 @@ inline void store(float16* p, Vec x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(AFNEXT_NEON)
+  const float16x4_t halves = vcvt_f16_f32((float32x4_t)x);
+  std::memcpy(p, &halves, sizeof halves);
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = (float16)x[i];
 #endif
@@ -146,6 +185,9 @@ inline Vec load(const int8_t* p) {
   return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 #elif defined(__AVX2__)
   return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#elif defined(AFNEXT_NEON)
+  const int8x8_t bytes = vcreate_s8(load_as<uint32_t>(p));
+  return (Vec)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
 #else
   return __builtin_convertvector(load_as<ByteVec>(p), Vec);
 #endif
@@ -187,6 +229,8 @@ inline void store_first(T* p, Vec x, int count) {
 inline float sum(Vec x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
+#elif defined(AFNEXT_NEON)
+  return vaddvq_f32((float32x4_t)x);
 #else
   float total[kLanes];
   std::memcpy(total, &x, sizeof x);
@@ -199,6 +243,8 @@ inline float sum(Vec x) {
 inline int32_t sum(IntVec x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_epi32((__m512i)x);
+#elif defined(AFNEXT_NEON)
+  return vaddvq_s32((int32x4_t)x);
 #else
   int32_t total = 0;
   for (int i = 0; i < kLanes; ++i) total += x[i];
@@ -207,6 +253,9 @@ inline int32_t sum(IntVec x) {
 }
 
 inline float largest(Vec x) {  // NaN if there is one
+#if defined(AFNEXT_NEON)
+  return vmaxvq_f32((float32x4_t)x);
+#else
 #if defined(__AVX512F__)
   const __m512 all = (__m512)x;
   if (!_mm512_cmp_ps_mask(all, all, _CMP_UNORD_Q)) return _mm512_reduce_max_ps(all);
@@ -214,12 +263,17 @@ inline float largest(Vec x) {  // NaN if there is one
   float most = x[0];
   for (int i = 1; i < kLanes; ++i) most = x[i] > most || x[i] != x[i] ? x[i] : most;
   return most;
+#endif
 }
 
 inline bool any(IntVec mask) {
+#if defined(AFNEXT_NEON)
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
+#else
   for (int i = 0; i < kLanes; ++i)
     if (mask[i]) return true;
   return false;
+#endif
 }
 
 inline float to_float(float x) { return x; }

@@ -85,9 +85,9 @@ def load(
     """Load a model from the package, a checkpoint folder or the Hub.
 
     model: a folder, a name such as "nvidia/audio-flamingo-next-hf", or "afnext-tiny", the small model that is bundled
-    with the package and has a closed vocabulary. device: "auto" (a GPU if there is one), or a torch device. dtype:
-    "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32". page_size,
-    chunk_size (None: 1024, on GPUs 2048 from 20 GB on and 4096 from 40 GB on), encode_batch, max_batch, kv,
+    with the package and has a closed vocabulary. device: "auto" (a GPU if there is one), or a torch device other than
+    "mps". dtype: "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32".
+    page_size, chunk_size (None: 1024, on GPUs 2048 from 20 GB on and 4096 from 40 GB on), encode_batch, max_batch, kv,
     release_encoder, prefix_cache_bytes, encoder_cache_bytes, draft_tokens, batch_invariant: see `EngineOptions`.
     memory: limit for the model and its requests, in bytes or as "8GB"; None for the device's free memory. quant: pack
     dense weights while they are read, as "int8", "int8-w8a8", "int4", "int4-w4a8", "nf4" or "small", a variant such as
@@ -206,6 +206,10 @@ def usable_device(device: str | torch.device) -> torch.device:
     """The device of that name; "auto" is the GPU if there is one. Raises AfnextError if it cannot be used."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(device).partition(":")[0] == "mps":
+        raise AfnextError(
+            'afnext does not compute on Apple\'s GPUs ("mps"); choose "cpu", which has kernels for Apple silicon'
+        )
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

@@ -53,6 +53,34 @@ def test_the_level_is_the_one_that_pays(faster: int, level: str, monkeypatch: py
     assert native.best_level.__wrapped__() == "amx"
 
 
+def test_the_levels_are_those_of_the_architecture_compiled_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of the compiler, so that one for ARM makes ARM's libraries on any machine."""
+    compiler = tmp_path / "cross-g++"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = -dumpmachine ] && exec echo aarch64-linux-gnu\n'
+        'while [ "$1" != -o ]; do line="$line $1"; shift; done\necho "$line" > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    built = build.build(tmp_path / "made", tmp_path / "objects")
+    assert [library.stem for library in built] == [
+        f"libafnext_{level}" for level in ("portable", "neon", "neondot", "i8mm")
+    ]
+    flags = {level: (tmp_path / "objects" / level / "norm.o").read_text() for level in build.levels("arm64")}
+    assert "-fopenmp" in flags["portable"]
+    assert "-DAFNEXT_NEON" not in flags["portable"]
+    assert "-DAFNEXT_NEON" in flags["neon"]
+    assert "-march" not in flags["neon"]
+    assert "+dotprod " in flags["neondot"]
+    assert "+dotprod+i8mm+bf16 " in flags["i8mm"]
+
+
+def test_macos_links_no_second_openmp() -> None:
+    compiled, linked = build.openmp_flags("arm64-apple-darwin23.6.0")
+    assert compiled == ["-Xpreprocessor", "-fopenmp"]
+    assert linked == ["-undefined", "dynamic_lookup"]
+
+
 @needs_native
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' table of mapped files")
 def test_torch_and_the_kernels_share_one_openmp() -> None:

@@ -39,6 +39,20 @@ def test_each_file_of_a_checkpoint_is_opened_once(folder: Path) -> None:
     assert set(counts.values()) == {1}, counts
 
 
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("mps", r'Apple\'s GPUs.*"cpu".*Apple silicon'),
+        ("mps:0", "Apple's GPUs"),
+        ("abacus", "'abacus' cannot be used.*\"cpu\""),
+    ],
+    ids=["mps", "mps:0", "abacus"],
+)
+def test_a_device_that_cannot_be_used_is_named_with_those_that_can(device: str, said: str) -> None:
+    with pytest.raises(afnext.AfnextError, match=said):
+        afnext.load(device=device)
+
+
 def component_layout(source: Path, target: Path) -> Path:
     """The checkpoint `source` as NVIDIA stores it, tokenizer and generation settings in llm/."""
     weights = load_file(source / "model.safetensors")
