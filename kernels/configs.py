@@ -188,7 +188,7 @@ def _stored() -> dict[str, Any]:
         stored = json.loads(_path().read_text())
         if isinstance(stored, dict):
             return stored
-        _log.warning("%s holds no table of configs; it is ignored", _path())
+        _log.warning("%s has no table of configs and is ignored", _path())
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:

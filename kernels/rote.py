@@ -283,7 +283,7 @@ def _check_angles(x: Tensor, angles: Tensor | None, windows: Tensor | None) -> N
     length = pooled_length(x.shape[1])
     if angles is None:
         if windows is not None:
-            raise ValueError("windows choose among angles, and there are no angles")
+            raise ValueError("windows are given without angles")
     elif windows is None:
         if angles.shape[:2] != (x.shape[0], length) or 2 * angles.shape[-1] > x.shape[-1]:
             raise ValueError(f"angles {tuple(angles.shape)} do not fit {tuple(x.shape)} pooled to {length} tokens")

@@ -121,7 +121,7 @@ def search_scales(
     """
     for weight, _ in layers:
         if activations.ndim != 2 or activations.shape[1] != weight.shape[1]:
-            raise ValueError(f"activations {tuple(activations.shape)} are no input of a weight {tuple(weight.shape)}")
+            raise ValueError(f"activations {tuple(activations.shape)} do not fit a weight {tuple(weight.shape)}")
     if len(activations) == 0 or not activations.isfinite().all():
         raise ValueError("activation-aware scaling needs one row of activations or more, all finite")
     x = activations.to(torch.promote_types(activations.dtype, torch.float32))

@@ -66,7 +66,7 @@ class ForeignFormat:
     def from_config(cls, values: Any) -> "ForeignFormat":
         """Read the quantization_config of a config.json. Raises ImportFormatError for unsupported formats."""
         if not isinstance(values, Mapping):
-            raise ImportFormatError("the quantization_config of config.json is no JSON object; the file is damaged")
+            raise ImportFormatError("the quantization_config of config.json is not a JSON object; the file is damaged")
         method = values.get("quant_method")
         if method == "gptq":
             return _gptq_format(values)
@@ -190,7 +190,7 @@ def _group_size(value: Any) -> int | None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ImportFormatError(
-            f"the quantization_config has group_size = {str(value)[:40]!r}, which is no number of inputs"
+            f"the quantization_config has group_size = {str(value)[:40]!r}, which is not a number of inputs"
         )
     return value
 

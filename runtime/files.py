@@ -156,7 +156,7 @@ def parse_json_object(data: bytes, where: str, error: type[AfnextError]) -> dict
         if len(values) != len(pairs):
             repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise error(
-                f"{where}: the key {shown(repeated)} stands twice in one object; the file is damaged or forged."
+                f"{where}: the key {shown(repeated)} occurs twice in one object; the file is damaged or forged."
             )
         return values
 

@@ -131,7 +131,7 @@ def parse_request(text: bytes, where: str) -> Request:
 def _request(line: Mapping[str, Any], where: str) -> Request:
     custom_id, url, body = line.get("custom_id"), line.get("url"), line.get("body")
     if not isinstance(custom_id, str) or not custom_id:
-        raise RequestError(f"{where} has no custom_id; give each request one of its own, as text.")
+        raise RequestError(f"{where} has no custom_id; give each request its own, as text.")
     if line.get("method", "POST") != "POST" or url not in (CHAT, TRANSCRIPTIONS):
         raise RequestError(f"{where}: only POST to {CHAT} and {TRANSCRIPTIONS} can be answered, not {shown(url)}.")
     if not isinstance(body, dict):
@@ -140,7 +140,7 @@ def _request(line: Mapping[str, Any], where: str) -> Request:
     if url == CHAT:
         list(_audio_texts(_messages(body, where)))
     elif not isinstance(body.get("file"), str):
-        raise RequestError(f"{where}: body.file has to be the path of a recording, or a data: URL with it.")
+        raise RequestError(f"{where}: body.file must be the path of a recording, or a data: URL with it.")
     elif body.get("response_format", "json") not in _STYLES:
         raise RequestError(
             f"{where}: response_format can be {', '.join(_STYLES)}, not {shown(body['response_format'])}."
@@ -161,13 +161,13 @@ def _check_fields(body: Mapping[str, Any], known: set[str], where: str) -> None:
 def _messages(body: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise RequestError(f"{where}: body.messages has to be a list of messages.")
+        raise RequestError(f"{where}: body.messages must be a list of messages.")
     for message in messages:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise RequestError(f"{where}: a message cannot have the role {shown(role)}.")
         if not isinstance(content, str | list) or not all(isinstance(part, str | dict) for part in content):
-            raise RequestError(f"{where}: the content of a message has to be text or a list of parts.")
+            raise RequestError(f"{where}: the content of a message must be text or a list of parts.")
     return messages
 
 
@@ -207,7 +207,7 @@ def _source(text: str) -> AudioSource:
         return path
     head, comma, data = text.partition(",")
     if not comma or not head.endswith(";base64"):
-        raise RequestError("a data: URL has to hold base64, as in data:audio/wav;base64,UklGR...")
+        raise RequestError("a data: URL must contain base64, as in data:audio/wav;base64,UklGR...")
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:

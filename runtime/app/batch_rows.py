@@ -121,7 +121,7 @@ class JsonLines:
             if isinstance(row, dict) and isinstance(row.get("id"), str) and row.get("status") in (OK, FAILED):
                 return row["id"], row["status"]
         raise OutputError(
-            f"line {number} of {self._path} is no row of a batch ({shown(line[:40].decode('utf-8', 'replace'))}); "
+            f"line {number} of {self._path} is not a row of a batch ({shown(line[:40].decode('utf-8', 'replace'))}); "
             "choose another file for --out, or remove the line."
         )
 
@@ -205,7 +205,7 @@ class ParquetParts:
             return table.select(columns)  # raises KeyError if one is missing
         except (OSError, ValueError, KeyError) as problem:  # pyarrow's errors are ValueErrors and KeyErrors
             reason = shown(str(problem).partition("\n")[0])
-            raise OutputError(f"{part} holds no rows of a batch ({reason}); choose another --out.") from None
+            raise OutputError(f"{part} has no rows of a batch ({reason}); choose another --out.") from None
 
     def _write(self, path: Path, rows: list[dict[str, str | None]]) -> None:
         import pyarrow

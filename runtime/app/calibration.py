@@ -70,7 +70,7 @@ class Example:
 def read_examples(folder: Path) -> list[Example]:
     """The examples in a folder, by name. Raises CalibrationError if there is none, or a text without its recording."""
     if not folder.is_dir():
-        raise CalibrationError(f"{folder} is no folder; give one with the recordings to calibrate on")
+        raise CalibrationError(f"{folder} is not a folder; give one with the recordings to calibrate on")
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     recordings = [path for path in files if path.suffix.lower() != ".txt"]
     texts = {path for path in files if path.suffix.lower() == ".txt"}
@@ -81,7 +81,7 @@ def read_examples(folder: Path) -> list[Example]:
         examples.append(Example(audio, asked, _text(answer) if answer in texts else ""))
         texts -= {answer, question}
     if texts:
-        raise CalibrationError(f"{min(texts)} has no recording of its name beside it; add that or remove the text")
+        raise CalibrationError(f"{min(texts)} has no recording of the same name; add one, or remove the text")
     if not examples:
         raise CalibrationError(f"{folder} has no recordings; give a folder with some to calibrate on")
     return examples
@@ -241,7 +241,7 @@ class _Calibrator:
             state = _State.read(self.work)
             if state.fingerprint != fingerprint:
                 raise CalibrationError(
-                    f"{self.out} holds an unfinished calibration of other inputs or options; remove it, or repeat that"
+                    f"{self.out} has an unfinished calibration with other inputs or options; remove it, or use those"
                 )
             return state
         if self.out.exists() and any(path != self.work for path in self.out.iterdir()):

@@ -231,7 +231,7 @@ def _with_audio(messages: Sequence[Message], recordings: int) -> list[Message]:
         content = message.get("content")
         parts = content if isinstance(content, list | tuple) else ()
         if any(isinstance(part, Mapping) and part.get("type") == "audio" for part in parts):
-            raise PromptError("the audio has been heard already; leave it out of the messages.")
+            raise PromptError("the audio is already in the context; leave it out of the messages.")
         if message.get("role") == "system":
             raise PromptError("the system message comes before the audio; give it to listen.")
     first, *later = messages
@@ -301,7 +301,7 @@ def _text(name: str) -> str:
 
 def _described(text: str, path: Path) -> tuple[str | None, tuple[Recording, ...]]:
     """The system message and recordings that a file describes. Raises ContextFileError if it is not valid."""
-    problem = f"{path} does not say what it holds; listen and save again."
+    problem = f"{path} has no valid description; listen and save again."
     values = parse_json_object(text.encode(errors="surrogatepass"), str(path), ContextFileError)
     system, entries = values.get("system"), values.get("recordings")
     if not isinstance(system, str | None) or not isinstance(entries, list) or not entries:

@@ -56,7 +56,7 @@ def _cuda_device(name: str) -> torch.device:
     if not count:
         raise DeviceError(f"this machine has no GPU that torch can use; {_GIVE}")
     if not index.isdigit() or int(index) >= count:
-        raise DeviceError(f"{name!r} is no GPU of this machine, which has cuda:0 to cuda:{count - 1}; {_GIVE}")
+        raise DeviceError(f"{name!r} is not a GPU of this machine, which has cuda:0 to cuda:{count - 1}; {_GIVE}")
     return torch.device("cuda", int(index))
 
 

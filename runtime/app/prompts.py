@@ -139,8 +139,8 @@ class Prompts:
         texts, silent = settings.get("tasks"), settings.get("no_speech", [])
         if not (isinstance(texts, dict) and isinstance(silent, list) and _are_texts([*texts.values(), *silent])):
             raise CheckpointError(
-                f'{FILE} should read {{"tasks": {{name: prompt}}, "no_speech": [answer]}}, all of them strings; mend '
-                "the file, or remove it to use the prompts of the model card."
+                f'{FILE} should read {{"tasks": {{name: prompt}}, "no_speech": [answer]}}, all of them strings; '
+                "correct the file, or remove it to use the prompts of the model card."
             )
         tasks = {
             name: replace(TASKS.get(name, Task(name, "", None, ())), prompt=text, variants=(), from_card=False)
@@ -159,7 +159,7 @@ class Prompts:
             raise PromptError(f"there is no prompt for the task {task!r} here; there is one for {self._names()}.")
         prompt = self.tasks[task].prompt
         if prompt is None:
-            raise PromptError(f"the task {task!r} has no prompt of its own; ask your question instead.")
+            raise PromptError(f"the task {task!r} has no prompt; ask your own question instead.")
         if "{target}" not in prompt:
             if to is not None or source is not None:
                 raise PromptError(f"the task {task!r} takes no language; leave it out, or choose the task 'ast'.")

@@ -121,7 +121,7 @@ class Engine:
         limit, prompt = self._model.config.decoder.max_positions, len(request.token_ids)
         if request.budget > limit:
             raise ContextLengthError(
-                f"the prompt has {prompt} tokens and up to {request.budget - prompt} are asked for, "
+                f"the prompt has {prompt} tokens and up to {request.budget - prompt} are requested, "
                 f"but the model's context ends at {limit}. Shorten the prompt or lower max_new_tokens."
             )
         if pages_for(request.budget, self.options.page_size) > self._steps.pages.limit:
@@ -133,7 +133,7 @@ class Engine:
         if request.prefix is not None:
             length = len(request.prefix.token_ids)
             if length >= prompt or request.token_ids[:length] != request.prefix.token_ids:
-                raise ValueError("the prompt must begin with its prefix and go on after it")
+                raise ValueError("the prompt must begin with its prefix and be longer")
 
     def listen(self, request: Request) -> Prefix:
         """Compute only the keys and values of a prompt (`sampling` is None). Raises AfnextError if it is cancelled."""

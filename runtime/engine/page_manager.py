@@ -170,7 +170,7 @@ class PageManager:
             try:
                 self._executor.resize(pages)
             except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-                _log.warning("no memory for %d KV pages (%s); %d are there, of at most %d", pages, error, pool.pages,
+                _log.warning("no memory for %d KV pages (%s); the cache has %d of at most %d", pages, error, pool.pages,
                              self.limit)  # fmt: skip
             else:
                 self._retry_after = _FIRST_RETRY

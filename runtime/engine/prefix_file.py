@@ -131,12 +131,12 @@ class SavedPrefix:
         start = self._read(8)
         length = int.from_bytes(start, "little")
         if length > MAX_HEADER_BYTES:
-            raise ContextFileError(f"{self._path} is no context: its header is too long; listen and save again.")
+            raise ContextFileError(f"{self._path} is not a context: its header is too long; listen and save again.")
         head = start + self._read(length)
         try:
             return parse_header_and_metadata(_Head(head, os.fstat(self._file.fileno()).st_size), self._path.name)
         except CheckpointError as error:
-            raise ContextFileError(f"{self._path} is no sound context ({error}); listen and save again.") from None
+            raise ContextFileError(f"{self._path} is not a valid context ({error}); listen and save again.") from None
 
     def _tensor(self, name: str) -> Tensor:
         """The next tensor of the file, whose name and shape have been checked."""

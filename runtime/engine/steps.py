@@ -503,9 +503,9 @@ class Steps:
         """Fail every sequence and refuse new ones."""
         dead = self.executor.failure  # logged already
         if dead is None:
-            _log.critical("the engine cannot go on", exc_info=error)
+            _log.critical("the engine cannot continue", exc_info=error)
             dead = EngineDeadError(
-                f"the engine failed and cannot go on in this process ({type(error).__name__}: {error}). Restart it."
+                f"the engine failed and cannot continue in this process ({type(error).__name__}: {error}). Restart it."
             )
             dead.__cause__ = error
         self.dead = dead

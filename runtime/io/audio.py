@@ -256,7 +256,7 @@ def _as_numpy(array: Any) -> np.ndarray:
         array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
     if isinstance(array, np.ma.MaskedArray):
         if np.ma.is_masked(array):
-            raise AudioError("samples of the array are masked; say what is heard in their place, as array.filled(0).")
+            raise AudioError("samples of the array are masked; replace them, for example by array.filled(0).")
         array = array.data
     if not isinstance(array, np.ndarray):
         raise AudioError(

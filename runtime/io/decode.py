@@ -252,8 +252,8 @@ class Decoder:
             size = self._source.size
             many = "bytes" if size is None else f"{size - end} bytes"
             self._notes.append(
-                f"the file goes on for {many} after the end that its header states, which are not heard; "
-                "if they are sound, mend the header"
+                f"the file goes on for {many} after the end that its header states, which are ignored; "
+                "if they are audio, correct the header"
             )
         self._source.raise_error()
         return False
@@ -345,8 +345,8 @@ class Decoder:
             )
         if kind.format.removesuffix("p") not in _DTYPES:
             raise AudioError(
-                f"{self.name} holds samples in the format {kind.format}, which is not read; convert it to WAV with "
-                "16 or 24 bits, or to FLAC."
+                f"{self.name} holds samples in the format {kind.format}, which is not supported; convert it to WAV "
+                "with 16 or 24 bits, or to FLAC."
             )
         self._kind = kind
         if not self.sample_rate:

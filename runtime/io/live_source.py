@@ -51,7 +51,7 @@ def raw_pieces(file: BinaryIO, format: str, *, rate: int, channels: int, warn: W
             heard = True
             yield mix(np.frombuffer(data[:whole], dtype).reshape(-1, channels).T), rate
     if rest:
-        problem = f"the audio ends within a frame of {frame} bytes: the last {len(rest)} bytes are not heard"
+        problem = f"the audio ends within a frame of {frame} bytes: the last {len(rest)} bytes are dropped"
         if not heard:
             raise AudioError(f"{problem}, and nothing else is there; check its format and channels.")
         warn((f"{problem}; check its format and channels",))

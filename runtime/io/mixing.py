@@ -75,7 +75,7 @@ class Cancellation:
         if self._counted < _ENOUGH or self._loudest < _SILENT or self._mix > _CANCELLED * self._alone:
             return None
         return (
-            "the channels cancel each other: they have opposite phase, and their mix, which is what is heard, is far "
+            "the channels cancel each other: they have opposite phase, and their mix, which the model gets, is far "
             "quieter than each of them; pass one channel alone"
         )
 

@@ -177,7 +177,7 @@ def _checked(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]
             raise PromptError(f"{where} has the role {role!r}; expected one of {', '.join(ROLES)}.")
         surplus = [repr(key) for key in message if key not in ("role", "content")]
         if surplus:
-            raise PromptError(f"{where} has {', '.join(surplus)} besides role and content. Leave that out.")
+            raise PromptError(f"{where} has {', '.join(surplus)} besides role and content. Leave it out.")
         conversation.append({"role": role, "content": _checked_content(message.get("content"), where)})
     audio_parts = [
         0 if isinstance(message["content"], str) else sum(part["type"] == "audio" for part in message["content"])
@@ -218,5 +218,5 @@ def _check_placeholders(written: int, wanted: int) -> None:
     if written != wanted:
         raise PromptError(
             f"the checkpoint's chat template wrote {written} audio placeholders for {wanted} messages with audio. Put "
-            "audio into user messages only; if it is there, use a template that writes one <sound> a message."
+            "audio into user messages only, or use a template that writes one <sound> per message."
         )

@@ -62,7 +62,7 @@ def parse_segments(text: str, duration: float) -> tuple[list[Segment], list[str]
         problems.append(f"nothing is said there: {_some([text[markers[-1].start : markers[-1].end]])}")
     untimed = sum(draft.start is None for draft in drafts)
     if untimed:
-        problems.append(f"{untimed} of {len(drafts)} segments have no time of their own; theirs are estimated")
+        problems.append(f"{untimed} of {len(drafts)} segments have no time; it is estimated")
     segments = [
         Segment(
             start,
@@ -108,7 +108,7 @@ def _without_tags(text: str, problems: list[str]) -> str:
         if index % 2:
             kept.append(" ")
     if left_out:
-        problems.append(f"left out, being no speech: {_some(left_out)}")
+        problems.append(f"left out, not speech: {_some(left_out)}")
     return "".join(kept)
 
 

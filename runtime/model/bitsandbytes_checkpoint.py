@@ -62,7 +62,7 @@ def from_bitsandbytes(stored: Checkpoint) -> tuple[Checkpoint, Recipe]:
             if is_matrix(name, stored.shape(name)):
                 schemes[layer] = None
     if not any(schemes.values()):
-        raise CheckpointError(f"{stored.folder} says {METHOD} and holds no weights in NF4 or LLM.int8.")
+        raise CheckpointError(f"{stored.folder} says {METHOD} but has no weights in NF4 or LLM.int8.")
     return Checkpoint(stored.folder, parameters, stored.files, metadata={}), Recipe(METHOD, fewest_rules(schemes))
 
 

@@ -65,7 +65,7 @@ class Checkpoint:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise CheckpointError(f"{folder} is no folder; give the folder that holds config.json and the weights.")
+            raise CheckpointError(f"{folder} is not a folder; give the folder that has config.json and the weights.")
         refuse_adapter(folder)
         parameters: dict[str, StoredParameter] = {}
         files: list[Path] = []

@@ -73,5 +73,5 @@ def _added_tokens(files: CheckpointFolder) -> dict[str, int]:
         if not isinstance(spelling, str) or not isinstance(index, int):
             continue
         if found.setdefault(spelling, index) != index and spelling in _ID_KEYS.values():
-            raise ConfigError(f"the tokenizer files disagree about the id of {spelling}; save the tokenizer anew.")
+            raise ConfigError(f"the tokenizer files disagree about the id of {spelling}; save the tokenizer again.")
     return found

@@ -262,7 +262,9 @@ def _rope(section: Section, default_theta: float) -> tuple[float, float | None]:
         settings_section.choice("rope_type", "type", among=("default",), default="default")
         unknown = settings_section.values.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
         if unknown:
-            settings_section.error(shown(min(unknown)), "is no setting of plain rotary embeddings, the only ones here.")
+            settings_section.error(
+                shown(min(unknown)), "is not a setting of plain rotary embeddings; others are not supported."
+            )
     theta = _agreed([section, *settings.values()], "rope_theta", MAX_THETA)
     return theta or default_theta, _agreed([section, *settings.values()], "partial_rotary_factor", 1.0)
 
@@ -292,7 +294,7 @@ def _rote(top: Section, encoder_width: int) -> RoteConfig:
         )
     positions = top.number("max_position_embeddings", default=theta, high=MAX_THETA)
     if positions != theta:
-        top.error("max_position_embeddings", f"is {positions:g}, but RoTE's {theta:g} (rope_theta) has to be the same.")
+        top.error("max_position_embeddings", f"is {positions:g}, but RoTE's {theta:g} (rope_theta) must be the same.")
     return RoteConfig(theta, dim, top.number("audio_frame_step", default=0.01, high=1.0) * 4)
 
 

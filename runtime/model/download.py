@@ -120,7 +120,7 @@ def gguf_weights(files: Collection[str], file: str) -> list[str]:
     if len(beside) > 1:
         raise CheckpointError(
             f"several mmproj files lie beside {file} ({', '.join(beside[:5])}); download it and one of them into a "
-            "folder of their own, and give that."
+            "separate folder, and give that folder."
         )
     return [file, *beside]
 

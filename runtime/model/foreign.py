@@ -120,7 +120,7 @@ class ForeignCheckpoint:
         first = PARTS[self.format.method][0]
         found = tuple(name.removesuffix(f".{first}") for name in self.files.names if name.endswith(f".{first}"))
         if not found:
-            raise ImportFormatError(f"{self.folder} says {self.format.method} and holds no layer with .{first}")
+            raise ImportFormatError(f"{self.folder} says {self.format.method} but has no layer with .{first}")
         return found
 
     def _check_names(self) -> None:
@@ -130,7 +130,7 @@ class ForeignCheckpoint:
         unknown += [layer for layer in self.layers if not _is_product(f"{layer}.weight")]
         if unknown:
             raise CheckpointError(
-                f"{self.folder} holds {len(unknown)} tensors that the model has no use for ({first_five(unknown)}); "
+                f"{self.folder} holds {len(unknown)} tensors that the model does not use ({first_five(unknown)}); "
                 "it belongs to another model, or was quantized in layers that cannot be imported"
             )
         missing = [

@@ -101,7 +101,7 @@ def parse_gguf_header(data: Contents, file: str) -> GgufHeader:
     """The header of the whole GGUF file `data`. Raises CheckpointError naming `file` for a damaged or forged one."""
     cursor = _Cursor(data, file)
     if cursor.take(4) != _MAGIC:
-        raise CheckpointError(f"{file} is no GGUF file; check the path.")
+        raise CheckpointError(f"{file} is not a GGUF file; check the path.")
     version = cursor.number("<u4")
     if version not in (2, 3):
         kind = "big-endian, or " if version in (2 << 24, 3 << 24) else ""
@@ -116,7 +116,7 @@ def parse_gguf_header(data: Contents, file: str) -> GgufHeader:
     for _ in range(values):
         key = cursor.string(MAX_KEY_BYTES, "a metadata key")
         if key in metadata:
-            raise CheckpointError(f"{file}: the metadata key {shown(key)} stands there twice; the file is damaged.")
+            raise CheckpointError(f"{file}: the metadata key {shown(key)} occurs twice; the file is damaged.")
         metadata[key] = cursor.value(key)
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(alignment) is not int or not 8 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
@@ -126,7 +126,7 @@ def parse_gguf_header(data: Contents, file: str) -> GgufHeader:
     found: dict[str, GgufTensor] = {}
     for name, kind, shape, nbytes, offset in table:
         if name in found:
-            raise CheckpointError(f"{file}: tensor {shown(name)} stands there twice; the file is damaged.")
+            raise CheckpointError(f"{file}: tensor {shown(name)} occurs twice; the file is damaged.")
         if offset % alignment:
             raise CheckpointError(f"{file}: tensor {shown(name)} is not aligned to {alignment} bytes; it is damaged.")
         found[name] = GgufTensor(kind, shape, start + offset, start + offset + nbytes)
@@ -223,7 +223,8 @@ def _table_entry(cursor: _Cursor) -> tuple[str, str, tuple[int, ...], int, int]:
     weights, nbytes = _BLOCKS[kind]
     if (shape[-1] if shape else 1) % weights:
         raise CheckpointError(
-            f"{where} has the shape {shown_shape(shape)}, whose rows are no whole blocks of {kind} ({weights} weights)."
+            f"{where} has the shape {shown_shape(shape)}, whose rows are not whole blocks of {kind} "
+            f"({weights} weights)."
         )
     return name, kind, shape, math.prod(shape) // weights * nbytes, offset
 

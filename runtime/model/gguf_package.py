@@ -44,11 +44,11 @@ def package_contents(file: GgufFile) -> dict[str, bytes]:
     names = _strings(file, f"{_FILES}.names")
     if len(names) > MAX_FILES or len(set(names)) != len(names):
         raise CheckpointError(
-            f"{file.label} embeds {len(names):,} files; expected at most {MAX_FILES}, each of its own name."
+            f"{file.label} embeds {len(names):,} files; expected at most {MAX_FILES}, each with its own name."
         )
     for name in names:
         if not _FILE_NAME.fullmatch(name):
-            raise CheckpointError(f"{file.label} embeds a file called {shown(name)}, which is no plain name.")
+            raise CheckpointError(f"{file.label} embeds a file called {shown(name)}, which is not a plain name.")
     if f"{_FILES}.contents" in file.metadata:
         contents = [text.encode() for text in _strings(file, f"{_FILES}.contents")]
         if len(contents) != len(names):
@@ -56,7 +56,7 @@ def package_contents(file: GgufFile) -> dict[str, bytes]:
         return dict(zip(names, contents, strict=True))
     offsets, data = _numbers(file, f"{_FILES}.offsets"), _numbers(file, f"{_FILES}.data")
     if data.itemsize != 1:
-        raise CheckpointError(f"{file.label}: {_FILES}.data are no bytes; the file is damaged.")
+        raise CheckpointError(f"{file.label}: {_FILES}.data are not bytes; the file is damaged.")
     ends = [int(offset) for offset in offsets]
     if len(ends) != len(names) + 1 or ends[0] != 0 or ends[-1] != len(data) or ends != sorted(ends):
         raise CheckpointError(
@@ -106,12 +106,12 @@ def package_tensors(file: GgufFile) -> list[tuple[str, str | None, tuple[int, ..
 def _strings(file: GgufFile, key: str) -> list[str]:
     value: Any = file.metadata.get(key)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise CheckpointError(f"{file.label}: {key} is no list of strings; the file is damaged.")
+        raise CheckpointError(f"{file.label}: {key} is not a list of strings; the file is damaged.")
     return value
 
 
 def _numbers(file: GgufFile, key: str) -> "np.ndarray[Any, np.dtype[Any]]":
     value: Any = file.metadata.get(key)
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
-        raise CheckpointError(f"{file.label}: {key} is no list of whole numbers; the file is damaged.")
+        raise CheckpointError(f"{file.label}: {key} is not a list of whole numbers; the file is damaged.")
     return value

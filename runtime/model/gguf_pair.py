@@ -94,7 +94,7 @@ def pair_contents(text: GgufFile, encoder: GgufFile) -> dict[str, bytes]:
         if found != expected:
             raise ConfigError(f"{text.label}: tokenizer.ggml.{key} is {shown(found)}; this runtime reads {expected!r}.")
     if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
-        raise ConfigError(f"{text.label}: the vocabulary has tokens twice, or as many types as tokens it has not.")
+        raise ConfigError(f"{text.label}: the vocabulary has duplicate tokens, or not one type per token.")
     normal = next((i for i, kind in enumerate(kinds) if kind != _NORMAL), len(tokens))
     used = [i for i, kind in enumerate(kinds) if kind not in (_NORMAL, _UNUSED)]
     if any(kind not in (_CONTROL, _USER, _UNUSED) for kind in kinds[normal:]):
@@ -123,7 +123,7 @@ def pair_contents(text: GgufFile, encoder: GgufFile) -> dict[str, bytes]:
 
 def _config(text: GgufFile, encoder: GgufFile, added: Mapping[str, int]) -> dict[str, Any]:
     if "<sound>" not in added:
-        raise ConfigError(f"{text.label} has no token <sound>; it is no Audio Flamingo.")
+        raise ConfigError(f"{text.label} has no token <sound>; it is not an Audio Flamingo.")
     projector = encoder.metadata.get("clip.audio.projector_type", encoder.metadata.get("clip.projector_type"))
     if projector != PROJECTOR:
         raise ConfigError(f"{encoder.label} has the projector {shown(projector)}; this runtime reads {PROJECTOR!r}.")
@@ -217,5 +217,5 @@ def _array(file: GgufFile, key: str) -> Any:
     value = file.metadata.get(key)
     wanted = np.ndarray if key.endswith("token_type") else list
     if not isinstance(value, wanted):
-        raise ConfigError(f"{file.label}: {key} is missing or no list; the file is damaged.")
+        raise ConfigError(f"{file.label}: {key} is missing or not a list; the file is damaged.")
     return value

@@ -95,14 +95,14 @@ def resolve(
         return _BUNDLED_FOLDER
     if name and folder.exists():
         raise CheckpointError(
-            f"{folder} is a file and no GGUF; give a {GGUF_SUFFIX} file, or the folder that holds config.json and "
+            f"{folder} is a file but not a GGUF; give a {GGUF_SUFFIX} file, or the folder that holds config.json and "
             "weights."
         )
     if isinstance(model, str) and (found := _HUB_FILE.fullmatch(name)):
         return _snapshot(found[1], revision, offline or _is_offline(), True, progress, found[2]) / found[2]
     if not isinstance(model, str) or not HUB_NAME.fullmatch(name):
         raise CheckpointError(
-            f"there is no folder {name!r}, and a name on the Hub would read org/name; check the path. "
+            f"there is no folder {name!r}, and a name on the Hub has the form org/name; check the path. "
             f"Short names are {', '.join(SHORT_NAMES)}."
         )
     return _snapshot(name, revision, offline or _is_offline(), weights, progress)
@@ -224,7 +224,7 @@ def _cached(name: str, revision: str | None) -> Path | None:
     """The snapshot of a revision in the cache, complete or not. Raises CheckpointError for an invalid revision."""
     revision = revision or "main"
     if ".." in revision or revision.startswith("/") or "\\" in revision:
-        raise CheckpointError(f"{revision!r} is no revision; give a branch, tag or commit.")
+        raise CheckpointError(f"{revision!r} is not a revision; give a branch, tag or commit.")
     repository = _repository(name)
     reference = repository / "refs" / revision
     commit = reference.read_text().strip() if reference.is_file() else revision
@@ -284,7 +284,8 @@ def _explain(name: str, revision: str | None, problem: Exception) -> NoReturn:
         advice = "is not in the local cache, and the Hub cannot be reached: check the network, or give a local folder."
     elif isinstance(problem, errors.HFValidationError):
         advice = (
-            "is no valid name on the Hub; it would read org/name. A local folder of that name does not exist either."
+            "is not a valid name on the Hub, which has the form org/name. A local folder of that name does not exist "
+            "either."
         )
     else:
         advice = (

@@ -72,7 +72,7 @@ def to_quantize(config: ModelConfig, recipe: Recipe | None) -> ModelConfig:
         return config
     if config.quantization is not None and not recipe.extends(config.quantization):
         raise ConfigError(
-            f"the checkpoint is quantized already ({config.quantization.name}), and not as asked for ({recipe.name}); "
+            f"the checkpoint is quantized already ({config.quantization.name}), and not as requested ({recipe.name}); "
             "leave quant out, or quantize the dense weights."
         )
     check_rules(config, recipe)

@@ -63,7 +63,7 @@ def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
             owner = module.get_submodule(path)
             expected = owner.get_buffer(leaf)
         except AttributeError:
-            raise CheckpointError(f"the checkpoint's tensor {name} has no place in the model") from None
+            raise CheckpointError(f"the checkpoint's tensor {name} does not belong to the model") from None
         if expected.shape != tensor.shape:
             raise CheckpointError(
                 f"the tensor {name} has the shape {tuple(tensor.shape)}, the config asks for {tuple(expected.shape)}"

@@ -98,7 +98,7 @@ def test_folding_changes_nothing_before_rounding(seed: int) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="no input"):
+    with pytest.raises(ValueError, match="do not fit"):
         search_scales([(torch.ones(2, 64), rounded)], torch.ones(3, 32))
     with pytest.raises(ValueError, match="one row"):
         search_scales([(torch.ones(2, 64), rounded)], torch.ones(0, 64))

@@ -114,7 +114,7 @@ def test_a_missing_tensor_is_named() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "no JSON object"),
+        (None, "not a JSON object"),
         ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
         ({"quant_method": "gptq", "bits": 8, "group_size": 128}, "bits = '8'"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"}, "marlin"),

@@ -32,12 +32,12 @@ def ask(
     sampling: SamplingOptions,
     show: OutputOptions,
     question: Annotated[
-        str | None, typer.Argument(help="What you want to know; left out with --task.", callback=question_text)
+        str | None, typer.Argument(help="The question; omit it with --task.", callback=question_text)
     ] = None,
     task: TaskOption = None,
     to: ToOption = None,
     source: FromOption = None,
-    also: Annotated[list[str] | None, typer.Option(help="A further recording; repeat for more.")] = None,
+    also: Annotated[list[str] | None, typer.Option(help="Another recording; repeat for more.")] = None,
     system: SystemOption = None,
     truncate: TruncateOption = False,
     output: Annotated[
@@ -46,7 +46,7 @@ def ask(
 ) -> None:
     """Answer a question about a recording."""
     if (question is None) == (task is None):
-        raise typer.BadParameter("give a question or --task, and not both.", param_hint="QUESTION")
+        raise typer.BadParameter("give either a question or --task.", param_hint="QUESTION")
     log_to_stderr(show.verbose)
     with ExitStack() as stack:
         file = stack.enter_context(open_output(output))

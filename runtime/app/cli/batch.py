@@ -42,7 +42,7 @@ _MAX_LIST = 1 << 28
 def batch(
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="Where the rows go: a file .jsonl, or a folder .parquet. They are added."),
+        typer.Option("--out", "-o", help="Output, a .jsonl file or a .parquet folder; rows are appended."),
     ],
     loading: LoadOptions,
     sampling: SamplingOptions,
@@ -63,22 +63,22 @@ def batch(
     lists: Annotated[
         list[Path] | None, typer.Option("--list", help="A text file with a path per line; repeat for more.")
     ] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Work again on what has failed before.")] = False,
-    jobs: Annotated[int, typer.Option(help="Recordings that a model works on at once.", min=1, max=1024)] = 8,
-    window: Annotated[float | None, typer.Option(help="With --transcribe: seconds heard at once.", min=1.0)] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Process failed recordings again.")] = False,
+    jobs: Annotated[int, typer.Option(help="Recordings that a model processes at once.", min=1, max=1024)] = 8,
+    window: Annotated[float | None, typer.Option(help="With --transcribe: seconds per window.", min=1.0)] = None,
     overlap: Annotated[
-        float | None, typer.Option(help="With --transcribe: seconds that neighbouring windows share.", min=0.0)
+        float | None, typer.Option(help="With --transcribe: overlap of windows in seconds.", min=0.0)
     ] = None,
     timestamps: Annotated[bool | None, typer.Option(help="With --transcribe: ask for times.")] = None,
-    speakers: Annotated[bool | None, typer.Option(help="With --transcribe: ask who speaks.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="With --transcribe: what to ask instead.")] = None,
+    speakers: Annotated[bool | None, typer.Option(help="With --transcribe: ask for speakers.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="With --transcribe: replaces the prompt.")] = None,
     system: SystemOption = None,
     truncate: TruncateOption = False,
 ) -> None:
-    """Work through many recordings, and continue where the last run ended.
+    """Process many recordings, and continue where the last run ended.
 
-    Each recording becomes a row. What has a row already is left out; a file, model or option that changed makes it new.
-    A recording that fails becomes a row, too, and the exit code is 1.
+    Each recording becomes a row. Recordings that have a row are skipped; a changed file, model or option gives a new
+    row. A failed recording becomes a row, too, and the exit code is 1.
     """
     log_to_stderr(show.verbose)
     fleet.check()
@@ -165,7 +165,7 @@ def _inputs(given: list[str], lists: list[Path]) -> tuple[list[str], list[Path]]
     names = [name for each in given for name in _expanded(each)]
     names += [name for each in lists for name in _listed(each)]
     if STDIN in names:
-        raise typer.BadParameter("standard input is no recording of a batch; name files.", param_hint="IN")
+        raise typer.BadParameter("standard input cannot be a recording of a batch; name files.", param_hint="IN")
     requests = [name for name in names if Path(name).suffix == _REQUESTS and not os.path.isdir(name)]
     found = recordings([name for name in names if name not in requests])
     return [recording.source for recording in found], [Path(name) for name in dict.fromkeys(requests)]
@@ -180,7 +180,7 @@ def _expanded(name: str) -> Iterable[str]:
         return [name]
     found = sorted(glob.glob(name, recursive=True))
     if not found:
-        raise AudioError(f"no file is named like {name}; check the pattern.")
+        raise AudioError(f"no file matches {name}; check the pattern.")
     return found
 
 
@@ -204,7 +204,7 @@ def _check_usage(
         raise typer.BadParameter("give one of --ask, --transcribe and --task.", param_hint="--ask")
     if not names and kinds:
         raise typer.BadParameter(
-            "requests say themselves what they ask; leave out --ask, --transcribe and --task.", param_hint="--ask"
+            "requests have their own questions; leave out --ask, --transcribe and --task.", param_hint="--ask"
         )
     if transcripts and not transcribe:
         option = "--" + next(iter(transcripts))
@@ -276,4 +276,4 @@ def _print_summary(summary: "Summary", out: Path, show: OutputOptions) -> None:
     heard = f", {summary.audio_seconds:.0f} s of audio in {summary.seconds:.0f} s" if summary.seconds else ""
     note(f"{out}: {summary.done} of {summary.items} done now, {summary.skipped} before, {summary.failed} failed{heard}")
     if summary.failed_before:
-        note(f"{summary.failed_before} failed in an earlier run; --retry works on them again")
+        note(f"{summary.failed_before} failed in an earlier run; --retry processes them again")

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from ..responder import AnswerOptions
 
 HELP = (
-    "/audio FILE  give another recording with the next question",
-    "/think       show what the model thinks, or stop showing it",
+    "/audio FILE  add a recording to the next question",
+    "/think       show the model's thinking, or hide it",
     "/save FILE   save the conversation as text, or as messages if FILE ends in .json",
     "/help        show this",
-    "/exit        leave, as do an empty line and Ctrl-D",
+    "/exit        exit, like an empty line and Ctrl-D",
     "Ctrl-C       stop the answer",
 )
 
@@ -55,7 +55,7 @@ def chat(
 ) -> None:
     """Ask one question after another.
 
-    /help lists the commands; an empty line or the end of input leaves. Ctrl-C stops an answer.
+    /help lists the commands; an empty line or the end of input exits. Ctrl-C stops an answer.
     """
     log_to_stderr(show.verbose)
     with progress(show.silent) as report:

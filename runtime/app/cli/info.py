@@ -11,15 +11,15 @@ from .output import write_json, write_table
 def info(
     model: Annotated[str | None, typer.Argument(help="Checkpoint folder, GGUF file, or a name on the Hub.")] = None,
     backend: Annotated[
-        bool, typer.Option("--backend", help="Show which implementation each operation runs on instead.")
+        bool, typer.Option("--backend", help="Show the implementation of each operation instead.")
     ] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a checkpoint holds, or what runs here.
+    """Describe a checkpoint, or the implementations on this machine.
 
-    Of a checkpoint: shape, parameters, bytes by part, token ids, context. With --backend: the implementation that each
-    operation runs on, and how the CPU's kernels were built.
+    For a checkpoint: shape, parameters, bytes by part, token ids, context. With --backend: the implementation of each
+    operation, and how the CPU's kernels were built.
     """
     from .. import backend_info
     from .. import info as model_info

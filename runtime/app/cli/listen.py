@@ -39,7 +39,7 @@ def listen(
         str, typer.Argument(help="mic, mic:NAME, - for standard input, or the path of a pipe or file.")
     ] = MICROPHONE,
     question: Annotated[
-        list[str] | None, typer.Option("--ask", help="Ask this at the end of the audio, and leave; repeat for more.")
+        list[str] | None, typer.Option("--ask", help="Ask this at the end of the audio, and exit; repeat for more.")
     ] = None,
     task: TaskOption = None,
     to: ToOption = None,
@@ -51,7 +51,7 @@ def listen(
 ) -> None:
     """Answer questions about audio while it is recorded.
 
-    Type questions about what has been heard so far; an empty line or the end of input leaves.
+    Type questions about the audio so far; an empty line or the end of input exits.
     """
     from ..live_session import LiveSession, open_source, typed_questions
 
@@ -84,7 +84,7 @@ def _check(source: str, raw: str | None) -> None:
     from ...io.live_source import check_microphone
 
     if raw is not None and raw not in RAW_FORMATS:
-        raise AudioError(f"{raw!r} is no format of raw samples; choose one of {', '.join(RAW_FORMATS)}.")
+        raise AudioError(f"{raw!r} is not a format of raw samples; choose one of {', '.join(RAW_FORMATS)}.")
     if source == MICROPHONE or source.startswith(f"{MICROPHONE}:"):
         check_microphone(source.partition(":")[2] or None)
     elif source == STDIN:

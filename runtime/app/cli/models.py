@@ -20,7 +20,7 @@ RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit 
 def pull(
     model: NameArgument, revision: RevisionOption = None, as_json: JsonOption = False, quiet: QuietOption = False
 ) -> None:
-    """Download a model, or what is missing of it. An interrupted download continues where it stopped."""
+    """Download a model, or its missing files. An interrupted download continues where it stopped."""
     with progress(quiet or as_json) as report:
         folder = hub.pull(model, revision=revision, progress=report)
     if as_json:

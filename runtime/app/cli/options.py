@@ -88,7 +88,7 @@ DTypeOption = Annotated[
     typer.Option(
         parser=dtype_name,
         metavar="DTYPE",
-        help="What to compute in: bfloat16 (bf16), float16 (fp16), float32 (fp32); auto takes the checkpoint's.",
+        help="Dtype to compute in: bfloat16 (bf16), float16 (fp16), float32 (fp32); auto takes the checkpoint's.",
     ),
 ]
 KVOption = Annotated[
@@ -158,7 +158,7 @@ class LoadOptions:
         float | None,
         typer.Option(
             metavar="SECONDS",
-            help="Choose --kv, --quant and the like so that so many seconds of audio fit into the memory.",
+            help="Choose --kv, --quant and the like so that this many seconds of audio fit into memory.",
             min=1.0,
         ),
     ] = None
@@ -168,7 +168,7 @@ class LoadOptions:
         typer.Option(
             parser=memory_size,
             metavar="SIZE",
-            help="Memory that the model and its work may take, such as 8GB; by default what is free.",
+            help="Memory limit of the model and its requests, such as 8GB; by default the free memory.",
         ),
     ] = None
     chunk_size: ChunkOption = None
@@ -185,7 +185,7 @@ class LoadOptions:
         bool,
         typer.Option(
             "--batch-invariant",
-            help="Compute each answer, bit for bit, as it would be computed alone; some steps take longer.",
+            help="Compute each answer bit for bit as if it ran alone; some steps take longer.",
         ),
     ] = False
     warmup: Annotated[
@@ -198,13 +198,13 @@ class LoadOptions:
     tp: Annotated[
         int,
         typer.Option(
-            help="Divide the decoder and its KV cache among so many GPUs, or processes on a CPU; see docs/scaling.md.",
+            help="GPUs, or processes on a CPU, that share the decoder and its KV cache; see docs/scaling.md.",
             min=1,
         ),
     ] = 1
     sp: Annotated[
         int,
-        typer.Option(help="As --tp with the whole weights on each, and long prompts divided by tokens.", min=1),
+        typer.Option(help="Like --tp with the whole weights on each, and long prompts divided by tokens.", min=1),
     ] = 1
     threads: Annotated[
         int | None,
@@ -264,10 +264,10 @@ class SamplingOptions:
         bool,
         typer.Option(
             "--stop-repetition",
-            help="End an answer that says the same over and over; it is reported in any case.",
+            help="End an answer that repeats itself; repetition is always reported.",
         ),
     ] = False
-    seed: Annotated[int | None, typer.Option(help="Repeats a sampled answer.")] = None
+    seed: Annotated[int | None, typer.Option(help="Makes a sampled answer reproducible.")] = None
     stop: Annotated[
         list[str] | None,
         typer.Option(help="End the answer before this text; repeat for more."),

@@ -31,7 +31,7 @@ def plan(
         ),
     ] = None,
     audio: Annotated[float, typer.Option(help="Seconds of audio.", min=0.0)] = 1800.0,
-    new_tokens: Annotated[int, typer.Option(help="Room for the answer, in tokens.", min=1)] = 2048,
+    new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 2048,
     scheme: Annotated[
         str,
         typer.Option(
@@ -39,7 +39,7 @@ def plan(
             "--quant",
             parser=scheme_name,
             metavar="SCHEME",
-            help=f"What weights are stored in: {', '.join((DENSE, *RECIPES))}, int4-g32, ...",
+            help=f"Scheme of the weights: {', '.join((DENSE, *RECIPES))}, int4-g32, ...",
         ),
     ] = DENSE,
     kv: KVOption = KV.auto,
@@ -48,13 +48,13 @@ def plan(
     chunk_size: ChunkOption = None,
     encode_batch: EncodeBatchOption = 4,
     release_encoder: ReleaseOption = False,
-    tp: Annotated[int, typer.Option(help="Plan for each of so many GPUs that share the model.", min=1)] = 1,
-    fit: Annotated[bool, typer.Option("--fit", help="Choose the settings: the mildest with which it fits.")] = False,
+    tp: Annotated[int, typer.Option(help="GPUs that share the model; the plan is for each.", min=1)] = 1,
+    fit: Annotated[bool, typer.Option("--fit", help="Choose the mildest settings with which it fits.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how much memory a model takes on a device.
+    """Show how much memory a model needs on a device.
 
-    Nothing is loaded. Says what fits, and what to change when it does not; --fit changes it.
+    Nothing is loaded. If it does not fit, lists the changes that help; --fit makes them.
     """
     import torch
 

@@ -36,25 +36,23 @@ def quantize(
     zeros: Annotated[bool, typer.Option("--zeros", help="With zero points, for int4.")] = False,
     rule: Annotated[
         list[str] | None,
-        typer.Option(help='LAYERS=SCHEME that comes first, as in "decoder.layers.0.*=dense"; repeat for more.'),
+        typer.Option(help='A rule LAYERS=SCHEME, applied first, as in "decoder.layers.0.*=dense"; repeat for more.'),
     ] = None,
     backbone: Annotated[
         str | None, typer.Option(help="Quantized Qwen2 (GPTQ, AWQ, compressed-tensors) to take the decoder from.")
     ] = None,
     calibrate: Annotated[
-        Path | None, typer.Option(help="Folder of recordings, with texts beside them, to choose the codes by.")
+        Path | None, typer.Option(help="Folder of recordings with their texts, for calibration.")
     ] = None,
-    measured: Annotated[
-        str | None, typer.Option(help="What you measured of the loss, in Markdown, for the model card.")
-    ] = None,
+    measured: Annotated[str | None, typer.Option(help="Measured losses, in Markdown, for the model card.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, ...")] = "cpu",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Pack the weights of a checkpoint in 8 or 4 bits.
 
-    The folder has all that running needs and a model card, ready for the Hub. Layers that another library packed keep
-    their values.
+    The folder has everything needed to run the model, and a model card for the Hub. Layers packed by another library
+    keep their values.
     """
     from ....quant.recipe import recipe
     from ...engine.memory import shown_bytes

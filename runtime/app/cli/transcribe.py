@@ -53,19 +53,19 @@ def transcribe(
         str | None,
         typer.Option("--output", "-o", help="A file; a folder if it ends in / or there are several; else stdout."),
     ] = None,
-    window: Annotated[float | None, typer.Option(help="Seconds heard at once; 300 if left out.", min=1.0)] = None,
-    overlap: Annotated[float, typer.Option(help="Seconds that neighbouring windows share.", min=0.0)] = 10.0,
+    window: Annotated[float | None, typer.Option(help="Seconds per window; 300 by default.", min=1.0)] = None,
+    overlap: Annotated[float, typer.Option(help="Overlap of windows in seconds.", min=0.0)] = 10.0,
     timestamps: Annotated[
-        bool | None, typer.Option(help="Ask for times; by default if the checkpoint can give them.")
+        bool | None, typer.Option(help="Ask for times; by default if the checkpoint supports them.")
     ] = None,
     speakers: Annotated[
-        bool | None, typer.Option(help="Ask who speaks; by default if the checkpoint can tell.")
+        bool | None, typer.Option(help="Ask for speakers; by default if the checkpoint supports them.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What to ask instead.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Replaces the prompt.")] = None,
     system: SystemOption = None,
     truncate: TruncateOption = False,
 ) -> None:
-    """Write down what is said, with times and speakers.
+    """Transcribe speech, with times and speakers.
 
     The transcript is text, JSON, NDJSON (one line per segment), SRT or WebVTT. A recording that cannot be transcribed
     is reported; the others are transcribed, and the exit code is 1.

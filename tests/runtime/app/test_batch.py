@@ -257,7 +257,7 @@ def test_any_cut_of_a_file_is_taken_up(tmp_path_factory: pytest.TempPathFactory,
 )
 def test_a_file_of_something_else_is_left_alone(out: Path, content: bytes) -> None:
     out.write_bytes(content)
-    with pytest.raises(OutputError, match="is no row of a batch"), open_rows(out):
+    with pytest.raises(OutputError, match="is not a row of a batch"), open_rows(out):
         pass
     assert out.read_bytes() == content
 
@@ -313,7 +313,7 @@ def test_unfinished_parts_are_removed_and_others_kept(tmp_path: Path) -> None:
         rows.append(row("c"))
     assert sorted(path.name for path in folder.iterdir()) == ["part-000001.parquet", "part-000002.parquet"]
     (folder / "part-000009.parquet").write_bytes(b"no parquet")
-    with pytest.raises(OutputError, match="holds no rows"), open_rows(folder):
+    with pytest.raises(OutputError, match="has no rows"), open_rows(folder):
         pass
 
 

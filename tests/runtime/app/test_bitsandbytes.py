@@ -167,5 +167,5 @@ def test_damaged_checkpoints_are_refused(message: str, nested: Path, tmp_path: P
 def test_a_config_without_such_weights_is_refused(saved: SavedCheckpoint, tmp_path: Path) -> None:
     write(tmp_path / "source", saved.folder, "nf4")
     shutil.copyfile(saved.folder / "model.safetensors", tmp_path / "source" / "model.safetensors")
-    with pytest.raises(CheckpointError, match="holds no weights in NF4"):
+    with pytest.raises(CheckpointError, match="has no weights in NF4"):
         open_checkpoint(tmp_path / "source")

@@ -149,7 +149,7 @@ def test_examples_and_their_texts(recordings: Path, tmp_path: Path) -> None:
     assert third.messages[0]["content"][1]["text"] == "What is that?"
     with pytest.raises(CalibrationError, match="no recordings"):
         read_examples(tmp_path)
-    with pytest.raises(CalibrationError, match="no folder"):
+    with pytest.raises(CalibrationError, match="not a folder"):
         read_examples(tmp_path / "nowhere")
     (tmp_path / "a.wav").write_bytes(b"")
     (tmp_path / "b.txt").write_text("lonely")

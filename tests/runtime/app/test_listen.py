@@ -69,7 +69,7 @@ def test_a_file_is_heard_and_questions_come_from_standard_input(
     ("source", "options", "message"),
     [
         ("nowhere.wav", (), "nowhere.wav"),
-        ("-", (), "within a frame of 2 bytes: the last 1 bytes are not heard"),
+        ("-", (), "within a frame of 2 bytes: the last 1 bytes are dropped"),
         ("-", ("--raw", "mp3"), "s16le"),
     ],
 )

@@ -50,7 +50,7 @@ def test_a_translation_names_its_languages() -> None:
     ("task", "languages", "reason"),
     [
         ("sing", {}, "asr, asr-timestamps, ast, caption"),
-        ("qa", {}, "your question"),
+        ("qa", {}, "your own question"),
         ("ast", {}, "needs the language"),
         ("ast", {"to": "de"}, "not the code 'de'"),
         ("ast", {"to": "pt-BR"}, "not the code"),

@@ -322,7 +322,7 @@ def test_an_engine_that_cannot_recover_fails_every_request(
         for _ in engine.follow(sequences[:1]):
             pass
     for sequence in sequences[1:]:
-        with pytest.raises(EngineDeadError, match="cannot go on in this process"):
+        with pytest.raises(EngineDeadError, match="cannot continue in this process"):
             for _ in engine.follow([sequence]):
                 pass
     with pytest.raises(EngineDeadError):

@@ -152,7 +152,7 @@ def test_a_prompt_must_go_on_where_its_prefix_ends(network: AudioFlamingo, seed:
     whole = request(network, 4, 0, seed)
     prefix = engine.listen(dataclasses.replace(whole, sampling=None))
     for ids in (whole.token_ids, [999, *whole.token_ids], whole.token_ids[:4]):
-        with pytest.raises(ValueError, match="begin with its prefix and go on"):
+        with pytest.raises(ValueError, match="begin with its prefix and be longer"):
             engine.submit(Request(ids, (), whole.sampling, prefix=prefix))
 
 

@@ -128,7 +128,7 @@ def test_surplus_bytes_of_raw_samples_are_a_warning(surplus: int, seed: int) -> 
     heard, _ = whole(raw_pieces(Portions(data, seed), "s16le", rate=16_000, channels=2, warn=warnings.append))
     np.testing.assert_allclose(heard, samples[::2] / 2**15)
     ((warning,),) = warnings
-    assert f"within a frame of 4 bytes: the last {surplus} bytes are not heard" in warning
+    assert f"within a frame of 4 bytes: the last {surplus} bytes are dropped" in warning
 
 
 @pytest.mark.parametrize("damage", ["overwritten", "cut"])

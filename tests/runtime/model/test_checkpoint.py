@@ -298,7 +298,7 @@ def test_pickle_is_refused_unread(name: str, tmp_path: Path) -> None:
 
 
 def test_nothing_to_load(saved: Saved, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is no folder"):
+    with pytest.raises(CheckpointError, match=r"is not a folder"):
         Checkpoint.open(tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json"):
         Checkpoint.open(tmp_path)

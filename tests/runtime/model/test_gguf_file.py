@@ -118,7 +118,7 @@ def value(key: str, kind: int, *rest: Any) -> bytes:
 
 ONE = tensor("a", (8,), 0, 0)
 LYING = {
-    "no GGUF file": b"GGML" + VALID[4:],
+    "not a GGUF file": b"GGML" + VALID[4:],
     "GGUF version 1;": file(version=1),
     "big-endian": file(version=3 << 24),
     "claims 32,769 tensors": file(counts=(32_769, 0)),
@@ -126,7 +126,7 @@ LYING = {
     "truncated": VALID[:70],
     "a metadata key has 18,446,744,073,709,551,615 bytes": file((struct.pack("<Q", 2**64 - 1),)),
     "a metadata key is not UTF-8": file((value("k", U8, 1).replace(b"k", b"\xff"),)),
-    "'k' stands there twice": file((value("k", U8, 1), value("k", U8, 1))),
+    "'k' occurs twice": file((value("k", U8, 1), value("k", U8, 1))),
     "'k' has the type 13": file((value("k", 13, 0),)),
     "'k' is 2 where a truth value": file((value("k", BOOL, 2),)),
     "an array of arrays": file((value("k", ARRAY, struct.pack("<IQ", ARRAY, 1)),)),
@@ -135,13 +135,13 @@ LYING = {
     "general.alignment is 24": file((value("general.alignment", U32, struct.pack("<I", 24)),)),
     "general.alignment is 131072": file((value("general.alignment", U32, struct.pack("<I", 1 << 17)),)),
     "general.alignment is 'x'": file((value("general.alignment", STRING, text("x")),)),
-    "tensor 'a' stands there twice": file((), (ONE, tensor("a", (8,), 0, 32)), bytes(64)),
+    "tensor 'a' occurs twice": file((), (ONE, tensor("a", (8,), 0, 32)), bytes(64)),
     "a tensor's name has 257 bytes": file((), (tensor("a" * 257, (8,), 0, 0),), bytes(32)),
     "5 dimensions": file((), (tensor("a", (1,) * 5, 0, 0),), bytes(4)),
     "impossible shape [0, 8]": file((), (tensor("a", (8, 0), 0, 0),)),
     "impossible shape [4294967296": file((), (tensor("a", (2**32, 2**32), 0, 0),)),
     "type number 20, which": file((), (tensor("a", (32,), 20, 0),), bytes(32)),
-    "no whole blocks of Q4_K": file((), (tensor("a", (128, 2), 12, 0),), bytes(144)),
+    "not whole blocks of Q4_K": file((), (tensor("a", (128, 2), 12, 0),), bytes(144)),
     "not aligned to 32 bytes": file((), (tensor("a", (4,), 0, 16),), bytes(32)),
     "'a' ends beyond the file": file((), (ONE,), bytes(31)),
     "'b' overlaps": file((), (ONE, tensor("b", (8,), 0, 0)), bytes(64)),

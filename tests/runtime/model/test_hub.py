@@ -116,7 +116,7 @@ def test_a_file_and_a_revision_of_a_folder_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
     with pytest.raises(
-        CheckpointError, match=r"model\.safetensors is a file and no GGUF; give a \.gguf file, or the folder"
+        CheckpointError, match=r"model\.safetensors is a file but not a GGUF; give a \.gguf file, or the folder"
     ):
         resolve(file)
     with pytest.raises(CheckpointError, match=r"has no revision 'main'"):
@@ -320,7 +320,7 @@ def test_a_hub_that_lies_about_hashes_is_refused(
 
 @pytest.mark.parametrize("revision", ["../../../etc", "/etc", "..\\x"])
 def test_a_revision_is_no_path(revision: str, fake: FakeHub) -> None:
-    with pytest.raises(CheckpointError, match="is no revision"):
+    with pytest.raises(CheckpointError, match="is not a revision"):
         resolve(NAME, revision=revision)
 
 
@@ -362,7 +362,7 @@ def http_error(kind: type[Exception]) -> Exception:
         (http_error(errors.RepositoryNotFoundError), r"is not on the Hub, or is private: .* `hf auth login`"),
         (http_error(errors.RevisionNotFoundError), r"check the revision"),
         (errors.LocalEntryNotFoundError("no"), r"the Hub cannot be reached: check the network"),
-        (errors.HFValidationError("no"), r"is no valid name on the Hub"),
+        (errors.HFValidationError("no"), r"is not a valid name on the Hub"),
         (ConnectionError("no route"), r"could not be downloaded .*\(ConnectionError\)"),
         (OSError(28, "No space left on device"), r"could not be downloaded .*\(OSError\)"),
         (ValueError("whatever"), r"could not be downloaded .*\(ValueError\)"),

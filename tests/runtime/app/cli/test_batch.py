@@ -93,7 +93,7 @@ def test_transcripts_and_requests(run: CommandLine, folder: Path, folder_of: Any
         (("rec", "--ask", "?", "--window", "5"), 2, "belongs to --transcribe"),
         (("empty.jsonl", "--ask", "?"), 2, "leave out --ask"),
         (("-", "--ask", "?"), 2, "standard input"),
-        (("rec/*.mp3", "--ask", "?"), 1, "named like"),
+        (("rec/*.mp3", "--ask", "?"), 1, "file matches"),
         (("--list", "nowhere", "--ask", "?"), 1, "cannot be read"),
         (("rec", "--ask", "?", "--out", "rows.csv"), 1, "ends neither in"),
         (("rec", "--ask", "?", "--out", "nowhere/rows.jsonl"), 1, "create the folder"),
