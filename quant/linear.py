@@ -94,12 +94,12 @@ class Embedding(_Matrix):
     """A table of vectors [rows, channels], also the weight of the product with its transpose."""
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """The vectors of ids: [...] int64 to [..., channels] in `dtype`; only the rows asked for are unpacked."""
+        """The vectors of ids: [...] int64 to [..., channels] in `dtype`; only these rows are unpacked."""
         if self.scheme is None:
             return F.embedding(ids, self.weight)
         rows = Packed(*(part[ids.flatten()] for part in self.packed if part is not None))
         return self.scheme.dequantize(rows, dtype).unflatten(0, ids.shape)
 
     def scores(self, x: Tensor) -> Tensor:
-        """x W^T for x: [..., channels], the head of models that tie it to their embeddings."""
+        """x W^T for x: [..., channels], the head of models with tied embeddings."""
         return self._product(x, None)

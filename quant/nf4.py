@@ -1,12 +1,13 @@
-"""nf4 weights as bitsandbytes 0.50 writes them: 16 levels, and one scale for each 64 neighbouring inputs of a channel.
+"""nf4 weights in the layout of bitsandbytes 0.50: 16 values, and one scale for each 64 neighbouring inputs of a
+channel.
 
     W[n, k] ~ scales[n, k // 64] * LEVELS[codes[n, k]],    scale = max |w|
 
 The levels are quantiles of a normal distribution, scaled to -1 .. 1, with an exact 0.
 Stored: codes [out, in / 2] uint8, row-major, the even input k in the HIGH four bits of byte k // 2, and scales
-[out, in / 64] float32: 4.5 bits a weight. These are the bytes of bitsandbytes' `quantize_4bit(weight, blocksize=64,
-quant_type="nf4")` and of its `absmax`, without its second quantization of the scales. As 64 divides the inputs, its
-blocks, which run on from row to row, are these.
+[out, in / 64] float32: 4.5 bits per weight. These are the bytes of bitsandbytes' `quantize_4bit(weight, blocksize=64,
+quant_type="nf4")` and of its `absmax`, without its second quantization of the scales. Its blocks continue from row to
+row, so they are the same because 64 divides the inputs.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314.
 """

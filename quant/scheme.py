@@ -1,4 +1,4 @@
-"""The named schemes: what is stored in place of a weight [out, in], and which product reads it.
+"""The named schemes: the tensors stored for a weight [out, in], and the product that reads them.
 
     scheme        codes                    scales                      zeros               bits a weight
     int8          [out, in] int8           [out] float32               none                8
@@ -11,12 +11,12 @@
     int4, w4a8    the same, with zeros or without; inputs of the product are rounded to int8 too, a scale a group
     nf4           [out, in / 2] uint8      [out, in / 64] float32      none                4.5
 
-On GPUs few rows of inputs are not rounded: the kernels of int8 and int4 multiply them.
+On GPUs few rows of inputs are not rounded: they use the kernels of int8 and int4.
 
 The byte layouts are in `int8`, `int4` and `nf4`. In a file the tensors of the layer X are X.weight_codes,
-X.weight_scales and X.weight_zeros; X.bias stays as it is. A scheme is spelled as its name, followed by the group if it
-has one, by "zeros" where there are zero points, by "f32" where scales have 32 bits, and by "w4a8": int4-g64,
-int4-g128-zeros, int4-g32-w4a8, int8-g32, int8-g16-f32.
+X.weight_scales and X.weight_zeros; X.bias is unchanged. A scheme is written as its name, followed by the group if it
+has one, "zeros" if there are zero points, "f32" if scales have 32 bits, and "w4a8": int4-g64, int4-g128-zeros,
+int4-g32-w4a8, int8-g32, int8-g16-f32.
 """
 
 import re
@@ -41,7 +41,7 @@ from .int8 import dequantize_int8, dequantize_int8_groups, quantize_int8, quanti
 from .nf4 import BLOCK_SIZE, dequantize_nf4, quantize_nf4
 
 PARTS = ("weight_codes", "weight_scales", "weight_zeros")
-_CHUNK = 1 << 20  # weights quantized at once: what is computed of them takes some 30 MB
+_CHUNK = 1 << 20  # weights quantized at a time: intermediate results take some 30 MB
 _INT8_INPUTS = 16  # the int8 products take inputs in multiples of this
 
 
@@ -57,20 +57,20 @@ class Packed(NamedTuple):
     zeros: Tensor | None = None
 
     def named(self, weight: str = "weight") -> dict[str, Tensor]:
-        """The tensors by the names that they have beside a layer's `weight`, those of `PARTS` after its own prefix."""
+        """The tensors by name: those of `PARTS`, with the prefix of `weight`."""
         prefix = weight.removesuffix("weight")
         return {prefix + part: tensor for part, tensor in zip(PARTS, self, strict=True) if tensor is not None}
 
 
 class Stored(NamedTuple):
-    """What a tensor in a file has to be: its shape, and one of some dtypes."""
+    """The required shape and the allowed dtypes of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
 
 
 class Scheme(ABC):
-    """How the weights [out, in] of a layer are stored and multiplied with.
+    """How the weights [out, in] of a layer are stored and multiplied.
 
     int8_inputs: whether the product's inputs are rounded to int8 as well.
     """
@@ -81,12 +81,12 @@ class Scheme(ABC):
     def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
         """The tensors stored for a weight of this shape, by the names of `PARTS`.
 
-        Raises SchemeError where the scheme cannot store such a weight.
+        Raises SchemeError if the scheme cannot store such a weight.
         """
 
     @abstractmethod
     def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] that the packed one stands for, rounded to `dtype` once."""
+        """The dequantized weight [out, in], rounded to `dtype` once."""
 
     @abstractmethod
     def largest_weight(self, scales: Tensor, zeros: Tensor | None) -> float:
@@ -100,8 +100,9 @@ class Scheme(ABC):
     def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
         """silu(x G^T) * (x U^T) for x: [..., in]. Returns [..., out] in the dtype of x."""
 
-    def prepare(self, packed: Packed, dtype: torch.dtype) -> None:  # noqa: B027 - most have nothing to prepare
-        """Let the product make, before its first call with x in `dtype`, what it keeps beside the weight."""
+    def prepare(self, packed: Packed, dtype: torch.dtype) -> None:  # noqa: B027 - most schemes have nothing to prepare
+        """Let the product precompute, before its first call with x in `dtype`, the data that it keeps beside the
+        weight."""
 
     @abstractmethod
     def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
@@ -116,10 +117,10 @@ class Scheme(ABC):
     ) -> Packed:
         """Round a weight [out, in] of any floating dtype, on `device` (by default where it is).
 
-        importance: [in], weighs the squared error of each input channel where the scheme searches for scales. Channels
-        are handled in chunks, so that no more memory is needed than for the result and one chunk; `progress` is called
-        with the number of channels done after each. Raises SchemeError where the shape does not fit, and ValueError
-        for weights that are not finite.
+        importance: [in], weights the squared error of each input channel if the scheme searches for scales. Channels
+        are processed in chunks, so memory is needed only for the result and one chunk; `progress` is called with the
+        number of channels done after each. Raises SchemeError if the shape does not fit, and ValueError for weights
+        that are not finite.
         """
         expected = self.stored(tuple(weight.shape))
         device = weight.device if device is None else torch.device(device)
@@ -138,7 +139,7 @@ class Scheme(ABC):
 
 @dataclass(frozen=True)
 class Int8(Scheme):
-    """One scale a channel. int8_inputs: round the product's inputs to int8 as well (W8A8)."""
+    """One scale per channel. int8_inputs: round the product's inputs to int8 as well (W8A8)."""
 
     int8_inputs: bool = False
 
@@ -179,8 +180,8 @@ class Int8(Scheme):
 
 @dataclass(frozen=True)
 class Int8Groups(Scheme):
-    """One scale, and if not symmetric one zero point, for each `group_size` inputs of a channel. float32_scales: these
-    are float32, as exact copies of other formats need them; otherwise 16 bits are the rule."""
+    """One scale, and if not symmetric one zero point, for each `group_size` inputs of a channel. float32_scales: scales
+    and zero points are float32, as exact copies of other formats need; otherwise they have 16 bits."""
 
     group_size: int
     symmetric: bool = True
@@ -284,7 +285,7 @@ class Int4(Scheme):
 
 @dataclass(frozen=True)
 class NF4(Scheme):
-    """The 16 levels of bitsandbytes' nf4, one scale for each 64 inputs of a channel."""
+    """The codebook of bitsandbytes' nf4, one scale for each 64 inputs of a channel."""
 
     def __str__(self) -> str:
         return "nf4"
@@ -323,7 +324,7 @@ class NF4(Scheme):
 
 
 def parse_scheme(text: str) -> Scheme | None:
-    """The scheme that `text` spells, None for "dense": str(scheme) backwards, and int4 without a group for the default.
+    """Parse a scheme, None for "dense": the inverse of str(scheme); int4 without a group means the default group.
 
     Raises SchemeError for anything else.
     """
@@ -354,7 +355,7 @@ def _suffix(scheme: Int4 | Int8Groups) -> str:
 
 
 def _scale_dtype(scheme: Int4 | Int8Groups) -> torch.dtype:
-    """What scales and zero points made here are stored in."""
+    """The dtype of new scales and zero points."""
     return torch.float32 if scheme.float32_scales else torch.bfloat16
 
 

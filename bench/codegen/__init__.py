@@ -1,1 +1,1 @@
-"""The kernels compiled for chips that are not here."""
+"""Ahead-of-time compilation of the kernels for chips that this machine lacks."""

@@ -1,9 +1,9 @@
-"""`afnext bench codegen`: the kernels of the full-size model, compiled for every chip on a machine without any.
+"""`afnext bench codegen`: compiles the kernels of the full-size model for every chip, without a GPU.
 
-The runtime's host code runs on meta tensors (`trace.py`, `stages.py`) once for each target, so that it takes that chip
-family's configs. What it launches is compiled ahead of time and read back (`compiled.py`), and the time below which no
-GPU can do the work follows from counted bytes and FLOPs (`core/work.py`, `kernels/devices.py`).
-That time is projected, not measured: it knows nothing of latencies, caches and launches.
+The runtime's host code runs on meta tensors (`trace.py`, `stages.py`) once for each target, so that it uses that chip
+family's configs. Its launches are compiled ahead of time and the binaries inspected (`compiled.py`); counted bytes and
+FLOPs give the least time on each GPU (`core/work.py`, `kernels/devices.py`). That time is projected, not measured: it
+excludes latencies, caches and launches.
 """
 
 from collections import Counter
@@ -25,13 +25,13 @@ Progress = Callable[[int, int], None]
 
 
 class CodegenError(AfnextError):
-    """The kernels cannot be audited as asked."""
+    """The requested audit is not possible."""
 
 
 @dataclass
 class Row:
-    """One launch of the model. stages: how often each stage makes it; launches, resources: by target, as configs and
-    hence kernels differ from chip to chip."""
+    """One launch of the model. stages: its count in each stage; launches, resources: by target, because configs, and so
+    kernels, differ by chip."""
 
     operation: str
     kernel: str
@@ -47,11 +47,11 @@ class Row:
         return f"{self.operation or file}.{function}"
 
     def flops(self, target: str) -> float:
-        """FLOPs in matrix products: those of the whole operation, done by its kernel that has a dot."""
+        """FLOPs in matrix products: those of the whole operation, assigned to its kernel with a dot."""
         return self.launches[target].work.products if self.resources[target].has_dot else 0.0
 
     def projected(self, gpu: Gpu) -> tuple[float, str] | None:
-        """The least seconds that one launch takes and what sets them, "memory" or "compute"; None if not compiled."""
+        """The least seconds of one launch and their limit, "memory" or "compute"; None if not compiled."""
         target = f"sm_{gpu.sm}"
         if target not in self.resources or self.resources[target].error:
             return None
@@ -61,8 +61,8 @@ class Row:
 
 @dataclass
 class Audit:
-    """rows: in the order of the first launch; targets: compiled for; torch_operations: those without a kernel of ours;
-    untraced: stages that failed on the way, and why."""
+    """rows: in the order of the first launch; targets: compiled for; torch_operations: those without a Triton kernel of
+    afnext; untraced: stages whose tracing failed, and why."""
 
     targets: tuple[str, ...]
     rows: list[Row]
@@ -71,7 +71,7 @@ class Audit:
 
     @property
     def offenders(self) -> list[str]:
-        """What must not be, one sentence each; empty when all is well."""
+        """The violations, one sentence each; empty if there are none."""
         found = [f"{stage} cannot be traced: {reason}" for stage, reason in self.untraced.items()]
         where: dict[str, list[str]] = {}
         for row in self.rows:
@@ -92,8 +92,8 @@ def audit(
 ) -> Audit:
     """Trace the full-size model and compile what it launches.
 
-    targets: some of `TARGETS`, operations: names, all when empty; only: stages of your own instead of the model's;
-    workers: see `compile_all`; progress: called with (done, in all), first of the tracing, then of the compiling.
+    targets: some of `TARGETS`, operations: names, all when empty; only: custom stages instead of the model's; workers:
+    see `compile_all`; progress: called with (done, total), first for tracing, then for compiling.
     Raises CodegenError for unknown targets and operations.
     """
     if unknown := sorted(set(targets) - set(TARGETS)):
@@ -156,13 +156,13 @@ def _traced(targets: tuple[str, ...], wanted: list[Stage]) -> Iterator[tuple[str
                 try:
                     with torch.inference_mode():
                         stage.run()
-                except Exception as error:  # whatever host code may raise, the other stages go on
+                except Exception as error:  # host code may raise anything; the other stages continue
                     failure = " ".join(f"{type(error).__name__}: {error}".split())
             yield target, stage, recording, failure
 
 
 def _enter(rows: dict[Any, list[Row]], target: str, stage: Stage, launches: list[Launch]) -> None:
-    """Add launches to the rows: the same kernel for the same work on arguments alike is one row."""
+    """Add launches to the rows: the same kernel with the same work and similar arguments is one row."""
     counts: Counter[int] = Counter()
     for launch in launches:
         touched = tuple(launch.work.touched.items())
@@ -173,7 +173,7 @@ def _enter(rows: dict[Any, list[Row]], target: str, stage: Stage, launches: list
 
 
 def _row_of(alike: list[Row], target: str, launch: Launch) -> Row:
-    """The row of a launch among those alike, which differ in what is specialized, such as the alignment of a view."""
+    """The row of a launch among similar ones, which differ in specialization, such as the alignment of a view."""
     for row in alike:
         if row.launches.setdefault(target, launch).specialization.digest == launch.specialization.digest:
             return row

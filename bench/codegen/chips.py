@@ -1,4 +1,4 @@
-"""The products for which times are projected; what one can do at most is in `kernels/devices.py`."""
+"""The products for which times are projected; their peak rates are in `kernels/devices.py`."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from ..core.roofline import least_seconds
 
 @dataclass(frozen=True)
 class Gpu:
-    """A product for which times are projected. name: in the tables; sm: the code that it runs, 90 for sm_90."""
+    """A product for which times are projected. name: in the tables; sm: its target, 90 for sm_90."""
 
     name: str
     device: Device
@@ -21,7 +21,7 @@ class Gpu:
         return {**{dtype: flops[dtype] for dtype in ("bfloat16", "float16", "int8")}, "float32": flops["bfloat16"] / 2}
 
     def least_seconds(self, flops: float, bytes: float, dtype: str) -> tuple[float, str]:
-        """The time below which this work cannot be done here, in seconds, and what sets it: "memory" or "compute"."""
+        """The least time of this work on the product, in seconds, and its limit: "memory" or "compute"."""
         return least_seconds(flops, bytes, self.peaks[dtype], self.device.bandwidth)
 
 

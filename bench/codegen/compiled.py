@@ -1,8 +1,8 @@
-"""Kernels compiled ahead of time for chips that are not here, and what their machine code uses of them.
+"""Kernels compiled ahead of time for chips that this machine lacks, and the resources of their machine code.
 
 Registers, stack and instructions are read from the finished binary (`cuobjdump`, `nvdisasm`, both come with Triton), of
 AMD's chips from the assembly; residency follows from the limits in `kernels/chips.py`. The compiler does not check
-shared memory against a chip, only loading does, so `violations` checks it here.
+shared memory against the chip's limit, only loading does, so `violations` checks it.
 """
 
 import copyreg
@@ -46,11 +46,11 @@ _REGISTERS_PER_ALLOCATION = 8  # of a thread; warps come in fours, one for each 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel uses on one chip, or why it does not compile.
+    """The resources of one kernel on one chip, or why it does not compile.
 
-    registers: a thread; stack: bytes a thread, of which `spills` are not arrays that the source asks for (the range
-    reduction of an accurate sin or cos keeps one of 28 bytes); shared: bytes a block; tensor_memory: columns a block;
-    warps: a block; blocks: resident in one multiprocessor; instructions: of the tensor cores, by name; has_dot:
+    registers: per thread; stack: bytes per thread, of which `spills` are not arrays in the source (the range reduction
+    of an accurate sin or cos has one of 28 bytes); shared: bytes per block; tensor_memory: columns per block; warps:
+    per block; blocks: resident in one multiprocessor; instructions: of the tensor cores, by name; has_dot:
     whether the source multiplies matrices. On AMD's chips registers are vector registers, and a spill of a scalar one,
     which goes to a vector register, does not count.
     """
@@ -71,7 +71,7 @@ class Resources:
         return self.blocks * self.warps / chip_of(target).warps
 
     def as_dict(self, target: str) -> dict[str, Any]:
-        """What is known of it on `target`, by name."""
+        """The resources on `target`, by name."""
         if self.error:
             return {"compiles": False, "error": self.error}
         known = {name: value for name, value in asdict(self).items() if name != "error"}
@@ -90,7 +90,7 @@ def compile_all(
     progress: Callable[[int, int], None] = lambda done, total: None,
     cache: Path | None = None,
 ) -> dict[tuple[str, str], Resources]:
-    """Compile each specialization for its target (one of `TARGETS`) and read what came out.
+    """Compile each specialization for its target (one of `TARGETS`) and read its resources.
 
     workers: processes, started at low priority; 0 compiles in this one. progress: called with (done, total). cache:
     folder of earlier results, reused while sources and compiler are the same; the user's by default.
@@ -123,7 +123,7 @@ def compile_one(specialization: Specialization, target: str) -> Resources:
 
 
 def violations(resources: Resources, target: str) -> list[str]:
-    """What is wrong with a kernel on a target, each as a phrase; empty for a kernel that may ship."""
+    """The violations of a kernel on a target, one phrase each; empty if there are none."""
     if resources.error:
         return [f"does not compile: {resources.error}"]
     limit, found = chip_of(target).block_shared, []
@@ -139,7 +139,7 @@ def violations(resources: Resources, target: str) -> list[str]:
 
 
 def resident_blocks(chip: Chip, *, registers: int, shared: int, warps: int) -> int:
-    """How many blocks of a kernel one multiprocessor holds at a time; 0 when not even one fits."""
+    """Number of blocks of a kernel resident in one multiprocessor; 0 if not even one fits."""
     if shared > chip.block_shared:
         return 0
     warp_registers = -(-max(registers, 1) // _REGISTERS_PER_ALLOCATION) * _REGISTERS_PER_ALLOCATION * chip.lanes
@@ -210,7 +210,7 @@ def _compiled(
     if workers == 0:
         yield from ((key, compile_one(specialization, key[1])) for key, specialization in missing.items())
         return
-    # Fresh processes: a fork of one that has threads may hang.
+    # New processes, because a fork of a process with threads may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_lower_priority) as pool:
         running = {pool.submit(compile_one, specialization, key[1]): key for key, specialization in missing.items()}
@@ -223,14 +223,14 @@ def _lower_priority() -> None:
 
 
 def _kernel(module: str, name: str) -> JITFunction:
-    """The kernel of that name, without what decorates it."""
+    """The kernel of that name, without its decorators."""
     found = reduce(getattr, name.split("."), importlib.import_module(module))
     while not isinstance(found, JITFunction):
         found = found.fn
     return found
 
 
-# A kernel travels to another process as its name.
+# A kernel is passed to another process by name.
 copyreg.pickle(JITFunction, lambda kernel: (_kernel, (kernel.__module__, kernel.__qualname__)))
 
 _READER = hashlib.sha256(Path(__file__).read_bytes() + Path(chips.__file__).read_bytes()).hexdigest()

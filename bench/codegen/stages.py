@@ -1,4 +1,4 @@
-"""What the full-size model computes, on meta tensors: the stages of a request, each by the runtime's own host code.
+"""The stages of a request of the full-size model, run on meta tensors by the runtime's own host code.
 
     encode               four 30 s windows, from waveforms to audio tokens
     prefill              a chunk of the prompt, at its start and behind 45 000 tokens
@@ -46,7 +46,7 @@ _OPTIONS = EngineOptions()
 
 @dataclass(frozen=True)
 class Stage:
-    """name: for people; context: tokens in each sequence of the KV cache at its end; run: does it, on meta tensors."""
+    """name: for display; context: tokens in each sequence of the KV cache at its end; run: runs it on meta tensors."""
 
     name: str
     context: int
@@ -56,7 +56,7 @@ class Stage:
 def full_size_model(*, joined: bool = True) -> AudioFlamingo:
     """The network of the released checkpoints in bfloat16, without a byte of weights.
 
-    joined: products of the same input are one, as on a GPU.
+    joined: merge products of the same input, as on a GPU.
     """
     model = AudioFlamingo(ModelConfig.from_dict(checkpoint_config("full", byte_tokenizer()))).to(torch.bfloat16)
     if joined:
@@ -115,7 +115,7 @@ def _products(
     product: Callable[[Tensor, Linear], object],
     pair: Callable[[Tensor, Linear, Linear], object],
 ) -> None:
-    """All products of the decoder's forward pass over `rows` tokens. Only the last one's scores are formed."""
+    """All products of the decoder's forward pass over `rows` tokens. Only the last one's scores are computed."""
     for layer in model.decoder.layers:
         attention, mlp = cast(DecoderLayer, layer).self_attn, cast(DecoderLayer, layer).mlp
         for linear in (*attention.projections, attention.o_proj, mlp.down_proj):

@@ -1,8 +1,8 @@
 """The kernels that host code launches, recorded on a machine without a GPU.
 
-Tensors on torch's `meta` device have shapes and no data. Host code runs on them as it is: each Triton launch is bound
-and specialized by Triton itself (dtypes, divisibility by 16, arguments equal to 1) and then recorded where it would be
-compiled. So what is recorded is what a GPU would be asked to compile.
+Tensors on torch's `meta` device have shapes and no data. Host code runs on them unchanged: Triton itself binds and
+specializes each launch (dtypes, divisibility by 16, arguments equal to 1), which is then recorded instead of compiled.
+So the recording has exactly what would be compiled for a GPU.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from ...kernels.dispatch import Operation
 from ..core.work import Work, distinct_bytes, work_of
 
-# Where meta tensors begin, as far as Triton's test for alignment is concerned: allocators align to more than 16 bytes.
+# The address of meta tensors for Triton's test of alignment: allocators align to more than 16 bytes.
 _BASE_ADDRESS = 1 << 30
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
@@ -39,7 +39,8 @@ class Specialization:
 
     @cached_property
     def digest(self) -> str:
-        """Changes with the source of the kernel, of what it calls, and with everything else that is compiled in."""
+        """A hash of the source of the kernel and of the functions it calls, and of everything else that is compiled
+        in."""
         constants = {path: getattr(value, "cache_key", value) for path, value in self.constexprs.items()}
         parts = (self.kernel.cache_key, self.signature, constants, self.attributes, self.options)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -53,15 +54,15 @@ class Specialization:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: a number or a text as it is, a function or a dtype by its name."""
+    """As a JSON value: a number or a text unchanged, a function or a dtype by its name."""
     return value if isinstance(value, int | float | str) else getattr(value, "__name__", str(value))
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch. operation: the one that made it, "" for none; arguments: that operation's tensors, or without one
-    the kernel's; bytes: that the launch must move; work: of the whole operation; index: how many launches of this
-    kernel the same call made before."""
+    """One launch. operation: its operation, "" for none; arguments: that operation's tensors, or without one the
+    kernel's; bytes: least bytes of the launch; work: of the whole operation; index: number of earlier launches of this
+    kernel in the same call."""
 
     specialization: Specialization
     grid: tuple[int, ...]
@@ -80,7 +81,7 @@ class Launch:
 
 @dataclass
 class _Call:
-    """A call of an operation that is under way."""
+    """A call of an operation in progress."""
 
     operation: str
     arguments: Mapping[str, Any]
@@ -90,7 +91,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class Recording:
-    """launches: in order; torch_operations: those that launched no kernel of ours."""
+    """launches: in order; torch_operations: operations that launched no Triton kernel of afnext."""
 
     launches: list[Launch] = field(default_factory=list)
     torch_operations: set[str] = field(default_factory=set)
@@ -101,7 +102,7 @@ def recorded_launches(context: int = 0) -> Iterator[Recording]:
     """Collect the Triton launches of the `with` block instead of running them.
 
     Operations choose their implementation as on a CUDA device. context: tokens in each sequence of the KV cache, the
-    new ones included, which no meta tensor can tell.
+    new ones included, which meta tensors do not have.
     """
     recording = Recording()
     calls: list[_Call] = []
@@ -136,7 +137,7 @@ def recorded_launches(context: int = 0) -> Iterator[Recording]:
 
 
 class _Pointer:
-    """A meta tensor as Triton's specialization sees a tensor: a dtype and an address."""
+    """A meta tensor in the form that Triton's specialization needs: a dtype and an address."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor

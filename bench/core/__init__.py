@@ -1,1 +1,1 @@
-"""What every benchmark uses: timing, the machine, records, ceilings, random checkpoints."""
+"""Shared by all benchmarks: timing, the machine, records, ceilings, random checkpoints."""

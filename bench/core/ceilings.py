@@ -1,9 +1,9 @@
-"""What this machine can really do at most: memory bandwidth and matrix products, measured and not read from a sheet.
+"""The ceilings of this machine, measured rather than from a data sheet: memory bandwidth and matrix products.
 
     copy   y = x                   bytes = 2 * size          read   sum(x)          bytes = size
     matmul n x n times n x n       operations = 2 * n^3      in float32, bfloat16, int8, and float16 on GPUs
 
-The best sample counts, since a ceiling is what was once reached. Buffers are larger than the last-level cache.
+The best sample counts, because a ceiling is an upper bound. Buffers are larger than the last-level cache.
 """
 
 from collections.abc import Callable
@@ -35,14 +35,14 @@ class Ceilings:
         return max(self.copy, self.read)
 
     def least_seconds(self, flops: float, bytes: float, dtype: str) -> tuple[float, str]:
-        """The time below which no such kernel can be here, in seconds, and what sets it: "compute" or "memory".
+        """The least time of such a kernel on this machine, in seconds, and its limit: "compute" or "memory".
 
         A dtype without a measured product has only the limit of memory.
         """
         return least_seconds(flops, bytes, self.flops.get(dtype), self.bandwidth)
 
     def percent(self, seconds: float, flops: float, bytes: float, dtype: str) -> float:
-        """How much of the ceiling a kernel reached that took `seconds`: 100 where nothing can be faster."""
+        """The percentage of the ceiling that a kernel of `seconds` reaches; 100 is the fastest possible."""
         return 100 * self.least_seconds(flops, bytes, dtype)[0] / seconds
 
     def values(self) -> dict[str, float]:
@@ -52,9 +52,9 @@ class Ceilings:
 
 
 def measured_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:
-    """Measure `device` with torch's present number of threads; once a process, then remembered.
+    """Measure `device` with torch's current number of threads; once per process, then cached.
 
-    quick: small buffers and products, for trying things out; the figures are then those of the caches.
+    quick: small buffers and products, for trials; the figures are then those of the caches.
     """
     return _measured(device, torch.get_num_threads(), quick)
 
@@ -81,7 +81,7 @@ def _bandwidths(device: torch.device, size: int) -> tuple[float, float]:
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     copying = _best(device, lambda: target.copy_(source))
-    # Which reduction reads fastest depends on the machine; the ceiling is the better one.
+    # The fastest reduction depends on the machine; the ceiling is the better one.
     reading = min(_best(device, source.sum), _best(device, lambda: torch.dot(source, source)))
     return 2 * size / copying, size / reading
 
@@ -92,7 +92,7 @@ def _best(device: torch.device, call: Callable[[], Any]) -> float:
 
 
 def _product_rate(device: torch.device, dtype: str, side: int) -> float | None:
-    """FLOP/s of a product of `side` by `side` matrices, or None where torch has none of that dtype on that device.
+    """FLOP/s of a product of `side` by `side` matrices, or None if torch lacks that dtype on that device.
 
     Smaller ones are tried first: torch's int8 product takes minutes at full size on CPUs without VNNI.
     """
@@ -111,7 +111,7 @@ def _dtypes(device: torch.device) -> tuple[str, ...]:
 
 
 def _product(device: torch.device, dtype: str, side: int) -> Callable[[], Any] | None:
-    """The product of two matrices, or None where torch has none of that dtype on that device."""
+    """The product of two matrices, or None if torch lacks that dtype on that device."""
     if dtype == "int8":
         integers = torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device)
         product = getattr(torch, "_int_mm", None)  # its only product of int8 matrices with int32 sums

@@ -1,6 +1,6 @@
-"""What a measurement was taken on: the machine, its software and clocks; and the peaks of memory and energy.
+"""The machine of a measurement, its software and clocks; and peaks of memory and energy.
 
-Nothing here fails for want of a GPU, NVML, git or a known operating system: what cannot be found out is None.
+Nothing here fails without a GPU, NVML, git or a known operating system: unknown values are None.
 """
 
 import importlib
@@ -54,14 +54,15 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def isa() -> list[str]:
-    """The instruction sets of this CPU that matter to the kernels, as Linux names them; empty where it cannot tell."""
+    """The instruction sets of this CPU that matter to the kernels, as Linux names them; empty if unknown."""
     flags = set(re.findall(r"^(?:flags|Features)\s*:(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)[:1])
     known = set(" ".join(flags).split())
     return [name for name in _ISA if name in known]
 
 
 def gpu(device: torch.device) -> dict[str, Any] | None:
-    """Name, memory and compute capability of a CUDA device, with driver, clocks and power limit where NVML is there."""
+    """Name, memory and compute capability of a CUDA device, with driver, clocks and power limit if NVML is
+    available."""
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
@@ -85,9 +86,9 @@ def gpu(device: torch.device) -> dict[str, Any] | None:
 
 
 def energy_joules(device: torch.device) -> float | None:
-    """Energy the device has used since its driver was loaded, in joules; None for CPUs and where NVML cannot tell.
+    """Energy the device has used since its driver was loaded, in joules; None for CPUs and if NVML does not report it.
 
-    The difference of two readings is the energy of what ran between them, idle power included.
+    The difference of two readings is the energy used between them, idle power included.
     """
     nvml = _nvml(device)
     if nvml is None:
@@ -119,7 +120,7 @@ def peak_device_memory(device: torch.device) -> int | None:
 
 
 def reset_peaks(device: torch.device) -> bool:
-    """Begin new peaks of memory. Returns whether that of the process could be reset; only Linux can."""
+    """Reset the peaks of memory. Returns whether that of the process could be reset, which only Linux supports."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
@@ -130,7 +131,7 @@ def reset_peaks(device: torch.device) -> bool:
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the largest cache between `device` and its memory; 64 MiB where that cannot be found out."""
+    """Bytes of the largest cache between `device` and its memory; 64 MiB if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [_read(path) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -140,7 +141,7 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def checkout() -> tuple[str | None, bool | None]:
-    """The commit this code stands at and whether tracked files differ from it; None, None outside a git checkout."""
+    """The commit of this code and whether tracked files differ from it; None, None outside a git checkout."""
     if not (_REPOSITORY / ".git").exists():
         return None, None
     commit = _git("rev-parse", "HEAD")
@@ -165,7 +166,7 @@ def _nvml(device: torch.device) -> tuple[Any, Any] | None:
         library = importlib.import_module("pynvml")
         library.nvmlInit()
         return library, library.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    except Exception:  # no module, no library, no such device, no rights: each has a class of its own
+    except Exception:  # no module, library, device or permission: each raises another class
         return None
 
 

@@ -1,4 +1,4 @@
-"""Child processes that do not outlive the one that started them."""
+"""Child processes that end with their parent."""
 
 import os
 import threading
@@ -8,7 +8,7 @@ _POLL = 0.5  # seconds
 
 
 def end_with_parent(pid: int) -> None:
-    """From now on end this process at once when `pid`, which started it, is no longer its parent.
+    """End this process as soon as its parent `pid` has ended.
 
     A parent that is killed cannot end its children itself.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints with random weights, so that everything but the meaning of an answer can be had without the real ones.
+"""Checkpoints with random weights, for everything that does not depend on the meaning of answers.
 
     tiny                   a model of a few hundred thousand parameters, for demonstrations
     full-width:ENC,DEC     the true width with ENC encoder and DEC decoder layers
@@ -70,7 +70,7 @@ def write_random_checkpoint(
 ) -> Path:
     """Write a checkpoint of the given shape (see the module) in bfloat16, in the flat layout; return its folder.
 
-    quant: write packed weights instead, of random codes. `progress` is called with (bytes written, bytes in all).
+    quant: write packed weights instead, of random codes. `progress` is called with (bytes written, total bytes).
     Raises AfnextError for an unknown shape.
     """
     tokenizer = byte_tokenizer()
@@ -93,7 +93,7 @@ def write_random_checkpoint(
 
 
 def flat_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The names of the flat layout, which `transformers` calls the tensors by, and their shapes."""
+    """The names of the flat layout, which `transformers` uses, and their shapes."""
     return {_flat_name(name): size for name, size in expected_shapes(config).items()}
 
 
@@ -111,7 +111,7 @@ def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Iter
 def byte_tokenizer(texts: Iterable[str] = (), split: str = _WORD_SPLIT) -> Tokenizer:
     """A byte-level BPE tokenizer without merges: 256 bytes, the pieces of `texts`, then `SPECIAL_TOKENS`.
 
-    split: the expression that cuts text into pieces; a piece of `texts` is one token, any other falls into its bytes.
+    split: the expression that splits text into pieces; a piece of `texts` is one token, other pieces become bytes.
     """
     pieces = pre_tokenizers.Sequence(
         [
@@ -173,7 +173,7 @@ def _flat_name(name: str) -> str:
 def _write_safetensors(
     path: Path, shapes: dict[str, tuple[int, ...]], seed: int, progress: Callable[[int, int], None]
 ) -> None:
-    """Stream the tensors to disk one by one: the largest is all that is held in memory."""
+    """Stream the tensors to disk one by one, with only one in memory."""
     header, offset = {}, 0
     for name, shape in shapes.items():
         size = 2 * int(torch.tensor(shape).prod())
@@ -191,7 +191,7 @@ def _write_safetensors(
 def _write_packed(
     folder: Path, config: ModelConfig, quant: Recipe, seed: int, progress: Callable[[int, int], None]
 ) -> None:
-    """The tensors that `quant` stores, codes and all, without dense weights that they would be made of."""
+    """Random tensors in the format of `quant`, made without dense weights."""
     expected = {name: Stored(one.shape, one.dtypes[:1]) for name, one in expected_tensors(config).items()}
     total = sum(math.prod(one.shape) * one.dtypes[0].itemsize for one in expected.values())
     writer = CheckpointWriter(folder, expected, quantization_metadata(quant))
@@ -214,7 +214,7 @@ def _write_packed(
 
 
 def _random_part(name: str, part: str, one: Stored, codes: Stored, generator: torch.Generator) -> torch.Tensor:
-    """Codes of all values, and scales with which the weights have the size that `_random_tensor` gives them."""
+    """Uniform codes, and scales that give the weights the same magnitude as `_random_tensor`."""
     signed = codes.dtypes[0] == torch.int8
     if part == "weight_codes":
         low, high = (-127, 128) if signed else (0, 256)
@@ -229,11 +229,11 @@ def _random_part(name: str, part: str, one: Stored, codes: Stored, generator: to
 
 
 def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Norm weights near 1; the rest normal with a standard deviation that keeps activations of ordinary size."""
+    """Norm weights near 1; the rest normal with a standard deviation that keeps activations at normal magnitudes."""
     values = torch.empty(shape, dtype=torch.bfloat16)
     if "norm" in name and name.endswith("weight"):
         return values.normal_(1.0, 0.02, generator=generator)
     values.normal_(0.0, 0.02 if len(shape) < 2 else shape[1] ** -0.5, generator=generator)
     if name.endswith("lm_head.weight"):
-        values[PRINTABLE_IDS:] = 0  # other bytes would make broken UTF-8 of every answer
+        values[PRINTABLE_IDS:] = 0  # other bytes would be invalid UTF-8 in every answer
     return values

@@ -1,7 +1,7 @@
-"""What a benchmark leaves behind: one JSON line a measurement, with the machine that it was taken on.
+"""Results of benchmarks: one JSON line per measurement, with its machine.
 
-Files of results are appended to line by line, so an interrupted run keeps what it has, and `finished` tells a resumed
-run what need not be measured again.
+Lines are appended to the file one by one, so an interrupted run keeps its results, and `finished` returns the
+measurements that a resumed run can skip.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from ...kernels.errors import AfnextError
 from ...quant.recipe import RECIPES
 
-# The schemes that can be measured, and the dtype that each computes in: dense ones, and recipes of packed weights.
+# The schemes that can be measured, and the dtype of each computation: dense ones, and recipes of packed weights.
 DENSE_SCHEMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SCHEMES = {**DENSE_SCHEMES, **dict.fromkeys(RECIPES, "bfloat16")}
 
@@ -26,10 +26,11 @@ class ResultsError(AfnextError):
 class Record:
     """One measurement.
 
-    bench: "e2e", "kernels" or "quality"; name: what was measured, such as "prefill" or "attention"; subject: who did
-    it, such as "afnext bfloat16" or "transformers bfloat16"; case: what it was given (shapes, seconds of audio, scheme,
-    batch); values: the figures by name, the unit in the name (`median_s`, `p90_s`, `tokens_per_s`, `peak_bytes`); kind:
-    "measured", "extrapolated" (from fewer layers) or "projected" (from a roofline); machine: see `machine.py`.
+    bench: "e2e", "kernels" or "quality"; name: the measured stage or operation, such as "prefill" or "attention";
+    subject: the implementation, such as "afnext bfloat16" or "transformers bfloat16"; case: its input (shapes, seconds
+    of audio, scheme, batch); values: the figures by name, the unit in the name (`median_s`, `p90_s`, `tokens_per_s`,
+    `peak_bytes`); kind: "measured", "extrapolated" (from fewer layers) or "projected" (from a roofline); machine: see
+    `machine.py`.
     """
 
     bench: str
@@ -42,7 +43,7 @@ class Record:
 
     @property
     def key(self) -> str:
-        """Equal for measurements of the same thing, on whatever machine."""
+        """A key that is equal for the same measurement on any machine."""
         return json.dumps([self.bench, self.name, self.subject, self.case, self.kind], sort_keys=True)
 
 
@@ -56,14 +57,14 @@ def append(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(asdict(record), ensure_ascii=False, sort_keys=True) + "\n"
     with path.open("a+b") as file:
-        # What an interruption left of a line would otherwise swallow this one.
+        # Otherwise this line would be joined to an incomplete line of an interrupted run.
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         file.write(line.encode())
 
 
 def read(path: Path) -> Iterator[Record]:
-    """The records of a file. A last line that an interruption cut short is left out; raises ResultsError for others."""
+    """The records of a file. An incomplete last line is skipped; raises ResultsError for other invalid lines."""
     if not path.is_file():
         raise ResultsError(
             f"there are no results at {path}; run `afnext bench e2e --out {path}` or another bench first"
@@ -77,5 +78,5 @@ def read(path: Path) -> Iterator[Record]:
 
 
 def finished(path: Path) -> set[str]:
-    """The keys of what a file of results already holds; empty when there is no file."""
+    """The keys of the records in a file of results; empty if there is no file."""
     return {record.key for record in read(path)} if path.is_file() else set()

@@ -1,4 +1,4 @@
-"""The roofline: the time below which no kernel can do its work on a machine.
+"""The roofline: the least time of a kernel on a machine.
 
     least seconds = max(FLOPs / peak rate, bytes / memory bandwidth)
 
@@ -7,9 +7,9 @@ Source: Williams, Waterman and Patterson 2009, "Roofline: an insightful visual p
 
 
 def least_seconds(flops: float, bytes: float, rate: float | None, bandwidth: float) -> tuple[float, str]:
-    """Least seconds and what sets them, "compute" or "memory".
+    """Least seconds and their limit, "compute" or "memory".
 
-    rate: FLOP/s, None where it is not known, which leaves the limit of memory; bandwidth: bytes/s.
+    rate: FLOP/s, None if unknown, so that only memory limits; bandwidth: bytes/s.
     """
     compute = flops / rate if rate else 0.0
     memory = bytes / bandwidth

@@ -1,8 +1,9 @@
-"""The measuring core: several subjects timed in turn by one clock, their outputs compared before any speedup is named.
+"""Interleaved timing of several subjects by one clock; outputs are compared before a speedup is reported.
 
-Subjects take turns, and every second round runs backwards (A B, B A, A B, ...), so that whatever drifts during the run,
-temperature, clock rates or a neighbour's load, weighs on all of them alike. With a cold cache the clock writes through
-a buffer larger than the last-level cache before each call; on a GPU that write also hides the launch of what follows.
+Subjects take turns, and every second round runs backwards (A B, B A, A B, ...), so that drift during the run
+(temperature, clock rates, load of other processes) affects all of them alike. With a cold cache the clock writes
+through a buffer larger than the last-level cache before each call; on a GPU that write also hides the launch of the
+call.
 """
 
 import gc
@@ -26,7 +27,7 @@ _OUTLIER = 10  # how many times the tolerance a single element may be off by
 
 
 class TimingError(AfnextError):
-    """What was asked for cannot be measured."""
+    """The requested measurement is not possible."""
 
 
 class Clock(Protocol):
@@ -35,17 +36,17 @@ class Clock(Protocol):
     name: str
 
     def prepare(self, call: Call) -> Call:
-        """What to call in its place, made once before the first measurement: the call itself or, say, its graph."""
+        """The function to time instead, made once before the first measurement: the call itself or its graph."""
 
     def seconds(self, call: Call) -> float:
         """Call once; return how long it took."""
 
     def evict(self) -> None:
-        """Leave nothing useful in the device's caches."""
+        """Evict the device's caches."""
 
 
 class WallClock:
-    """The host's monotonic clock, for work that is done when the call returns."""
+    """The host's monotonic clock, for work that is complete when the call returns."""
 
     name = "wall clock"
 
@@ -97,7 +98,8 @@ class CudaClock:
 
 
 class GraphClock(CudaClock):
-    """Like CudaClock, with each call captured once into a CUDA graph and replayed, so that launches cost nothing."""
+    """Like CudaClock, with each call captured once into a CUDA graph and replayed, so that launch overhead is
+    excluded."""
 
     name = "cuda graph"
 
@@ -107,12 +109,13 @@ class GraphClock(CudaClock):
         event: Callable[[], Any] | None = None,
         capture: Callable[[Call], Call] | None = None,
     ):
-        """capture: turns a call into the replay of what it does, by default with torch.cuda.CUDAGraph."""
+        """capture: converts a call to a replay, by default with torch.cuda.CUDAGraph."""
         super().__init__(device, event)
         self._capture = capture or _captured
 
     def prepare(self, call: Call) -> Call:
-        """The replay of the captured call. Raises TimingError for calls that wait for the device, as none can."""
+        """The replay of the captured call. Raises TimingError for calls that wait for the device, which cannot be
+        captured."""
         try:
             return self._capture(call)
         except RuntimeError as error:
@@ -123,7 +126,7 @@ def _captured(call: Call) -> Call:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):  # lazy initialization must not fall into the capture
+        for _ in range(3):  # lazy initialization must happen before the capture
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -143,7 +146,7 @@ class CacheEvictor:
         self._buffer: Tensor | None = None
 
     def __call__(self) -> None:
-        """Evict what the caches hold."""
+        """Evict the caches."""
         if self._buffer is None:
             size = last_level_cache(self._device) * 5 // 4
             self._buffer = torch.zeros(size // 4, dtype=torch.int32, device=self._device)
@@ -151,9 +154,9 @@ class CacheEvictor:
 
 
 def clock_for(device: torch.device, *, graphs: bool = False) -> Clock:
-    """The clock that tells the truth about work on `device`; `graphs`: through CUDA graphs, which only GPUs have.
+    """The right clock for work on `device`; `graphs`: use CUDA graphs, which only GPUs have.
 
-    Raises TimingError when graphs are asked for elsewhere.
+    Raises TimingError if graphs are requested on other devices.
     """
     if device.type == "cuda":
         return GraphClock(device) if graphs else CudaClock(device)
@@ -164,7 +167,7 @@ def clock_for(device: torch.device, *, graphs: bool = False) -> Clock:
 
 @dataclass(frozen=True)
 class Samples:
-    """Times of one subject, in seconds, in the order in which they were taken; at least one, none below zero."""
+    """Times of one subject, in seconds, in order of measurement; at least one, none negative."""
 
     seconds: tuple[float, ...]
 
@@ -173,7 +176,7 @@ class Samples:
             raise TimingError(f"samples are one or more finite times, got {self.seconds[:5]}")
 
     def quantile(self, q: float) -> float:
-        """The time that the fraction q of the samples stays below, interpolated between neighbours."""
+        """The quantile q of the samples, interpolated linearly."""
         ordered = sorted(self.seconds)
         below, fraction = divmod(q * (len(ordered) - 1), 1)
         low = ordered[int(below)]
@@ -182,27 +185,27 @@ class Samples:
 
     @property
     def median(self) -> float:
-        """The middle time."""
+        """The median time."""
         return self.quantile(0.5)
 
     @property
     def p20(self) -> float:
-        """A fifth of the samples took less."""
+        """The 20th percentile."""
         return self.quantile(0.2)
 
     @property
     def p80(self) -> float:
-        """A fifth of the samples took longer."""
+        """The 80th percentile."""
         return self.quantile(0.8)
 
     @property
     def p90(self) -> float:
-        """A tenth of the samples took longer."""
+        """The 90th percentile."""
         return self.quantile(0.9)
 
     @property
     def p99(self) -> float:
-        """A hundredth of the samples took longer."""
+        """The 99th percentile."""
         return self.quantile(0.99)
 
     @property
@@ -212,7 +215,7 @@ class Samples:
 
     @property
     def spread(self) -> float:
-        """The width of the middle three fifths, relative to the median; 0 for a median of 0."""
+        """(p80 - p20) / median; 0 for a median of 0."""
         return (self.p80 - self.p20) / self.median if self.median else 0.0
 
     def values(self) -> dict[str, float | int]:
@@ -238,8 +241,8 @@ def measure_interleaved(
 ) -> dict[str, Samples]:
     """Time the subjects in turn, in alternating order; return the samples of each.
 
-    repeats: rounds; warmup: untimed calls of each before the first; min_time: go on for at least so many seconds;
-    max_time: start no round later than that, though always two (evictions count towards both); clock: the wall clock
+    repeats: rounds; warmup: untimed calls of each before the first; min_time: least seconds of measurement; max_time:
+    start no round after that many seconds, except the first two (both include evictions); clock: the wall clock
     by default; progress: called with (rounds done, rounds planned). Raises TimingError without subjects or repeats.
     """
     if not subjects or repeats < 1 or warmup < 0:
@@ -271,7 +274,7 @@ def _another_round(rounds: int, elapsed: float, repeats: int, min_time: float, m
 
 @contextmanager
 def threads(count: int | None) -> Iterator[int]:
-    """Compute with `count` CPU threads inside the block (None: as it is); yields the count in force."""
+    """Compute with `count` CPU threads inside the block (None: unchanged); yields the number in use."""
     before = torch.get_num_threads()
     if count is not None:
         if count < 1:
@@ -285,7 +288,7 @@ def threads(count: int | None) -> Iterator[int]:
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """No garbage collection inside the block: it would fall on one subject or the other by chance."""
+    """No garbage collection inside the block, because it would hit subjects at random."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -297,7 +300,7 @@ def _collector_paused() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Whether two outputs are the same; error: the largest relative RMS error found; reason: of a disagreement."""
+    """Whether two outputs agree; error: the largest relative RMS error; reason: of a disagreement."""
 
     agrees: bool
     error: float
@@ -305,11 +308,11 @@ class Agreement:
 
 
 def compare_outputs(expected: Any, actual: Any, tolerance: float) -> Agreement:
-    """Whether `actual` is what `expected` is: tensors of floats within `tolerance`, everything else exactly.
+    """Whether `actual` equals `expected`: float tensors within `tolerance`, everything else exactly.
 
-    Tensors must have equal shape and dtype; the error is RMS(actual - expected) / RMS(expected), and besides no element
-    may be off by more than ten times the tolerance of its own size and the RMS together. NaN never agrees; infinities
-    must be equal. Lists, tuples and dicts are compared item by item.
+    Tensors must have equal shape and dtype; the error is RMS(actual - expected) / RMS(expected). In addition, the error
+    of an element may be at most ten times the tolerance of the sum of its magnitude and the RMS. NaN never agrees;
+    infinities must be equal. Lists, tuples and dicts are compared item by item.
     """
     if isinstance(expected, Tensor) and isinstance(actual, Tensor):
         return _compare_tensors(expected, actual, tolerance)
@@ -344,7 +347,7 @@ def _compare_tensors(expected: Tensor, actual: Tensor, tolerance: float) -> Agre
     if not expected.is_floating_point():
         wrong = int((~equal).sum())
         return Agreement(not wrong, wrong / max(1, expected.numel()), f"{wrong} elements differ" if wrong else "")
-    # Where both are equal the difference is 0, also between infinities.
+    # The difference of equal elements is 0, also of infinities.
     difference = torch.where(equal, 0.0, actual.double() - expected.double()).abs()
     if not difference.isfinite().all():
         return Agreement(False, math.inf, "NaN or infinity on one side only")
@@ -370,7 +373,7 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times faster, or None and why that must not be said. low, high: from opposite fifths of the samples."""
+    """The speedup, or None with a reason. low, high: from opposite 20th and 80th percentiles."""
 
     ratio: float | None
     low: float | None = None

@@ -1,8 +1,8 @@
-"""How much work an operation must do at least: the one table of FLOPs and bytes.
+"""The least work of each operation: the only table of FLOPs and bytes.
 
 FLOPs: a multiply and an add are two, a transcendental is one; comparisons, conversions and sorts are none. `products`
-are those of the matrix products alone, as the kernels for matrix units form them.
-Bytes: every distinct tensor that is given is read once and every result written once. Tensors of which a call reads or
+are those of the matrix products only, as computed on matrix units.
+Bytes: every distinct argument tensor is read once and every result is written once. Tensors of which a call reads or
 writes only a part, such as a pool of KV pages, count that part (`Work.touched`).
 So a kernel's share of the roofline falls when it moves or computes more than it must.
 """
@@ -26,9 +26,9 @@ Arguments = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """flops: in all; products: FLOPs in matrix products; dtype: whose peak bounds them ("int8" for int8 products);
-    touched: bytes really read or written of the arguments named, where that can be less than their size; written: bytes
-    of the results that are returned, and of tables that a call reads beside its arguments."""
+    """flops: total; products: FLOPs in matrix products; dtype: the dtype whose peak bounds them ("int8" for int8
+    products); touched: bytes actually read or written of the named arguments, if less than their size; written: bytes
+    of the returned results, and of tables that a call reads in addition to its arguments."""
 
     flops: float = 0.0
     products: float = 0.0
@@ -42,7 +42,7 @@ class Work:
 
 
 def work_of(operation: str, arguments: Arguments, context: int) -> Work:
-    """The work of one call of `operation`; none for an operation that the table does not have.
+    """The work of one call of `operation`; empty for an operation that is not in the table.
 
     arguments: tensors by the names of the operation's reference, on any device; context: tokens in each sequence of the
     KV cache, the new ones included.
