@@ -1,9 +1,9 @@
 """The end-to-end benchmark: every stage from an audio file to new tokens, beside the reference, on any machine.
 
-Both sides run in one process and take turns, so that what drifts on the machine weighs on both; outputs are compared
-before a speedup is named. Without the real weights a random checkpoint of the true width stands in. On machines that
-cannot hold all layers, `--random full-width:ENC,DEC` measures few of them, and the time of the full model is
-extrapolated from the cost of a layer: T(1) + (layers - 1) * (T(n) - T(1)) / (n - 1). Such records say "extrapolated".
+Both sides run interleaved in one process, so that drift of the machine affects both; outputs are compared before a
+speedup is reported. Without the real weights a random checkpoint of the true width is used. On machines that cannot
+hold all layers, `--random full-width:ENC,DEC` measures few of them, and the time of the full model is extrapolated from
+the cost of a layer: T(1) + (layers - 1) * (T(n) - T(1)) / (n - 1). Such records say "extrapolated".
 """
 
 import tempfile
@@ -302,7 +302,7 @@ def _weight_traffic(loaded: Model, samples: Samples) -> dict[str, Any]:
 
 
 def recording(seconds: float) -> np.ndarray:
-    """A tone that moves, with noise in bursts: float32 at 16 kHz, the same at each call."""
+    """A gliding tone with bursts of noise: float32 at 16 kHz, the same at each call."""
     generator = np.random.default_rng(0)
     t = np.arange(round(seconds * 16_000)) / 16_000
     tone = np.sin(2 * np.pi * (300 + 100 * np.sin(0.7 * t)) * t) * (np.sin(2 * np.pi * 0.9 * t) > 0)

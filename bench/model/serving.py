@@ -1,4 +1,4 @@
-"""What contexts, live audio and batching are worth, on a random checkpoint of true width and few layers.
+"""Measures contexts, live audio and batching on a random checkpoint of true width and few layers.
 
 second question    time to first token about a long recording: heard for it, and of a further question about it
 listening          peak memory while a recording of growing length is fed as it would be recorded

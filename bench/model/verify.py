@@ -1,4 +1,4 @@
-"""`afnext verify MODEL`: whether a checkpoint works here, and as well as `transformers` has it work.
+"""`afnext verify MODEL`: checks that a checkpoint works on this machine and agrees with `transformers`.
 
     files      every tensor is there in its shape; files that the Hub names by their hash have that hash
     settings   token ids of config and tokenizer agree; how the sizes differ from the published model's
@@ -7,8 +7,9 @@
     stages     time of every stage beside transformers, in the same run
     memory     the peak beside the plan
 
-Where two greedy answers part, the reference's own two best scores must be as close as rounding in that dtype is: then
-either token is right, and what follows is not compared. Every check is a row; one that cannot be made says why.
+Where two greedy answers differ, the reference's two best scores must differ by no more than rounding in that dtype:
+then either token is right, and later tokens are not compared. Every check is a row; a check that cannot be made states
+why.
 """
 
 import gc

@@ -1,9 +1,9 @@
-"""The accuracy rule for implementations of an operation, and a diagnosis where one breaks it.
+"""The accuracy rule for implementations of an operation, and a diagnosis of violations.
 
 The rule: an implementation's RMS error against the float64 reference is at most twice that of the same computation
 written naively in torch at the same dtype (`plain.py`), or one unit in the last place of the result. Integers that are
-rounded numbers may differ by one where plain torch's may; tokens are equal. Memory that an implementation allocates is
-NaN until it is written.
+rounded numbers may differ by one if plain torch's may; tokens must be equal. Memory that an implementation allocates
+holds NaN until it is written.
 """
 
 import math
@@ -20,9 +20,9 @@ from ...kernels.dispatch import backend
 from ...kernels.packed_product import FEW_ROWS
 from .problems import Problem
 
-DRAWS = 16  # of inputs, over which a rule that one draw broke has to hold together
-_NO_CHANCE = 10  # times the allowed error: no draw explains that
-_CODES = 1e-3  # of rounded integers may differ by one in any case
+DRAWS = 16  # draws of inputs that must keep the rule together if one draw breaks it
+_NO_CHANCE = 10  # times the allowed error, which chance cannot explain
+_CODES = 1e-3  # share of rounded integers that may always differ by one
 
 # Arguments that are float32 whatever the dtype; the references widen them where it matters.
 _FLOAT32 = frozenset({"k_scales", "v_scales", "angles", "logits", "penalty", "uniform"})
@@ -74,7 +74,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def exactly(function: Callable[..., T], *args: Any, **options: Any) -> T:
-    """What `function` returns for the same numbers in float64, computed by its reference."""
+    """The result of `function` for the same numbers in float64, computed by its reference."""
     with backend("reference"):
         return function(*map(_widened, args), **{name: _widened(value) for name, value in options.items()})
 
@@ -85,7 +85,7 @@ def _widened(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check of one problem found.
+    """The result of checking one problem.
 
     error, allowed: relative RMS error and the largest that keeps the rule, of the worst result; fault: "" for a sound
     implementation, otherwise its kind; diagnosis: where, how large, which case.
@@ -99,7 +99,8 @@ class Verdict:
 
 
 def check(problem: Problem, function: Callable[..., Any], device: torch.device, seed: int = 0) -> Verdict:
-    """Call `function` on the problem's inputs and judge what it returns and writes. What it raises is passed on."""
+    """Call `function` on the problem's inputs and judge its results, including written arguments. Its errors
+    propagate."""
     verdict = _check(problem, function, device, seed)
     if verdict.fault == "inaccurate" and problem.spec.also and problem.shape["rows"] <= FEW_ROWS:
         unrounded = Problem(problem.spec.also, problem.shape, problem.dtype, problem.odd)
@@ -114,7 +115,7 @@ def _check(problem: Problem, function: Callable[..., Any], device: torch.device,
         return found
     broken = [i for i, errors in enumerate(found) if not errors.kept]
     if broken:
-        # One row's norm is one error, shared by all its channels, and plain torch's may be zero by luck.
+        # All channels of a row share the error of its norm, and plain torch's may be zero by chance.
         draws = [found]
         if all(found[i].actual ** 0.5 <= _NO_CHANCE * found[i].allowed for i in broken):
             for draw in range(1, DRAWS):
@@ -206,7 +207,7 @@ def _judged(problem: Problem, function: Callable[..., Any], device: torch.device
 
 
 def _wrong_integers(actual: Tensor, exact: Tensor, plain: Tensor) -> str:
-    """What is wrong with integers, "" for nothing. int8 are rounded numbers, int64 are tokens."""
+    """The fault of an integer result, "" for none. int8 are rounded numbers, int64 are tokens."""
     difference = (actual.long() - exact.long()).abs()
     wrong = int((difference > 0).sum())
     allowed = 0.0
@@ -232,7 +233,7 @@ def _unwritten(actual: Tensor, bad: Tensor) -> str:
 def _inaccurate(
     problem: Problem, function: Callable[..., Any], device: torch.device, seed: int, number: int, errors: Errors
 ) -> Verdict:
-    """Where the error lies: computed once more, as only what keeps the rule need not be looked at."""
+    """The location of the error, from another computation, made only if the rule is broken."""
     error, allowed = _relative(errors)
     computed = _computed(problem, function, device, seed)
     assert isinstance(computed, list)

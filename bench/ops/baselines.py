@@ -1,7 +1,7 @@
-"""What the kernels are measured against: each operation as it is usually written in torch, and in other libraries.
+"""Baselines of the kernels: each operation as it is usually written in torch.
 
-The torch versions follow what transformers does at its best settings: SDPA on a static cache, rotation in the dtype of
-the activations, logits filtered by sorting. Other libraries are in `libraries.py`.
+They follow transformers with its best settings: SDPA on a static cache, rotation in the dtype of the activations,
+logits filtered by sorting. Other libraries are in `libraries.py`.
 """
 
 from typing import Any

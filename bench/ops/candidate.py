@@ -1,7 +1,7 @@
-"""A kernel that somebody brings: found by file and name or by entry point, called like the public operation.
+"""A user's kernel: found by file and name or by entry point, called like the public operation.
 
-A candidate has the signature of the operation's public function and gets keyword arguments; those that are not given
-are not passed. It returns new tensors, and writes into arguments only where the operation does.
+A candidate has the signature of the operation's public function and gets keyword arguments; omitted arguments are not
+passed. It returns new tensors, and writes into arguments only where the operation does.
 """
 
 import importlib.metadata
@@ -31,7 +31,7 @@ class CandidateError(AfnextError):
 def load_candidate(text: str) -> Callable[..., Any]:
     """The function that `text` names: "my_kernel.py:fn", or an entry point of the group `afnext.kernels`.
 
-    Raises CandidateError for files, functions and entry points that are not there; what an import raises is passed on.
+    Raises CandidateError for missing files, functions and entry points; errors of the import propagate.
     """
     path, colon, name = text.rpartition(":")
     if not colon:
@@ -50,7 +50,7 @@ def load_candidate(text: str) -> Callable[..., Any]:
         raise CandidateError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    sys.path.insert(0, str(file.parent))  # for what the file imports from beside it
+    sys.path.insert(0, str(file.parent))  # for imports of modules in the same folder
     spec.loader.exec_module(module)
     if not hasattr(module, name):
         raise CandidateError(f"{path} has no {name!r}")
@@ -76,7 +76,7 @@ def check_signature(function: Callable[..., Any], spec: Spec, arguments: dict[st
 
 
 def within_guards(function: Callable[..., Any], spec: Spec) -> Callable[..., Any]:
-    """`function` on copies of CPU tensors that end where readable memory ends: one byte too far ends the process."""
+    """`function` on copies of CPU tensors before a guard page: an access past the end crashes the process."""
 
     def call(**arguments: Any) -> Any:
         copies = {
@@ -97,7 +97,7 @@ def within_guards(function: Callable[..., Any], spec: Spec) -> Callable[..., Any
 def implementation(function: Callable[..., Any], spec: Spec) -> Callable[..., Any]:
     """`function` with the signature of the operation's reference, as the operation calls its implementations.
 
-    Arguments that are None, or what the public function has by default, are not passed.
+    Arguments that are None or the public function's defaults are not passed.
     """
     names = list(inspect.signature(spec.operation.implementations["reference"]).parameters)
     defaults = {name: p.default for name, p in inspect.signature(spec.function).parameters.items()}

@@ -1,4 +1,4 @@
-"""The cases of `afnext bench kernels`: problems of the model with what is timed on them."""
+"""The cases of `afnext bench kernels`: problems of the model and the subjects timed on them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from . import rivals
 from .problems import FULL, Problem, Sizes, problems
 from .rivals import Subjects
 
-# What runs in a reasonable time on a CPU: one sequence and eight, behind a middling and a long context.
+# Sizes with reasonable times on a CPU: one sequence and eight, after a medium and a long context.
 COMMON = replace(FULL, batches=(1, 8), decode_depths=(8192, 45_000))
 
 
@@ -45,5 +45,5 @@ def case_of(problem: Problem) -> Case:
 
 
 def cases(sizes: Sizes = COMMON, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
-    """All cases, in the order in which the data walks through the model. dtype: of weights and activations."""
+    """All cases, in the order of the model's data flow. dtype: of weights and activations."""
     return [case_of(problem) for problem in problems(sizes, str(dtype).removeprefix("torch."))]

@@ -42,10 +42,10 @@ def ops(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """The kernel lab: problems of the real model, listed, exported, or solved by a kernel that you bring.
+    """The kernel lab: lists or exports problems of the real model, or tests your kernel on them.
 
-    A candidate has the signature of the operation's public function. It is called in a process of its own, checked on
-    odd shapes first, and timed only if it is correct. Ends with status 1 when it is not.
+    A candidate has the signature of the operation's public function. It runs in a separate process, is first checked on
+    odd shapes, and is timed only if it is correct. Exits with status 1 if it is not.
     """
     from . import listing
 
@@ -59,7 +59,7 @@ def ops(
 
         if op is None or len(op) != 1:
             raise typer.BadParameter("name the one operation that the candidate implements", param_hint="--op")
-        # Exactly the problems that were named, or three of very different sizes.
+        # The named problems, or three of very different sizes.
         timed = [one.name for one in found] if problem != "*" else lab.defaults_to_time(found)
         events = lab.try_candidate(
             Request(

@@ -1,11 +1,12 @@
-"""The problems for other harnesses: FlashInfer-Bench's trace set, and a folder of KernelBench's files.
+"""Exports the problems to other harnesses: FlashInfer-Bench's trace set, and a folder of KernelBench's files.
 
     flashinfer-bench   definitions/OP/NAME.json, workloads/OP/NAME.jsonl with indices in blob/, and
                        traces/afnext/OP/NAME.jsonl of trials
     kernelbench        OP/NAME.py with `Model`, `get_inputs` and `get_init_inputs`, one for each problem
 
-References are sources of `exported.py`, so neither needs this package. A definition holds for all problems that differ
-in variable axes only. Packed codes are int8, since FlashInfer-Bench's schema has no uint8: references view the bits.
+References are source code from `exported.py`, so neither format needs this package. A definition covers all problems
+that differ only in variable axes. Packed codes are int8, because FlashInfer-Bench's schema has no uint8: references
+view the bits.
 """
 
 import ast
@@ -34,7 +35,7 @@ FORMATS = ("flashinfer-bench", "kernelbench")
 META = torch.device("meta")
 _NAMESPACE = uuid.UUID("7a1f0e0c-5f0e-4a53-9a3f-6d2f3b0c7c11")
 _HEADER = "import torch\nfrom torch import Tensor, nn\nfrom torch.nn import functional as F\n"
-_FREE = ("rows", "batch", "tokens", "before", "queries", "keys", "windows")  # what makes an axis variable
+_FREE = ("rows", "batch", "tokens", "before", "queries", "keys", "windows")  # names of variable axes
 _Sizes = tuple[int, ...]
 
 

@@ -1,4 +1,4 @@
-"""Tensors that end where readable memory ends: a kernel that reads or writes one byte too far crashes."""
+"""Tensors before a guard page: a kernel that reads or writes past their end crashes."""
 
 import ctypes
 import mmap
@@ -10,9 +10,9 @@ _PROT_NONE = 0
 
 
 def guarded(tensor: Tensor) -> Tensor:
-    """A contiguous copy whose last byte is the last of its page, before a page that may not be touched.
+    """A contiguous copy whose last byte is the last of its page, followed by a page without access.
 
-    Its first element is aligned to nothing but its own size.
+    Its first element is aligned only to its own size.
     """
     nbytes = tensor.numel() * tensor.element_size()
     pages = -(-nbytes // mmap.PAGESIZE)

@@ -1,8 +1,8 @@
-"""Seeded inputs of every operation, made of a shape: keyword arguments for the operation's public function.
+"""Seeded inputs of every operation for a shape: keyword arguments for the operation's public function.
 
 The same seed, shape and dtype give the same numbers on every device. On the `meta` device tensors have no numbers.
-`odd` inputs are for correctness: pages lie in disorder, memory that must not be read holds NaN, page-table entries past
-the end point nowhere.
+`odd` inputs are for correctness: pages are shuffled, memory that must not be read holds NaN, page-table entries past
+the end are invalid.
 """
 
 import math
@@ -23,14 +23,14 @@ from ...kernels.sampling import SamplingRows
 Shape = Mapping[str, int]
 Arguments = dict[str, Any]
 
-UNREAD_PAGE = 2**30  # stands past the end of a sequence in odd page tables: reading it fails
-_BLOCK = 4_000_037  # random numbers made at most, then repeated: a prime, so that no two rows of a tensor are alike
+UNREAD_PAGE = 2**30  # the entry past the end of a sequence in odd page tables: reading it fails
+_BLOCK = 4_000_037  # most random numbers made, then repeated: a prime, so that no two rows of a tensor are equal
 _ROPE_THETA, _ROTE_THETA = 15_300_000.0, 1200.0
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Where inputs are made, their floating dtype, the generator, and whether they are odd."""
+    """Device and floating dtype of inputs, the generator, and whether they are odd."""
 
     device: torch.device
     dtype: torch.dtype
@@ -38,7 +38,7 @@ class Draw:
     odd: bool = False
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal random numbers; big tensors repeat one block of them."""
+        """Normal random numbers; large tensors repeat one block of them."""
         return self._made(shape, dtype or self.dtype, lambda n: torch.randn(n, generator=self.generator) * scale)
 
     def uniform(self, *shape: int, high: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -188,8 +188,7 @@ def paged_attention(s: Shape, new: Draw, *, causal: bool) -> Arguments:
 def _page_table(lengths: list[int], page_size: int, new: Draw) -> tuple[Tensor, int]:
     """A page table [batch, pages] int32 on the CPU for sequences of these lengths, and the pages of the pool.
 
-    Pages lie one after the other, as a sequence that is allocated at once has them; odd ones are shuffled, with some
-    that belong to nobody.
+    Pages are consecutive, as for a sequence that is allocated at once; odd ones are shuffled, with some unused ones.
     """
     counts = [-(-length // page_size) for length in lengths]
     total, width = sum(counts) + 2 * new.odd, max(counts) + new.odd
@@ -203,7 +202,7 @@ def _page_table(lengths: list[int], page_size: int, new: Draw) -> tuple[Tensor, 
 
 
 def _free_slots(table: Tensor, lengths: list[int], pages: int, page_size: int) -> Tensor:
-    """[pages * page_size] bool: slots that hold no token."""
+    """[pages * page_size] bool: slots without a token."""
     free = torch.ones(pages * page_size, dtype=torch.bool)
     for row, length in enumerate(lengths):
         free[page_slots(table[row : row + 1], torch.arange(length)[None], page_size)[0]] = False
@@ -277,8 +276,8 @@ def quantize_rows(s: Shape, new: Draw) -> Arguments:
 
 
 def _logits(s: Shape, new: Draw) -> Tensor:
-    """As peaked as a language model's: a few dozen tokens hold almost all of the probability, so that a draw among them
-    does not hang on the last bit of a sum over the whole vocabulary."""
+    """As peaked as a language model's: a few dozen tokens have almost all of the probability, so that a draw does not
+    depend on the last bit of a sum over the whole vocabulary."""
     logits = new.normal(s["batch"], s["vocab"], dtype=torch.float32)
     favoured = torch.arange(0, s["vocab"], -(-s["vocab"] // 32))
     logits[:, favoured.to(new.device)] = new.placed(20 - 0.3 * torch.arange(len(favoured), dtype=torch.float32))

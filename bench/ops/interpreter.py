@@ -1,9 +1,9 @@
-"""Triton kernels on CPU tensors, in Triton's interpreter, with what the interpreter gets wrong put right or refused.
+"""Runs Triton kernels on CPU tensors in Triton's interpreter, and fixes or refuses what the interpreter gets wrong.
 
 `with interpreted():` redirects the launches of `@triton.jit` functions to the interpreter, also in a process where they
 can be compiled (`TRITON_INTERPRET` unset); with `TRITON_INTERPRET=1` it only adds the repairs and checks below.
 
-Repaired, so that a result is the compiled kernel's: bfloat16 (kept as raw bits: products, sums, comparisons and
+Fixed, so that results equal those of the compiled kernel: bfloat16 (kept as raw bits: products, sums, comparisons and
 conversions would work on the bit patterns, and float32 -> bfloat16 truncate) and minimum and maximum, which return the
 number when the other operand is NaN. Refused: sums, atomics and fma in bfloat16, and products with an inner dimension
 that no tensor core takes. Float32 products are exact float32 here, not tf32.
@@ -11,10 +11,10 @@ that no tensor core takes. Float32 products are exact float32 here, not tf32.
 Checked, in every launch:
 - loads, stores and atomics touch only memory of the tensors passed to the kernel (masked-out lanes may point anywhere);
 - no two programs, nor two lanes of one store with different values, write to one address, and no program reads what
-  another writes. A program that has made an atomic operation may have waited for the others: what it reads is its own
-  responsibility. Atomic operations race with nothing.
+  another writes. After an atomic operation, a program may have waited for the others, so its reads are not checked.
+  Atomic operations are not races.
 
-A pointer that leaves its tensor and lands inside another argument is not noticed.
+An access outside its tensor but inside another argument is not detected.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 Handle = interpreter.TensorHandle
 Array = np.ndarray[Any, Any]
-NOBODY, SEVERAL = -1, -2  # besides the number of a program, in the records of who wrote or read an address
+NOBODY, SEVERAL = -1, -2  # special values beside program numbers, in the records of accesses
 
 
 class OutOfBoundsError(AssertionError):
@@ -39,7 +39,7 @@ class OutOfBoundsError(AssertionError):
 
 
 class RaceError(AssertionError):
-    """What memory holds after a launch depends on the order of its programs or lanes."""
+    """The contents of memory after a launch depend on the order of its programs or lanes."""
 
 
 def bf16_bits(x: Array) -> Array:
@@ -66,7 +66,7 @@ def _narrowed(x: Array) -> Any:
 
 
 class _Allocation:
-    """A block of memory that arguments of a launch lie in: the parts that may be touched, and who touched them."""
+    """A memory block of a launch's arguments: the parts that may be accessed, and by which programs they were."""
 
     def __init__(self, tensor: torch.Tensor):
         storage = tensor.untyped_storage()
@@ -77,7 +77,7 @@ class _Allocation:
         self._reader: Array | None = None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Allow what lies between the first and the last element of the argument `name`."""
+        """Allow the memory between the first and the last element of the argument `name`."""
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         start = tensor.data_ptr()
         self.spans[start, start + (last + 1) * tensor.element_size()] = name
@@ -111,7 +111,7 @@ class _Allocation:
 
 
 class _Launch:
-    """The memory one launch may touch, and the record of who touched it."""
+    """The memory that one launch may access, and the record of accesses by program."""
 
     def __init__(self, kernel: str, arguments: list[tuple[str, Any]]):
         self.kernel = kernel
@@ -189,7 +189,7 @@ def _number(program: tuple[int, int, int]) -> int:
 
 
 class _CheckedExecutor(interpreter.GridExecutor):  # type: ignore[misc]
-    """Runs the programs of a launch and remembers what memory they may touch."""
+    """Runs the programs of a launch and records the memory that they may access."""
 
     def _init_args_hst(self, args: Any, kwargs: Any) -> Any:
         """Called by the base with the arguments of a launch, to bring them to the host."""
@@ -212,7 +212,7 @@ class _CheckedExecutor(interpreter.GridExecutor):  # type: ignore[misc]
 
 
 class _CheckedBuilder(interpreter.InterpreterBuilder):  # type: ignore[misc]
-    """The interpreter's operations, with the repairs and the checks of this module."""
+    """The interpreter's operations, with the fixes and the checks of this module."""
 
     launch: _Launch
 
@@ -310,7 +310,7 @@ _numpy_dtypes: dict[str, Any] = {}
 
 
 def _numpy_dtype(dtype: Any) -> Any:
-    """What holds numbers of a Triton type. The interpreter's own makes its whole table in every call."""
+    """The NumPy dtype of a Triton type. The interpreter's own function builds its whole table in every call."""
     scalar = dtype.scalar
     name = "pointer" if scalar.is_ptr() else scalar.name
     if name not in _numpy_dtypes:
@@ -356,7 +356,7 @@ _active = False
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """Run the kernels launched inside the block in the repaired and checked interpreter. May be nested."""
+    """Run the kernels launched inside the block in the fixed and checked interpreter. May be nested."""
     global _active
     if _active:
         yield

@@ -1,7 +1,7 @@
-"""`afnext bench kernels`: how fast each operation is here, against its rivals and against what this machine can do.
+"""`afnext bench kernels`: the speed of each operation beside other libraries and the machine's ceilings.
 
 Each case is measured by itself: inputs made, every subject called once and its output compared with the baseline's,
-then all timed in turn. Its records are appended at once, ours last, so a run that is interrupted goes on with the case
+then all timed in turn. Its records are appended at once, afnext's last, so an interrupted run continues with the case
 at which it stopped.
 """
 
@@ -40,7 +40,7 @@ BENCH = "kernels"
 
 
 class KernelBenchmarkError(AfnextError):
-    """The kernels cannot be measured as asked."""
+    """The requested measurement of kernels is not possible."""
 
 
 def run_kernels(
@@ -59,7 +59,7 @@ def run_kernels(
     only: Sequence[Case] | None = None,
     progress: bool = True,
 ) -> list[Record]:
-    """Measure the operations and append the records to `path`; what is there already is not measured again.
+    """Measure the operations and append the records to `path`; existing records are not measured again.
 
     device: auto, cpu, cuda or cuda:N; dtypes: of weights and activations (float32, float16, bfloat16); operations:
     names, all when empty; quick: small shapes that say nothing about the model; repeats, min_time, max_time (seconds
@@ -121,7 +121,7 @@ def measure_case(
 ) -> dict[str, dict[str, Any]]:
     """Compare the subjects of one case and time them by `measure`; return the values of their records, ours last.
 
-    A rival that fails is left out, and `console` told why; a failure of ours is raised.
+    Another library that fails is skipped with a message on `console`; a failure of afnext is raised.
     """
     subjects = case.subjects(device)
     agreements = _compare(case, subjects, device, console)
@@ -131,7 +131,7 @@ def measure_case(
 
 
 def _compare(case: Case, subjects: Subjects, device: torch.device, console: Console) -> dict[str, Agreement]:
-    """Call each subject once; say whether its output is the baseline's."""
+    """Call each subject once; return whether its output agrees with the baseline's."""
     outputs: dict[str, Any] = {}
     for name, subject in subjects.items():
         try:

@@ -1,4 +1,4 @@
-"""`afnext bench ops --candidate`: try somebody's kernel in a process of its own, and say what came of it."""
+"""`afnext bench ops --candidate`: tests a user's kernel in a separate process, and reports the results."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def try_candidate(
 def _followed(
     child: "subprocess.Popen[bytes]", events: Path, timeout: float, started: Callable[[str], None]
 ) -> int | None:
-    """Wait for the child, and report what it begins; its exit code, or None if the time is over."""
+    """Wait for the child, and report each problem it begins; return its exit code, or None after the timeout."""
     seen, waited = 0, 0.0
     while True:
         try:
@@ -82,7 +82,7 @@ def _read(events: Path) -> list[Event]:
 
 
 def _end(code: int | None, timeout: float, said: str) -> tuple[str, str]:
-    """Kind and diagnosis of a process that ended before its trial did."""
+    """Kind and diagnosis of a process that ended before the end of its trial."""
     if code is None:
         return "too slow", f"the trial did not end within {timeout:g} s and was stopped"
     last = f"; it wrote: {said[-300:]}" if said else ""
@@ -105,7 +105,7 @@ def defaults_to_time(found: list[Problem]) -> list[str]:
 
 
 def show(events: list[Event], console: Console) -> None:
-    """Print what a trial found."""
+    """Print the results of a trial."""
     verdicts = [event for event in events if event["event"] == "verdict"]
     fault = fault_of(events)
     sound = sum(not verdict["fault"] for verdict in verdicts)

@@ -1,4 +1,4 @@
-"""Calls of other libraries for our problems, each prepared once: packed weights, plans, dense copies of paged caches.
+"""Calls of other libraries for the lab's problems, each prepared once: packed weights, plans, dense copies of caches.
 
 The calls follow the sources of flash-attn 2.8 (its interfaces 2, 3 and 4), FlashInfer 0.7, SageAttention 2.2, Marlin
 and its descendant in vLLM, torchao 0.18, gemlite 0.6 and bitsandbytes 0.50. The last and torchao's int8 product are run

@@ -1,4 +1,4 @@
-"""Each operation as its formula reads, in torch at the dtype of its inputs: the yardstick of the accuracy rule.
+"""Each operation written naively in torch at the dtype of its inputs: the reference error of the accuracy rule.
 
 An implementation may be at most twice as far from the float64 reference as these are (`accuracy.py`). They are written
 for reading; nothing here is timed. The signatures are those of the public operations.
@@ -143,7 +143,7 @@ def linear_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def dense_weight(arguments: dict[str, Any], dtype: torch.dtype, part: str = "") -> Tensor:
-    """The weight [out, in] that packed arguments stand for, in `dtype`. part: "gate" or "up" of a pair."""
+    """The dequantized weight [out, in] of packed arguments, in `dtype`. part: "gate" or "up" of a pair."""
     scales = arguments[f"{part}_scales" if part else "scales"]
     codes = next(arguments[name] for name in (part, "weight", "packed", "codes") if name in arguments)
     if codes.dtype == torch.int8:

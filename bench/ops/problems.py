@@ -1,7 +1,8 @@
 """The problems of the kernel lab: every operation at every shape that the full model launches, as data.
 
-A problem has seeded inputs, a float64 reference, an error rule, FLOPs, least bytes and so a roofline on any machine.
-Stages say how often the model makes each call, so that the time of one operation has its worth in the whole:
+A problem has seeded inputs, a float64 reference, an error rule, FLOPs and least bytes, which give a roofline on any
+machine. Stages list how often the model makes each call, so that the share of an operation in the whole can be
+computed:
 
     encode               a batch of 30 s windows, from waveforms to audio tokens
     prefill N at D       a chunk of N tokens behind D tokens
@@ -123,7 +124,7 @@ class Problem:
 
     @property
     def label(self) -> str:
-        """The shape for people."""
+        """The shape for display."""
         return _label(self.operation, self.shape)
 
     @property
@@ -162,7 +163,7 @@ class Problem:
 
     @property
     def least_bytes(self) -> float:
-        """Bytes that the memory must move at least."""
+        """The least bytes of memory traffic."""
         return self._counted[1]
 
     def to_dict(self) -> dict[str, Any]:

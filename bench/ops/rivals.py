@@ -1,4 +1,4 @@
-"""What our operations are timed against, on the same numbers: torch as it is usually written, and installed libraries.
+"""The subjects timed beside afnext's operations, on the same inputs: usual torch code, and installed libraries.
 
 Each rival is prepared once, outside the timing: dense copies of paged caches, tables of angles, packed weights. One
 that is not installed, or does not cover a problem, is left out, and `absent` says which. The libraries are in
@@ -37,7 +37,7 @@ Subjects = dict[str, Subject]
 
 
 def subjects(problem: Problem, device: torch.device) -> Subjects:
-    """Ours, torch and the installed libraries that cover the problem, on one set of inputs."""
+    """afnext, torch and the installed libraries that cover the problem, on the same inputs."""
     arguments = problem.arguments(device)
     found = {OURS: ours(problem, arguments), BASELINE: _torch(problem, arguments)}
     if device.type == "cuda":
@@ -48,7 +48,7 @@ def subjects(problem: Problem, device: torch.device) -> Subjects:
 
 
 def _prepared(library: Library, problem: Problem, arguments: Arguments, made: list[Callable[[], Any]]) -> Any:
-    """Call a library, preparing it at the first call: what fails then counts as the call's failure."""
+    """Call a library, and prepare it at the first call; a failure of preparation counts as the call's."""
     if not made:
         made.append(library.prepare(problem, arguments))
     return made[0]()

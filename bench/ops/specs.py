@@ -1,4 +1,4 @@
-"""Every operation of `kernels/` as the lab sees it: public function, inputs, plain computation, results, odd shapes."""
+"""The lab's table of the operations in `kernels/`: public function, inputs, plain computation, results, odd shapes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ _CACHES = ("k_cache", "v_cache", "k_scales", "v_scales")
 
 
 def _cache_results(arguments: Arguments, rotated: Any) -> tuple[Any, ...]:
-    """The rotated queries, and of each cache what was written and what had to stay."""
+    """The rotated queries, and for each cache the written and the unchanged parts."""
     slots = arguments["slots"].flatten()
     results = [rotated]
     for name in _CACHES:
@@ -98,7 +98,7 @@ def _cache_results(arguments: Arguments, rotated: Any) -> tuple[Any, ...]:
 
 @cache
 def specs() -> dict[str, Spec]:
-    """All operations by name, in the order in which the data goes through the model."""
+    """All operations by name, in the order of the model's data flow."""
     rows = ({"rows": 1, "channels": 1}, {"rows": 3, "channels": 7}, {"rows": 5, "channels": 257})
     norms = ({"rows": 1, "channels": 64}, {"rows": 3, "channels": 37}, {"rows": 7, "channels": 1280})
     heads = {"heads": 6, "kv_heads": 2, "head_dim": 32, "page_size": 16}

@@ -36,7 +36,7 @@ Emit = Callable[..., None]
 
 @dataclass(frozen=True)
 class Request:
-    """What to try.
+    """A trial's settings.
 
     candidate: FILE.py:FUNCTION or an entry point; operation, dtype, device, seed: of the problems; timed: names of the
     problems to time, none when empty; repeats, max_time (seconds): of each; targets: chips to compile Triton kernels
@@ -58,7 +58,7 @@ class Request:
 
 
 def run(request: Request, emit: Emit) -> None:
-    """Try the candidate; everything found goes to `emit`. A fault ends the trial: wrong kernels are not timed."""
+    """Test the candidate and pass all findings to `emit`. A fault ends the trial: wrong kernels are not timed."""
     device, entry = torch.device(request.device), spec(request.operation)
     odd = odd_problems(request.operation, request.dtype)
     emit("start", problem="import")
@@ -112,7 +112,7 @@ def _judge(problem: Problem, function: Callable[..., Any], device: torch.device,
 
 
 def _raised(error: BaseException) -> str:
-    """The error and the candidate's own line that it came from."""
+    """The error and the line of the candidate that raised it."""
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if "afnext" not in Path(frame.filename).parts
     ]

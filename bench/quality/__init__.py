@@ -1,1 +1,1 @@
-"""How good the answers are, and what quantization costs."""
+"""Quality of the answers, and the loss by quantization."""

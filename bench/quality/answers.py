@@ -1,7 +1,7 @@
-"""How good the answers are: word error rate, accuracy of multiple choice, perplexity of one model against another.
+"""Quality of the answers: word error rate, accuracy of multiple choice, perplexity of one model against another.
 
-Each row of a manifest gives a row of CSV as soon as it is done, so an interrupted run goes on where it stopped. The
-rows carry fingerprints of the model and of the manifest: rows of another model are never mixed into a score.
+Each row of a manifest gives a CSV row as soon as it is done, so an interrupted run continues where it stopped. The rows
+carry fingerprints of the model and of the manifest: rows of another model are never mixed into a score.
 """
 
 import csv
@@ -359,7 +359,7 @@ def _lines(text: str, path: Path) -> Iterator[list[str]]:
 
 
 def _cell(value: Any) -> str:
-    """As CSV can hold it: Python 3.10 reads no NUL, which a model may well write."""
+    """The value for CSV without NUL, which a model may write and Python 3.10 cannot read."""
     return str(value).replace("\0", "\ufffd")
 
 
