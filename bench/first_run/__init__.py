@@ -1,1 +1,1 @@
-"""The first run on somebody's GPU: everything worth knowing, most important first, in as much time as there is."""
+"""The first run on a user's GPU: all checks and measurements, the most important first, within a time limit."""

@@ -1,4 +1,4 @@
-"""`python -m afnext.bench.first_run`: as `afnext bench first-run`, where only torch and Triton are installed."""
+"""`python -m afnext.bench.first_run`: like `afnext bench first-run`, with only torch and Triton installed."""
 
 import argparse
 import sys

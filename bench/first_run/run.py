@@ -1,4 +1,4 @@
-"""Runs the steps of a first run, each in a process of its own, until all are done or the time is over.
+"""Runs the steps of a first run, each in a separate process, until all are done or the time is over.
 
 Whatever ends a run, what was found stays: records are appended one by one, and the archive is made anew after each
 step. The same command then goes on with what is left. A step that hangs or ends its process costs the item it was at.
@@ -138,7 +138,7 @@ def _watched(
 
 
 def _stop(child: "subprocess.Popen[bytes]") -> None:
-    """End the child and what it started."""
+    """End the child and its processes."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()

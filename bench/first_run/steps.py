@@ -1,4 +1,4 @@
-"""What a first run does, step by step, most important first. Each step is a list of items, each of which is a record.
+"""The steps of a first run, the most important first. Each step is a list of items, and each item gives a record.
 
 `run.py` starts this module once for a step, in a process of its own, as a kernel that reads or writes where it must not
 leaves a GPU unusable for its process. A step goes on with the items that have no record yet.
@@ -45,7 +45,7 @@ ORDER = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where and on what a run works. folder: of its results."""
+    """The folder and device of a run. folder: of its results."""
 
     folder: Path
     device: torch.device
@@ -77,7 +77,7 @@ class Step:
 
 
 class FaultError(Exception):
-    """An item was computed and is wrong."""
+    """An item was computed with a wrong result."""
 
 
 class MissingError(Exception):
@@ -214,7 +214,7 @@ STEPS = (
 
 
 def run_step(step: Step, place: Place) -> None:
-    """Do the items of a step that have no record. What an item raises becomes its record."""
+    """Run the items of a step that have no record. The error of an item becomes its record."""
     path, current = place.folder / RECORDS, place.folder / CURRENT
     done = finished(path)
     for item in step.items:

@@ -1,4 +1,4 @@
-"""The two sides of the end-to-end benchmark: afnext and `transformers`, cut into the same stages.
+"""The two sides of the end-to-end benchmark: afnext and `transformers`, divided into the same stages.
 
     log-mel    waveform to features           [windows, mel_bins, frames]
     encode     features to audio tokens       [tokens, hidden]
@@ -7,8 +7,8 @@
     first token    log-mel, encode and prefill
     total      all of these, `new_tokens` long
 
-Each stage returns what it computed, so that the two can be compared before their times are. A stage starts from what
-the one before it left; `prepare` runs them once in order.
+Each stage returns its result, so that results can be compared before times. A stage starts from the state that the
+previous one left; `prepare` runs them once in order.
 """
 
 import importlib
@@ -31,7 +31,7 @@ from ...runtime.io.audio import windows
 from ...runtime.io.prompt import Prompt, build_prompt
 from ...runtime.model.encoder import audio_token_count
 
-PROBE = 0  # what both sides decode next; each one's own choice could differ by rounding alone
+PROBE = 0  # the token that both sides decode next, because their own choices could differ by rounding
 QUESTION = "Describe what you hear, with the time of each event."
 
 
@@ -63,7 +63,7 @@ class Subject(Protocol):
 
 
 class AfnextSubject:
-    """Our runtime. The recording's prompt is prefilled once; a batch decodes copies of it."""
+    """afnext. The recording's prompt is prefilled once; a batch decodes copies of it."""
 
     def __init__(self, name: str, model: Model):
         self.name = name
@@ -168,7 +168,7 @@ class AfnextSubject:
 
 
 class _Encoded(PromptEmbeddings):
-    """A prompt whose audio is encoded already: prefill alone is what is timed."""
+    """A prompt whose audio is already encoded, so that only prefill is timed."""
 
     def __init__(self, subject: AfnextSubject):
         prompt, network = subject._prompt, subject._network

@@ -1,4 +1,4 @@
-"""Clients that load a server over HTTP, or the same model directly, and what they saw."""
+"""Clients that load a server over HTTP, or the same model directly, and their measurements."""
 
 import asyncio
 import base64
@@ -32,7 +32,7 @@ Ask = Callable[["Question", "Load"], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Question:
-    """A question about noise, which no other question has, so that no cache knows it."""
+    """A question about noise that is unique to it, so that no cache has it."""
 
     number: int
 
@@ -69,7 +69,7 @@ class Question:
 
 @dataclass
 class Load:
-    """What the clients of one run saw. Times in seconds.
+    """The measurements of the clients of one run. Times in seconds.
 
     first: to the first piece of an answer; between: its pieces; tokens: of all answers; answers: texts by number of
     the question; refused: requests; seconds: the whole run.

@@ -1,4 +1,4 @@
-"""Layers of the full width beside `transformers`, in every scheme, at depths that no recording needs to be heard for.
+"""Layers of the full width beside `transformers`, in every scheme, at depths of the KV cache without a recording.
 
 encode     one window of 30 s through the encoder
 prefill    a chunk of prompt behind a prefix, without the head
@@ -46,7 +46,7 @@ _FURTHER_TOKENS = 64  # room behind a prefix for what is decoded there
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: `stage` ("encode", "prefill" or "decode") of `tokens` behind `depth` others."""
+    """A timed case: `stage` ("encode", "prefill" or "decode") of `tokens` tokens after `depth` others."""
 
     stage: str
     depth: int = 0
@@ -54,7 +54,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """As people read it."""
+        """The case for display."""
         if self.stage == "encode":
             return "one window"
         return f"{self.tokens} {'token' if self.tokens == 1 else 'tokens'} after {self.depth}"
@@ -79,7 +79,7 @@ class Subject(Protocol):
 
 
 class Afnext:
-    """Our runtime in one scheme."""
+    """afnext in one scheme."""
 
     def __init__(self, name: str, model: Model, kv_dtype: torch.dtype):
         self.name, self.network, self._page_size = name, model.network, model.options.page_size
@@ -126,14 +126,14 @@ class Afnext:
 
     @property
     def weight_bytes(self) -> int:
-        """What a step of decode reads of the weights."""
+        """Bytes of weights that a decode step reads."""
         decoder = self.network.decoder
         head = decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head
         return sum(buffer.nbytes for module in (decoder.layers, decoder.norm, head) for buffer in module.buffers())
 
     @property
     def kv_bytes(self) -> int:
-        """What a step of decode reads of the KV cache."""
+        """Bytes of the KV cache that a decode step reads."""
         return self._cache.nbytes * self._depth // (self._cache.pool.pages * self._page_size)
 
 

@@ -1,4 +1,4 @@
-"""Our runtime beside llama.cpp at full width: the encoder, a chunk of prefill, and a step of decode at any depth.
+"""afnext beside llama.cpp at full width: the encoder, a chunk of prefill, and a step of decode at any depth.
 
 Both hold random weights of the same shape in one process and take turns. Only the backbone and the encoder can be
 compared, since llama.cpp has no RoTE, which is part of our encoder. Outputs are not: packed weights

@@ -1,4 +1,4 @@
-"""Two files of results side by side: what became faster or slower, beyond the spread of the measurements.
+"""Compares two files of results: which measurements became faster or slower beyond their spread.
 
 A pair is flagged when the spreads, the 20th to the 80th percentile, do not overlap. Differences between the machines
 come first: across machines a ratio says nothing about the code.
@@ -59,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """A field of the machine, such as "gpu.name" or "versions.torch", with what each file says about it."""
+    """A field of the machine, such as "gpu.name" or "versions.torch", with its values in each file."""
 
     field: str
     a: list[str]
@@ -81,7 +81,7 @@ class Comparison:
 
 
 def compare(a: Path, b: Path) -> Comparison:
-    """Pair the records of two files by what was measured; the machine is no part of that.
+    """Pair the records of two files by measurement, whatever the machine.
 
     Raises ResultsError when a file is missing or damaged.
     """
@@ -107,7 +107,7 @@ def to_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def render(comparison: Comparison) -> RenderableType:
-    """The comparison for a terminal: machines first, then the pairs, then what has none."""
+    """The comparison for a terminal: machines first, then the pairs, then records without a pair."""
     parts: list[RenderableType] = []
     if comparison.other_machine:
         text = "A and B were measured on different machines: the ratios below compare machines, too."

@@ -1,4 +1,4 @@
-"""What records say, in words and figures for people. Files of results may come from anywhere, so nothing is trusted."""
+"""Text and figures of records for display. Files of results may come from anywhere, so they are untrusted."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def number(value: Any) -> float | None:
 
 
 def positive(value: Any) -> float | None:
-    """Like `number`, and None for zero and below: what can stand on a logarithmic axis."""
+    """Like `number`, but None for zero and below, for logarithmic axes."""
     found = number(value)
     return found if found is not None and found > 0 else None
 
@@ -83,7 +83,7 @@ def machine_label(machine: Mapping[str, Any]) -> str:
 
 
 def seconds(value: Any) -> str:
-    """A time with three digits and its unit; "" for what is no number."""
+    """A time with three digits and its unit; "" if it is not a number."""
     figure = number(value)
     if figure is None:
         return ""
@@ -94,7 +94,7 @@ def seconds(value: Any) -> str:
 
 
 def size(value: Any) -> str:
-    """Bytes in GB or MB, powers of ten; "" for what is no number."""
+    """Bytes in GB or MB, powers of ten; "" if it is not a number."""
     figure = number(value)
     if figure is None:
         return ""
@@ -102,7 +102,7 @@ def size(value: Any) -> str:
 
 
 def digits(value: Any) -> str:
-    """A figure with three digits, thousands with commas; "" for what is no number."""
+    """A figure with three digits, thousands with commas; "" if it is not a number."""
     figure = number(value)
     if figure is None:
         return ""

@@ -43,7 +43,7 @@ class Table:
 
     @property
     def text_columns(self) -> int:
-        """How many columns at the left hold words."""
+        """Number of text columns at the left."""
         return self.columns.index("kind") + 1 if "kind" in self.columns else len(self.columns)
 
     def without_empty_columns(self) -> "Table":
@@ -247,7 +247,7 @@ def _table(first: str, records: list[Record], figures: dict[str, Column]) -> Tab
 
 
 def _value_table(records: list[Record]) -> Table:
-    """Records of any bench, with all they hold: one row a value."""
+    """All values of records of any bench: one row per value."""
     rows, kinds, several = [], [], _machines(records)
     for record in records:
         for key, value in labels.flatten(record.values).items():
@@ -258,7 +258,7 @@ def _value_table(records: list[Record]) -> Table:
 
 
 def _machines(records: list[Record]) -> bool:
-    """Whether the records come from several machines, so that each row has to say from which."""
+    """Whether the records come from several machines, so that each row must name its machine."""
     return len({labels.machine_label(record.machine) for record in records}) > 1
 
 
@@ -274,7 +274,7 @@ def _range(low: Any, high: Any) -> str:
 
 
 def _speedup(record: Record) -> str:
-    """The speedup, or why there is none."""
+    """The speedup, or the reason that there is none."""
     factor, values = plots.agreed_speedup(record), record.values
     if factor is not None:
         return f"{factor:.3g}×"
@@ -332,5 +332,5 @@ def _markdown_table(table: Table) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is: no markup, no HTML, no links or pictures."""
+    """Text escaped for Markdown: no markup, no HTML, no links or pictures."""
     return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(text, quote=False)).replace("://", ":\u200b//")

@@ -1,4 +1,4 @@
-"""The plots of a report, each from a list of records; None where the records have nothing to show.
+"""The plots of a report, each from a list of records; None if the records have no data for it.
 
 Colours are Okabe and Ito's, told apart by the colour-blind. What was not measured never looks measured: extrapolated
 bars are hatched and lines dashed, projected ones dotted.
@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 
 def _styled(draw: Callable[P, T]) -> Callable[P, T]:
-    """Draws in the style of all plots. Text is plain: a name with dollars in it is no formula."""
+    """Draws in the style of all plots. Text is plain: dollar signs in names are not formulas."""
 
     @wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -80,7 +80,7 @@ def png(figure: "Figure") -> bytes:
 
 @_styled
 def stage_breakdown(records: list[Record]) -> "Figure | None":
-    """Where the time of a request goes: one stacked bar for each subject, one panel for each case. Seconds."""
+    """The time of a request by stage: one stacked bar for each subject, one panel for each case. Seconds."""
     timed = [record for record in records if _is_stage(record)]
     several = len({labels.machine_label(record.machine) for record in timed}) > 1
     panels: Panels = {}
@@ -183,7 +183,7 @@ def speedup(records: list[Record], over: str) -> "Figure | None":
 
 
 def _side_by_side(records: list[Record]) -> list[Record]:
-    """The records with those of one stage and case next to each other, whoever did it."""
+    """The records grouped by stage and case, whatever the subject."""
     order: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         order.setdefault(_what(record, ("scheme", "dtype")), []).append(record)
@@ -195,7 +195,7 @@ def _what(record: Record, without: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _constant(records: list[Record]) -> tuple[str, ...]:
-    """The keys of the case that say the same in all records, when there are several."""
+    """The keys of the case with equal values in all records, if there are several records."""
     keys = dict.fromkeys(key for record in records for key in record.case) if len(records) > 1 else {}
     return tuple(key for key in keys if all(r.case.get(key) == records[0].case.get(key) for r in records))
 
@@ -436,13 +436,13 @@ def _lines_legend(figure: "Figure", panels: Iterable["Axes"]) -> None:
 
 
 def _namer(records: list[Record]) -> Callable[[Record], str]:
-    """What to call the subjects of one plot: with their machine only where it has several."""
+    """The names of the subjects of one plot, with their machine only if there are several."""
     several = len({labels.machine_label(record.machine) for record in records}) > 1
     return lambda r: _subject(r) + (f" on {labels.machine_label(r.machine) or 'unknown machine'}" if several else "")
 
 
 def _subject(record: Record) -> str:
-    """The subject with its scheme, unless that says nothing new."""
+    """The subject with its scheme, unless that is redundant."""
     subject, scheme = labels.clean(record.subject), labels.clean(record.case.get("scheme") or "")
     known = scheme in subject or (scheme == "bf16" and "bfloat16" in subject)
     return subject if known else f"{subject} {scheme}"
