@@ -336,7 +336,7 @@ def test_full_attention_in_spite_of_window_settings() -> None:
         ([("text_config.rope_theta", float("inf"))], "text_config.rope_theta is inf"),
         ([("text_config.rope_scaling", {"type": "yarn", "factor": 4.0})], "text_config.rope_scaling.type is 'yarn'"),
         ([("text_config.rope_parameters", {"rope_type": "yarn"})], "text_config.rope_parameters.rope_type is 'yarn'"),
-        ([("text_config.rope_parameters", {"mrope_section": [1]})], "'mrope_section' is no setting of plain rotary"),
+        ([("text_config.rope_parameters", {"mrope_section": [1]})], "'mrope_section' is not a setting of plain rotary"),
         (
             [("text_config.rope_parameters", {"rope_theta": 5.0}), ("text_config.rope_theta", 6.0)],
             "text_config.rope_parameters.rope_theta is 5 but text_config.rope_theta is 6",
@@ -388,7 +388,7 @@ def test_refusals_name_the_other_files() -> None:
         (b"{", "config.json is not valid JSON"),
         (b"\xff\xfe{}", "config.json is not valid JSON"),
         (b"[1]", "config.json holds a JSON list, not an object"),
-        (b'{"model_type": "a", "model_type": "b"}', "config.json: the key 'model_type' stands twice"),
+        (b'{"model_type": "a", "model_type": "b"}', "config.json: the key 'model_type' occurs twice"),
         (b"[" * 200_000, "config.json is not valid JSON"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "config.json is not valid JSON"),
         (b" " * ((1 << 22) + 1), "config.json is longer than 4,194,304 bytes"),

@@ -74,7 +74,7 @@ def test_offsets_are_positions_in_the_file() -> None:
         (pack(b"\xff\xff"), "(its header) is not valid JSON"),
         (pack(b"[" * 100_000), "(its header) is not valid JSON"),
         (pack([1]), "holds a JSON list, not an object"),
-        (pack(b'{"a": 1, "a": 1}'), "the key 'a' stands twice"),
+        (pack(b'{"a": 1, "a": 1}'), "the key 'a' occurs twice"),
         (
             pack(b'{"a": {"dtype": "U8", "dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}'),
             "the key 'dtype' stands",
