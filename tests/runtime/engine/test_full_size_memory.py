@@ -54,11 +54,17 @@ def test_thirty_minutes_take_what_is_planned(tmp_path: Path) -> None:
     def encode() -> list[torch.Tensor]:
         return model.encode(model.log_mel([torch.zeros(480_000)]), [480_000], [59])
 
-    encode()  # makes RoTE's table, which is a part of its own
-    measured = [allocated_at_most(encode), allocated_at_most(lambda: run(64)), allocated_at_most(lambda: run(1))]
+    assert model.encoder.time_embedding is not None
+    model.encoder.time_embedding.table(60, CPU)  # a part of its own
+    scores: list[torch.Tensor] = []
+    measured = [
+        allocated_at_most(encode),
+        allocated_at_most(lambda: run(64)),
+        allocated_at_most(lambda: scores.append(run(1))),
+    ]
     encoding, prefilling, *_ = plan.stages.values()
     assert measured[0] <= encoding
     assert max(measured[1:]) <= prefilling
-    assert torch.isfinite(run(1)).all()
+    assert torch.isfinite(scores[0]).all()
     assert plan.weights + parts["KV pages"] + parts["key angles"] + parts["RoTE table"] + max(measured) <= 5.7e9
     assert plan.fits
