@@ -1,6 +1,5 @@
 """The audio of a request: from base64, uploaded files, stored files or allowed hosts to samples."""
 
-import asyncio
 import binascii
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,12 @@ class AudioReader:
             return await self.from_file(Path(data["spooled"]), self._name(), param)
         if not isinstance(data, str) or not data:
             raise ApiError(400, "invalid_audio", f"{param} has to be audio in base64", param=param)
+        path = self._exchange.temporary()
+        self._exchange.reserve(len(data) * 3 // 4)
         try:
-            content = await asyncio.to_thread(decoded_base64, data)
+            await to_its_end(lambda: path.write_bytes(decoded_base64(data)))
         except (binascii.Error, ValueError) as error:
             raise ApiError(400, "invalid_audio", f"{param} is not valid base64 ({error})", param=param) from None
-        path = self._exchange.temporary()
-        self._exchange.reserve(len(content))
-        await to_its_end(path.write_bytes, content)
         return await self.from_file(path, self._name(), param)
 
     async def from_url(self, url: str, fetcher: Fetcher, param: str) -> Audio:

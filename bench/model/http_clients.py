@@ -49,15 +49,20 @@ class Question:
         return (noise * 1500).clip(-32768, 32767).astype("<i2")
 
     @cached_property
-    def body(self) -> bytes:
-        """The question as the body of a request. Made before it is asked, so that its making is not measured."""
+    def file(self) -> bytes:
+        """The recording as a WAV file."""
         file = io.BytesIO()
         with wave.open(file, "wb") as wav:
             wav.setnchannels(1)
             wav.setsampwidth(2)
             wav.setframerate(SAMPLE_RATE)
             wav.writeframes(self.samples.tobytes())
-        data = base64.b64encode(file.getvalue()).decode()
+        return file.getvalue()
+
+    @cached_property
+    def body(self) -> bytes:
+        """The question as the body of a request. Made before it is asked, so that its making is not measured."""
+        data = base64.b64encode(self.file).decode()
         parts = [
             {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}},
             {"type": "text", "text": self.text},
@@ -135,13 +140,13 @@ async def load(ask: Ask, clients: int, questions: Iterable[Question], seconds: f
 
 
 def direct(model: AsyncModel) -> Ask:
-    """Asks a model of this process."""
+    """Asks a model of this process, which decodes the same files as the server."""
 
     async def ask(question: Question, load: Load) -> None:
-        samples = question.samples
+        file = question.file
         start, times, text = time.perf_counter(), [], ""
         options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "temperature": 1.0, "seed": question.number}
-        stream = model.stream((samples, SAMPLE_RATE), question.text, **options)
+        stream = model.stream(file, question.text, **options)
         async for piece in stream:
             times.append(time.perf_counter())
             text += piece

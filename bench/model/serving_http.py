@@ -4,9 +4,9 @@ Three kinds of records:
 
 - "load": each of so many clients asks one question after the other about recordings of different lengths and reads the
   stream of the answer. Tokens a second of all clients together, time to the first token and between the pieces of an
-  answer. Beside a server of its own the same questions go to `AsyncModel`, in alternating order: `over_direct` is the
-  time per answer over HTTP, divided by that of the model alone, and `same_answers` the part of the answers that are
-  equal.
+  answer. Beside a server of its own the same questions and files go to `AsyncModel`, in alternating order:
+  `over_direct` is the time per answer over HTTP, divided by that of the model alone, and `same_answers` the part of the
+  answers that are equal.
 - "uploads": how late the server's event loop runs a timer, and how soon it answers `/health`, while some clients upload
   files and others ask.
 - "overload": how soon a request beyond the server's limit is refused, while it works on as many as it admits.
