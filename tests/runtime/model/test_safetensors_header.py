@@ -77,7 +77,7 @@ def test_offsets_are_positions_in_the_file() -> None:
         (pack(b'{"a": 1, "a": 1}'), "the key 'a' occurs twice"),
         (
             pack(b'{"a": {"dtype": "U8", "dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}'),
-            "the key 'dtype' stands",
+            "the key 'dtype' occurs",
         ),
         (pack({"__metadata__": {"a": 1}}), "__metadata__ must map strings to strings"),
         (pack({"a": 1}), "tensor 'a' must have exactly dtype, shape and data_offsets"),
