@@ -47,7 +47,7 @@ test-ray: native $(RAY)/.installed
 
 # Without what takes minutes: one fleet is started, and no batch.
 test-ray-quick: native $(RAY)/.installed
-	$(RAY)/bin/python -m pytest -p no:cacheprovider -m "not slow" tests/fleet
+	$(RAY)/bin/python -m pytest -p no:cacheprovider -m "not slow" $(TEST_RERUNS) tests/fleet
 
 $(RAY)/.installed: $(INSTALLED)
 	rm -rf $(RAY) && $(PYTHON) -m venv $(RAY)
