@@ -103,6 +103,17 @@ def linear_int4_swiglu_reference(
 
 
 @triton.jit
+def _codes(packed):  # type: ignore[no-untyped-def]
+    """code - 8 of the low and of the high code of the lowest byte of int32 numbers, as float32.
+
+    A code becomes the last bits of the mantissa of a power of two, which is subtracted together with 8.
+    """
+    low = ((packed & 0x0F) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0  # 2^23 + 8
+    high = ((packed & 0xF0) | 0x49000000).to(tl.float32, bitcast=True) - 524296.0  # 2^19 + 8
+    return low, high
+
+
+@triton.jit
 def _add_group(acc, tokens, codes, scales, zeros, levels, at, group, SCALE_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """acc + the product of a tile of weights, whose codes begin at codes + at and lie in one group, with tokens."""
     packed = tl.load(codes + at).to(tl.int32)
@@ -112,8 +123,7 @@ def _add_group(acc, tokens, codes, scales, zeros, levels, at, group, SCALE_WEIGH
         even = tl.gather(table, packed >> 4, 1)
         odd = tl.gather(table, packed & 0x0F, 1)
     else:
-        even = ((packed & 0x0F) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0  # 2^23 + 8
-        odd = ((packed & 0xF0) | 0x49000000).to(tl.float32, bitcast=True) - 524296.0  # 2^19 + 8
+        even, odd = _codes(packed)
     if zeros is not None:
         shift = tl.load(zeros + group).to(tl.float32)[:, None] - 8.0
         even -= shift
@@ -162,8 +172,7 @@ FLOAT16_PAIRS = tl.constexpr(
 @triton.jit
 def _pair(words, byte: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """What `_PAIRS` makes of one byte, by operations that any device and the interpreter have."""
-    even = ((words >> 8 * byte) & 0x0F).to(tl.float32) - 8.0
-    odd = ((words >> 8 * byte + 4) & 0x0F).to(tl.float32) - 8.0
+    even, odd = _codes(words >> 8 * byte)
     low = even.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return low | (odd.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
@@ -206,6 +215,8 @@ def _w4a16_words_kernel(  # type: ignore[no-untyped-def]
     bias,
     residual,
     out,
+    partials,
+    counters,
     rows,
     columns,
     inner,
@@ -215,7 +226,6 @@ def _w4a16_words_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     """For a few rows of 16-bit x and weights without zeros. PTX: whether the chip has NVIDIA's instructions."""
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -234,7 +244,7 @@ def _w4a16_words_kernel(  # type: ignore[no-untyped-def]
         acc = _add_words(acc, tokens, words, scales, here, group, DTYPE, PTX)
         if up_words is not None:
             up_acc = _add_words(up_acc, tokens, up_words, up_scales, here, group, DTYPE, PTX)
-    store_product(acc, up_words, up_acc, out, bias, residual, m, n, rows, columns, SPLIT)
+    store_product(acc, up_words, up_acc, out, partials, counters, bias, residual, m, n, rows, columns)
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
@@ -249,6 +259,8 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
     bias,
     residual,
     out,
+    partials,
+    counters,
     rows,
     columns,
     inner,
@@ -258,7 +270,6 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     """levels: [16] float32, what nf4's codes stand for, the even input above the odd one; or null, for int4's."""
     SCALE_WEIGHTS: tl.constexpr = BLOCK_M > 64
@@ -277,7 +288,7 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
         acc = _add_group(acc, tokens, codes, scales, zeros, levels, here, group, SCALE_WEIGHTS, DTYPE)
         if up is not None:
             up_acc = _add_group(up_acc, tokens, up, up_scales, up_zeros, levels, here, group, SCALE_WEIGHTS, DTYPE)
-    store_product(acc, up, up_acc, out, bias, residual, m, n, rows, columns, SPLIT)
+    store_product(acc, up, up_acc, out, partials, counters, bias, residual, m, n, rows, columns)
 
 
 # By the most rows that a config is for; the last also serves more. BLOCK_K is cut to the group.
@@ -328,7 +339,8 @@ def w4a16_triton(
         ptx = x.device.type != "cpu" and family(x.device).startswith("sm")
         words, up_words = _words(weight[0]), None if up[0] is None else _words(up[0])
         parts = (words, weight[1]), (up_words, up[1])
-        return launch_product(_w4a16_words_kernel, x, *parts, bias, residual, config, GROUP=group, PTX=ptx)
+        kernel, owner = _w4a16_words_kernel, weight[0]
+        return launch_product(kernel, x, *parts, bias, residual, config, owner=owner, GROUP=group, PTX=ptx)
     return launch_product(_w4a16_kernel, x, weight, up, bias, residual, config, levels=levels, GROUP=group)
 
 

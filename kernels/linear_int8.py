@@ -72,6 +72,8 @@ def _w8a16_kernel(  # type: ignore[no-untyped-def]
     bias,
     residual,
     out,
+    partials,
+    counters,
     rows,
     columns,
     inner,
@@ -80,7 +82,6 @@ def _w8a16_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     m, n = block_of(rows, columns, BLOCK_M, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -110,7 +111,7 @@ def _w8a16_kernel(  # type: ignore[no-untyped-def]
         acc *= tl.load(scales + channel).to(tl.float32)[:, None]
     if up_scales is not None:
         up_acc *= tl.load(up_scales + channel).to(tl.float32)[:, None]
-    store_product(acc, up, up_acc, out, bias, residual, m, n, rows, columns, SPLIT)
+    store_product(acc, up, up_acc, out, partials, counters, bias, residual, m, n, rows, columns)
 
 
 # Keys: the most rows that a config is for; the last also serves more.

@@ -108,6 +108,8 @@ def _groups_kernel(  # type: ignore[no-untyped-def]
     bias,
     residual,
     out,
+    partials,
+    counters,
     rows,
     columns,
     inner,
@@ -116,7 +118,6 @@ def _groups_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     SCALE_WEIGHTS: tl.constexpr = BLOCK_M > 64
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -135,7 +136,7 @@ def _groups_kernel(  # type: ignore[no-untyped-def]
         acc = _add_group(acc, tokens, codes, scales, zeros, here, group, SCALE_WEIGHTS, DTYPE)
         if up is not None:
             up_acc = _add_group(up_acc, tokens, up, up_scales, up_zeros, here, group, SCALE_WEIGHTS, DTYPE)
-    store_product(acc, up, up_acc, out, bias, residual, m, n, rows, columns, SPLIT)
+    store_product(acc, up, up_acc, out, partials, counters, bias, residual, m, n, rows, columns)
 
 
 # Keys: the most rows that a config is for; the last also serves more. BLOCK_K is cut to the group.

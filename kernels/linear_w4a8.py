@@ -123,7 +123,7 @@ def _w4a8_kernel(  # type: ignore[no-untyped-def]
             total = tl.sum(tokens.to(tl.int32), 0).to(tl.float32)
             dot = tl.dot(weights, tokens, out_dtype=tl.int32).to(tl.float32) - zero[:, None] * total[None, :]
         acc += dot * (scale[:, None] * by[None, :])
-    store_block(acc, out, bias, residual, m, n, rows, columns, False)
+    store_block(acc, out, bias, residual, m, n, rows, columns)
 
 
 _CONFIGS = Configs("linear_w4a8", tile_config(64, 128, 128, 8, 3))  # BLOCK_K is cut to the group

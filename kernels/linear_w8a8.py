@@ -94,7 +94,7 @@ def _w8a8_kernel(  # type: ignore[no-untyped-def]
             tile = tl.load(channels + first, mask=k[None, :] < left, other=0)
             acc = tl.dot(tile, tl.load(tokens + first, mask=k[:, None] < left, other=0), acc, out_dtype=tl.int32)
     wide = acc.to(tl.float32) * tl.load(scales + channel).to(tl.float32)[:, None] * tl.load(row_scales + row)[None, :]
-    store_block(wide, out, bias, residual, m, n, rows, columns, False)
+    store_block(wide, out, bias, residual, m, n, rows, columns)
 
 
 _CONFIGS = Configs(

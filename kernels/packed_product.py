@@ -4,8 +4,8 @@
 
 A kernel has the weights as the left operand of the tensor core's product, the tokens as its columns, and writes its
 sums [BLOCK_N, BLOCK_M] by `store_product`, or by `store_block` if it has no SwiGLU pairs. Few rows make few blocks, so
-the inner dimension is split, too: each split writes float32 partial sums, and a second kernel adds them in a fixed
-order. That moves splits * rows * out * 8 bytes through L2.
+the inner dimension is split, too: each split writes float32 partial sums and increments a counter, and the last one to
+do so adds all of them in the order of the splits. That moves splits * rows * out * 8 bytes through L2.
 
 Without a kernel, the weights are made dense a tile of channels at a time (`linear_by_tiles`). The formats also share
 the specification of a SwiGLU pair, the native products (`NativeProduct`) and the checks of weights in groups.
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import activation, native
 from .arguments import FLOATING, check_tensors
@@ -30,6 +31,7 @@ from .triton_language import tl, triton
 
 FEW_ROWS = 64  # up to here a product is bound by reading the weights, and the inner dimension may be split
 MOST_SPLITS = 32
+_LOADED_AT_ONCE = tl.constexpr(128)  # rows of partial sums; more would spill registers of large tiles
 BLOCKS_AT_ONCE = 4  # per multiprocessor: enough loads in flight; more splits only add partial sums
 FEW_CPU_ROWS = 16  # up to here the native products read the weights once; more rows are worth making them dense
 SMALL_MEMORY = ("sm86", "sm89", "sm120", "gfx942")
@@ -61,59 +63,57 @@ def silu(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def store_block(acc, out, bias, residual, m, n, rows, columns, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write acc [BLOCK_N, BLOCK_M] as the result, or if SPLIT as partial sums [splits, rows, columns]."""
+def store_block(acc, out, bias, residual, m, n, rows, columns):  # type: ignore[no-untyped-def]
+    """Write acc [BLOCK_N, BLOCK_M] + bias + residual."""
     inside = (m[None, :] < rows) & (n[:, None] < columns)
     at = m[None, :].to(tl.int64) * columns + n[:, None]
-    if SPLIT:
-        out += tl.program_id(1).to(tl.int64) * rows * columns
-    else:
-        if bias is not None:
-            acc += tl.load(bias + n, mask=n < columns, other=0).to(tl.float32)[:, None]
-        if residual is not None:
-            acc += tl.load(residual + at, mask=inside, other=0).to(tl.float32)
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < columns, other=0).to(tl.float32)[:, None]
+    if residual is not None:
+        acc += tl.load(residual + at, mask=inside, other=0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def store_product(acc, up, up_acc, out, bias, residual, m, n, rows, columns, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write the sums of a product or, with a second weight `up`, silu(acc) * up_acc of the SwiGLU pair; if SPLIT, write
-    the partial sums of both, [2, splits, rows, columns]."""
-    if up is not None:
-        if SPLIT:
-            ups = out + tl.num_programs(1).to(tl.int64) * rows * columns
-            store_block(up_acc, ups, None, None, m, n, rows, columns, SPLIT)
-        else:
+def store_product(acc, up, up_acc, out, partials, counters, bias, residual, m, n, rows, columns):  # type: ignore[no-untyped-def]
+    """Write the sums of a product or, with a second weight `up`, silu(acc) * up_acc of the SwiGLU pair.
+
+    partials: None, or if the inner dimension is split float32 [splits, rows, columns], of a pair [2, splits, ...];
+    counters: one per block of outputs, zero before and after.
+    """
+    if partials is None:
+        if up is not None:
             acc = silu(acc) * up_acc
-    store_block(acc, out, bias, residual, m, n, rows, columns, SPLIT)
+        store_block(acc, out, bias, residual, m, n, rows, columns)
+    else:
+        splits = tl.num_programs(1)
+        size = rows.to(tl.int64) * columns
+        inside = (m[None, :] < rows) & (n[:, None] < columns)
+        sums = partials + m[None, :].to(tl.int64) * columns + n[:, None]
+        mine = sums + tl.program_id(1) * size
+        tl.store(mine, acc, mask=inside)
+        if up is not None:
+            tl.store(mine + splits * size, up_acc, mask=inside)
+        tl.debug_barrier()  # every thread's sums are written before one of them increments the counter
+        counter = counters + tl.program_id(0)
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1:
+            tl.store(counter, 0)
+            AT_ONCE: tl.constexpr = _LOADED_AT_ONCE // inside.shape[1]
+            if up is None:
+                total = _added_up(sums, splits, size, inside, AT_ONCE)
+            else:
+                total = silu(_added_up(sums, splits, size, inside, AT_ONCE // 2))
+                total *= _added_up(sums + splits * size, splits, size, inside, AT_ONCE // 2)
+            store_block(total, out, bias, residual, m, n, rows, columns)
 
 
-@triton.jit(do_not_specialize=["size", "splits"])
-def _sum_partials_kernel(  # type: ignore[no-untyped-def]
-    partials,
-    bias,
-    residual,
-    out,
-    size,
-    columns,
-    splits,
-    PAIR: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    split = tl.arange(0, SPLITS).to(tl.int64)
-    inside = (split[:, None] < splits) & (at[None, :] < size)
-    offsets = split[:, None] * size + at[None, :]
-    y = tl.sum(tl.load(partials + offsets, mask=inside, other=0), 0)
-    if PAIR:
-        up = tl.load(partials + splits * size.to(tl.int64) + offsets, mask=inside, other=0)
-        y = silu(y) * tl.sum(up, 0)
-    if bias is not None:
-        y += tl.load(bias + at % columns, mask=at < size, other=0).to(tl.float32)
-    if residual is not None:
-        y += tl.load(residual + at, mask=at < size, other=0).to(tl.float32)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=at < size)
+@triton.jit
+def _added_up(sums, splits, size, inside, AT_ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The partial sums of a block, which begin at sums [BLOCK_N, BLOCK_M], of all splits in order."""
+    total = tl.zeros(inside.shape, tl.float32)
+    for split in tl.range(0, splits, loop_unroll_factor=AT_ONCE):
+        total += tl.load(sums + split * size, mask=inside, other=0, cache_modifier=".cg")  # past L1: others wrote them
+    return total
 
 
 def tile_config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
@@ -159,22 +159,22 @@ def split_inner(config: Config, rows: int, columns: int, inner: int, device: tor
     return -(-total // steps), steps
 
 
-def sum_partials(partials: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    """Write to out the sums of partials, [splits, rows, columns] or, for silu(gate) * up, [2, splits, ...] float32."""
-    size, splits = out.numel(), partials.shape[-3]
-    _sum_partials_kernel[(triton.cdiv(size, 256),)](
-        partials,
-        bias,
-        residual,
-        out,
-        size,
-        out.shape[-1],
-        splits,
-        PAIR=partials.ndim == 4,
-        SPLITS=triton.next_power_of_2(splits),
-        BLOCK=256,
-        num_warps=4,
-    )
+_counters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def counters_of(weight: Tensor) -> Tensor:
+    """The counters of split products with this weight, int32 zeros on its device.
+
+    Each weight has its own, so that products of different weights may run at the same time. They live as long as the
+    weight, because CUDA graphs refer to them by address.
+    """
+    counters = _counters.get(weight)
+    if counters is None:
+        count = BLOCKS_AT_ONCE * multiprocessors(weight.device)  # more than the blocks of any split product
+        counters = torch.zeros(count, dtype=torch.int32, device=weight.device)
+        if not (weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            _counters[weight] = counters  # in a capture they are zero only once the graph is replayed
+    return counters
 
 
 def launch_product(
@@ -185,11 +185,14 @@ def launch_product(
     bias: Tensor | None,
     residual: Tensor | None,
     config: Config,
+    *,
+    owner: Tensor | None = None,
     **constants: Any,
 ) -> Tensor:
-    """Run a kernel that multiplies x with packed weights, and the one that sums its splits if there are several.
+    """Run a kernel that multiplies x with packed weights.
 
-    weight: the tensors of the weight, codes first; up: those of the second weight of a SwiGLU pair, or as many None.
+    weight: the tensors of the weight, codes first; up: those of the second weight of a SwiGLU pair, or as many None;
+    owner: the codes as they are stored, if those in `weight` are a view made for this call.
     """
     assert weight[0] is not None
     tokens, residual = as_rows(x), None if residual is None else as_rows(residual)
@@ -198,25 +201,27 @@ def launch_product(
     if out.numel() == 0:
         return out
     splits, steps = split_inner(config, rows, columns, inner, x.device)
-    shape = (splits, rows, columns) if up[0] is None else (2, splits, rows, columns)
-    target = out if splits == 1 else torch.empty(shape, dtype=torch.float32, device=x.device)
+    partials = counters = None
+    if splits > 1:
+        shape = (splits, rows, columns) if up[0] is None else (2, splits, rows, columns)
+        partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+        counters = counters_of(weight[0] if owner is None else owner)
     kernel[(blocks(config, rows, columns), splits)](
         tokens,
         *weight,
         *up,
         bias,
         residual,
-        target,
+        out,
+        partials,
+        counters,
         rows,
         columns,
         inner,
         steps,
-        SPLIT=splits > 1,
         **constants,
         **config.options(),
     )
-    if splits > 1:
-        sum_partials(target, out, bias, residual)
     return out
 
 
