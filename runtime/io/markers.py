@@ -144,10 +144,11 @@ _FRAMES = re.compile(r"\b\d{1,3}:\d{1,2}:\d{1,2}[:;](\d{1,2})\b")
 _CLOCK_LINE = re.compile(rf"{_LINE_START}[*_]{{0,3}}{_CLOCK}(?!\w)", re.IGNORECASE)
 _SUSPECT = re.compile(
     rf"[\[({{<][^\[\](){{}}<>\n]{{0,40}}{_CLOCK}[^\[\](){{}}<>\n]{{0,40}}[\])}}>]"
-    rf"|{_SURE} *(?:--?>|=>|[-~]) *{_SURE}|[\[({{<] *{_SURE}"
+    rf"|{_SURE}{_TO}{_SURE}|[\[({{<] *{_SURE}"
     rf"|{_CLOCK}[*_]{{0,3}} *[:|](?!\d)|[*_]{_CLOCK}"
-    r"|(?:speaker|spk)[ _#-]*\d",
-    re.IGNORECASE,
+    r"|(?:speaker|spk)[ _#-]*\d"
+    r"|\d:\d\d[.,]\d+ *$",  # a clock with fractions at the end of a line
+    re.IGNORECASE | re.MULTILINE,
 )
 _PLAIN: dict[int, int] = {
     ord(char): ord(plain)

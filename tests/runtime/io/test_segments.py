@@ -162,6 +162,8 @@ def test_many_impossible_times_are_one_problem() -> None:
         "one {at 00:01} two",
         "(Speaker 1 00:01 loud) one",
         "[00:01] one 00:05-00:07 two",
+        "[00:01] one 00:05 to 00:07 two",
+        "[00:01] one 00:05.5",
         "see [Speaker 1",
     ],
 )
