@@ -271,12 +271,12 @@ def _encode(stage: Stage, s: Sizes) -> Calls:
     yield "add_layer_norm", {"rows": rows, "channels": width}, layers
     heads = {"heads": s.encoder_heads, "head_dim": s.encoder_head_dim}
     yield "attention", {"batch": windows, "queries": time, **heads}, layers
-    layer = "encoder.layers.0.fc1"
-    for inputs, outputs, bias, count in (
-        (width, width, 1, 3),
-        (width, width, 0, 1),
-        (width, s.encoder_inner, 1, 1),
-        (s.encoder_inner, width, 1, 1),
+    attend, mlp = "encoder.layers.0.self_attn.q_proj", "encoder.layers.0.fc1"
+    for layer, inputs, outputs, bias, count in (
+        (attend, width, width, 1, 3),
+        (attend, width, width, 0, 1),
+        (mlp, width, s.encoder_inner, 1, 1),
+        (mlp, s.encoder_inner, width, 1, 1),
     ):
         yield _product(stage, layer, rows, inputs, outputs, bias, count * layers)
     yield "gelu", {"rows": rows, "channels": s.encoder_inner}, layers

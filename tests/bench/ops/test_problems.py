@@ -122,6 +122,10 @@ def test_a_recipe_decides_which_product_a_layer_takes() -> None:
     found = {problem.operation for problem in Stage("decode", 8, 8192, "int4-w4a8").calls()}
     assert {"linear_w4a8", "linear_w4a8_swiglu", "linear_int8"} <= found
     assert "linear" not in found
+    encoding = {(p.operation, p.shape.get("out_features")) for p in Stage("encode", 4, scheme="small").calls()}
+    width, inner = FULL.encoder_width, FULL.encoder_inner
+    assert {("linear_int8", width), ("linear_int4", inner)} <= encoding
+    assert ("linear_int8", inner) not in encoding
 
 
 def test_problems_describe_themselves() -> None:
