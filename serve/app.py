@@ -1,4 +1,4 @@
-"""The ASGI application: routes, and what surrounds every request.
+"""The ASGI application: routes, and the handling that all requests share.
 
 A request passes the guard (Host, Origin, API key), then its route. Errors become OpenAI's error objects, every response
 carries `x-request-id`, and one line of JSON per request is logged, without any text or file name.
@@ -35,11 +35,11 @@ _EXPIRE_SECONDS = 60.0
 
 
 class Endpoint:
-    """A route's ASGI app: one handler, with everything that surrounds a request."""
+    """A route's ASGI app: one handler, with admission, errors and logging around it."""
 
     def __init__(self, server: Server, handler: Handler, name: str, *, model: bool, always: bool):
-        """model: the handler needs the model, so the request is admitted or refused first. always: it answers while the
-        server shuts down, too."""
+        """model: the handler needs the model, so the request is admitted or refused first. always: the handler also
+        answers while the server shuts down."""
         self._server = server
         self._handler = handler
         self._name = name
@@ -210,7 +210,7 @@ async def _measure_lag(server: Server) -> None:
 
 
 async def _expire(server: Server) -> None:
-    """Forget once a minute what nobody used for its time, also when no request comes."""
+    """Remove expired contexts and files once a minute, even if no request arrives."""
     while True:
         await asyncio.sleep(_EXPIRE_SECONDS)
         try:

@@ -27,7 +27,7 @@ class AudioReader:
 
     async def from_base64(self, data: Any, param: str) -> Audio:
         """A recording in base64 or a data: URL, or one that `worker.extract` moved to a file."""
-        if isinstance(data, dict) and Path(str(data.get("spooled"))) in self._exchange.files:  # no path of the client's
+        if isinstance(data, dict) and Path(str(data.get("spooled"))) in self._exchange.files:  # not the client's path
             return await self.from_file(Path(data["spooled"]), self._name(), param)
         if not isinstance(data, str) or not data:
             raise ApiError(400, "invalid_audio", f"{param} has to be audio in base64", param=param)
@@ -58,7 +58,7 @@ class AudioReader:
         except ApiError as error:
             error.param = param
             raise
-        self._exchange.reserve(audio.samples.nbytes)  # its file has no name any more but lives with the samples
+        self._exchange.reserve(audio.samples.nbytes)  # the samples keep the deleted file's bytes on disk
         return audio
 
     def _name(self) -> str:

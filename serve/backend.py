@@ -1,4 +1,4 @@
-"""What the HTTP code asks of a model. It speaks to this protocol only, so that a fleet can stand behind it, too."""
+"""The protocol between the HTTP code and a model. The HTTP code uses nothing else, so any backend can implement it."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ class Answering(Protocol):
 
     @property
     def details(self) -> dict[str, Any]:
-        """What belongs into the `afnext` object of the response besides the answer's own values."""
+        """Further values for the `afnext` object of the response, besides the answer's own."""
 
     def events(self) -> AsyncIterator[Piece | str]:
-        """The pieces as they come, and before them comments on the progress ("listening 12000/45000")."""
+        """The pieces as they arrive, preceded by comments on the progress ("listening 12000/45000")."""
 
     async def finish(self) -> Answer:
         """The whole answer."""
@@ -49,10 +49,10 @@ class Transcribing(Protocol):
 
 
 class Hearing(Protocol):
-    """A recording that is still going on. Calls take effect in their order."""
+    """A recording in progress. Calls take effect in order."""
 
     async def feed(self, pcm: np.ndarray, rate: int) -> None:
-        """Append samples, int16 [n]. Returns when they have been heard. Raises what `Live.feed` raises."""
+        """Append samples, int16 [n]. Returns once the model has processed them. Raises what `Live.feed` raises."""
 
     async def answer(self, messages: Sequence[Message], options: QuestionOptions) -> Answering:
         """Start to answer a conversation about all that has been fed."""
@@ -61,7 +61,7 @@ class Hearing(Protocol):
         """End the recording. Raises AudioError if it is empty."""
 
     async def close(self) -> None:
-        """Give the memory back; the last call."""
+        """Free the memory; must be the last call."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class TranscriptOptions:
 
 @dataclass(frozen=True)
 class TranscriptRequest:
-    """What a transcript should be.
+    """A request for a transcript.
 
-    translate: into English. language, hint: what the client knows of the recording, "" for nothing. instruction: what
-    the model is asked instead.
+    translate: into English. language, hint: what the client knows about the recording, "" for nothing. instruction:
+    replaces the default instruction to the model.
     """
 
     options: TranscriptOptions
@@ -96,23 +96,24 @@ class Backend(Protocol):
 
     @property
     def max_audio_seconds(self) -> float:
-        """Longest recording that is heard at once."""
+        """Longest recording that the model accepts in one piece."""
 
     @property
     def loading(self) -> bool:
-        """Whether the model is not there yet."""
+        """Whether the model is still loading."""
 
     @property
     def dead(self) -> bool:
-        """Whether it has failed for good."""
+        """Whether the model has failed permanently."""
 
     @property
     def stuck(self) -> bool:
-        """Whether it has had work for two minutes without a step. A slow machine may need as long for one."""
+        """Whether the engine has had work for two minutes without finishing a step. On a slow machine one step may take
+        that long."""
 
     @property
     def max_batch(self) -> int:
-        """Requests that it works on at once."""
+        """Requests that the model processes at once."""
 
     @property
     def queued_tokens(self) -> int:
@@ -122,11 +123,11 @@ class Backend(Protocol):
         """The model's properties for `GET /v1/models`."""
 
     def status(self) -> dict[str, Any]:
-        """Numbers about its work: waiting and running requests, pages, step times. `in_progress` lists the requests."""
+        """Statistics: waiting and running requests, pages, step times. `in_progress` lists the requests."""
 
     @property
     def ears(self) -> Ears:
-        """What hears recordings for contexts."""
+        """The part of the model that processes recordings for contexts."""
 
     async def answer(
         self,
@@ -139,11 +140,11 @@ class Backend(Protocol):
     ) -> Answering:
         """Start to answer a conversation whose recordings are decoded, or one about a context.
 
-        key: of the client, whose caches are its own. make_room: awaited with the tokens that the request may take.
+        key: of the client; keys share no caches. make_room: awaited with the tokens that the request may take.
         """
 
     def live(self, *, system: str | None, key: str, make_room: MakeRoom) -> Hearing:
-        """Begin a recording. make_room: awaited with the tokens that are needed when the KV cache is full."""
+        """Begin a recording. make_room: awaited with the number of tokens needed when the KV cache is full."""
 
     async def transcribe(self, audio: Audio, wanted: TranscriptRequest, *, key: str) -> Transcribing:
         """Start to transcribe a recording."""

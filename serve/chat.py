@@ -35,7 +35,7 @@ class SpeechOptions(msgspec.Struct):
 
 
 class Sampling(msgspec.Struct, kw_only=True):
-    """How an answer is chosen: OpenAI's fields, and what this model has besides."""
+    """Sampling options: OpenAI's fields, and this model's own."""
 
     model: str = ""
     stream: bool = False
@@ -122,7 +122,7 @@ async def start(
     options: QuestionOptions,
     context: str | None,
 ) -> Answering:
-    """Start the answer to a conversation, about the context of that id if there is one, which it keeps in use."""
+    """Start the answer to a conversation. context: the id of its context, if any, which the answer keeps in use."""
     heard, reloaded = None, False
     if context is not None:
         heard, reloaded = await exchange.keep(server.contexts.used(context, exchange.key, "context"))
@@ -135,7 +135,7 @@ async def start(
 
 
 def details(answer: Answer, answering: Answering) -> dict[str, Any]:
-    """The `afnext` object of an answer: what OpenAI's fields have no place for."""
+    """The `afnext` object of an answer: values that have no field in OpenAI's format."""
     return {
         "warnings": list(answer.warnings),
         "truncated": answer.usage.truncated,
@@ -195,7 +195,7 @@ async def _chunks(
 
 
 def _delta(event: Piece | Sound, audio: dict[str, Any] | None) -> dict[str, Any]:
-    """What a piece of an answer adds to the message. audio: what belongs into its audio object, if it is spoken."""
+    """The delta of the message for a piece of an answer. audio: fields of its audio object, if the answer is spoken."""
     if isinstance(event, Sound):
         return {"audio": {**(audio or {}), "data": encoded(event.samples, "audio/pcm")}}
     text = str(event)
@@ -205,5 +205,5 @@ def _delta(event: Piece | Sound, audio: dict[str, Any] | None) -> dict[str, Any]
 
 
 def _audio_head(head: dict[str, Any]) -> dict[str, Any]:
-    """The beginning of a message's audio object. The server does not keep the sound: it expires at once."""
+    """The first fields of a message's audio object. It expires at once, because the server does not store the sound."""
     return {"id": head["id"].replace("chatcmpl", "audio"), "expires_at": head["created"]}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command line asks for. speaker: see `speech.speaker_of`; tls: paths of a certificate and its key."""
+    """A parsed command line. speaker: see `speech.speaker_of`; tls: paths of a certificate and its key."""
 
     loading: LoadOptions
     settings: "Settings"
@@ -126,7 +126,7 @@ def parsed(arguments: Sequence[str]) -> Plan:
 
 
 def command_line(options: Mapping[str, Any]) -> list[str]:
-    """Options by their names as a command line spells them: true for a flag, a list for one that is repeated."""
+    """The arguments for options given by name. A value is true for a flag and a list for a repeated option."""
     arguments: list[str] = []
     for name, value in options.items():
         for each in value if isinstance(value, list) else [value]:
@@ -153,7 +153,7 @@ def serve(**values: Any) -> None:
 
 
 def log(verbose: bool) -> None:
-    """Write a line of JSON per request, and what the server has to say, to stderr."""
+    """Log a line of JSON per request, and the server's messages, to stderr."""
     from .run import log_requests
 
     log_to_stderr(verbose)

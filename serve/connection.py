@@ -1,8 +1,8 @@
-"""Connections of hostile clients: limits that uvicorn's protocols do not have.
+"""Limits on connections that protect against hostile clients and that uvicorn's protocols do not have.
 
-A request's head is limited in size and fields, and must be complete within the server's patience. What is written must
-be read: a client that reads less than 1 KiB per second over such a stretch is cut off, also after the response has
-ended, since a closed transport still waits for its client.
+A request's head is limited in size and fields, and must be complete within `slow_seconds`. A client that reads less
+than 1 KiB per second of the response over that time is disconnected, also after the response has ended, because a
+closed transport still waits for its client.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ Patience = Callable[[], float]
 
 
 class _Read:
-    """What is written to a transport must be read. A mixin of protocols, which state `loop` and `transport`."""
+    """Disconnects clients that do not read. A mixin for protocols, which define `loop` and `transport`."""
 
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
@@ -34,7 +34,7 @@ class _Read:
         self._check: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Have unsent bytes noticed, from the second one: with a limit of 0 TLS would pause for ever."""
+        """Report unsent bytes from the second one on: with a limit of 0, TLS would pause forever."""
         transport.set_write_buffer_limits(high=1)
         super().connection_made(transport)  # type: ignore[misc]
 
@@ -76,7 +76,7 @@ class HttpConnection(_Read, HttpToolsProtocol):
     def __init__(self, *given: Any, **options: Any):
         super().__init__(*given, **options)
         self._head_bytes = 0
-        self._unfinished = 0  # bytes since the parser has last reported a part of the message
+        self._unfinished = 0  # bytes since the parser last reported a part of the message
         self._reported = False
         self._asked = False
         self._waiting: asyncio.TimerHandle | None = None
@@ -88,12 +88,12 @@ class HttpConnection(_Read, HttpToolsProtocol):
         self._await_head()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """End the timers."""
+        """Cancel the timers."""
         self._stop_waiting()
         super().connection_lost(error)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has come."""
+        """Parse received bytes."""
         self._reported = False
         super().data_received(data)
         self._unfinished = 0 if self._reported else self._unfinished + len(data)
@@ -122,7 +122,7 @@ class HttpConnection(_Read, HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head is there."""
+        """The head is complete."""
         self._reported = True
         self._stop_waiting()
         super().on_headers_complete()
@@ -133,12 +133,12 @@ class HttpConnection(_Read, HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is there."""
+        """The request is complete."""
         self._reported = True
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what the parser refused, or one of this class's limits while it ran."""
+        """Refuse a message that the parser rejected, or that exceeded one of this class's limits during parsing."""
         self._refuse(self._refusal or ApiError(400, "invalid_request", "this is not an HTTP request"))
 
     @property
@@ -163,7 +163,7 @@ class HttpConnection(_Read, HttpToolsProtocol):
 
     def _give_up(self) -> None:
         self._waiting = None
-        if not self._asked:  # browsers open connections without a request, to be faster later
+        if not self._asked:  # browsers open connections ahead of requests
             self.transport.close()
         else:
             self._refuse(ApiError(408, "upload_timeout", "the head of the request came too slowly"))
@@ -190,12 +190,12 @@ class WebSocketConnection(_Read, WebSocketsSansIOProtocol):
     """A connection with a WebSocket."""
 
     def pause_writing(self) -> None:
-        """Read nothing meanwhile: each ping would add an answer that is not read."""
+        """Stop reading: each ping would add a reply that the client does not read."""
         super().pause_writing()
         self.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        """Read on, unless a message still waits for the application."""
+        """Resume reading, unless a message still waits for the application."""
         super().resume_writing()
         if not self.read_paused:
             self.transport.resume_reading()

@@ -1,13 +1,13 @@
-"""Contexts: recordings that have been heard, kept for further questions.
+"""Contexts: recordings that the model has processed, kept for further questions.
 
-The uploaded files are the truth, and keys and values are a cache of them: contexts hold at most half of the KV room.
-The least recently used is written to a file, or dropped, and heard again when it is asked. So a context survives a
-restart of the server, and a question never fails because contexts fill the cache. On disk, too, saved keys and values
-give way to recordings.
+The uploaded files are stored, and their keys and values are cached: contexts hold at most half of the KV cache. The
+least recently used context is saved to disk, or dropped and recomputed for the next question about it. So a context
+survives a restart of the server, and a question never fails because contexts fill the cache. If the disk is full,
+saved keys and values are removed before recordings are refused.
 
-Several servers may share the folder: each can answer about a context that another one has heard. The time of a
-context's description is that of its last use by any of them. A question looks at the files of its own context only;
-the folder is read for lists, for new contexts, and by `expire`, which a server calls once a minute.
+Several servers may share the folder: each can answer about a context that another one has made. The modification time
+of a context's description is its last use by any server. A question reads only the files of its own context; the whole
+folder is read for lists, for new contexts, and by `expire`, which a server calls once a minute.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ _log = logging.getLogger("afnext.serve")
 
 @dataclass(frozen=True)
 class Description:
-    """What is stored of a context. Its recordings lie beside it, as uploaded."""
+    """The stored description of a context. Its recordings are in files beside it, as uploaded."""
 
     id: str
     key: str
@@ -103,7 +103,7 @@ class Entry:
 
 @dataclass
 class Listening:
-    """A context that is heard in the background, or could not be: then `error` says why, until `expires`.
+    """A context whose recordings are processed in the background. If that failed, `error` says why, until `expires`.
 
     stored: bytes on disk of its recordings.
     """
@@ -137,7 +137,7 @@ class Listening:
 
 
 class Ears(Protocol):
-    """What hears: the model's side of contexts. Each call may take as long as hearing takes."""
+    """The model's side of contexts. Each call may take as long as encoding and prefilling the recordings."""
 
     @property
     def room(self) -> int:
@@ -153,7 +153,7 @@ class Ears(Protocol):
         """Compute keys and values of recordings for a client's key. Ends when the caller is cancelled."""
 
     async def resume(self, path: Path) -> Context:
-        """Take up a saved context. Raises AfnextError."""
+        """Load a saved context. Raises AfnextError."""
 
 
 Decode = Callable[[Path, str], Awaitable[Audio]]
@@ -196,9 +196,9 @@ class ContextStore:
         progress: Callable[[int, int], None],
         route: str = "",
     ) -> Entry:
-        """Hear recordings, given as uploaded and as samples. The same ones with the same system message and key are
-        the same context. route: ends its id. Raises what hearing raises, and ApiError (413) if the disk has no room for
-        the recordings."""
+        """Make a context of recordings, given as uploaded and as samples. The same recordings with the same system
+        message and key give the same context. route: the end of its id. Raises what `Ears.hear` raises, and ApiError
+        (413) if the disk has no room for the recordings."""
         self.expire()
         self._make_disk_room(_size(path for path, _ in files))
         heard = await self._make_room_and_hear(key, [audio for _, audio in files], system, progress)
@@ -217,7 +217,7 @@ class ContextStore:
         around: AbstractAsyncContextManager[None],
         route: str = "",
     ) -> Listening:
-        """Hear recordings in the background, within `around`. The files are copied before this returns.
+        """Make a context in the background, inside the context manager `around`. Copies the files before it returns.
 
         Raises ApiError (413) if the disk has no room for them.
         """
@@ -264,7 +264,7 @@ class ContextStore:
     async def add(
         self, identifier: str, key: str, heard: Context, files: list[Path], system: str | None, ttl: int
     ) -> Entry:
-        """Keep a context that has been heard. files: its recordings, to hear it again.
+        """Store a finished context. files: its recordings, from which it can be recomputed.
 
         Raises ApiError (413) if the disk has no room for them.
         """
@@ -315,15 +315,15 @@ class ContextStore:
         return sorted(mine, key=lambda context: context["created_at"], reverse=True)
 
     def states(self) -> dict[str, int]:
-        """How many contexts are in the cache, saved or to be heard again, and being heard."""
+        """Numbers of contexts that are in the cache, not in the cache, and being made."""
         loaded = sum(entry.heard is not None for entry in self._entries.values())
         listening = sum(context.error is None for context in self._listening.values())
         return {"loaded": loaded, "stored": len(self._entries) - loaded, "listening": listening}
 
     @asynccontextmanager
     async def used(self, identifier: Any, key: str, param: str | None = None) -> AsyncIterator[tuple[Context, bool]]:
-        """A context with its keys and values in the cache for the length of the block, and whether it had to be heard
-        again. Waits for one that is heard in the background; raises its error if it could not be."""
+        """A context with its keys and values in the cache for the length of the block, and whether they were
+        recomputed. Waits for a context that is made in the background, and raises its error if that failed."""
         listening = self._listening_of(identifier, key)
         if listening is not None:
             await asyncio.wait({listening.task})
@@ -345,11 +345,11 @@ class ContextStore:
                 self._release(entry)
 
     async def make_room(self, tokens: int) -> None:
-        """Drop idle contexts until a request of so many tokens has room beside the others."""
+        """Evict idle contexts until a request of `tokens` tokens fits beside the others."""
         await self._evict(max(0, self._ears().room - tokens))
 
     def delete(self, identifier: str, key: str) -> None:
-        """Forget a context, and stop listening; errors as of `get`."""
+        """Delete a context, also one that is being made; errors as of `get`."""
         listening = self._listening_of(identifier, key)
         if listening is None:
             self._forget(self.get(identifier, key))
@@ -358,8 +358,8 @@ class ContextStore:
         listening.task.cancel()
 
     def expire(self) -> None:
-        """Forget the contexts that nobody used for their time, and the oldest beyond a thousand. Take note of those
-        that other servers have made and removed."""
+        """Remove expired contexts, and the oldest beyond a thousand. Load the list of contexts that other servers have
+        made and removed."""
         self._read()
         now = time.time()
         idle = [entry for entry in self._entries.values() if not entry.uses]
@@ -374,7 +374,7 @@ class ContextStore:
             del self._listening[context.id]
 
     async def close(self) -> None:
-        """Save the contexts that are in the cache, for the next start of the server, and listen no further."""
+        """Cancel the contexts that are being made, and save those in the cache for the next start of the server."""
         tasks = [context.task for context in self._listening.values()]
         for task in tasks:
             task.cancel()
@@ -392,7 +392,7 @@ class ContextStore:
             return await self._ears().hear(audio, system, progress, key=key)
 
     async def _adopt(self, entry: Entry, heard: Context) -> None:
-        """Take what was heard again for a context whose keys and values are not in the cache."""
+        """Use recomputed keys and values for a context that is not in the cache."""
         async with entry.lock:
             if entry.heard is None and not entry.forgotten:
                 entry.heard = heard
@@ -414,7 +414,7 @@ class ContextStore:
         return await self._make_room_and_hear(about.key, audio, about.system, lambda done, total: None)
 
     async def _evict(self, tokens: int) -> None:
-        """Take idle contexts out of the cache, least recently used first, until at most `tokens` tokens are held."""
+        """Evict idle contexts, least recently used first, until contexts hold at most `tokens` tokens."""
         held = [entry for entry in self._entries.values() if entry.heard is not None]
         total = sum(entry.about.tokens for entry in held)
         for entry in sorted(held, key=lambda entry: entry.last_active):
@@ -424,9 +424,9 @@ class ContextStore:
                 total -= entry.about.tokens
 
     async def _drop(self, entry: Entry) -> bool:
-        """Save an idle context's keys and values, if the disk takes them, and free them; False if it is in use."""
+        """Save an idle context's keys and values if the disk has room, and free them; False if it is in use."""
         async with entry.lock:
-            if entry.uses or entry.forgotten:  # since the lock was asked for
+            if entry.uses or entry.forgotten:  # while this call waited for the lock
                 return False
             heard, entry.heard = entry.heard, None
             if heard is None:
@@ -437,7 +437,7 @@ class ContextStore:
             return True
 
     async def _save(self, entry: Entry, heard: Context) -> None:
-        """Write keys and values to disk, if there is room beside the recordings and contexts that were used later."""
+        """Write keys and values to disk, if it has room beside the recordings and the more recently used contexts."""
         path = self._saved(entry.about.id)
         try:
             with self._disk_room(entry.about.bytes, before=entry.last_active):
@@ -448,7 +448,7 @@ class ContextStore:
 
     @contextmanager
     def _disk_room(self, count: int, before: float = math.inf) -> Iterator[None]:
-        """Count bytes that the block writes until it ends; see `_make_disk_room`."""
+        """Reserve room for the bytes that the block writes; see `_make_disk_room`."""
         self._make_disk_room(count, before)
         self._arriving += count
         try:
@@ -457,8 +457,8 @@ class ContextStore:
             self._arriving -= count
 
     def _make_disk_room(self, count: int, before: float = math.inf) -> None:
-        """Remove saved keys and values of idle contexts that were last used before a time, the oldest first, until so
-        many bytes have room. Raises ApiError (413), and removes nothing, if that is not enough."""
+        """Remove saved keys and values of idle contexts last used before the time `before`, the oldest first, until
+        `count` bytes fit. Raises ApiError (413), and removes nothing, if they cannot."""
         excess = self.bytes + count - self._max_bytes
         idle = [e for e in self._entries.values() if e.saved and not e.uses and e.last_active < before]
         if excess > sum(entry.saved for entry in idle):
@@ -476,7 +476,7 @@ class ContextStore:
         entry.saved = 0
 
     def _forget(self, entry: Entry) -> None:
-        """Remove a context. Requests that are about it end first: then it gives its memory back."""
+        """Remove a context. Its memory is freed once the requests about it have ended."""
         self._entries.pop(entry.about.id, None)
         self._description(entry.about.id).unlink(missing_ok=True)
         entry.forgotten = True
@@ -497,7 +497,7 @@ class ContextStore:
                 self._upload(identifier, index).unlink()
 
     def _read(self) -> None:
-        """Take note of contexts that other servers have made and removed."""
+        """Load the list of contexts that other servers have made and removed."""
         gone, new = changes(self._folder, _PREFIX, self._entries.keys())
         for identifier in gone:
             self._forget(self._entries[identifier])
@@ -505,7 +505,7 @@ class ContextStore:
             self._take(identifier, values)
 
     def _current(self, identifier: str) -> Entry | None:
-        """The context of an id as its files are now, whichever server wrote or used them; None if it is gone."""
+        """The context of an id as its files are now, whichever server wrote them; None if it has been removed."""
         used, entry = self._last_use(identifier), self._entries.get(identifier)
         if used is None:
             if entry is not None:
@@ -522,7 +522,7 @@ class ContextStore:
         return entry
 
     def _take(self, identifier: str, values: dict[str, Any] | None) -> Entry | None:
-        """Note a context that another server has described so; None, and nothing, if this is no description."""
+        """Add a context from a description that another server wrote; None if it is not a valid description."""
         with suppress(TypeError, KeyError):
             about = _parsed(values or {})
             if about.id == identifier:
@@ -534,7 +534,7 @@ class ContextStore:
 
     def _touch(self, entry: Entry) -> None:
         entry.last_active = time.time()
-        with suppress(OSError):  # it was forgotten
+        with suppress(OSError):  # it has been removed
             os.utime(self._description(entry.about.id))
 
     def _last_use(self, identifier: str) -> float | None:

@@ -1,4 +1,4 @@
-"""/v1/contexts: a recording is heard once and asked any number of times."""
+"""/v1/contexts: the model processes a recording once and answers any number of questions about it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -93,7 +93,7 @@ def _query(exchange: Exchange) -> bytes:
 
 
 def _as_json(fields: dict[str, str]) -> bytes:
-    """Fields of a form or a query as the JSON that they would be."""
+    """Fields of a form or a query as JSON."""
     values: dict[str, Any] = dict(fields)
     for name in ("stream", "background", "truncate"):
         if name in fields:
@@ -119,7 +119,7 @@ def _ttl(request: ContextRequest) -> int:
 
 @asynccontextmanager
 async def _in_background(server: Server) -> AsyncIterator[None]:
-    """Count what goes on after the response as a request: it is refused under load, and a shutdown waits for it."""
+    """Count work that continues after the response as a request: refused under load, awaited by a shutdown."""
     async with server.accepted(), server.admitted():
         yield
 
@@ -127,7 +127,7 @@ async def _in_background(server: Server) -> AsyncIterator[None]:
 async def _progress(
     server: Server, exchange: Exchange, request: ContextRequest, files: list[tuple[Path, Audio]]
 ) -> AsyncIterator[Event]:
-    """context.progress while it listens, then context.ready or an error."""
+    """Events: context.progress while the model processes the recording, then context.ready or an error."""
     loop, coming = asyncio.get_running_loop(), asyncio.Queue[tuple[int, int] | None]()
 
     def progress(done: int, total: int) -> None:

@@ -62,7 +62,7 @@ class _Worker:
         self._process: asyncio.subprocess.Process | None = None
 
     async def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
-        """The process's answer, or None if it died or took too long: then it is killed."""
+        """The process's answer, or None if it died or took too long. A process that takes too long is killed."""
         answered = False
         try:
             process = await self._running()
@@ -75,7 +75,7 @@ class _Worker:
         except (asyncio.TimeoutError, OSError, ValueError):
             return None
         finally:
-            if not answered:  # also when the request was cancelled: its answer must not reach the next one
+            if not answered:  # also if the request was cancelled: its answer must not go to the next request
                 await self.kill()
 
     async def kill(self) -> None:
@@ -98,19 +98,19 @@ class _Worker:
                 stderr=asyncio.subprocess.DEVNULL,
                 limit=1 << 20,
                 env=_environment(),
-                start_new_session=True,  # Ctrl-C at the terminal is the server's to handle
+                start_new_session=True,  # the server alone handles Ctrl-C
             )
         return self._process
 
 
 def _environment() -> dict[str, str]:
-    """What a worker needs of the environment: a hostile file must not find API keys in it."""
+    """The environment variables that a worker needs. API keys are left out, so that a hostile file cannot leak them."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith("LC_")}
     return {**kept, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class DecodePool:
-    """Worker processes that decode audio and take large JSON bodies apart."""
+    """Worker processes that decode audio and extract the audio of large JSON bodies."""
 
     def __init__(
         self,
@@ -121,8 +121,8 @@ class DecodePool:
         max_waiting: int = 64,
         observe: Callable[[float], None] = lambda seconds: None,
     ):
-        """seconds, max_bytes: what one request may take. max_waiting: requests beyond it are refused. observe: is
-        called with the seconds that each request took."""
+        """seconds, max_bytes: limits of one request. max_waiting: requests beyond it are refused. observe: called with
+        the seconds that each request took."""
         self._observe = observe
         self._seconds = seconds
         self._idle: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
@@ -134,11 +134,11 @@ class DecodePool:
 
     @property
     def idle(self) -> int:
-        """Workers without work."""
+        """Number of idle workers."""
         return self._idle.qsize()
 
     async def decode(self, path: Path, name: str, *, spool: Spool, max_seconds: float, truncate: bool) -> Audio:
-        """Decode a file. Raises ApiError for one that cannot be heard."""
+        """Decode a file. Raises ApiError if it cannot be decoded."""
         out = spool.path()
         request = {
             "op": "decode",
@@ -156,7 +156,8 @@ class DecodePool:
         return Audio(samples, result["rate"], result["channels"], name, result["truncated"], tuple(result["warnings"]))
 
     async def extract(self, path: Path, out: Path) -> tuple[bytes, list[Path]]:
-        """A JSON body with its base64 audio moved to files in the folder `out`, and these files. Raises ApiError."""
+        """Move the base64 audio of a JSON body to files in the folder `out`. Returns the body and the files. Raises
+        ApiError."""
         result = await self._ask({"op": "extract", "path": str(path), "out": str(out)}, "the body")
         return await asyncio.to_thread((out / "body").read_bytes), [Path(file) for file in result["files"]]
 

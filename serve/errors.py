@@ -63,7 +63,7 @@ class ApiError(Exception):
 
     @property
     def unexpected(self) -> bool:
-        """Whether the server's log has to say more than the client may know."""
+        """Whether the server must log details that the client may not see."""
         return self.status >= 500 and self.code in _UNEXPECTED
 
     def body(self) -> dict[str, Any]:
@@ -73,12 +73,12 @@ class ApiError(Exception):
 
 
 def new_request_id() -> str:
-    """The id of a request, which the client and the log get."""
+    """The id of a request, sent to the client and logged."""
     return f"req_{secrets.token_hex(12)}"
 
 
 def overloaded(message: str, retry_seconds: int = 5) -> ApiError:
-    """The error for a request that has to come again later."""
+    """The error for a request that the client has to retry later."""
     return ApiError(
         429, "server_overloaded", f"{message}; try again later", headers={"Retry-After": str(retry_seconds)}
     )

@@ -1,7 +1,7 @@
-"""Recordings from the https hosts that `--audio-host` names, and from nowhere else.
+"""Fetches recordings from the https hosts that `--audio-host` names, and from nowhere else.
 
 A client chooses the URL, so it must not reach anything that the client could not reach itself: the host is one of those
-named, its name is resolved once, each of its addresses is public, and the connection goes to that very address. There
+named, its name is resolved once, all its addresses are public, and the connection goes to one of these addresses. There
 are no redirects, proxies, credentials, cookies or other ports.
 """
 
@@ -30,7 +30,7 @@ async def resolve(host: str) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet, the one that it may embed as well."""
+    """Whether an IP address, and any address embedded in it, belongs to the public internet."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -56,8 +56,8 @@ class Fetcher:
         port: int = _PORT,
         context: ssl.SSLContext | None = None,
     ):
-        """hosts: exact names. seconds: for one recording. resolve, allowed, port and context are for tests: how names
-        become addresses, which addresses may be dialled, the port that is, and the certificates that are trusted."""
+        """hosts: exact names. seconds: for one recording. For tests, resolve replaces name resolution, allowed the
+        check of addresses, port the port, and context the trusted certificates."""
         self._hosts = frozenset(host.lower() for host in hosts)
         self._seconds = seconds
         self._resolve = resolve
@@ -79,7 +79,7 @@ class Fetcher:
             raise _failed(param, "the connection failed") from None
 
     def _checked(self, url: str, param: str) -> SplitResult:
-        """The parts of an allowed URL, the only time that it is taken apart."""
+        """The parts of an allowed URL. No other code parses the URL."""
         if not self._hosts:
             raise unsupported(param, "only data: URLs are read; send the audio itself, upload it, or see --audio-host")
         if len(url) > 4096 or not url.isascii() or not url.isprintable() or any(char in url for char in ' \\"<>^`{|}'):

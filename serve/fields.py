@@ -1,4 +1,4 @@
-"""Reading a JSON body: known fields into a msgspec struct, impossible ones refused, unknown ones noted and ignored."""
+"""Reads a JSON body: known fields go into a msgspec struct, impossible ones are refused, unknown ones are reported."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -14,9 +14,9 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 def parse(exchange: Exchange, body: bytes, kind: type[T], impossible: Mapping[str, tuple[Any, ...]] = IMPOSSIBLE) -> T:
-    """The struct that a JSON object spells. Raises ApiError that names the field which is wrong.
+    """Convert a JSON object to a struct. Raises ApiError that names the wrong field.
 
-    Unknown fields end up in `exchange.ignored`.
+    Unknown fields are added to `exchange.ignored`.
     """
     try:
         given = msgspec.json.decode(body)
@@ -36,7 +36,7 @@ def parse(exchange: Exchange, body: bytes, kind: type[T], impossible: Mapping[st
 
 
 async def json_body(exchange: Exchange, pool: DecodePool) -> bytes:
-    """The request's JSON body. The base64 audio of a long one is in files already (see `worker.extract`)."""
+    """The request's JSON body. The base64 audio of a long body has been moved to files (see `worker.extract`)."""
     body = await exchange.body()
     if isinstance(body, bytes):
         return body

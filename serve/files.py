@@ -65,7 +65,7 @@ async def content(server: Server, exchange: Exchange) -> None:
 
 
 async def peaks(server: Server, exchange: Exchange) -> None:
-    """GET /v1/files/{id}/peaks?n=1000: the least and largest sample of n parts of the recording, for a waveform."""
+    """GET /v1/files/{id}/peaks?n=1000: the smallest and largest sample of n parts of the recording, for a waveform."""
     number = exchange.query.get("n", "1000")
     if not number.isdecimal() or len(number) > 6 or not 1 <= int(number) <= _MOST_PEAKS:
         raise ApiError(400, "invalid_value", f"n has to be a number from 1 to {_MOST_PEAKS}", param="n")

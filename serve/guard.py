@@ -1,4 +1,4 @@
-"""Who may call: the Host header, the origin of browsers, API keys, and uploads that are refused before they are sent.
+"""Checks who may call: the Host header, the Origin header, API keys, and uploads that are refused before they are sent.
 
 Pure ASGI, so that streaming and disconnects pass through untouched.
 """
@@ -21,7 +21,7 @@ OPEN_PATHS = ("/", "/static/", "/health", "/health/live", "/health/ready", "/fav
 
 
 def read_keys(path: Path | None, environment: str | None) -> dict[str, str]:
-    """API keys as SHA-256 (hex) to name: lines `name:sha256` of a file, and `key,key` or `name:key` of a variable.
+    """Names of API keys by SHA-256 (hex), from a file's lines `name:sha256` and a variable's `key,key` or `name:key`.
 
     Raises AfnextError for a line that is neither.
     """
@@ -49,7 +49,7 @@ def read_keys(path: Path | None, environment: str | None) -> dict[str, str]:
 
 
 def check_host(headers: Headers, settings: Settings) -> None:
-    """Raise ApiError (403) for a foreign Host header: a page of another site whose name points here."""
+    """Raise ApiError (403) for an unknown Host header, as in DNS rebinding by a page of another site."""
     if not settings.loopback and not settings.allowed_hosts:
         return
     host = headers.get("host", "").lower()
@@ -59,7 +59,7 @@ def check_host(headers: Headers, settings: Settings) -> None:
 
 
 def check_origin(headers: Headers, settings: Settings) -> None:
-    """Raise ApiError (403) if a page of another site makes the browser call."""
+    """Raise ApiError (403) if the browser sends the request for a page of another site."""
     origin = headers.get("origin")
     if origin is None or origin in settings.cors_origins:
         return
@@ -72,7 +72,7 @@ def check_origin(headers: Headers, settings: Settings) -> None:
 
 
 def key_name(headers: Headers, path: str, keys: Mapping[str, str]) -> str:
-    """The name of the caller's API key, "" where none is needed. Raises ApiError (401) without a valid one."""
+    """The name of the caller's API key, "" if none is needed. Raises ApiError (401) without a valid key."""
     if not keys or path in OPEN_PATHS or path.startswith("/static/"):
         return ""
     given = ""

@@ -7,13 +7,13 @@ from .server import Server
 
 
 async def live(server: Server, exchange: Exchange) -> None:
-    """200 while the engine can answer, and makes steps if it has work."""
+    """200 while the engine works and, if it has requests, makes progress."""
     alive = not server.backend.dead and not server.backend.stuck
     await exchange.json({"status": "alive" if alive else "dead"}, 200 if alive else 503)
 
 
 async def ready(server: Server, exchange: Exchange) -> None:
-    """200 while new requests are taken: not while the model loads, nor while the server shuts down."""
+    """200 while the server accepts requests: not while the model loads or the server shuts down."""
     state = "draining" if server.draining else "loading" if server.backend.loading else "ready"
     if state == "ready" and server.backend.dead:
         state = "dead"
@@ -26,7 +26,7 @@ async def metrics(server: Server, exchange: Exchange) -> None:
 
 
 async def status(server: Server, exchange: Exchange) -> None:
-    """Settings and numbers about the work in progress, never text."""
+    """Settings and statistics of the work in progress, never text."""
     settings = server.settings
     state = {} if server.backend.loading else server.backend.status()
     state.pop("step_counts", None)  # a histogram of /metrics

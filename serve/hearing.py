@@ -1,4 +1,4 @@
-"""A recording that is still going on, heard by the model in this process."""
+"""A recording in progress, processed by the model in this process."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ T = TypeVar("T")
 
 
 class LocalHearing:
-    """A `Live` with a thread of its own, which does one thing after the other in the order of the calls.
+    """A `Live` with its own thread, which executes the calls in order.
 
-    So a question is about all that was fed before it, and waits for it without a thread that others need.
+    So a question is about everything that was fed before it, and a waiting question blocks no shared thread.
     """
 
     def __init__(self, live: Live, listening: AsyncListening, salt: bytes, room: int, make_room: MakeRoom):
-        """listening: of `live`. room: tokens that the KV cache can hold; make_room: awaited with the tokens that are
+        """listening: of `live`. room: tokens that the KV cache can hold; make_room: awaited with the number of tokens
         needed when it is full."""
         self._live = live
         self._listening = listening
@@ -39,7 +39,7 @@ class LocalHearing:
         """See `Hearing`."""
         try:
             await self._run(lambda: self._live.feed(pcm, rate))
-        except OutOfPagesError:  # the window is kept, and heard with the next piece
+        except OutOfPagesError:  # `live` keeps the window and processes it with the next piece
             await self._make_room(self._room)
             await self._run(lambda: self._live.feed(np.empty(0, np.int16), rate))
 

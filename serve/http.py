@@ -1,4 +1,4 @@
-"""One HTTP request: its body within limits, work that ends when the client leaves, and the answer."""
+"""One HTTP request: reads its body within limits, cancels its work when the client disconnects, sends the answer."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ _KEEP_ALIVE_SECONDS = 8.0
 
 @dataclass
 class Record:
-    """What is known of a request once it is answered: for its log line and the metrics."""
+    """Data of a request for its log line and the metrics, complete once it is answered."""
 
     status: int = 0
     code: str | None = None
@@ -52,7 +52,7 @@ class Exchange:
         self.query = QueryParams(scope["query_string"])
         self.path: dict[str, str] = scope.get("path_params", {})
         self.key = key
-        self.route: str = scope.get("afnext.route", "")  # ends the ids of what the request makes; see serve/ray
+        self.route: str = scope.get("afnext.route", "")  # the end of the ids that the request makes; see serve/ray
         self.id: str = scope["afnext.id"]
         self.record: Record = scope["afnext.record"]
         self.ignored: set[str] = set()
@@ -74,31 +74,31 @@ class Exchange:
             self.spool.release(self._reserved)
 
     def temporary(self) -> Path:
-        """A path whose file is removed with the request."""
+        """A path for a file that is removed when the request ends."""
         path = self.spool.path()
         self.own(path)
         return path
 
     def folder(self) -> Path:
-        """A new folder that is removed with the request."""
+        """A new folder that is removed when the request ends."""
         path = self.spool.path()
         path.mkdir(mode=0o700)
         self._stack.callback(shutil.rmtree, path, ignore_errors=True)
         return path
 
     def ignore(self, names: Iterable[str]) -> None:
-        """Note fields that mean nothing here; the response lists them in a header."""
+        """Record ignored fields; the response lists them in a header."""
         for name in names:
             if len(self.ignored) < _MOST_IGNORED:
                 self.ignored.add(name if name.isascii() and name.isprintable() and len(name) < 64 else "?")
 
     def own(self, path: Path) -> None:
-        """Remove a file with the request."""
+        """Remove a file when the request ends."""
         self.files.add(path)
         self._stack.callback(_remove, path)
 
     async def keep(self, manager: AbstractAsyncContextManager[T]) -> T:
-        """Enter a context manager, which is left when the request ends."""
+        """Enter a context manager and exit it when the request ends."""
         return await self._stack.enter_async_context(manager)
 
     async def body(self) -> bytes | Path:
@@ -127,7 +127,7 @@ class Exchange:
         return path
 
     async def form(self) -> FormData:
-        """The fields of a multipart form; its files lie on disk. Raises ApiError beyond the limits."""
+        """The fields of a multipart form; its files are on disk. Raises ApiError beyond the limits."""
         if not self.headers.get("content-type", "").startswith("multipart/form-data"):
             raise ApiError(415, "unsupported_media_type", "send the fields as multipart/form-data")
 
@@ -156,9 +156,9 @@ class Exchange:
         return path
 
     async def watched(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, which is cancelled when the client leaves or the server stops.
+        """The result of `work`, which is cancelled when the client disconnects or the server stops.
 
-        Raises ClientDisconnect, or ApiError (503). The body has to be read before.
+        Raises ClientDisconnect, or ApiError (503). The body has to be read first.
         """
         task = asyncio.ensure_future(work)
         left = asyncio.ensure_future(self._disconnected())
@@ -205,10 +205,10 @@ class Exchange:
                 await self._more(piece)
 
     async def events(self, source: AsyncIterator["Event"], done: bool = True) -> None:
-        """Send server-sent events as they come, and a comment after eight seconds without one.
+        """Send server-sent events as they arrive, and a comment after eight seconds without one.
 
-        done: end with `data: [DONE]`. An error after the start becomes an event. When the client leaves, the source is
-        closed.
+        done: end with `data: [DONE]`. An error after the start becomes an event. If the client disconnects, the source
+        is closed.
         """
         await self._start(200, {"content-type": "text/event-stream; charset=utf-8", **_STREAMING})
         try:
@@ -237,7 +237,7 @@ class Exchange:
             await self._more(b"data: [DONE]\n\n")
 
     async def _keep_alive(self) -> None:
-        """Send a comment whenever nothing was sent for some seconds, so that proxies keep the connection open."""
+        """Send a comment after some seconds without data, so that proxies keep the connection open."""
         while True:
             silent = time.monotonic() - self._sent
             if silent >= _KEEP_ALIVE_SECONDS:
@@ -262,7 +262,7 @@ class Exchange:
         self._reserved += count
 
     async def _pieces(self, limit: int) -> AsyncIterator[bytes]:
-        """The body piece by piece. Raises ApiError for one that is too large or comes too slowly."""
+        """The body piece by piece. Raises ApiError if it is too large or arrives too slowly."""
         stated = self.headers.get("content-length")
         if stated is not None and (not stated.isdecimal() or int(stated) > limit):
             raise _too_large(limit)
@@ -280,7 +280,7 @@ class Exchange:
             size, recent = size + len(piece), recent + len(piece)
             if size > limit:
                 raise _too_large(limit)
-            if recent >= SLOWEST * patience:  # fast enough so far: the next stretch begins
+            if recent >= SLOWEST * patience:  # fast enough so far: start the next interval
                 recent, deadline = 0, time.monotonic() + patience
             if piece:
                 yield piece
@@ -309,7 +309,7 @@ class Event:
         return name.encode() + b"data: " + to_json(self.data) + b"\n\n"
 
 
-_CLOSE = {"connection": "close"}  # what is left of the body is not read
+_CLOSE = {"connection": "close"}  # the rest of the body is not read
 _STREAMING = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 

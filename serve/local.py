@@ -23,14 +23,14 @@ from .hearing import LocalHearing
 from .local_answer import LocalAnswering
 
 _STUCK_SECONDS = 120.0
-_THREADS = 32  # transcripts and contexts in the making at once, each with a thread that waits for the engine
+_THREADS = 32  # concurrent transcripts and contexts, each with a thread that waits for the engine
 
 
 class LocalTranscribing:
-    """A transcript of the engine in this process: a thread asks for one window after the other."""
+    """A transcript by the engine in this process: a thread requests one window after another."""
 
     def __init__(self, make: Callable[[Callable[[], bool]], TranscriptStream], pool: ThreadPoolExecutor):
-        """make: starts the transcript, given what tells whether to stop."""
+        """make: starts the transcript, given a function that returns whether to stop."""
         self._stopped = threading.Event()
         self._make = make
         self._pool = pool
@@ -90,7 +90,7 @@ class LocalBackend:
         self.failure: BaseException | None = None
 
     async def start(self) -> None:
-        """Load the model. Raises what loading raises."""
+        """Load the model. Raises the errors of `afnext.load`."""
         try:
             model = await asyncio.to_thread(self._load)
         except Exception as error:
@@ -244,7 +244,7 @@ class LocalBackend:
         return await LocalTranscribing(make, self._threads).start()
 
     def _prompt(self, wanted: TranscriptRequest) -> str:
-        """What the model is asked for. Raises PromptError for what the checkpoint cannot do."""
+        """The instruction to the model. Raises PromptError if the checkpoint does not support the request."""
         if wanted.instruction:
             return wanted.instruction
         prompts, language = self.model.model.prompts, wanted.language
@@ -266,5 +266,5 @@ class LocalBackend:
             await asyncio.to_thread(self._model.model.close)
 
     def _salt(self, key: str) -> bytes:
-        """Requests of different keys share no cached prompts: the time of an answer would tell what others asked."""
+        """The cache salt of a key. Keys share no cached prompts: response times would reveal what others asked."""
         return b"" if self._share_cache else hashlib.blake2b(key.encode(), digest_size=16).digest()

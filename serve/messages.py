@@ -1,4 +1,4 @@
-"""OpenAI's messages to those of `Model.chat`: roles, text, and audio in any of the ways that it may come."""
+"""Converts OpenAI's messages to those of `Model.chat`: roles, text, and audio in every supported form."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .server import Server
 
 
 class MessageReader:
-    """Reads the messages of one request. `context` is the id of the context that they are about, if they name one."""
+    """Reads the messages of one request. `context` is the id of the context that the messages name, if any."""
 
     def __init__(self, server: Server, exchange: Exchange, *, truncate: bool):
         self.context: str | None = None
@@ -21,7 +21,7 @@ class MessageReader:
         )
 
     async def read(self, messages: list[dict[str, Any]], where: str = "messages") -> list[dict[str, Any]]:
-        """The messages with their audio decoded. Raises ApiError that names the part which is wrong."""
+        """The messages with their audio decoded. Raises ApiError that names the wrong part."""
         return [await self._message(message, f"{where}[{index}]") for index, message in enumerate(messages)]
 
     async def _message(self, message: dict[str, Any], where: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..runtime.engine.stats import STEP_SECONDS
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 _LAG_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3, 1.0, 3.0, 10.0)
 
-_GAUGES = (  # name, text, and the numbers of a status whose sum it is
+_GAUGES = (  # name, text, and the values of a status that are added up
     ("requests_running", "Requests in the batch", "prefilling", "decoding"),
     ("requests_waiting", "Requests that wait for a place in the batch", "waiting"),
     ("queued_tokens", "Prompt tokens that are not computed yet", "queued_tokens"),
@@ -26,7 +26,7 @@ _GAUGES = (  # name, text, and the numbers of a status whose sum it is
 
 
 class Metrics:
-    """Counters and histograms of one server; gauges are read from the backend when they are asked for."""
+    """Counters and histograms of one server; gauges are read from the backend on each scrape."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -59,14 +59,14 @@ class Metrics:
         self._computing_seconds = 0.0
 
     def watch(self, read: Callable[[], dict[str, Any]], contexts: Callable[[], dict[str, int]]) -> None:
-        """Add what is read when it is asked for: from a status (see `Backend.status`), and contexts by state."""
+        """Register metrics that are read on each scrape: a status (see `Backend.status`), and contexts by state."""
         self.registry.register(_Engine(read))
         states = Gauge("afnext_contexts", "Contexts", ["state"], registry=self.registry)
         for state in contexts():
             states.labels(state).set_function(partial(_state, contexts, state))
 
     def answered(self, answer: Answer) -> None:
-        """Count what an answer took."""
+        """Count an answer's tokens, audio and times."""
         usage, timings = answer.usage, answer.timings
         self.audio_seconds.inc(usage.audio_seconds)
         self.prompt_tokens.labels("audio").inc(usage.audio_tokens)
@@ -84,7 +84,7 @@ class Metrics:
         self._computing_seconds += timings.log_mel + timings.encode + timings.prefill
 
     def transcribed(self, transcript: Transcript) -> None:
-        """Count what a transcript took."""
+        """Count a transcript's tokens, audio and times."""
         usage = transcript.usage
         self.audio_seconds.inc(transcript.duration)
         self.prompt_tokens.labels("audio").inc(usage.audio_tokens)
@@ -102,13 +102,13 @@ class Metrics:
 
 
 class _Engine(Collector):
-    """What the engine counts itself."""
+    """Metrics that the engine itself counts."""
 
     def __init__(self, read: Callable[[], dict[str, Any]]):
         self._read = read
 
     def collect(self) -> Iterator[Metric]:
-        """The numbers now; none while the model loads."""
+        """The present values; none while the model loads."""
         status: Mapping[str, Any] = self._read()
         if not status:
             return

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def notify(state: str) -> None:
-    """Send a state such as "READY=1" to the service manager; nothing without one."""
+    """Send a state such as "READY=1" to the service manager, if there is one."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -18,7 +18,7 @@ def notify(state: str) -> None:
 
 
 async def watchdog(alive: Callable[[], bool]) -> None:
-    """Tell the service manager that the server is alive, twice as often as it wants to know; end if it does not."""
+    """Notify the service manager twice per watchdog interval that the server is alive. Returns without a watchdog."""
     interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
     if not interval or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return

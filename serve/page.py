@@ -1,4 +1,4 @@
-"""GET / and /static/{name}: the web page, whose files are part of the package and read once."""
+"""GET / and /static/{name}: the web page, whose files are in the package and are read once."""
 
 import hashlib
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Page:
 
 @cache
 def pages() -> dict[str, Page]:
-    """Every file of the page by name. Nothing else can be asked for."""
+    """Every file of the page by name. No other file is served."""
     found = {}
     for path in sorted(_FOLDER.iterdir()):
         if path.suffix in _TYPES:

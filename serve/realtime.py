@@ -1,4 +1,4 @@
-"""WS /v1/realtime: live audio in, transcripts and answers out, with the events of OpenAI's realtime API."""
+"""WS /v1/realtime: live audio in, transcripts and answers out, as events of OpenAI's realtime API."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ _requests = logging.getLogger("afnext.serve.requests")
 
 
 class RealtimeEndpoint:
-    """The route's ASGI app. Its sessions are counted, since each has a thread and keys and values in the cache."""
+    """The route's ASGI app. The number of sessions is limited: each has a thread, and keys and values in the cache."""
 
     def __init__(self, server: Server, path: str):
         self._server = server

@@ -1,4 +1,4 @@
-"""Audio of realtime sessions: samples from and to base64, where speech begins and ends, and the recording as a file."""
+"""Audio of realtime sessions: samples from and to base64, voice activity detection, and the recording as a file."""
 
 import base64
 import binascii
@@ -13,7 +13,7 @@ import numpy as np
 from .errors import ApiError
 
 _FRAME_SECONDS = 0.02
-_FRAMES_OF_SPEECH = 3  # in a row: a click is shorter
+_FRAMES_OF_SPEECH = 3  # in a row; a click is shorter
 
 
 def decoded(data: Any, encoding: str) -> np.ndarray:
@@ -54,7 +54,7 @@ _MU_LAW, _A_LAW = _mu_law(), _a_law()
 
 
 def encoded(samples: np.ndarray, encoding: str) -> str:
-    """Samples, int16 [n], in base64, in one of the encodings of `decoded`; those of G.711 are the nearest there are."""
+    """Samples, int16 [n], in base64, in one of the encodings of `decoded`; G.711 rounds to the nearest value."""
     if encoding == "audio/pcm":
         return base64.b64encode(samples.astype("<i2").tobytes()).decode()
     table = _A_LAW if encoding == "audio/pcma" else _MU_LAW
@@ -94,7 +94,7 @@ class Detector:
 
     def __init__(self, rate: int, *, threshold: float, silence_ms: int, position: int = 0):
         """threshold: 0 to 1, for -60 to -20 dBFS. silence_ms: silence that ends speech. position: of the first sample
-        that will be pushed."""
+        to be pushed."""
         self._frame = max(1, round(rate * _FRAME_SECONDS))
         self._level = 32768.0 * 10 ** ((40 * threshold - 60) / 20)
         self._silence = max(1, round(silence_ms / 1000 / _FRAME_SECONDS))
@@ -104,7 +104,7 @@ class Detector:
         self.speaking = False
 
     def push(self, samples: np.ndarray) -> list[Turn]:
-        """The beginnings and ends of speech in the samples that follow, int16 [n]."""
+        """The beginnings and ends of speech in the next samples, int16 [n]."""
         samples = np.concatenate([self._rest, samples])
         count = len(samples) // self._frame
         frames = samples[: count * self._frame].reshape(count, self._frame).astype(np.float32)
@@ -136,11 +136,11 @@ class Buffer:
             self.end += len(samples)
 
     def drop(self, position: int) -> None:
-        """Forget what lies before a position."""
+        """Drop the samples before a position."""
         self.take(position)
 
     def take(self, position: int) -> np.ndarray:
-        """Take out what lies before a position: int16 [n]."""
+        """Remove and return the samples before a position: int16 [n]."""
         taken = [np.empty(0, np.int16)]
         while self._pieces and self.start < position:
             piece = self._pieces.popleft()

@@ -1,4 +1,4 @@
-"""The session objects of realtime clients: defaults, partial updates, and what is refused."""
+"""The session objects of realtime clients: defaults, partial updates, and refused values."""
 
 from typing import Any, Literal, TypeVar
 
@@ -55,7 +55,7 @@ class Input(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Output(msgspec.Struct, forbid_unknown_fields=True):
-    """How answers are spoken. A server has one voice: it replaces any other that is asked for."""
+    """How answers are spoken. A server has one voice and uses it whatever voice the client requests."""
 
     format: Format = msgspec.field(default_factory=Format)
     voice: Any = None
@@ -68,7 +68,7 @@ class SessionAudio(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Session(msgspec.Struct, forbid_unknown_fields=True):
-    """The settings of a session. What a client may name but the model cannot do has one possible value."""
+    """The settings of a session. A field that the model does not support has one allowed value."""
 
     type: Literal["realtime", "transcription"] = "realtime"
     model: str | None = None
@@ -86,7 +86,7 @@ class Session(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ResponseOptions(Sampling, kw_only=True, forbid_unknown_fields=True):
-    """What one response should be; `instructions` are added to the question."""
+    """Options of one response; `instructions` are added to the question."""
 
     instructions: str | None = None
     input: list[dict[str, Any]] | None = None
@@ -100,8 +100,8 @@ class ResponseOptions(Sampling, kw_only=True, forbid_unknown_fields=True):
 
 
 def first_session(kind: Literal["realtime", "transcription"]) -> Session:
-    """The settings before the client changes any. Transcription waits for pauses in the speech; a realtime session
-    hears until it is asked."""
+    """The settings before the client changes any. Transcription commits audio at pauses in the speech; a realtime
+    session listens until the client asks for a response."""
     session = Session(type=kind)
     if kind == "transcription":
         session.audio.input.transcription = Transcription()
@@ -110,7 +110,7 @@ def first_session(kind: Literal["realtime", "transcription"]) -> Session:
 
 
 def updated(session: Session, changes: Any) -> Session:
-    """A session with the fields changed that `changes` names. Raises ApiError that names the field which is wrong."""
+    """A copy of the session with `changes` applied. Raises ApiError that names the wrong field."""
     if not isinstance(changes, dict):
         raise ApiError(400, "invalid_value", "session has to be an object", param="session")
     changes = {name: value for name, value in changes.items() if name not in _READ_ONLY}
@@ -129,7 +129,7 @@ def updated(session: Session, changes: Any) -> Session:
 
 
 def converted(values: Any, kind: type[T], where: str) -> T:
-    """The struct that values spell. Raises ApiError that names the field which is wrong; `where` is their own."""
+    """Convert values to a struct. where: the field that holds them. Raises ApiError that names the wrong field."""
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:

@@ -28,10 +28,10 @@ class Emit(Protocol):
 
 
 class RealtimeResponse:
-    """An answer that is asked for, written, or ended.
+    """An answer that is requested, in progress, or ended.
 
-    `accepted` is set once the model has the question, so that what is heard from then on is not part of it. `turn` is
-    the answer's message in the conversation, once it is there.
+    `accepted` is set once the model has the question, so that later audio is not part of the question. `turn` is the
+    answer's message in the conversation, once it exists.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class RealtimeResponse:
         speaker: Speaker | None = None,
         format: Format | None = None,
     ):
-        """answered: called with the text of the answer before response.done, it returns the message made of it.
-        automatic: the end of speech asked. speaker: says the answer, in `format`."""
+        """answered: called with the text of the answer before response.done; returns its message in the conversation.
+        automatic: requested by the end of speech. speaker: speaks the answer, in `format`."""
         self.id = f"resp_{secrets.token_hex(12)}"
         self.in_conversation = options.conversation == "auto"
         self.automatic = automatic
@@ -69,18 +69,18 @@ class RealtimeResponse:
         self._task: asyncio.Task[None] | None = None
 
     def start(self, make: Callable[[], Awaitable[Answering]]) -> None:
-        """Begin to answer. make: gives the model the question."""
+        """Begin to answer. make: passes the question to the model."""
         self._task = asyncio.create_task(self._run(make))
 
     def cancel(self, reason: str) -> None:
-        """End it early; it still sends response.done. reason: "client_cancelled" or "turn_detected"."""
+        """End the answer early; response.done is still sent. reason: "client_cancelled" or "turn_detected"."""
         if not self.ended and self._cancelled is None:
             self._cancelled = reason
-            if self._task is not None and self._begun:  # otherwise its end, too, would never run
+            if self._task is not None and self._begun:  # a task cancelled before it begins would not send response.done
                 self._task.cancel()
 
     async def wait(self) -> None:
-        """Wait for its end, if it has begun."""
+        """Wait until the answer ends, if it has begun."""
         if self._task is not None:
             await asyncio.wait({self._task})
 
@@ -120,7 +120,7 @@ class RealtimeResponse:
                 await answering.close()
 
     async def _follow(self, answering: Answering) -> None:
-        """Send the answer's pieces as they come, and their sound."""
+        """Send the answer's pieces as they arrive, and their sound."""
         async with aclosing(spoken(answering.events(), self._speaker, self._format.hertz)) as events:
             async for event in events:
                 if isinstance(event, Piece) and event:
@@ -139,8 +139,8 @@ class RealtimeResponse:
             await self._emit("response.output_audio.delta", delta=data, **self._place())
 
     def truncated(self, item_id: Any, seconds: float) -> bool:
-        """Forget what the client has not played: sentences that begin after `seconds`. False if this answer is not that
-        item, or was not spoken."""
+        """Drop the sentences that the client has not played: those that begin after `seconds`. False if this answer is
+        not that item, or was not spoken."""
         if self._item is None or self._speaker is None or item_id != self._item["id"]:
             return False
         self.text = "".join(text for start, text in self._said if start < seconds)

@@ -1,4 +1,4 @@
-"""A realtime session: the client's events, the audio that comes meanwhile, and what is asked about it."""
+"""A realtime session: the client's events, its audio, and its questions about the audio."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ from .realtime_transcripts import Committed, Transcripts
 from .server import Server
 
 MAX_MESSAGE = 15 << 20  # characters
-_MOST_UNHEARD = 30.0  # seconds of audio; then nothing is read from the socket
+_MOST_UNHEARD = 30.0  # seconds of audio; beyond it the socket is not read
 _LEAST_COMMIT = 0.1  # seconds
 _INLINE = 1 << 16  # characters of base64; longer audio is decoded in a thread
 _VOICE_QUESTION = "Answer what was said last in the recording."
@@ -28,7 +28,7 @@ _log = logging.getLogger("afnext.serve")
 
 
 class RealtimeSession:
-    """One client's session. `handle` takes its events in their order."""
+    """One client's session. `handle` takes its events in order."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class RealtimeSession:
         self.id = f"sess_{secrets.token_hex(12)}"
         self.context_id = new_id(route)
         self.finished = False
-        self.seconds = 0.0  # of audio that came
+        self.seconds = 0.0  # of audio received
         self._server = server
         self._key = key
         self._emit = emit
@@ -59,7 +59,7 @@ class RealtimeSession:
         self._hearing: Hearing | None = None
         self._recording: Recording | None = None
         self._reserved = 0
-        self._deaf = False  # after an error, which the client knows of
+        self._deaf = False  # no further audio is processed, after an error that the client has been sent
         self._unheard = 0.0
         self._progress = asyncio.Event()
         self._jobs: asyncio.Queue[Callable[[], Awaitable[None]] | None] = asyncio.Queue()
@@ -81,7 +81,7 @@ class RealtimeSession:
         await self._emit("session.created", session=self._public())
 
     async def handle(self, text: str | None) -> None:
-        """Do what a client's event says. What is wrong with it becomes an error event. text: None for a binary one."""
+        """Handle a client's event. The reply to an invalid event is an error event. text: None for a binary message."""
         event: Any = None
         try:
             event = _parsed(text)
@@ -94,7 +94,7 @@ class RealtimeSession:
             await self._error(error, event)
 
     async def close(self) -> None:
-        """End the session. What was heard stays as a context; everything else is given back."""
+        """End the session. Its audio stays as a context; everything else is freed."""
         if self._response is not None:
             self._response.cancel("client_cancelled")
         self._jobs.put_nowait(None)
@@ -225,7 +225,7 @@ class RealtimeSession:
         await self._added(_message(given or _item_id(), turn["role"], {"type": kind, "text": turn["content"]}))
 
     async def _truncate_item(self, event: dict[str, Any]) -> None:
-        """The client has stopped playing a spoken answer: the conversation keeps what was played."""
+        """The client has stopped playing a spoken answer: keep only the played part in the conversation."""
         item_id, end = event.get("item_id"), event.get("audio_end_ms")
         if not isinstance(end, int) or end < 0:
             raise ApiError(400, "invalid_value", "audio_end_ms is a number of milliseconds", param="audio_end_ms")
@@ -262,7 +262,7 @@ class RealtimeSession:
         self._response.cancel("client_cancelled")
 
     async def _finish(self, event: dict[str, Any]) -> None:
-        """No more audio comes: complete what is in progress, send the context, and end."""
+        """No more audio follows: complete the work in progress, send the context, and end."""
         if self._detector is not None and self._detector.speaking:
             await self._commit(self._buffer.end)
         self._deaf = True
@@ -339,7 +339,7 @@ class RealtimeSession:
             self._reserved += 2 * len(samples)
             try:
                 await self._hearing.feed(samples, rate)
-            except AudioError:  # it is not appended
+            except AudioError:  # invalid samples are not appended
                 raise
             except Exception:
                 self._recording.append(samples)
@@ -353,7 +353,7 @@ class RealtimeSession:
             self._progress.set()
 
     async def _keep(self) -> dict[str, Any] | None:
-        """Make a context of what was heard, and give everything back. Returns it, or None if nothing was heard."""
+        """Make a context of the session's audio, and free everything else. Returns it, or None without audio."""
         hearing, recording = self._hearing, self._recording
         self._hearing = self._recording = None
         if hearing is None or recording is None:
@@ -403,7 +403,7 @@ class RealtimeSession:
 
 
 def _parsed(text: str | None) -> dict[str, Any]:
-    """An event. Raises ApiError unless it is an object with a type."""
+    """Parse an event. Raises ApiError unless it is an object with a type."""
     if text is None:
         raise ApiError(400, "invalid_json", "events are text messages with JSON")
     if len(text) > MAX_MESSAGE:

@@ -1,4 +1,4 @@
-"""Transcripts of what a realtime session commits, one after the other."""
+"""Transcribes the committed audio of a realtime session, one item after another."""
 
 import asyncio
 import logging
@@ -32,7 +32,7 @@ class Committed:
 
 
 class Transcripts:
-    """Transcribes what is committed, in its order, and sends the events."""
+    """Transcribes committed audio in order, and sends the events."""
 
     def __init__(self, server: Server, key: str, emit: Emit):
         self._server = server
@@ -42,7 +42,7 @@ class Transcripts:
         self._task: asyncio.Task[None] | None = None
 
     def add(self, committed: Committed) -> None:
-        """Transcribe this after what waits already."""
+        """Queue audio for transcription."""
         self._waiting.put_nowait(committed)
         self._task = self._task or asyncio.create_task(self._run())
 

@@ -120,7 +120,7 @@ async def _events(
 
 
 class _Response:
-    """A response as it is written: first the reasoning, then the message. Methods yield (event, values)."""
+    """A response in progress: first the reasoning, then the message. Methods yield (event, values)."""
 
     def __init__(self, request: ResponsesRequest, model: str):
         self._request = request
@@ -171,8 +171,8 @@ class _Response:
         yield f"{part['type']}.delta", {**self._place(), "delta": str(piece), **_logprobs(part)}
 
     def whole(self, answer: Answer) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Events of all that is not pushed yet, to the end of the last item. An answer without text that ended by
-        itself has an empty message."""
+        """Events of all text not yet pushed, to the end of the last item. An answer without text that was not cut off
+        has an empty message."""
         if not self._output:
             yield from self.push(Piece(answer.thinking or "", thinking=True))
             yield from self.push(Piece(answer.text))
@@ -202,7 +202,7 @@ class _Response:
         return self.public("incomplete", incomplete_details={"reason": "max_output_tokens"}, **values)
 
     def failed(self, failure: ApiError) -> dict[str, Any]:
-        """The response that an error ended."""
+        """The response after an error."""
         code = "server_error" if failure.status >= 500 else failure.code
         return self.public("failed", error={"code": code, "message": str(failure)})
 

@@ -30,7 +30,7 @@ _END_SECONDS = 10.0
 
 
 def check(settings: Settings) -> None:
-    """Raise AfnextError for an address that anyone could reach without a key."""
+    """Raise AfnextError for an address that others could reach without a key."""
     if not settings.loopback and not settings.keys and not settings.no_auth:
         raise AfnextError(
             f"listening on {settings.host} without API keys lets everyone in the network use the model; give keys with "
@@ -69,7 +69,7 @@ def bound(settings: Settings) -> socket.socket:
 
 
 def log_requests() -> None:
-    """Write the line of JSON of each request to stderr, as it is."""
+    """Write the line of JSON of each request to stderr, without a prefix."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     requests = logging.getLogger("afnext.serve.requests")
@@ -122,7 +122,7 @@ async def _run(
 
 
 def listener(server: Server, tls: tuple[str, str] | None = None) -> uvicorn.Server:
-    """What serves the connections of a server. tls: paths of a certificate and its key.
+    """The uvicorn server for a server's connections. tls: paths of a certificate and its key.
 
     Raises AfnextError if they cannot be read.
     """
@@ -161,14 +161,14 @@ class _Http(uvicorn.Server):
 
 
 def _stop(stop: asyncio.Event, server: Server) -> None:
-    if stop.is_set():  # the second signal: now; workers end with their standard input
+    if stop.is_set():  # second signal: exit now; workers exit when their standard input closes
         server.remove_temporary_files()
         os._exit(1)
     stop.set()
 
 
 def _end_soon(code: int) -> None:
-    """End the process even if a thread hangs: an engine that is stuck, or a model that still loads."""
+    """End the process even if a thread hangs, such as a stuck engine or a model that is still loading."""
 
     def end() -> None:
         _log.warning("a thread did not end; the process ends without it")
@@ -190,7 +190,7 @@ async def _load(backend: LocalBackend, stop: asyncio.Event) -> None:
 
 
 async def _watch(backend: LocalBackend, stop: asyncio.Event) -> None:
-    """End the server when the engine has failed: whoever started it can start it again."""
+    """Stop the server when the engine has failed, so that its supervisor can restart it."""
     while True:
         await asyncio.sleep(1.0)
         if backend.dead:

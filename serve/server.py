@@ -1,4 +1,4 @@
-"""What the routes share: the backend, the decoding workers, stored files, and how many requests are admitted."""
+"""The state that routes share: the backend, the decoding workers, stored files, and the admission of requests."""
 
 import asyncio
 import math
@@ -22,7 +22,7 @@ from .settings import Settings
 from .speech import Speaker
 from .store import FileStore
 
-_LEAST_RETRY, _MOST_RETRY = 1, 120  # seconds; OpenAI's clients wait up to two minutes and give up above
+_LEAST_RETRY, _MOST_RETRY = 1, 120  # seconds; OpenAI's clients wait up to two minutes and ignore longer times
 
 
 class Server:
@@ -46,7 +46,7 @@ class Server:
             observe=self.metrics.decode_seconds.observe,
         )
         self.draining = False
-        self.stop = asyncio.Event()  # requests that are still there end with an error
+        self.stop = asyncio.Event()  # remaining requests end with an error
         self.started = time.time()
         self._admitted = 0
         self._open = 0
@@ -81,7 +81,7 @@ class Server:
 
     @asynccontextmanager
     async def accepted(self) -> AsyncIterator[None]:
-        """Count a request that a shutdown waits for. Raises ApiError (503) once the server shuts down."""
+        """Count a request, for which a shutdown waits. Raises ApiError (503) once the server shuts down."""
         if self.draining:
             raise unavailable("draining", "the server is shutting down; try another one")
         self._open += 1
@@ -95,7 +95,7 @@ class Server:
 
     @asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:
-        """Count a request to the model. Raises ApiError while the model loads, or has too much to do."""
+        """Count a request to the model. Raises ApiError while the model loads or is overloaded."""
         self.check_ready()
         most = self.settings.max_requests or 4 * self.backend.max_batch
         queued = self.backend.queued_tokens
@@ -108,7 +108,7 @@ class Server:
             self._admitted -= 1
 
     def answered(self, exchange: Exchange, answer: Answer) -> None:
-        """Note an answer in the metrics and in the request's log line."""
+        """Record an answer in the metrics and in the request's log line."""
         self.metrics.answered(answer)
         usage, timings = answer.usage, answer.timings
         exchange.record.finish = answer.finish_reason
@@ -124,7 +124,7 @@ class Server:
         }
 
     def transcribed(self, exchange: Exchange, transcript: Transcript) -> None:
-        """Note a transcript in the metrics and in the request's log line."""
+        """Record a transcript in the metrics and in the request's log line."""
         self.metrics.transcribed(transcript)
         usage = transcript.usage
         exchange.record.values |= {
@@ -151,13 +151,13 @@ class Server:
         await self.backend.close()
 
     def remove_temporary_files(self) -> None:
-        """Remove what does not outlive the server."""
+        """Remove files that do not outlive the server."""
         self.spool.close()
         if self._temporary is not None:
             self._temporary.cleanup()
 
     async def _decode(self, path: Path, name: str) -> Audio:
-        """A recording that was accepted before."""
+        """Decode a recording that was accepted earlier."""
         return await self.pool.decode(
             path, name, spool=self.spool, max_seconds=self.backend.max_audio_seconds, truncate=True
         )

@@ -1,10 +1,10 @@
-"""What `afnext serve` can be told."""
+"""Settings of `afnext serve`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 MIB = 1 << 20
-SLOWEST = 1024  # bytes per second that a client has to bring of a body, and to read of a response
+SLOWEST = 1024  # bytes per second at which a client has to send a body and read a response
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Settings:
     names: names under which the model is served, the first is its own. share_cache: let keys share cached prompts.
     max_requests: unfinished requests; None for four times the engine's batch. max_queued_tokens: prompt tokens that
     wait. max_json_bytes, max_upload_bytes: of a request's body. spool_bytes: of all bodies on disk together.
-    slow_seconds: a request's head has to come within this time; its body has to bring, and its client has to read,
-    1 KiB for each second of every stretch this long.
+    slow_seconds: a request's head has to arrive within this time. In every interval of this length, the client has to
+    send 1 KiB of the body, or read 1 KiB of the response, per second.
     decode_workers, decode_seconds, decode_bytes: processes that decode audio, and the limits of each.
     max_live: realtime sessions at once.
     drain_seconds: time that running requests get after SIGTERM. state_dir: where files and contexts are kept.

@@ -1,7 +1,7 @@
-"""Voice out: an answer is spoken sentence by sentence while the rest of it is still being written.
+"""Spoken answers: an answer is spoken sentence by sentence while the model still generates the rest.
 
 The AF-Next article describes a streaming speech model for voice chats, whose weights are not released. A `Speaker`
-takes its place: Piper's voices, or any program that turns text into a WAV file.
+replaces it: Piper's voices, or any program that turns text into a WAV file.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from ..kernels.errors import AfnextError
 from ..runtime.app.answer import Piece
 
 _log = logging.getLogger("afnext.serve")
-PCM_RATE = 24000  # Hz, of OpenAI's clients where they do not say another
+PCM_RATE = 24000  # Hz; the default of OpenAI's clients
 _SHORTEST, _LONGEST = 12, 300  # characters that are spoken at once
 _SENTENCE_SECONDS = 60.0
 _END = re.compile(r"[.!?…]+[\"'”’)\]]*\s+|[。！？]+[”’」』）]*|\n\s*")
@@ -35,7 +35,7 @@ _CHECK = "Ready."
 
 
 class SpeechError(AfnextError):
-    """A text cannot be spoken."""
+    """The speaker failed on a text."""
 
 
 class Speaker(Protocol):
@@ -107,7 +107,7 @@ class PiperSpeaker:
         except Exception as error:
             raise SpeechError(f"the voice {voice} cannot be loaded: {error}") from None
         self.name = voice.stem
-        self._turn = asyncio.Lock()  # one sentence at a time uses every core
+        self._turn = asyncio.Lock()  # one sentence at a time, which uses every core
 
     async def speak(self, text: str) -> tuple[np.ndarray, int]:
         """See `Speaker`."""
@@ -134,15 +134,15 @@ def speaker_of(description: str) -> Speaker:
 
 
 def check(speaker: Speaker) -> None:
-    """Let it say a word. Raises SpeechError if there is no sound."""
+    """Speak a word. Raises SpeechError if there is no sound."""
     samples, _ = asyncio.run(speaker.speak(_CHECK))
     if not samples.any():
         raise SpeechError(f"{speaker.name} answers {_CHECK!r} with silence")
 
 
 def wav_samples(data: bytes, source: str) -> tuple[np.ndarray, int]:
-    """Samples, int16 [n], mixed to one channel, and the rate of a WAV file, whose stated length may be too large, as
-    programs write it to pipes. Raises SpeechError for anything else."""
+    """Samples, int16 [n], mixed to one channel, and the rate of a WAV file. Its header may state too large a length, as
+    programs that write to pipes do. Raises SpeechError for anything else."""
     try:
         with wave.open(io.BytesIO(data)) as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
@@ -169,7 +169,7 @@ def _mono(samples: np.ndarray) -> np.ndarray:
 
 
 class Sentences:
-    """Cuts text that is being written into sentences. Their concatenation is the text."""
+    """Splits text into sentences as it arrives. Their concatenation is the text."""
 
     def __init__(self) -> None:
         self._rest = ""
@@ -184,13 +184,13 @@ class Sentences:
         return found
 
     def rest(self) -> list[str]:
-        """What is left at the end of the text."""
+        """The remaining text at the end."""
         rest, self._rest = self._rest, ""
         return [rest] if rest else []
 
     def _end(self) -> int | None:
         for match in _END.finditer(self._rest):
-            # White space at the end of what is known may go on: the next piece decides.
+            # White space at the end of the known text may continue in the next piece.
             if match.end() >= _SHORTEST and match.end() < len(self._rest):
                 return match.end() if match.end() <= _LONGEST else self._pause()
         return self._pause() if len(self._rest) > _LONGEST else None
@@ -201,7 +201,7 @@ class Sentences:
 
 
 def speakable(text: str) -> str:
-    """A text without what nobody reads aloud: times in brackets, Markdown's marks, control characters. "" if nothing is
+    """A text without times in brackets, Markdown and control characters, which nobody reads aloud. "" if nothing is
     left."""
     plain = " ".join(_SILENT.sub(" ", text).split())
     return plain if any(char.isalnum() for char in plain) else ""
@@ -209,14 +209,14 @@ def speakable(text: str) -> str:
 
 @dataclass(frozen=True)
 class Sound:
-    """A spoken sentence: samples, int16 [n], and the part of the answer's text that they say."""
+    """A spoken sentence: samples, int16 [n], and the text that is spoken."""
 
     samples: np.ndarray
     text: str
 
 
 class Unspoken:
-    """The rest of an answer is not spoken, because the speaker failed; the log says why."""
+    """The rest of an answer is not spoken, because the speaker failed. The log has the error."""
 
     message = "the speaker failed; the answer goes on as text"
 
@@ -224,11 +224,11 @@ class Unspoken:
 async def spoken(
     events: AsyncIterator[Piece | str], speaker: Speaker | None, rate: int
 ) -> AsyncGenerator[Piece | str | Sound | Unspoken, None]:
-    """The events of an answer as they come, and between them, if there is a speaker, the sound of its sentences at
+    """The events of an answer as they arrive and, if there is a speaker, between them the sound of its sentences at
     `rate` Hz.
 
-    Thinking is not spoken. A speaker that fails gives one `Unspoken`, and the text goes on. Closing the generator stops
-    the speaker.
+    Thinking is not spoken. If the speaker fails, one `Unspoken` follows and the text continues. Closing the generator
+    stops the speaker.
     """
     if speaker is None:
         async for event in events:

@@ -1,4 +1,4 @@
-"""Stored uploads: each a file and a description beside it, seen only by the API key that stored it.
+"""Stored uploads: each is a file with a description beside it, visible only to the API key that stored it.
 
 Several servers may share the folder. Finding a file by its id looks at that file only; the folder is read for lists,
 for uploads, and by `expire`, which a server calls once a minute.
@@ -40,7 +40,7 @@ class StoredFile:
     key: str
 
     def public(self) -> dict[str, Any]:
-        """The file as OpenAI's clients read it."""
+        """The file object for OpenAI's clients."""
         return {
             "id": self.id,
             "object": "file",
@@ -70,7 +70,7 @@ class FileStore:
     ) -> StoredFile:
         """Move a file into the store for `seconds`. Raises ApiError (413) if the store is full.
 
-        route: hexadecimal digits that end its id.
+        route: hexadecimal digits at the end of its id.
         """
         self.expire()
         size, now = source.stat().st_size, int(time.time())
@@ -78,7 +78,7 @@ class FileStore:
             raise ApiError(413, "payload_too_large", "the server's store is full; delete files, or try again later")
         expires = now + max(1, min(seconds, _LONGEST))
         stored = StoredFile(f"{_PREFIX}{secrets.token_hex(16)}{route}", filename, size, purpose, now, expires, key)
-        self._files[stored.id] = stored  # counted from now on
+        self._files[stored.id] = stored  # its bytes count from now on
         self._writing.add(stored.id)
         try:
             await to_its_end(self._write, source, stored)
@@ -112,7 +112,7 @@ class FileStore:
         self._remove(self.get(identifier, key))
 
     def expire(self) -> None:
-        """Remove the files whose time has passed, and take note of what other servers have stored and removed."""
+        """Remove expired files, and load the list of files that other servers have stored and removed."""
         self._read()
         now = time.time()
         for stored in [stored for stored in self._files.values() if stored.expires <= now]:
@@ -126,7 +126,7 @@ class FileStore:
             self._take(identifier, values)
 
     def _current(self, identifier: str) -> StoredFile | None:
-        """The file of an id as it is in the folder now, whichever server stored it; None if it is gone."""
+        """The file of an id as it is in the folder now, whichever server stored it; None if it has been removed."""
         stored = self._files.get(identifier)
         if stored is None:
             stored = self._take(identifier, description(self._description(identifier)))
@@ -139,7 +139,7 @@ class FileStore:
         return stored
 
     def _take(self, identifier: str, values: dict[str, Any] | None) -> StoredFile | None:
-        """Note a file that another server has described so; None, and nothing, if this is no description."""
+        """Add a file from a description that another server wrote; None if it is not a valid description."""
         with suppress(TypeError):
             stored = StoredFile(**(values or {}))
             if stored.id == identifier and self._data(identifier).is_file():
@@ -165,7 +165,7 @@ class FileStore:
 
 
 def is_id(value: Any, prefix: str) -> bool:
-    """Whether a client's value can be an id with that prefix, and so the beginning of a file name."""
+    """Whether a client's value can be an id with that prefix, and is safe at the beginning of a file name."""
     return isinstance(value, str) and value.startswith(prefix) and _HEX.fullmatch(value, len(prefix)) is not None
 
 
@@ -178,15 +178,15 @@ def description(path: Path) -> dict[str, Any] | None:
 
 
 def changes(folder: Path, prefix: str, known: Set[str]) -> tuple[set[str], dict[str, dict[str, Any]]]:
-    """What has changed among the descriptions ID.json in a folder whose ids have that prefix: the `known` ids that are
-    gone, and the JSON objects of the others by id. Those that cannot be read are left out."""
+    """The changes among a folder's descriptions ID.json with ids of that prefix: the `known` ids that are gone, and the
+    JSON objects of the ids that are not `known`. Unreadable descriptions are left out."""
     there = {path.stem: path for path in folder.glob(f"{prefix}*.json")}
     read = {identifier: description(there[identifier]) for identifier in there.keys() - known}
     return set(known - there.keys()), {identifier: values for identifier, values in read.items() if values is not None}
 
 
 def remove_orphans(folder: Path, prefix: str, known: Container[str]) -> None:
-    """Remove what a server that was killed left half written: files of ids with that prefix that are not `known`.
+    """Remove unfinished files of a killed server: those of ids with that prefix that are not `known`.
 
     Young files stay: another server with the same folder may be writing them.
     """

@@ -1,4 +1,4 @@
-"""Calls in threads that are not left behind."""
+"""Calls in threads that the caller always waits for."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 async def to_its_end(call: Callable[P, T], *given: P.args, **options: P.kwargs) -> T:
-    """`asyncio.to_thread`, but a caller that is cancelled waits for the thread, so that it may remove what it wrote."""
+    """`asyncio.to_thread`, but a cancelled caller waits for the thread, so that the thread's files can be removed."""
     task = asyncio.ensure_future(asyncio.to_thread(call, *given, **options))
     try:
         return await asyncio.shield(task)

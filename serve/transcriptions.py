@@ -25,7 +25,7 @@ _FIELDS = {
     *("include[]", "include", "instruction", "window", "overlap", "speakers", "truncate", "seed"),
 }
 _WORDS = "word times are not available: the model states times of segments"
-# whisper.cpp's clients send fields of its decoder, which mean nothing here.
+# whisper.cpp's clients send fields of its decoder, which have no meaning here.
 _HARMLESS = {"user", "temperature_inc", "no_speech_threshold", "encode", "beam_size", "best_of"}
 
 
@@ -143,8 +143,8 @@ async def _send(
 async def _events(
     server: Server, exchange: Exchange, transcribing: Transcribing, style: str, temperature: float
 ) -> AsyncIterator[Event]:
-    """OpenAI's transcript events. The deltas joined are the text. verbose_json adds the segments with their times, as
-    diarized_json has them by OpenAI's own rules."""
+    """OpenAI's transcript events. The joined deltas are the text. verbose_json adds segments with times, as OpenAI's
+    format does for diarized_json."""
     text, count = "", 0
     async for segment in transcribing.segments():
         delta = continued(text, segment.text)
@@ -179,7 +179,7 @@ def _diarized(index: int, segment: Segment) -> dict[str, Any]:
 
 
 def _verbose(index: int, segment: Segment, temperature: float) -> dict[str, Any]:
-    """A segment with every key of OpenAI's, none of them null: strict clients fail otherwise."""
+    """A segment with every key of OpenAI's format, none null, because strict clients fail otherwise."""
     encoded = segment.text.encode()
     value = {
         "id": index,

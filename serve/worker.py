@@ -5,10 +5,10 @@ A hostile file can kill or stall this process, never the server. It reads one JS
     {"op": "decode", "path", "name", "out", "max_seconds", "truncate"}
         -> {"samples", "rate", "channels", "truncated", "warnings"}; float32 samples at 16 kHz are in the file `out`
     {"op": "extract", "path", "out"}
-        -> {"files"}: base64 audio of a request's JSON body in files of the folder `out`; what is left of the body, each
-        audio replaced by {"spooled": file}, in its file `body`
+        -> {"files"}: the files in the folder `out` with the base64 audio of a request's JSON body; the body, with each
+        audio replaced by {"spooled": file}, is in the file `body` there
 
-or {"error": message, "kind": "too_long" | "audio" | "json"}. It ends with its standard input.
+or {"error": message, "kind": "too_long" | "audio" | "json"}. It exits when its standard input closes.
 """
 
 import base64
@@ -47,7 +47,7 @@ def decode(path: str, name: str, out: str, max_seconds: float, truncate: bool) -
 def extract(path: str, out: str) -> dict[str, Any]:
     """Move the base64 audio of a request's JSON body into files 0, 1, ... of the folder `out`; see the module.
 
-    Raises ValueError for a body that is not JSON or has too much besides, and binascii.Error for damaged base64.
+    Raises ValueError for a body that is not JSON or has too much other text, and binascii.Error for damaged base64.
     """
     body = msgspec.json.decode(Path(path).read_bytes())
     files: list[str] = []
@@ -104,7 +104,7 @@ _OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {"decode": decode, "extr
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Do what one request asks."""
+    """Handle one request."""
     try:
         return _OPERATIONS[request.pop("op")](**request)
     except MemoryError:
@@ -120,7 +120,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def limit(max_bytes: int) -> None:
-    """Limit this process's memory, the files that it writes and the descriptors that it opens, where the system can."""
+    """Limit this process's memory, file sizes and open descriptors, where the system can."""
     try:
         import resource
     except ImportError:

@@ -1,6 +1,6 @@
 """Runs an ASGI application for clients that are connected to another process.
 
-Messages of ASGI travel in lists: all that the application has sent since the last list.
+ASGI messages are passed on in lists: each has all messages that the application has sent since the last list.
 """
 
 import asyncio
@@ -12,8 +12,8 @@ from ..http import Message, Receive, Scope, Send
 
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_WAITING = 64  # messages that wait for the other process, in either direction
-_END_SECONDS = 60.0  # for an application whose client has left
+_WAITING = 64  # queued messages for the other process, in either direction
+_END_SECONDS = 60.0  # for an application whose client has disconnected
 PIECE = 1 << 20  # bytes
 
 
@@ -28,7 +28,7 @@ class Bridge:
         self._from_life: asyncio.Queue[Message] = asyncio.Queue()
 
     async def start(self) -> None:
-        """Start the application. Raises what it raises."""
+        """Start the application. Raises its errors."""
         scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
         self._life = asyncio.create_task(self._application(scope, self._to_life.get, self._from_life.put))  # type: ignore[arg-type]
         await self._lifespan("startup")
@@ -40,7 +40,7 @@ class Bridge:
             await self._life
 
     async def request(self, scope: Scope, body: Sequence[Any]) -> AsyncGenerator[list[Message], None]:
-        """The response to an HTTP request. body: its pieces. Closing the iterator is the client's leaving."""
+        """The response to an HTTP request. body: its pieces. Closing the iterator disconnects the client."""
         pieces, gone = list(reversed(body)) or [b""], asyncio.Event()
 
         async def receive() -> Message:
@@ -55,8 +55,8 @@ class Bridge:
                 yield batch
 
     async def connect(self, session: str, scope: Scope) -> AsyncGenerator[list[Message], None]:
-        """What a WebSocket's client gets. session: names it for `receive`. Closing the iterator is the client's
-        leaving."""
+        """Messages for a WebSocket's client. session: its name for `receive`. Closing the iterator disconnects the
+        client."""
         inbox: asyncio.Queue[Message] = asyncio.Queue(_WAITING)
         gone = asyncio.Event()
 
@@ -79,7 +79,7 @@ class Bridge:
             del self._sessions[session]
 
     async def receive(self, session: str, messages: Sequence[Message]) -> bool:
-        """Pass on what a WebSocket's client sends, once there is room; False if the session has ended."""
+        """Forward messages from a WebSocket's client, once there is room; False if the session has ended."""
         for message in messages:
             inbox = self._sessions.get(session)
             if inbox is None:
@@ -120,7 +120,7 @@ class Bridge:
         finally:
             left = True
             leave()
-            while not outbox.empty():  # the application may wait for room
+            while not outbox.empty():  # the application may be blocked on a full queue
                 outbox.get_nowait()
             if not task.done():
                 with suppress(asyncio.CancelledError):
@@ -141,6 +141,6 @@ class Bridge:
 
 
 def cut(body: bytes | memoryview) -> list[memoryview]:
-    """The pieces of a body, in which the application receives it."""
+    """Split a body into the pieces that the application receives."""
     view = memoryview(body)
     return [view[start : start + PIECE] for start in range(0, len(view), PIECE)]

@@ -1,8 +1,8 @@
-"""The fleet as an application of Ray Serve: `Front`, which receives requests, before `Listener`, which answers them.
+"""The fleet as an application of Ray Serve: `Front` receives requests, and `Listener` answers them.
 
-Ray Serve starts, counts, checks and replaces the processes. Which replica answers is decided in `front.py`; the router
-only sends each call to the replica that it names. All use of Ray Serve's interface is in this file and in `run.py`,
-`router.py` and `loopback.py`.
+Ray Serve starts, scales, checks and replaces the processes. `front.py` chooses the replica for a request; the router
+only sends each call to the replica that it names. Only this file, `run.py`, `router.py` and `loopback.py` use Ray
+Serve's interface.
 """
 
 import asyncio
@@ -38,13 +38,13 @@ from .router import NamedRouter
 
 _ID = b"x-request-id"
 _MISROUTED: Message = {"type": "afnext.misrouted"}
-_ONGOING = 10_000  # calls at once: the application itself says when it has too much to do
-_BATCH = 32  # requests that an engine works on at once
+_ONGOING = 10_000  # calls at once; the application itself refuses requests under load
+_BATCH = 32  # requests that an engine processes at once
 _UTILIZATION = 0.6
-_DOWNSCALE_SECONDS = 600.0  # a replica that goes takes what it has heard with it
+_DOWNSCALE_SECONDS = 600.0  # long, because a removed replica's cache is lost
 _HEALTH_SECONDS = 10.0
-_STARTS = 3  # of a replica that cannot load the model
-_SAVE_SECONDS = 60.0  # for contexts, after the last request
+_STARTS = 3  # attempts of a replica that cannot load the model
+_SAVE_SECONDS = 60.0  # to save contexts, after the last request
 
 
 class Listener:
@@ -83,7 +83,7 @@ class Listener:
         return replica == self._name and await self._bridge.receive(session, messages)
 
     async def check_health(self) -> None:
-        """Ray Serve replaces a replica for which this raises."""
+        """Raise if the replica has failed; Ray Serve then replaces it."""
         if self._backend.dead or self._backend.stuck:
             raise RuntimeError("the engine has failed")
 
@@ -109,7 +109,7 @@ class RayReplicas:
     ) -> AsyncIterator[AsyncIterator[list[Message]]]:
         """See `Replicas`."""
         part = body if isinstance(body, bytes) else await asyncio.to_thread(_shared, body)
-        response = _called(self._http, replica, scope, [part])  # in a list, as Ray Serve waits for references elsewhere
+        response = _called(self._http, replica, scope, [part])  # in a list, so that Ray Serve does not resolve it
         try:
             yield _messages(response)
         finally:
@@ -134,7 +134,7 @@ class RayReplicas:
 
 
 def _called(handle: DeploymentHandle, *arguments: Any) -> Any:
-    """The response to a call. Ray Serve takes calls that are made in one context at the same time for one call."""
+    """The response to a call. Ray Serve mistakes concurrent calls in one context for a single call."""
     return Context().run(handle.remote, *arguments)
 
 
@@ -149,7 +149,7 @@ async def _messages(response: Any) -> AsyncIterator[list[Message]]:
 
 
 def _shared(path: Path) -> Any:
-    """A file in the memory that processes share."""
+    """A file's bytes in memory that processes share."""
     return ray.put(path.read_bytes())
 
 
@@ -169,7 +169,7 @@ class Front:
 
 
 def _named_by_ray(application: ASGIApp) -> ASGIApp:
-    """The application with Ray Serve's id for each request, which it adds to the response itself."""
+    """The application with Ray Serve's id for each request. Ray Serve adds the id to the response itself."""
 
     async def named(scope: Scope, receive: Receive, send: Send) -> None:
         given = dict(scope.get("headers", ())).get(_ID, b"").decode("latin-1")
@@ -187,7 +187,7 @@ def _named_by_ray(application: ASGIApp) -> ASGIApp:
 
 
 def application(plan: Plan) -> serve.Application:
-    """The fleet that a plan asks for, as an application of the cluster that this process is connected to."""
+    """The fleet of a plan, as an application for the cluster that this process is connected to."""
     fleet, ranks = plan.fleet, max(plan.loading.tp, plan.loading.sp)
     gpus = gpus_of_a_replica(fleet.gpus_per_replica, plan.loading.device, ranks)
     size: dict[str, Any] = {"num_replicas": fleet.replicas}

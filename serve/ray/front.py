@@ -1,8 +1,8 @@
 """The HTTP side of a fleet: checks who calls, finds the recording of a request, and passes it to a replica.
 
-A replica that takes no more (429, or 503 while it starts or ends) refuses before it reads a body, so the request goes
-to the next one of its route; what the client gets is the best of the refusals. A replica that is lost before its
-response has begun is replaced by the next one once. Later, the response ends with the error `replica_lost`.
+A replica that accepts no request (429, or 503 while it starts or stops) refuses before it reads a body, and the request
+goes to the next replica of its route. If all refuse, the client gets the best refusal. If a replica is lost before its
+response has begun, the request is retried once on the next one. Later, the response ends with the error `replica_lost`.
 """
 
 import asyncio
@@ -33,39 +33,39 @@ _PASSED_ON = (
     *("type", "asgi", "http_version", "method", "path", "query_string", "headers", "scheme", "subprotocols"),
     *("afnext.key", "afnext.id"),
 )
-_LOST = 1  # replicas that a request may lose before its response begins
+_LOST = 1  # lost replicas after which a request is retried, before its response begins
 _REFUSALS = (429, 503)
-_RETRY_SECONDS = 5  # of a refusal that does not say
+_RETRY_SECONDS = 5  # for a refusal without Retry-After
 _log = logging.getLogger("afnext.serve")
 _requests = logging.getLogger("afnext.serve.requests")
 
 
 class ReplicaLostError(Exception):
-    """A replica ended while it answered, or before."""
+    """A replica was lost before or during its response."""
 
 
 class Replicas(Protocol):
     """The replicas, each of which runs the whole application."""
 
     def names(self) -> Sequence[str]:
-        """Those that are there."""
+        """Names of the present replicas."""
 
     def request(
         self, replica: str, scope: Scope, body: bytes | Path
     ) -> AbstractAsyncContextManager[AsyncIterator[list[Message]]]:
-        """A replica's response to an HTTP request; to leave the block ends it. Raises ReplicaLostError."""
+        """A replica's response to an HTTP request, cancelled when the block is left. Raises ReplicaLostError."""
 
     def connect(
         self, replica: str, session: str, scope: Scope
     ) -> AbstractAsyncContextManager[AsyncIterator[list[Message]]]:
-        """What a WebSocket's client gets, as of `request`. session: names it for `send`."""
+        """Messages for a WebSocket's client; like `request`. session: its name for `send`."""
 
     async def send(self, replica: str, session: str, messages: Sequence[Message]) -> bool:
-        """Pass on what the client of a session sends; False if it has ended. Raises ReplicaLostError."""
+        """Forward messages from a session's client; False if the session has ended. Raises ReplicaLostError."""
 
 
 class Front:
-    """The ASGI application that stands before the replicas, behind the guard."""
+    """The ASGI application between the guard and the replicas."""
 
     def __init__(self, settings: Settings, replicas: Replicas):
         self._settings = settings
@@ -74,7 +74,7 @@ class Front:
         self._pool = DecodePool(1, seconds=settings.decode_seconds, max_bytes=settings.decode_bytes)
 
     async def close(self) -> None:
-        """Remove the files of requests and end the worker."""
+        """Remove the files of requests and stop the worker."""
         await self._pool.close()
         self._spool.close()
 
@@ -112,7 +112,7 @@ class Front:
 
     async def _answer(self, exchange: Exchange) -> None:
         path = exchange.scope["path"]
-        if path == "/health/live":  # of this process; Ray looks after the replicas
+        if path == "/health/live":  # this process's health; Ray checks the replicas
             await exchange.json({"status": "alive"})
         elif path == "/metrics":
             texts = await exchange.watched(self._of_all(path, exchange.key))
@@ -146,7 +146,7 @@ class Front:
         try:
             slim, files = await self._pool.extract(body, exchange.folder())
         except ApiError as error:
-            if error.status == 400:  # the replica says what is wrong
+            if error.status == 400:  # the replica reports the error
                 return None
             raise
         return await asyncio.to_thread(route_of_json, slim, set(files), self._sharing(exchange))
@@ -182,10 +182,10 @@ class Front:
     async def _offer(
         self, route: str, attempt: Callable[[str], Awaitable[Refusal | None]], begun: Callable[[], bool]
     ) -> Refusal | None:
-        """Try one replica after the other. Returns the best refusal, or None if one has answered.
+        """Try the replicas in turn. Returns the best refusal, or None if one has answered.
 
-        begun: whether the client has a part of the response. Raises ReplicaLostError, and ApiError (503) if there is no
-        replica.
+        begun: whether the client has received a part of the response. Raises ReplicaLostError, and ApiError (503) if
+        there is no replica.
         """
         refusals: list[Refusal] = []
         lost = 0
@@ -205,7 +205,7 @@ class Front:
         return min(refusals)
 
     async def _of_all(self, path: str, key: str) -> dict[str, str]:
-        """What each replica answers to GET."""
+        """Each replica's response to GET."""
         scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -269,7 +269,7 @@ class Front:
 async def _relay(
     batches: AsyncIterator[list[Message]], relay: Callable[[Message], Awaitable[None]], replica: str
 ) -> Refusal | None:
-    """Pass a replica's response on as it comes. Returns it instead if it is a refusal."""
+    """Forward a replica's response as it arrives. Returns it instead if it is a refusal."""
     refusal: Refusal | None = None
     held: list[Message] = []
     async for batch in batches:
@@ -290,7 +290,7 @@ async def _relay(
 async def _pump(
     receive: Receive, accepted: asyncio.Event, deliver: Callable[[Sequence[Message]], Awaitable[bool]]
 ) -> None:
-    """Deliver what a WebSocket's client sends, once it is accepted."""
+    """Deliver the messages of a WebSocket's client, once the WebSocket is accepted."""
     await accepted.wait()
     message: Message = {"type": ""}
     while message["type"] != "websocket.disconnect":
@@ -306,7 +306,7 @@ async def _break_off(exchange: Exchange) -> None:
 
 
 def _passed_on(scope: Scope, route: str) -> Scope:
-    """What a replica gets of a request's scope, and the route that ends the ids which it makes."""
+    """The part of a request's scope that a replica gets, with the route for the ids that it creates."""
     return {**{name: scope[name] for name in _PASSED_ON if name in scope}, "afnext.route": route}
 
 
@@ -315,7 +315,7 @@ def _lost() -> ApiError:
 
 
 def _log_refusal(identifier: str, key: str, failure: ApiError) -> None:
-    """Log a request that no replica has answered, and so none has logged."""
+    """Log a request that no replica has answered or logged."""
     line = {"id": identifier, "key": key, "route": "front", "status": failure.status, "error": failure.code}
     _requests.info(json.dumps(line))
 

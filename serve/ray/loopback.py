@@ -1,4 +1,4 @@
-"""Keeps a cluster of one machine to that machine."""
+"""Limits a one-machine cluster to the loopback interface."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import ray
 
 
 def keep_to_loopback() -> None:
-    """On a node whose address is the loopback interface's, let Ray Serve open its ports there as well.
+    """On a node whose address is a loopback address, make Ray Serve open its ports there only.
 
-    Each replica has one for calls between replicas, which Ray Serve opens on every interface. To be called in a
-    replica's constructor. Raises AttributeError if Ray Serve does so otherwise than in the tested version, so that no
-    port is open unnoticed.
+    Each replica has a port for calls between replicas, which Ray Serve opens on every interface. Call this in a
+    replica's constructor. Raises AttributeError if Ray Serve's code for it differs from the tested version, so that no
+    port is opened unnoticed.
     """
     from ray.serve._private import replica
 

@@ -1,4 +1,4 @@
-"""The metrics of all replicas as those of one server."""
+"""Merges the metrics of all replicas."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

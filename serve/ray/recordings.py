@@ -1,6 +1,6 @@
-"""The first recording that a request names, found in its body while or after it is read.
+"""Finds the first recording that a request names, in its body, during or after the upload.
 
-Nothing is decoded or checked here: a body that makes no sense names no recording, and the replica says what is wrong.
+Nothing is decoded or checked here: an invalid body names no recording, and the replica reports the error.
 """
 
 import binascii
@@ -22,7 +22,7 @@ _SOURCES = ("data", "file_data", "file_id", "url")
 
 
 class Finder(Protocol):
-    """Is fed a body piece by piece."""
+    """Reads a body piece by piece."""
 
     def feed(self, piece: bytes) -> None:
         """Take the next piece."""
@@ -55,7 +55,7 @@ class FormFinder:
         self._hash: Any = None  # of the first file
         self._identifier: bytes | None = None  # the first field file_id
         self._disposition, self._header = b"", b""
-        self._kind = ""  # of the part that is being read
+        self._kind = ""  # of the current part
         if options.get(b"boundary"):
             self._parser = MultipartParser(
                 options[b"boundary"],
@@ -127,7 +127,7 @@ def route_of_json(body: bytes, spooled: Collection[Path], key: str) -> str | Non
 
 
 def _sources(body: Any) -> Iterator[Any]:
-    """What names the recordings: ids, URLs, base64 texts, and objects that stand for base64 in a file."""
+    """The references to recordings: ids, URLs, base64 texts, and objects that name a file with the decoded base64."""
     if not isinstance(body, dict):
         return
     if isinstance(body.get("context"), str):
@@ -148,7 +148,7 @@ def _of_part(part: dict[str, Any]) -> Iterator[Any]:
 
 
 def _contents(source: str) -> bytes:
-    """The file that base64 spells; of a URL, its text."""
+    """The decoded file of base64, or the text of a URL."""
     return source.encode() if source.startswith(("http:", "https:")) else decoded_base64(source)
 
 

@@ -1,8 +1,8 @@
-"""Which replica answers a request: one that has heard its recording, if it is there and has room.
+"""Chooses the replica for a request: one that has its recording in the cache, if that one is up and has room.
 
-A route is a short hash of the first recording that a request names. Each route has an order of the replicas of its own
-(rendezvous hashing): the first is its home, the next ones take what the home has no room for. When a replica comes or
-goes, the other replicas keep their places in every order, so only the routes at home on that replica move.
+A route is a short hash of the first recording that a request names. Each route has its own order of the replicas
+(rendezvous hashing): the first is its home, and the next ones take requests that the home has no room for. When a
+replica is added or removed, the others keep their order, so only the routes whose home is that replica move.
 """
 
 import hashlib
@@ -12,23 +12,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_BYTES = 4  # of a route
-_OVERFLOW = 2  # replicas that are asked after the home: in a large fleet that is full, few are asked for nothing
+_BYTES = 4  # per route
+_OVERFLOW = 2  # replicas tried after the home; a low limit saves useless attempts in a large, full fleet
 _ID = re.compile(r"(?:ctx_|file-)[0-9a-f]{32}([0-9a-f]{8})")
 
 
 def route_of(digest: bytes, key: str) -> str:
-    """The route of a recording, given a hash of its file, for an API key, which shares nothing with other keys."""
+    """The route of a recording for an API key, given a hash of its file. Keys share no cache, nor routes."""
     return hashlib.blake2b(digest + key.encode(), digest_size=_BYTES).hexdigest()
 
 
 def new_route() -> str:
-    """The route of a request without a recording: any."""
+    """A random route, for a request without a recording."""
     return secrets.token_hex(_BYTES)
 
 
 def route_in(identifier: str) -> str | None:
-    """The route in the id of a file or context, which ends with it."""
+    """The route at the end of a file's or context's id."""
     found = _ID.fullmatch(identifier)
     return found[1] if found else None
 
@@ -39,20 +39,20 @@ def preference(route: str, replicas: Iterable[str]) -> list[str]:
 
 
 def candidates(route: str, replicas: Iterable[str]) -> list[str]:
-    """The replicas that a request is offered to, one after the other while they refuse it."""
+    """The replicas to try in turn, until one accepts the request."""
     return preference(route, replicas)[: 1 + _OVERFLOW]
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A replica's answer that another replica may better: its status, Retry-After in seconds, and its messages."""
+    """A replica's refusal, after which another replica is tried: status, Retry-After in seconds, and ASGI messages."""
 
     status: int
     retry_after: int
     messages: Sequence[Any] = ()
 
     def __lt__(self, other: "Refusal") -> bool:
-        """Whether this is the better one for a client: to come again soon, rather than later, rather than an outage."""
+        """Whether this refusal is better for a client: a short Retry-After beats a long one, and both beat an outage."""
         return (self.status, self.retry_after) < (other.status, other.retry_after)
 
 

@@ -1,4 +1,4 @@
-"""Runs a fleet from the command line: starts or joins a cluster, serves until a signal, ends what it has started."""
+"""Runs a fleet from the command line: starts or joins a cluster, serves until a signal, stops what it has started."""
 
 import logging
 import signal
@@ -22,11 +22,11 @@ _log = logging.getLogger("afnext.serve")
 
 def run(plan: Plan) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit code. Raises AfnextError if the model cannot be loaded, and for
-    what a fleet cannot do."""
+    options that a fleet does not support."""
     fleet, settings = plan.fleet, plan.settings
     if fleet.ray_address is not None and settings.state_dir is None:
         raise AfnextError("with --ray-address, give --state-dir: a folder on storage that all machines share.")
-    if fleet.ray_address is None:  # otherwise the model may be where the replicas run, and not here
+    if fleet.ray_address is None:  # on another cluster, the model may be only where the replicas run
         open_checkpoint(resolve(plan.loading.model, revision=plan.loading.revision))
     places = (fleet.max_replicas or fleet.replicas) * (plan.loading.threads or 1) + FRONT_CPUS * fleet.fronts
     with ExitStack() as stack:
@@ -54,7 +54,7 @@ def _serve(plan: Plan, stop: threading.Event) -> int:
     try:
         try:
             serve.run(application(plan), name=_NAME, route_prefix="/")
-        except RuntimeError as error:  # Ray Serve's: a replica's constructor has failed each time
+        except RuntimeError as error:  # Ray Serve's error after a replica's constructor has failed every time
             raise AfnextError(f"the fleet has not started ({error}); the lines above say why.") from None
         print("ready", file=sys.stderr, flush=True)
         stop.wait()
