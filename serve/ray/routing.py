@@ -52,7 +52,7 @@ class Refusal:
     messages: Sequence[Any] = ()
 
     def __lt__(self, other: "Refusal") -> bool:
-        """Whether this refusal is better for a client: a short Retry-After beats a long one, and both beat an outage."""
+        """Whether this refusal is better for a client: a short Retry-After before a long one, an outage last."""
         return (self.status, self.retry_after) < (other.status, other.retry_after)
 
 
