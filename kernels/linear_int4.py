@@ -8,23 +8,22 @@ scales, zeros: [out, in / group], zeros absent where all are 8. Groups of 32, 64
 float32 and are rounded to the dtype of x once.
 
 Bound by memory up to about 100 rows: a launch must read out * in * (1/2 + 2 / group) bytes of codes and 16-bit scales,
-and reads them once for every BLOCK_M rows, that is once up to 64 rows; x is read from L2 by every block of outputs.
-2 * rows * out * in operations, after about 3 instructions a weight that make it a number: the code is or-ed into the
-mantissa of a power of two, of which 2^23 + zero is subtracted; an upper code stands 4 bits higher, in 2^19. Few rows:
+and reads them once for every BLOCK_M rows, that is once up to 64 rows; every block of outputs reads x from L2.
+2 * rows * out * in FLOPs, after about 3 instructions per weight to dequantize it: the code is or-ed into the mantissa
+of a power of two, from which 2^23 + zero is subtracted; the high code of a byte is 4 bits higher, in 2^19. Few rows:
 the differences, exact in 16 bits up to their zero, go to the tensor cores and the scale multiplies a group's sum. Many
 rows: there are more sums than weights, so the scale multiplies the weights before they are rounded.
-Up to 16 rows would wait for these instructions. 16-bit x and weights without zeros have a kernel of their own for them,
-which loads 16 bytes at a time and makes two numbers with each instruction, 13 for 8 weights.
+Up to 16 rows, these instructions would be the bottleneck. 16-bit x and weights without zeros have a separate kernel for
+few rows, which loads 16 bytes at a time and makes two numbers with each instruction, 13 for 8 weights.
 Weights are the product's left operand, tokens its columns; split inner dimensions as in `packed_product`.
 
-torch on a CPU: where a copy of the codes with 16 to 64 channels interleaved was made (`prepare_int4`), few rows go to
-torch's own kernel, which wants them so; the copy lives as long as the weight. All else goes to a dense product with
-weights unpacked a tile at a time; the even inputs of a tile stand before the odd ones, which saves spreading them out
-and is undone by the same order of x.
+torch on a CPU: if `prepare_int4` has made a copy of the codes with 16 to 64 channels interleaved, few rows go to
+torch's own kernel, which needs this layout; the copy lives as long as the weight. Everything else goes to a dense
+product with weights unpacked a tile at a time. The even inputs of a tile are before the odd ones, which saves
+interleaving them; x is reordered in the same way.
 
-Native, on a CPU: up to 16 rows read the weights once from memory. With bfloat16 activations (from AVX2 on) it is
-integer arithmetic: the activations of a group become integers of 15 bits with one scale. More rows: as in
-`linear_int8`.
+Native, on a CPU: up to 16 rows read the weights once from memory. bfloat16 activations (from AVX2 on) use integer
+arithmetic: the activations of a group become 15-bit integers with one scale. More rows: as in `linear_int8`.
 
 Source: Frantar et al. 2022, arXiv:2210.17323 (groups); Kim et al. 2022, arXiv:2211.10017 (codes in the mantissa).
 """
@@ -64,7 +63,7 @@ GROUP_SIZES = (32, 64, 128)
 SYMMETRIC_ZERO = 8
 # torch on a CPU: up to here its int4 kernel is faster than unpacking for a dense product (docs/quantization.md).
 MOST_ROWS_INTERLEAVED = 64
-_PACKED_AT_ONCE = 1024  # channels, a multiple of those that are interleaved; packing takes eight times their memory
+_PACKED_AT_ONCE = 1024  # channels, a multiple of the interleaved ones; packing takes eight times their memory
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ def linear_int4_swiglu_reference(
 def _codes(packed):  # type: ignore[no-untyped-def]
     """code - 8 of the low and of the high code of the lowest byte of int32 numbers, as float32.
 
-    A code becomes the last bits of the mantissa of a power of two, which is subtracted together with 8.
+    A code becomes the lowest bits of the mantissa of a power of two, which is then subtracted together with 8.
     """
     low = ((packed & 0x0F) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0  # 2^23 + 8
     high = ((packed & 0xF0) | 0x49000000).to(tl.float32, bitcast=True) - 524296.0  # 2^19 + 8
@@ -115,10 +114,10 @@ def _codes(packed):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_group(acc, tokens, codes, scales, zeros, levels, at, group, SCALE_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """acc + the product of a tile of weights, whose codes begin at codes + at and lie in one group, with tokens."""
+    """acc + the product of a tile of weights with tokens. The tile's codes begin at codes + at, all in one group."""
     packed = tl.load(codes + at).to(tl.int32)
     if levels is not None:
-        # Rows of levels, because gather wants them; a compiled kernel holds one level in a lane and shuffles.
+        # Rows of levels, as gather needs; a compiled kernel holds one level per lane and shuffles.
         table = tl.broadcast_to(tl.load(levels + tl.arange(0, 16))[None, :], (packed.shape[0], 16))
         even = tl.gather(table, packed >> 4, 1)
         odd = tl.gather(table, packed & 0x0F, 1)
@@ -140,8 +139,8 @@ def _add_group(acc, tokens, codes, scales, zeros, levels, at, group, SCALE_WEIGH
     return acc
 
 
-# A word has eight codes, byte b those of the inputs 2 b and 2 b + 1. Of a byte the low code goes to the low half of a
-# register and the high one, of the word shifted by 4, to its high half. There both become 16-bit numbers at once: the
+# A word has eight codes, byte b those of the inputs 2 b and 2 b + 1. A byte's low code goes to the low half of a
+# register, and its high code, from the word shifted by 4, to the high half. Both become 16-bit numbers at once: the
 # code is or-ed into the mantissa of 2^7 (bfloat16) or 2^10 (float16), and 2^7 + 8 or 2^10 + 8 is subtracted.
 _PAIRS = """{
 .reg .b32 high, pair, one, shift;
@@ -171,7 +170,7 @@ FLOAT16_PAIRS = tl.constexpr(
 
 @triton.jit
 def _pair(words, byte: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What `_PAIRS` makes of one byte, by operations that any device and the interpreter have."""
+    """The result of `_PAIRS` for one byte, by operations that every device and the interpreter have."""
     even, odd = _codes(words >> 8 * byte)
     low = even.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return low | (odd.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
@@ -200,7 +199,7 @@ def _unpacked_words(words, DTYPE: tl.constexpr, PTX: tl.constexpr):  # type: ign
 
 @triton.jit
 def _add_words(acc, tokens, words, scales, at, group, DTYPE: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """As `_add_group`, with int32 words of eight codes, which `at` counts."""
+    """As `_add_group`, with int32 words of eight codes. at: in words."""
     weights = _unpacked_words(tl.load(words + at), DTYPE, PTX)
     return acc + tl.dot(weights, tokens) * tl.load(scales + group).to(tl.float32)[:, None]
 
@@ -232,7 +231,7 @@ def _w4a16_words_kernel(  # type: ignore[no-untyped-def]
     m, n = block_of(rows, columns, BLOCK_M, BLOCK_N)
     channel = tl.minimum(n, columns - 1).to(tl.int64)
     xs = x + m[None, :].to(tl.int64) * inner + tl.arange(0, BLOCK_K)[:, None]
-    # A row is a multiple of 16 bytes long, as a group is; said so, loads are as wide.
+    # Rows, like groups, are a multiple of 16 bytes long. Written in this form, the index gives loads of 16 bytes.
     at = channel[:, None] * (inner // 32 * 4) + tl.arange(0, BLOCK_K // 8)[None, :]
     groups = channel * (inner // GROUP)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -271,7 +270,7 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """levels: [16] float32, what nf4's codes stand for, the even input above the odd one; or null, for int4's."""
+    """levels: nf4's codebook, [16] float32, whose even input is in a byte's high bits; or null for int4."""
     SCALE_WEIGHTS: tl.constexpr = BLOCK_M > 64
     DTYPE: tl.constexpr = x.dtype.element_ty
     m, n = block_of(rows, columns, BLOCK_M, BLOCK_N)
@@ -291,7 +290,7 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
     store_product(acc, up, up_acc, out, partials, counters, bias, residual, m, n, rows, columns)
 
 
-# By the most rows that a config is for; the last also serves more. BLOCK_K is cut to the group.
+# Keys: the largest number of rows of a config; the last config also serves more. BLOCK_K is at most the group.
 _W4A16 = {
     16: Configs(
         "linear_int4_16",
@@ -302,7 +301,7 @@ _W4A16 = {
     64: Configs("linear_int4_64", tile_config(64, 64, 128, 4, 3)),
     128: Configs("linear_int4_128", tile_config(128, 128, 64, 8, 3)),
 }
-# A pair has two sums for each output, which in registers leaves room for half as many outputs.
+# A pair has two sums per output, so registers hold half as many outputs.
 _W4A16_PAIR = {
     **_W4A16,
     128: Configs(
@@ -314,13 +313,13 @@ _W4A16_PAIR = {
 
 
 def config_of(rows: int, group: int, pair: bool, device: torch.device) -> Config:
-    """How a product of `rows` tokens with weights in groups of `group`, or with a pair of them, is launched."""
+    """The launch config of a product of `rows` tokens with weights in groups of `group`, or with a pair of weights."""
     config = config_for(_W4A16_PAIR if pair else _W4A16, rows, device)
     return within_group(config, group)
 
 
 def _words(packed: Tensor) -> Tensor:
-    """The codes as int32 words of eight, [out, in / 8]; a copy of those that begin within a word."""
+    """The codes as int32 words of eight, [out, in / 8]; a copy if they do not begin at a word boundary."""
     return (packed.clone() if packed.storage_offset() % 4 else packed).view(torch.int32)
 
 
@@ -375,7 +374,7 @@ _native = NativeProduct(products.int4_product, products.unpack_int4)
 def linear_int4_native(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """The product by the native kernels, for what they cover."""
+    """The product by the native kernels, for the arguments that they support."""
     return _native.linear(x, (packed, scales, zeros), bias, residual)
 
 
@@ -412,7 +411,7 @@ _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _interleaved(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The codes as torch's CPU kernel wants them, and [in / group, out, 2] scales and what code 8 stands for."""
+    """The codes in the layout of torch's CPU kernel, and [in / group, out, 2] scales and values of code 8."""
     blocks = torch.empty_like(packed)
     for codes, part in zip(packed.split(_PACKED_AT_ONCE), blocks.split(_PACKED_AT_ONCE), strict=True):
         part.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_int4(codes).int(), 1))
@@ -450,9 +449,9 @@ def _swiglu_torch(
 
 
 def prepare_int4(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> None:
-    """Make ahead of products with x in `dtype` what the implementation that will run keeps beside a weight.
+    """Prepare a weight for products with x in `dtype`, as the selected implementation needs.
 
-    That is a copy as large as `packed` where torch multiplies on a CPU, and nothing elsewhere.
+    Makes a copy as large as `packed` if torch multiplies on a CPU, and nothing otherwise.
     """
     if _linear.on(packed.device) is linear_int4_torch and on_cpu(packed) and packed.shape[0] % 16 == 0:
         _copies[packed] = _interleaved(packed, scales, zeros, dtype)
@@ -509,7 +508,7 @@ def check_int4(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None) 
 def check_int4_pair(
     x: Tensor, gate: tuple[Tensor, Tensor, Tensor | None], up: tuple[Tensor, Tensor, Tensor | None]
 ) -> None:
-    """Raise ValueError unless x and both weights (packed, scales, zeros) are as `linear_int4_swiglu` wants them."""
+    """Raise ValueError unless x and both weights (packed, scales, zeros) are valid for `linear_int4_swiglu`."""
     check_int4(x, *gate)
     check_int4(x, *up)
     check_alike(gate, up)

@@ -4,10 +4,10 @@
 
 A kernel has the weights as the left operand of the tensor core's product, the tokens as its columns, and writes its
 sums [BLOCK_N, BLOCK_M] by `store_product`, or by `store_block` if it has no SwiGLU pairs. Few rows make few blocks, so
-the inner dimension is split, too: each split writes float32 partial sums and increments a counter, and the last one to
-do so adds all of them in the order of the splits. That moves splits * rows * out * 8 bytes through L2.
+the inner dimension is split, too: each split writes float32 partial sums and increments a counter, and the last split
+to do so adds all of them in the order of the splits. That moves splits * rows * out * 8 bytes through L2.
 
-Without a kernel, the weights are made dense a tile of channels at a time (`linear_by_tiles`). The formats also share
+Without a kernel, the weights are dequantized a tile of channels at a time (`linear_by_tiles`). The formats also share
 the specification of a SwiGLU pair, the native products (`NativeProduct`) and the checks of weights in groups.
 
 Source: Osama et al. 2023, arXiv:2301.03598 (split-K).
@@ -29,13 +29,13 @@ from .row_groups import is_row_invariant
 from .strides import as_rows
 from .triton_language import tl, triton
 
-FEW_ROWS = 64  # up to here a product is bound by reading the weights, and the inner dimension may be split
+FEW_ROWS = 64  # up to here reading the weights bounds a product, and the inner dimension may be split
 MOST_SPLITS = 32
 _LOADED_AT_ONCE = tl.constexpr(128)  # rows of partial sums; more would spill registers of large tiles
 BLOCKS_AT_ONCE = 4  # per multiprocessor: enough loads in flight; more splits only add partial sums
-FEW_CPU_ROWS = 16  # up to here the native products read the weights once; more rows are worth making them dense
+FEW_CPU_ROWS = 16  # up to here the native products read the weights once; for more rows dequantizing the weights pays
 SMALL_MEMORY = ("sm86", "sm89", "sm120", "gfx942")
-_TILE_BYTES = 128 << 20  # of weights made dense at a time
+_TILE_BYTES = 128 << 20  # of weights dequantized at a time
 
 Weight = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 """The tensors of one weight, each with a row per output: codes, scales and, in formats that have them, zeros."""
@@ -45,7 +45,7 @@ Linear = Callable[..., Tensor]
 
 @triton.jit
 def block_of(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The tokens [BLOCK_M] and outputs [BLOCK_N] of this program. 8 blocks of tokens reuse the weights in L2."""
+    """The tokens [BLOCK_M] and outputs [BLOCK_N] of this program. Groups of 8 blocks of tokens reuse weights in L2."""
     row_blocks = tl.cdiv(rows, BLOCK_M)
     column_blocks = tl.cdiv(columns, BLOCK_N)
     program = tl.program_id(0)
@@ -78,7 +78,7 @@ def store_block(acc, out, bias, residual, m, n, rows, columns):  # type: ignore[
 def store_product(acc, up, up_acc, out, partials, counters, bias, residual, m, n, rows, columns):  # type: ignore[no-untyped-def]
     """Write the sums of a product or, with a second weight `up`, silu(acc) * up_acc of the SwiGLU pair.
 
-    partials: None, or if the inner dimension is split float32 [splits, rows, columns], of a pair [2, splits, ...];
+    partials: float32 [splits, rows, columns], for a pair [2, splits, ...], or None if the inner dimension is not split;
     counters: one per block of outputs, zero before and after.
     """
     if partials is None:
@@ -128,13 +128,13 @@ def within_group(config: Config, group: int) -> Config:
 
 
 def config_for(table: Mapping[int, Configs], rows: int, device: torch.device) -> Config:
-    """The entry of `table`, whose keys are maximal numbers of rows, for `rows`; inside `row_invariant`, for one row."""
+    """The entry of `table`, keyed by the largest number of rows, for `rows`; inside `row_invariant`, for one row."""
     rows = rows_to_plan_for(rows)
     return table[next((most for most in table if rows <= most), max(table))].on(device)
 
 
 def rows_to_plan_for(rows: int) -> int:
-    """The number of rows that a launch is configured for: `rows`, but 1 inside `row_invariant`."""
+    """The number of rows for which a launch is configured: `rows`, but 1 inside `row_invariant`."""
     return 1 if is_row_invariant() else rows
 
 
@@ -173,7 +173,7 @@ def counters_of(weight: Tensor) -> Tensor:
         count = BLOCKS_AT_ONCE * multiprocessors(weight.device)  # more than the blocks of any split product
         counters = torch.zeros(count, dtype=torch.int32, device=weight.device)
         if not (weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            _counters[weight] = counters  # in a capture they are zero only once the graph is replayed
+            _counters[weight] = counters  # a capture writes the zeros only when the graph is replayed
     return counters
 
 
@@ -192,7 +192,7 @@ def launch_product(
     """Run a kernel that multiplies x with packed weights.
 
     weight: the tensors of the weight, codes first; up: those of the second weight of a SwiGLU pair, or as many None;
-    owner: the codes as they are stored, if those in `weight` are a view made for this call.
+    owner: the stored codes, if the codes in `weight` are a view made for this call.
     """
     assert weight[0] is not None
     tokens, residual = as_rows(x), None if residual is None else as_rows(residual)
@@ -226,7 +226,7 @@ def launch_product(
 
 
 def product_by_tiles(rows: Tensor, columns: int, weight: Callable[[slice], Tensor]) -> Tensor:
-    """rows [n, in] times the transpose of a weight [columns, in] that is made dense a tile of channels at a time."""
+    """rows [n, in] times the transpose of a weight [columns, in] that is dequantized a tile of channels at a time."""
     height = max(1, _TILE_BYTES // (rows.shape[1] * rows.element_size()))
     out = torch.empty(rows.shape[0], columns, dtype=rows.dtype, device=rows.device)
     for start in range(0, columns, height):
@@ -264,8 +264,8 @@ class NativeProduct:
     """The native functions of one weight format.
 
     product: x W^T + bias + residual, or silu(x W^T) * (x U^T), of (x, weight, up or None, bias, residual), which reads
-    the weights once; unpack: makes weights dense, given their tensors and a dtype; panels: whether `product` also
-    serves many rows, at levels that have panels. Other products use weights that `unpack` makes dense.
+    the weights once; unpack: dequantizes weights, given their tensors and a dtype; panels: whether `product` also
+    serves many rows, at levels that have panels. Other products use the weights from `unpack`.
     """
 
     product: Callable[..., Tensor]
@@ -295,14 +295,14 @@ class NativeProduct:
 
 
 def misfit(x: Tensor, *_others: Tensor | None) -> str | None:
-    """Why the native products of a format with float32 scales do not cover x, or None."""
+    """Why the native products of a format with float32 scales do not support x, or None."""
     return native.misfit(x)
 
 
 def grouped_misfit(
     x: Tensor, _codes: Tensor, scales: Tensor, zeros: Tensor | None, *_others: Tensor | None
 ) -> str | None:
-    """Why the native products do not cover x and a weight in groups, or None."""
+    """Why the native products do not support x and a weight in groups, or None."""
     return native.misfit(x) or native.misfit(scales, zeros)
 
 

@@ -1,7 +1,7 @@
-"""Recipes: which layer is stored by which scheme, as an ordered list of patterns.
+"""Recipes: the scheme of each layer, as an ordered list of patterns.
 
-A rule is a pattern of layer names, in which * stands for any characters, and a scheme; the first rule that matches a
-layer decides, and a layer that none matches stays dense. Layers are named as the runtime names them:
+A rule is a pattern of layer names, in which * stands for any characters, and a scheme. The first rule that matches a
+layer applies, and a layer without a matching rule stays dense. Layer names are those of the runtime:
 `encoder.layers.0.fc1`, `adaptor.linear_1`, `decoder.embed_tokens`, `decoder.layers.0.mlp.down_proj`, `decoder.lm_head`.
 
     recipe     decoder layers   lm_head, embeddings   adaptor   encoder layers
@@ -13,9 +13,9 @@ layer decides, and a layer that none matches stays dense. Layers are named as th
     small      int4-g64         int4-g64              int8      int4-g64; attention int8
 
 Convolutions, norms, biases and the encoder's positions are always dense: together they are 0.2 % of the weights. The
-lm_head and the embeddings keep 8 bits, except in small: a row serves one token alone, so no other row makes up for
-its error. Of the embeddings only the rows looked up are read, so fewer bits save memory and no time. int4 in the
-encoder's attention costs afnext-tiny ten points of word errors in noise, in its MLP none.
+lm_head and the embeddings keep 8 bits, except in small: a row serves a single token, so no other row compensates for
+its error. Only the embedding rows that are looked up are read, so fewer bits save memory but no time. int4 in the
+encoder's attention costs afnext-tiny ten points of word error rate in noise; in the encoder's MLP it costs none.
 """
 
 import re
@@ -42,8 +42,8 @@ _DEFAULT_PATTERNS = {*_TOKENS, _ADAPTOR, _ENCODER_ATTENTION, _ENCODER, _DECODER}
 class Recipe:
     """Rules, first match first.
 
-    name: what the recipe is called where it is shown; source: a hash of the dense weights that it was applied to, empty
-    for one that was not yet. Recipes of the same rules are equal.
+    name: for display; source: a hash of the dense weights that the recipe was applied to, empty if it has not been
+    applied yet. Recipes with the same rules are equal.
     """
 
     name: str = field(compare=False)
@@ -51,18 +51,18 @@ class Recipe:
     source: str = field(default="", compare=False)
 
     def scheme(self, layer: str) -> Scheme | None:
-        """The scheme of the layer, such as "decoder.layers.0.mlp.up_proj"; None where it stays dense."""
+        """The scheme of a layer, such as "decoder.layers.0.mlp.up_proj"; None if the layer stays dense."""
         return next((scheme for pattern, scheme in self.rules if fnmatchcase(layer, pattern)), None)
 
     def extends(self, stored: "Recipe") -> bool:
-        """Whether this leaves every layer that `stored` packs as it is, since the same rules come first."""
+        """Whether this recipe keeps every layer that `stored` packs, because it begins with the same rules."""
         return self.rules[: len(stored.rules)] == stored.rules
 
     def extended(self, rest: "Recipe", layers: Iterable[str]) -> "Recipe":
-        """This, and `rest` for the layers that this leaves dense.
+        """This recipe, with `rest` for the layers that this recipe leaves dense.
 
-        layers: those that there are. Raises SchemeError if a rule that `rest` adds to the default ones asks for another
-        scheme of a layer that is packed already, which would round its weights a second time.
+        layers: names of all layers. Raises SchemeError if a rule that `rest` adds to the default ones gives a packed
+        layer another scheme, which would round its weights a second time.
         """
         for layer in layers:
             packed, asked = self.scheme(layer), Recipe("", rest._added_rules)
@@ -81,13 +81,14 @@ class Recipe:
         return tuple(rule for rule in self.rules if rule[0] not in _DEFAULT_PATTERNS)
 
     def unused_patterns(self, layers: Collection[str]) -> tuple[str, ...]:
-        """The patterns that match none of these layers, without those of the default recipes, which need not."""
+        """The patterns that match none of these layers. Patterns of the default recipes, which need no match, are left
+        out."""
         return tuple(
             pattern for pattern, _ in self._added_rules if not any(fnmatchcase(layer, pattern) for layer in layers)
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values: what stands under quantization_config in a config.json."""
+        """As plain JSON values, for quantization_config in a config.json."""
         rules = [[pattern, _spelled(scheme)] for pattern, scheme in self.rules]
         values = {"quant_method": "afnext", "version": FORMAT_VERSION, "recipe": self.name, "rules": rules}
         return {**values, "source": self.source}
@@ -118,8 +119,8 @@ class Recipe:
 
 
 def fewest_rules(schemes: Mapping[str, Scheme | None]) -> tuple[tuple[str, Scheme | None], ...]:
-    """Rules that give each layer the scheme it has here, None for dense: one for a whole part of the model where all
-    its layers agree, one for a kind of layer, or one for a single layer."""
+    """Rules that give each layer its scheme in `schemes`, None for dense. A rule covers a whole part of the model if
+    all its layers have the same scheme, otherwise a kind of layer or a single layer."""
     rules: list[tuple[str, Scheme | None]] = []
     left = dict(schemes)
     for pattern in (_DECODER, _ENCODER, _ADAPTOR):
@@ -172,7 +173,7 @@ def recipe(
 
 
 def _check_pattern(pattern: str) -> str:
-    """`pattern` itself. Raises SchemeError if it is longer than any layer's name could need."""
+    """Return `pattern`. Raises SchemeError if it is longer than any layer's name."""
     if len(pattern) > MAX_PATTERN:
         raise SchemeError(
             f"the pattern {pattern[:40]!r}... has {len(pattern):,} characters; at most {MAX_PATTERN} are accepted"

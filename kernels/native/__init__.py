@@ -1,12 +1,12 @@
-"""The compiled kernels of the CPU: finds their libraries, picks the instruction-set level, and calls them.
+"""The compiled CPU kernels: finds their libraries, selects the instruction-set level, and calls them.
 
-`setup.py` compiles the C++ beside this file where there is a compiler (`python setup.py build_ext --inplace` does it by
-hand); without it `AVAILABLE` is false, nothing registers a `native` implementation, and torch computes. The libraries
-know nothing of torch or Python, so one build serves every version of them.
+`setup.py` compiles the C++ beside this file if there is a compiler (`python setup.py build_ext --inplace` does it by
+hand). Otherwise `AVAILABLE` is false, no `native` implementation is registered, and torch computes. The libraries do
+not depend on torch or Python, so one build works with every version of both.
 
-The level is the highest that pays on this CPU, or the one that AFNEXT_ISA names. Loops are shared out by OpenMP over
-`torch.get_num_threads()` threads, which on Linux are torch's own: torch brings libgomp.so.1, these libraries ask for
-that name, and the loader gives them the one that is there.
+The level is the fastest on this CPU, or the one that AFNEXT_ISA names. OpenMP divides loops among
+`torch.get_num_threads()` threads, which on Linux are torch's own: torch loads libgomp.so.1, these libraries link to the
+same name, and the loader gives them the copy that is loaded.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ _folder = Path(os.environ.get("AFNEXT_NATIVE", Path(__file__).parent))
 
 
 def _load() -> tuple[dict[str, ctypes.CDLL], str]:
-    """The library of the lowest level, which tells what the others need, or none, and why there is none."""
+    """The library of the lowest level, which reports what the other levels need; or none, and the reason."""
     path = _folder / build.library_name("portable")
     if not path.exists():
         return {}, f"they were not built ({path} does not exist)"
@@ -45,14 +45,14 @@ def _load() -> tuple[dict[str, ctypes.CDLL], str]:
 
 
 def _share_openmp() -> None:
-    """Make torch's OpenMP visible to the libraries on macOS, where they are linked to none (`build.openmp_flags`)."""
+    """Make torch's OpenMP visible to the libraries on macOS, where they link to no OpenMP (`build.openmp_flags`)."""
     if sys.platform == "darwin":
         ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libomp.dylib"), mode=ctypes.RTLD_GLOBAL)
 
 
 @cache
 def warn_if_missing() -> None:
-    """Log, once per process, what a CPU loses where the native kernels are missing, and how to get them."""
+    """Log, once per process, that the native kernels are missing, what that costs, and how to get them."""
     if not AVAILABLE:
         _log.warning(
             "the native CPU kernels are missing, operations run on torch instead: a token with int4 weights takes "
@@ -90,7 +90,7 @@ def supported_levels() -> tuple[str, ...]:
 
 @cache
 def best_level() -> str:
-    """The highest level supported, but not `avx512` where the CPU, timed, multiplies bfloat16 slower than float32."""
+    """The highest supported level, except `avx512` if timing shows that bfloat16 products are slower than float32."""
     best = supported_levels()[-1]
     if best == "avx512" and not _library(best).afnext_multiplies_bfloat16_faster():
         _log.info("the CPU multiplies bfloat16 slower than float32: the level is avx512vnni, not avx512")
@@ -99,7 +99,7 @@ def best_level() -> str:
 
 
 def isa() -> str:
-    """The level in use: AFNEXT_ISA, or the best one. Raises BackendError if AFNEXT_ISA names what cannot run here."""
+    """The level in use: AFNEXT_ISA, or the best one. Raises BackendError if this CPU cannot run AFNEXT_ISA."""
     forced = os.environ.get("AFNEXT_ISA")
     if not forced:
         return best_level()
@@ -134,13 +134,13 @@ def _type(kind: Array | str) -> Any:
 def call(name: str, *arguments: Tensor | torch.dtype | int | float | None) -> None:
     """Run `afnext_<name>` of the level in use, on torch's number of threads.
 
-    Tensors go as pointers to their first element, None as a null pointer, dtypes as numbers, int and bool as int64_t,
-    float as double. Raises ValueError unless they are as `SIGNATURES` declares them: dtype, shape, strides, device.
+    Tensors are passed as pointers to their first element, None as a null pointer, dtypes as numbers, int and bool as
+    int64_t, float as double. Raises ValueError unless dtype, shape, strides and device are as `SIGNATURES` declares.
     """
     function = _function(isa(), name)
     threads = torch.get_num_threads()
     SIGNATURES[name].check(name, arguments, threads)
-    # Spelled out here, as a decoded token makes hundreds of calls with a dozen arguments.
+    # Inlined for speed: a decoded token makes hundreds of calls with a dozen arguments.
     values = [
         argument.data_ptr()
         if isinstance(argument, Tensor)
@@ -156,18 +156,18 @@ def call(name: str, *arguments: Tensor | torch.dtype | int | float | None) -> No
 
 
 def check_indices(what: str, indices: Tensor, where: str, count: int) -> None:
-    """Raise IndexError, naming both, unless all `indices` are those of `count` entries: C would not notice.
+    """Raise IndexError, naming both, unless all `indices` are in 0 .. count - 1: C would not notice.
 
-    What is recorded runs with other indices later, so while it is, and then, they are the caller's to check.
+    Does nothing during a recording, whose calls are repeated with other indices: the caller must check these itself.
     """
     if current() is None and indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < count:
         raise IndexError(f"{what} from {int(indices.min())} to {int(indices.max())} in {where} of {count}")
 
 
 def misfit(*tensors: Tensor | None) -> str | None:
-    """What keeps these tensors from a native kernel that takes one floating dtype, or None if nothing does.
+    """Why a native kernel for one floating dtype cannot take these tensors (float64, or different dtypes), or None.
 
-    The usual part of an implementation's `misfit` (see `dispatch.Operation`): float64, or dtypes that differ.
+    Most implementations' `misfit` calls it (see `dispatch.Operation`).
     """
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
     if len(dtypes) == 1 and dtypes <= DTYPES.keys():

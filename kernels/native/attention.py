@@ -1,13 +1,13 @@
-"""Calls the native attention kernel, which serves attention over many queries and over few.
+"""Calls the native attention kernel, for many queries and for few.
 
-A task is a block of rows (queries and the heads of one KV head), of one sequence and, if the keys are divided, one part
-of them. It converts and lays out a block of 256 keys and values once for all its rows, whose softmax is online, in
-float32 and in base 2. Rows are the lanes of its vectors, so nothing is added up across lanes. bfloat16 is multiplied by
-the matrix unit where there is one (AMX), else in pairs where the CPU can (AVX512-BF16), everything else in float32.
-The few rows of a decoded token read bfloat16, int8 and int4 keys where they lie. Many rows have keys and values of int4
-(`int4_cache.py`) transformed back as they are laid out; for few, queries are transformed, and sums of values. Parts of
-the keys are merged by the maxima and sums of their softmax (Flash-Decoding). Results do not depend on the number of
-threads.
+A task is a block of rows (queries and the heads of one KV head) of one sequence and, if the keys are divided, one part
+of the keys. It converts and lays out a block of 256 keys and values once for all its rows; the softmax is online, in
+float32 and base 2. Rows are the lanes of its vectors, so there are no sums across lanes. bfloat16 is multiplied by AMX
+if the CPU has it, else in pairs by AVX512-BF16 if it has that; everything else is multiplied in float32.
+The few rows of a decoded token read bfloat16, int8 and int4 keys in place. int4 keys and values (`int4_cache.py`) are
+transformed back during layout for many rows; for few, the queries and the sums of values are transformed instead.
+Parts of the keys are merged by the maxima and sums of their softmax (Flash-Decoding). Results do not depend on the
+number of threads.
 Source: Dao 2023 (FlashAttention-2); Dao et al. 2023 (Flash-Decoding).
 """
 
@@ -41,7 +41,7 @@ def attend_natively(
     row_block: int,
     part_keys: int | None = None,
 ) -> Tensor:
-    """The native kernel, in tasks of `row_block` rows of a KV head and, if given, of `part_keys` keys."""
+    """Run the native kernel, in tasks of `row_block` rows of a KV head and, if given, of `part_keys` keys."""
     q, k, v = map(with_unit_stride, (q, k, v))
     batch, queries, heads, head_dim = q.shape
     page_size, kv_heads = k.shape[1:3]
@@ -52,7 +52,7 @@ def attend_natively(
     if key_lengths is not None:
         key_lengths = key_lengths.to(torch.int64).contiguous()
         held = page_size * (1 if page_table is None else page_table.shape[1])
-        # What is recorded has to serve longer sequences later.
+        # A recording is repeated with longer sequences later.
         keys = int(key_lengths.max()) if current() is None else held
         if keys > held:
             raise ValueError(f"sequences of up to {keys} tokens, and room for {held} in their keys or pages")
@@ -98,7 +98,7 @@ def attend_natively(
         0 if cos is None else cos.shape[-1],
         rotation is not None and rotation.pairing == "half",
         causal,
-        k.dtype == torch.uint8,  # two codes of an int4 cache
+        k.dtype == torch.uint8,  # int4 cache, two codes per byte
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
@@ -112,6 +112,6 @@ def attend_natively(
 
 
 def _workspace_floats(row_block: int, head_dim: int) -> int:
-    """What a thread of the native kernel needs: queries and sums, their maxima, a block of keys and values, scores."""
+    """Workspace of a thread, in floats: queries and sums, their maxima, a block of keys and values, scores."""
     depth, rows, block = -(-head_dim // 32) * 32, -(-row_block // 96) * 96, 256  # whole tiles of 8, 16, 24 or 32 rows
     return 2 * rows * depth + 3 * rows + 2 * block * depth + 2 * block * 32 + 33 * depth + 16

@@ -1,9 +1,8 @@
 """Compiles the native kernels: one shared library for each instruction-set level of this machine's architecture.
 
 Every .cpp beside this file is compiled once for each level, with that level's flags, into libafnext_<level>.so. Levels
-are separate libraries, of which a process loads the one it runs on: code shared through headers then never ends up
-compiled for a level that the CPU lacks. Only the standard library is imported, because setup.py runs this file by
-itself.
+are separate libraries, and a process loads only the one for its level, so code shared through headers is never compiled
+for a level that the CPU lacks. This file imports only the standard library, because setup.py runs it by itself.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ _AVX512VNNI_PARTS = ("f", "bw", "vl", "dq", "vnni")
 _AVX512VNNI = [*_AVX2, "-mprefer-vector-width=512", *(f"-mavx512{part}" for part in _AVX512VNNI_PARTS)]
 _AVX512 = [*_AVX512VNNI, "-mavx512bf16"]
 _AMX = [*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
-_NEON = ["-DAFNEXT_NEON"]  # a part of the architecture, which the portable level leaves to the compiler
+_NEON = ["-DAFNEXT_NEON"]  # every CPU of the architecture has it; the portable level leaves its use to the compiler
 _LEVELS = {
     "x86_64": {
         "portable": [],
@@ -42,7 +41,7 @@ _LEVELS = {
 }
 _MACHINES = {"AMD64": "x86_64", "arm64": "aarch64"}
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
-# a * b + c may become one instruction; nothing else that changes results is allowed.
+# a * b + c may become one instruction; no other optimization that changes results is allowed.
 _FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 _FLAGS += [
     "-Wall",
@@ -54,11 +53,11 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 
 
 class BuildError(Exception):
-    """The native kernels cannot be compiled here: no compiler, or one that refuses."""
+    """The native kernels cannot be compiled here: no compiler, or it fails."""
 
 
 def levels(machine: str | None = None) -> dict[str, list[str]]:
-    """The instruction-set levels of an architecture, of this machine if none is named, lowest first, with flags."""
+    """The instruction-set levels of an architecture, by default this machine's, lowest first, with compiler flags."""
     machine = machine or platform.machine()
     return _LEVELS.get(_MACHINES.get(machine, machine), {"portable": []})
 
@@ -69,23 +68,23 @@ def library_name(level: str) -> str:
 
 
 def sources() -> list[Path]:
-    """The .cpp files, in order; empty in an installed package, which carries only the libraries."""
+    """The .cpp files, in order; empty in an installed package, which has only the libraries."""
     return sorted(HERE.glob("*.cpp"))
 
 
 def headers() -> list[Path]:
-    """The headers that they share."""
+    """The headers of the sources."""
     return sorted(HERE.glob("*.h"))
 
 
 def fingerprint() -> str:
-    """A hash of what is compiled. The libraries carry it, so that a stale one is noticed."""
+    """A hash of sources and flags. The libraries store it, so that a stale library is noticed."""
     files = [*headers(), *sources(), Path(__file__)]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def build(folder: Path, objects: Path, extra_flags: list[str] | None = None) -> list[Path]:
-    """Compile what has changed since last time into `objects` and link the libraries into `folder`; return them.
+    """Compile changed sources into `objects` and link the libraries into `folder`; return the libraries.
 
     The compiler is $CXX, else $CC, else the first of c++, g++ and clang++ found, and the levels are those of the
     architecture that it compiles for. Raises BuildError if it fails.
@@ -111,7 +110,7 @@ def build(folder: Path, objects: Path, extra_flags: list[str] | None = None) -> 
                 commands.append(command)
         library = folder / library_name(level)
         libraries.append(library)
-        # Linked beside its place and moved there: a process that has the old library mapped keeps it intact.
+        # Link to another name and rename: a process that has mapped the old library keeps it intact.
         links.append([*compiler, *flags, *link_openmp, "-shared", *parts, "-o", f"{library}.new"])
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as workers:
@@ -125,8 +124,8 @@ def build(folder: Path, objects: Path, extra_flags: list[str] | None = None) -> 
 def openmp_flags(target: str) -> tuple[list[str], list[str]]:
     """Flags to compile, and further ones to link, with OpenMP for a target such as "aarch64-linux-gnu".
 
-    On macOS the libraries are linked to no OpenMP: two in one process abort it, so they use torch's, which
-    `native/__init__.py` makes visible. Apple's clang hides the flag behind its preprocessor's, and has no omp.h.
+    On macOS the libraries link to no OpenMP: two copies in one process abort it, so the libraries use torch's, which
+    `native/__init__.py` makes visible. Apple's clang takes the flag only through -Xpreprocessor, and has no omp.h.
     """
     if "apple" in target:
         return ["-Xpreprocessor", "-fopenmp"], ["-undefined", "dynamic_lookup"]
@@ -134,11 +133,11 @@ def openmp_flags(target: str) -> tuple[list[str], list[str]]:
 
 
 def _target(compiler: list[str]) -> str:
-    """What the compiler compiles for, such as "x86_64-linux-gnu"; this machine if it does not say."""
+    """The compiler's target, such as "x86_64-linux-gnu"; this machine's if the compiler does not say."""
     try:
         said = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, check=False)
     except OSError:
-        return platform.machine()  # compiling will fail, and say why
+        return platform.machine()  # compiling will fail with a reason
     return said.stdout.strip() or platform.machine()
 
 

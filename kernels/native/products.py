@@ -1,7 +1,7 @@
 """Calls of the native products with packed weights: tensors in, tensors out.
 
-Arguments are those of `linear_int8`, `linear_int8_groups`, `linear_int4`, `linear_w4a8` and `linear_nf4`, checked
-already, with x as contiguous rows [rows, in]; results are [rows, out] in the dtype of x.
+Arguments are those of `linear_int8`, `linear_int8_groups`, `linear_int4`, `linear_w4a8` and `linear_nf4`, already
+checked, with x as contiguous rows [rows, in]; results are [rows, out] in the dtype of x.
 """
 
 import torch
@@ -38,28 +38,28 @@ def has_panels() -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the level in use has instructions that multiply bfloat16, which torch's dense products then use, too."""
+    """Whether the level in use has instructions that multiply bfloat16. If so, torch's dense products use them, too."""
     return isa() in _BFLOAT16_LEVELS
 
 
 def in_panels(x: Tensor, columns: int) -> bool:
-    """Whether the product of x with a weight or a pair of so many columns is one of many rows."""
+    """Whether the product of x with a weight or a pair of `columns` columns goes to the kernel for many rows."""
     fits = x.dtype == torch.bfloat16 or not multiplies_bfloat16()
     return fits and has_panels() and x.shape[0] > _MOST_FEW_ROWS[isa()] and columns >= 32
 
 
 def most_few_rows() -> int:
-    """Rows up to which a product reads the weights once, 16 at levels without products of many."""
+    """Rows up to which a product reads the weights once: 16 at levels without products of many rows."""
     return _MOST_FEW_ROWS.get(isa(), 16)
 
 
 def multiplies_integers() -> bool:
-    """Whether the level in use multiplies a few rows of bfloat16 with int8 weights as integers."""
+    """Whether the level in use multiplies few rows of bfloat16 with int8 weights in integer arithmetic."""
     return isa() in _INTEGER_LEVELS
 
 
 def adds_in_one_order() -> bool:
-    """Whether the level in use adds up each row's products of floats in one order, however few rows there are."""
+    """Whether the level in use adds a row's float products in the same order for any small number of rows."""
     return isa() in _ONE_ORDER_LEVELS
 
 

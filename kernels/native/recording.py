@@ -1,11 +1,11 @@
-"""Native calls, recorded once and repeated: what Python and torch do between them then takes no time.
+"""Records native calls once and repeats them, which saves the time of Python and torch between the calls.
 
-At one token a sequence a decode step of packed weights is some three hundred calls. Finding out what to call and with
-which pointers is the same at every step, and takes 7 of 150 ms at full size.
+With one token per sequence, a decode step with packed weights makes about three hundred calls. Choosing the calls and
+their pointers is the same work at every step, and takes 7 of 150 ms at full size.
 
-A recording repeats the calls with the pointers and numbers they had. So what the calls read that changes has to be
-brought into the same tensors, and all that is computed has to be computed by calls: an operation of torch that is more
-than a view or an allocation would not be repeated. `obstacle` names the first such operation.
+A recording repeats the calls with the same pointers and numbers. So changing inputs have to be copied into the same
+tensors, and native calls have to compute everything: an operation of torch other than a view or an allocation would not
+be repeated. `obstacle` names the first such operation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,13 +31,13 @@ class Recording:
         self._scratch: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def scratch(self, name: str, *shape: int) -> Tensor:
-        """Memory that a call needs only while it runs, the same for all that ask for such a shape by that name."""
+        """Scratch memory for the duration of a call, shared by all calls with the same name and shape."""
         if (name, shape) not in self._scratch:
             self._scratch[name, shape] = torch.empty(shape)
         return self._scratch[name, shape]
 
     def add(self, function: Callable[..., None], values: list[Any], arguments: Sequence[Any]) -> None:
-        """Add a call of `function` with `values`, made from `arguments`, whose tensors the recording keeps."""
+        """Add a call of `function` with `values`, converted from `arguments`. Keeps the tensors of these alive."""
         self._calls.append((function, values))
         self._kept.append([argument for argument in arguments if isinstance(argument, Tensor)])
 
@@ -45,13 +45,13 @@ class Recording:
         return len(self._calls)
 
     def __call__(self) -> None:
-        """Make all calls again."""
+        """Repeat all calls."""
         for function, values in self._calls:
             function(*values)
 
 
 class _Watch(TorchDispatchMode):
-    """Notes the first operation that a recording would miss."""
+    """Finds the first operation that a recording would not repeat."""
 
     def __init__(self, recording: Recording) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -59,7 +59,7 @@ class _Watch(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing here is compiled, and keeping torch's compiler out would import it: three quarters of a second."""
+        """False: nothing here is compiled, and excluding torch's compiler would import it, which takes 0.75 s."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -82,7 +82,7 @@ def _repeatable(func: Any, arguments: Sequence[Any], result: Any) -> bool:
 
 @contextmanager
 def recording() -> Iterator[Recording]:
-    """Record the native calls made inside, which are also carried out. Of no use if it ends with an `obstacle`."""
+    """Record the native calls in the block, which also run. The recording is unusable if it has an `obstacle`."""
     made = Recording()
     token = _current.set(made)
     try:
@@ -98,13 +98,13 @@ def current() -> Recording | None:
 
 
 def scratch(name: str, *shape: int) -> Tensor:
-    """Uninitialized float32 memory for one call, which calls it `name`."""
+    """Uninitialized float32 scratch memory called `name`, for one call."""
     made = _current.get()
     return torch.empty(shape) if made is None else made.scratch(name, *shape)
 
 
 def widened(weight: Tensor) -> Tensor:
-    """A weight in float32. It stays what it is, so that making it is no part of a recording."""
+    """A weight in float32. Weights do not change, so the conversion is not part of a recording."""
     if weight.dtype == torch.float32:
         return weight
     made = _current.get()

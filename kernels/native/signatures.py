@@ -1,8 +1,8 @@
-"""What each native operation takes, and the check of it: C gets addresses and would read whatever they point to.
+"""Signatures of the native operations, and their check: C gets addresses and would read whatever they point to.
 
-A signature lists the parameters of `afnext_<name>` in their order. An array's dtype is a torch dtype or the parameter
-that says it; its dimensions are expressions of the other parameters. `native.call` checks every call against it, but
-not the calls that a recording repeats, as their arguments stay the same.
+A signature lists the parameters of `afnext_<name>` in order. An array's dtype is a torch dtype or the name of a
+parameter with the dtype; its dimensions are expressions of the other parameters. `native.call` checks every call
+against the signature, except calls that a recording repeats, whose arguments stay the same.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,10 +20,10 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 class Array:
     """A tensor on the CPU, given as the address of its first element.
 
-    dtype: a torch dtype, or an expression of other parameters. shape: expressions of its dimensions, None for first
-    ones of any size. strides: None for a contiguous array, of which only the number of elements is compared with the
-    shape; otherwise the parameters with the strides of all dimensions but the last, which has stride 1. optional:
-    whether it may be None, or the condition under which it is.
+    dtype: a torch dtype, or an expression of other parameters. shape: expressions of its dimensions, None for leading
+    dimensions of any size. strides: None for a contiguous array, for which only the number of elements is compared
+    with the shape; otherwise the parameters with the strides of all dimensions but the last, whose stride is 1.
+    optional: whether the array may be None, or the condition under which it is None.
     """
 
     dtype: torch.dtype | str
@@ -32,7 +32,7 @@ class Array:
     optional: bool | str = False
 
     def conditions(self, name: str) -> list[tuple[str, str]]:
-        """Pairs of an expression that must hold and what it demands, in words."""
+        """Pairs of an expression that must be true and its meaning in words."""
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = ", ".join(size or "any" for size in self.shape)
         parts = [(f"{name}.dtype is {dtype}", f"have the dtype {dtype}"), (f"{name}.is_cpu", "be on the CPU")]
@@ -70,7 +70,7 @@ SIZE, NUMBER, DTYPE = "size", "number", "dtype"
 
 
 class Signature:
-    """The parameters of one operation in order, each an Array or a kind of scalar; `require`: what else must hold."""
+    """The parameters of one operation in order, each an Array or a kind of scalar. require: further conditions."""
 
     def __init__(self, *require: str, **parameters: Array | str):
         self.parameters = parameters
@@ -79,7 +79,7 @@ class Signature:
         self._holds = self._compiled(" and ".join(condition for _, condition, _ in self._conditions))
 
     def _compiled(self, expression: str) -> Callable[..., bool]:
-        # The expressions are those of this file. One compiled expression takes a third of the time of a loop.
+        # All expressions come from this file. One compiled expression takes a third of the time of a loop.
         names = {str(dtype).removeprefix("torch."): dtype for dtype in _ARRAY_DTYPES} | {"DTYPES": DTYPES}
         function: Callable[..., bool] = eval(f"lambda {', '.join((*self.parameters, 'threads'))}: {expression}", names)
         return function
@@ -90,7 +90,7 @@ class Signature:
             if self._holds(*arguments, threads):
                 return
         except (AttributeError, TypeError, IndexError, ZeroDivisionError, RuntimeError):
-            pass  # of an argument that is no tensor, or of another rank; which one is found below
+            pass  # an argument is not a tensor, or has another rank; the code below finds which one
         if len(arguments) != len(self.parameters):
             raise ValueError(f"{name} takes {len(self.parameters)} arguments, got {len(arguments)}")
         for parameter, condition, demand in self._conditions:
@@ -155,7 +155,7 @@ def _int8_product() -> Signature:
 
 
 def _grouped_product(dtype: torch.dtype, width: str, sizes: str) -> Signature:
-    """Of weights with codes [columns, width] in groups of one of the sizes."""
+    """The signature of a product with codes [columns, width] in groups of one of the sizes."""
     codes, groups = ("columns", width), ("columns", "inner // group")
     return Signature(
         f"group in ({sizes}) and inner % group == 0",
@@ -177,7 +177,7 @@ def _grouped_product(dtype: torch.dtype, width: str, sizes: str) -> Signature:
 
 
 def _unpacking(dtype: torch.dtype, width: str, sizes: str) -> Signature:
-    """Of the weights that `_grouped_product` multiplies with."""
+    """The signature that unpacks the weights of `_grouped_product`."""
     return Signature(
         f"group in ({sizes}) and inner % group == 0",
         weight=Array(dtype, ("columns", width)),
