@@ -9,8 +9,8 @@
 namespace afnext {
 namespace {
 
-// Phi(x) - 1/2 is odd: x times a rational function of x^2, fitted by weighted least squares towards the smallest largest
-// error, 7e-9, for |x| < 5.5. Beyond, Phi is 0 or 1 to 2e-8, half of what float32 resolves below 1.
+// Phi(x) - 1/2 is odd: x times a rational function of x^2, a minimax fit by weighted least squares with a largest error
+// of 7e-9 for |x| < 5.5. Beyond, Phi is 0 or 1 to 2e-8, half of the spacing of float32 below 1.
 inline Vec gelu(Vec x) {
   constexpr float kFar = 5.5f;
   const Vec s = x * x;

@@ -1,10 +1,10 @@
-// Attention over many queries or few, dense or paged: see attention.py and decode_attention.py for what it computes.
+// Attention over many queries or few, dense or paged: see attention.py and decode_attention.py for the maths.
 //
 // The query heads of a KV head are neighbouring rows: row r of a KV head is query r / group of its head r % group. A task
-// is a block of rows, a KV head, a sequence and a part of its keys. It walks over its keys a block at a time, and for each
-// block over its rows a tile at a time, with a running maximum and sum (online softmax) and exponentials of base 2.
-// Keys and values of a block are converted and laid out once for all rows of the task. Where the keys are divided into
-// parts, each task leaves its unnormalized sums, and a second pass weighs the parts.
+// is a block of rows, a KV head, a sequence and a part of its keys. It loops over blocks of its keys and, for each
+// block, over tiles of its rows, with a running maximum and sum (online softmax) and exponentials of base 2.
+// Keys and values of a block are converted and laid out once for all rows of the task. If the keys are divided into
+// parts, each task writes its unnormalized sums, and a second pass merges the parts.
 
 #include <omp.h>
 
@@ -19,7 +19,7 @@
 namespace afnext {
 namespace {
 
-// A row that is wanted soon: rows lie too far apart for the CPU to notice that they are read one after the other.
+// Prefetches a row that is read soon: rows are too far apart for the hardware prefetcher.
 template <typename From>
 inline void prefetch(const From* row, int64_t count) {
   for (int64_t d = 0; d < count; d += 64 / (int64_t)sizeof(From)) __builtin_prefetch(row + d);
@@ -32,7 +32,7 @@ const Element* converted(const From* from, float scale, int64_t head_dim, int64_
   return staged;
 }
 
-// One row as `Element`, zeros behind its head_dim: the row itself where it is so already.
+// One row as `Element`, padded with zeros after head_dim; the row itself if it has this form already.
 template <typename Element, typename From>
 const Element* row_as(const From* from, float scale, int64_t head_dim, int64_t depth, Element* staged) {
   if constexpr (std::is_same_v<Element, From>) {
@@ -41,8 +41,8 @@ const Element* row_as(const From* from, float scale, int64_t head_dim, int64_t d
   return converted(from, scale, head_dim, depth, staged);
 }
 
-// One row of int4 as floats: keys as attention multiplies them, values too, unless they are summed up in parts, whose sum
-// is transformed.
+// One int4 row as floats, transformed back: keys always, values unless they are summed in parts, whose sum is then
+// transformed instead.
 class Int4Rows {
  public:
   Int4Rows(const Problem& p, const Cache& cache, const Task& task)
@@ -77,7 +77,7 @@ struct Nothing {
   Nothing(const Problem&, const Cache&, const Task&) {}
 };
 
-// Calls put(rows, chunk) for each chunk of keys first .. first + count - 1, with zeros for what is past the last.
+// Calls put(rows, chunk) for each chunk of keys first .. first + count - 1, with zeros past the last key.
 template <typename Element, typename From, typename Put>
 void for_chunks(const Problem& p, const Cache& cache, const Task& task, int64_t first, int64_t count,
                 Workspace<Element>& work, Put put) {
@@ -152,7 +152,7 @@ void load_queries(const Problem& p, const Task& task, Workspace<typename Product
   }
 }
 
-// The task's result: divided by the sums of its weights into `out`, or as it is into `parts`.
+// Writes the task's result: divided by the sums of its weights to `out`, or unnormalized to `parts`.
 template <typename Products>
 void finish(const Problem& p, const Task& task, const Workspace<typename Products::Element>& work) {
   constexpr int kRows = Products::kRows;
@@ -231,7 +231,7 @@ void attend(const Problem& p, const Task& task, float* memory) {
   finish<Products>(p, task, work);
 }
 
-// With tiles of one vector of rows where those are all.
+// Uses tiles of one vector if all rows fit in one vector.
 template <template <int> typename Products>
 void attend_narrow_or_wide(const Problem& p, const Task& task, float* memory) {
   task.rows <= kLanes ? attend<Products<1>>(p, task, memory) : attend<Products<kWide>>(p, task, memory);
@@ -259,7 +259,7 @@ void run(const Problem& p, const Task& task, float* memory) {
   attend_narrow_or_wide<Floats>(p, task, memory);
 }
 
-// One row's result from those of all parts of its keys.
+// Merges the results of all parts of the keys of one row.
 void merge(const Problem& p, int64_t b, int64_t kv_head, int64_t row, float* sums) {
   const int64_t count = p.part_count(), rows = p.rows(), group = p.group();
   const int64_t first = (b * p.kv_heads + kv_head) * count * rows + row;
@@ -283,7 +283,7 @@ void merge(const Problem& p, int64_t b, int64_t kv_head, int64_t row, float* sum
 }  // namespace
 }  // namespace afnext
 
-// workspace: [threads, workspace_row] float32, for each thread what Workspace takes and 16 for its alignment.
+// workspace: [threads, workspace_row] float32, for each thread the size of Workspace and 16 floats for its alignment.
 AFNEXT_EXPORT void afnext_attention(const char* q, const char* k, const char* v, char* out, const float* k_scales,
                                     const float* v_scales, const void* k_bias, const float* key_cos,
                                     const float* key_sin, const float* cos, const float* sin,
@@ -315,7 +315,7 @@ AFNEXT_EXPORT void afnext_attention(const char* q, const char* k, const char* v,
   p.heads = heads;
   p.kv_heads = kv_heads;
   p.head_dim = head_dim;
-  // The caller may know no more than what there is room for, and parts without keys would go to one of the threads.
+  // The caller may know only an upper bound of the lengths, and one thread would get all the parts without keys.
   p.max_keys = key_lengths ? std::min(max_keys, *std::max_element(key_lengths, key_lengths + batch)) : max_keys;
   p.page_size = page_size;
   p.table_row = table_row;
@@ -341,13 +341,13 @@ AFNEXT_EXPORT void afnext_attention(const char* q, const char* k, const char* v,
     TileConfiguration tiles;
 #endif
     float* memory = workspace + omp_get_thread_num() * workspace_row;
-    // With parts, a thread has neighbouring ones, of which it fetches the next while it works on one.
+    // With parts, a thread has neighbouring parts and prefetches the next while it computes one.
     const int64_t together = parts ? (tasks / kv_heads + threads - 1) / threads * kv_heads : 1;
 #pragma omp for schedule(dynamic, together)
     for (int64_t i = 0; i < tasks; ++i) {
       Task task;
       task.kv_head = i % kv_heads;
-      // Later rows have more keys: the longest tasks go first, so that the last to finish are short.
+      // Later rows have more keys. The longest tasks run first, so that the last tasks are short.
       task.first_row = (blocks - 1 - i / kv_heads % blocks) * row_block;
       task.rows = std::min(row_block, p.rows() - task.first_row);
       task.part = i / kv_heads / blocks % part_count;

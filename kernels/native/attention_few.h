@@ -1,5 +1,5 @@
-// Attention of few rows, the heads that share a KV head of one new token or of a few: keys and values are read where they
-// lie, as laying them out costs more than so few products. Channels are the lanes.
+// Attention of few rows: the query heads that share a KV head, for one or a few new tokens. Keys and values are read in
+// place, because copying them to another layout costs more than so few products. Channels are the lanes.
 
 #pragma once
 
@@ -19,7 +19,7 @@ constexpr int kFew = 8;  // rows: heads that share a KV head, of one new token
 template <typename From>
 constexpr bool kQuantized = std::is_same_v<From, int8_t> || std::is_same_v<From, Int4Pair>;
 
-// Channels d .. d + 2 * kLanes - 1 of a row of int4, all of them of the same half, still transformed.
+// Channels d .. d + 2 * kLanes - 1 of an int4 row, all in the same half, still transformed.
 inline TwoVecs load_int4(const Int4Pair* row, int64_t d, int64_t head_dim, float scale) {
   const int64_t half = head_dim / 2;
   const int shift = d < half ? 0 : 4;
@@ -30,7 +30,7 @@ inline TwoVecs load_int4(const Int4Pair* row, int64_t d, int64_t head_dim, float
   return {channels(from), channels(from + kLanes)};
 }
 
-// Rows that fit, rotated already.
+// Whether there are few enough rows, which need no rotation.
 inline bool are_few(const Problem& p) {
 #if defined(__AVX512BF16__)
   if (p.dtype != kBFloat16) return false;
@@ -50,7 +50,7 @@ inline void store_scores_of_two(const Vec* sums, float* scores) {
     const __m512d a = _mm512_castps_pd(x[i]), b = _mm512_castps_pd(x[i + 4]);
     x[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
   }
-  // Each four lanes now hold partial sums of the vectors i, i + 8, i + 4, i + 12.
+  // Every four lanes now hold partial sums of the vectors i, i + 8, i + 4, i + 12.
   for (int i = 0; i < 2; ++i)
     x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[i], x[i + 2], 0x88), _mm512_shuffle_f32x4(x[i], x[i + 2], 0xdd));
   const __m512 last = _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88), _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
@@ -106,7 +106,7 @@ void put_query(const T* from, int64_t count, float scale, bfloat16* to) {
   convert(from, count, scale, to);
 }
 
-// The first product for R rows and two keys, with channels as the lanes: scores[k * kLanes + r], the lanes behind R zero.
+// The first product for R rows and two keys, with channels as the lanes: scores[k * kLanes + r], zero in lanes past R.
 // queries: [R][channels]; key(k, d): the bfloat16 of the channels d .. d + 31.
 template <int R, typename Key>
 inline void score_few(const bfloat16* queries, int64_t channels, Key key, float* scores) {
@@ -131,7 +131,7 @@ inline void accumulate_few(const bfloat16* weights, int count, int64_t channels,
   const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
   const __m512i last = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
   for (int64_t d = 0; d < channels; d += 32) {
-    __m512 low[R], high[R];  // of each eight channels the first four, and the last
+    __m512 low[R], high[R];  // the first and last four of each eight channels
     for (int r = 0; r < R; ++r) low[r] = high[r] = _mm512_setzero_ps();
     for (int key = 0; key < count; key += 2) {
       fetch(2);
@@ -188,10 +188,10 @@ void put_query(const T* from, int64_t count, float scale, float* to) {
   }
 }
 
-// Of two keys, or halves, at once: as many sums as there are registers for.
+// Two keys, or halves, at once: as many sums as fit in registers.
 constexpr int kTogether = kLanes == 8 ? 1 : 2;
 
-// The first product for R rows and two keys, with channels as the lanes: scores[k * FewRows::kRows + r], those behind R zero.
+// The first product for R rows and two keys, with channels as the lanes: scores[k * FewRows::kRows + r], zero past R.
 // queries: [R][channels]; key(k, d): the channels d .. d + 2 * kLanes - 1, in the same order.
 template <int R, typename Key>
 inline void score_few(const float* queries, int64_t channels, Key key, float* scores) {
@@ -216,7 +216,7 @@ inline void score_few(const float* queries, int64_t channels, Key key, float* sc
 }
 
 // The second product for R rows, with channels as the lanes: sum_key weights[key][r] * value(key, d) goes to put(r, d, sums).
-// weights: of FewRows; value(key, d): the channels d .. d + 2 * kLanes - 1, in an order that put knows.
+// weights: of FewRows; value(key, d): the channels d .. d + 2 * kLanes - 1, in the order that `put` expects.
 template <int R, typename Value, typename Put>
 inline void accumulate_few(const float* weights, int count, int64_t channels, Value value, Put put, Fetch& fetch) {
   for (int64_t d = 0; d < channels; d += 2 * kLanes) {
@@ -254,13 +254,13 @@ void with_rows(int64_t rows, Body body) {
   }
 }
 
-// Where a part's keys or values lie, and, of int8 and int4, their scales.
+// Addresses of a part's keys or values and, for int8 and int4, of their scales.
 template <typename From>
 struct PartRows {
   const From* rows[kBlock];
   float scales[kBlock];
 
-  // What is past the last of `keys` is the last one again, up to `count`.
+  // Past the last of `keys`, the last key is repeated, up to `count`.
   PartRows(const Problem& p, const Cache& cache, const Task& task, int keys, int count) {
     Place place(p, task.b, task.first_key);
     for (int i = 0; i < keys;) {
@@ -281,8 +281,8 @@ struct PartRows {
   }
 };
 
-// A row of queries for keys of int4: transformed as they are, and what it makes of the bias that they are stored without,
-// whose products with the cosines and sines of a token add up to the product of query and bias.
+// A row of queries for int4 keys: transformed like the keys, and its products with the bias that the stored keys lack.
+// With the cosines and sines of a token, these add up to the product of query and bias.
 template <typename Element>
 void put_int4_query(const Problem& p, const Task& task, int64_t row, Element* query, Element* turned) {
   const int64_t half = p.head_dim / 2;
@@ -303,7 +303,7 @@ void put_int4_query(const Problem& p, const Task& task, int64_t row, Element* qu
   put_query<Int4Pair>(x, p.head_dim, 1.0f, query);
 }
 
-// Adds to the scores of the keys from `first` on what the bias of keys of int4 contributes.
+// Adds the contribution of the int4 keys' bias to the scores of the keys from `first` on.
 template <int R, typename Element>
 void add_bias_scores(const Problem& p, int64_t first, int keys, int count, const Element* turned, float* scores) {
   const int64_t half = p.head_dim / 2;
@@ -322,7 +322,7 @@ void add_bias_scores(const Problem& p, int64_t first, int keys, int count, const
   }
 }
 
-// A part of the keys for a few rows: read where they lie, as laying them out costs more than so few products.
+// A part of the keys for few rows, read in place.
 template <typename From>
 void attend_few(const Problem& p, const Task& task, float* memory) {
   using Products = FewRows;

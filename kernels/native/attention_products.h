@@ -1,11 +1,11 @@
-// The two matrix products of attention, for each way in which a level multiplies, and the softmax between them.
+// The two matrix products of attention, for each kind of multiplication, and the softmax between them.
 //
-// A tile has kRows rows (one query of one head each), which are the lanes of W vectors: what belongs to a row
-// is in one lane everywhere, so nothing is ever added up across lanes. Transposed, the products are
+// A tile has kRows rows (one query of one head each), which are the lanes of W vectors: all values of a row are in the
+// same lane, so there are no sums across lanes. Transposed, the products are
 //   scores[key][row] = sum_d keys[key][d] * queries[d][row],      sums[d][row] += sum_key values[key][d] * weights[key][row]
 // in which keys and values are broadcast one by one (Floats), in pairs (Pairs: dot products of bfloat16), or are the left
-// operand of a matrix unit (Tiles).
-// Keys and values come in chunks of kChunk, rows of `depth` elements (a multiple of kChunk, zeros behind the head's).
+// operand of AMX (Tiles).
+// Keys and values are in chunks of kChunk, in rows of `depth` elements (a multiple of kChunk, padded with zeros).
 
 #pragma once
 
@@ -16,21 +16,21 @@
 
 namespace afnext {
 
-constexpr int kChunk = 32;   // keys, and channels, that are handled at a time
-constexpr int kBlock = 256;  // keys of a block: their scores for one tile stay in the first-level cache
-// Vectors of rows in a tile: with kStep, as many sums as there are registers for.
+constexpr int kChunk = 32;   // keys, and channels, at a time
+constexpr int kBlock = 256;  // keys of a block: their scores for one tile stay in L1
+// Vectors of rows in a tile: with kStep, as many sums as fit in registers.
 #if defined(AFNEXT_NEON)
 constexpr int kWide = 4;
 #else
 constexpr int kWide = kLanes == 8 ? 3 : 2;
 #endif
 
-// Rows of memory that are read soon, fetched a few lines at a time among the computations, whose pace memory then follows.
+// Prefetches rows of memory a few lines at a time between computations, so that reads are spread over the computation.
 class Fetch {
  public:
   explicit Fetch(int64_t bytes) : bytes_(bytes) {}
 
-  // Rows past kMost are left to be read when their time comes.
+  // Rows past kMost are not prefetched.
   void add(const char* row) {
     if (count_ < kMost) rows_[count_++] = row;
   }
@@ -92,7 +92,7 @@ inline void raise_to_largest(const float* scores, int count, float* most) {
   }
 }
 
-// Scores as they are stored, and the largest of each row.
+// Writes scores, and keeps the largest of each row.
 template <int kRows>
 class Scores {
  public:
@@ -114,8 +114,8 @@ class Scores {
   Vec largest_[kRows / kLanes];
 };
 
-// Everything in float32: any level and any dtype. COARSE: for results that are rounded to bfloat16, with shorter exponentials
-// and longer sums.
+// Everything in float32: any level and any dtype. COARSE: for results that are rounded to bfloat16, with less precise
+// exponentials and longer sums.
 template <int W, bool COARSE>
 struct FloatProducts {
   using Element = float;
@@ -180,7 +180,7 @@ struct FloatProducts {
   }
 
   static void accumulate(const float* values, const float* weights, int count, int depth, float* sums, Fetch&) {
-    // Each chunk of keys by itself, then together: a long sum is not rounded at each of its terms.
+    // Sums each chunk of keys separately, then adds the sums, which limits rounding errors.
     const int run = COARSE ? count : kChunk;
     for (int d = 0; d < depth; d += kStep)
       for (int key = 0; key < count; key += run) {
@@ -194,8 +194,8 @@ struct FloatProducts {
   }
 
  private:
-  // put(i, w, sum) for kStep rows of the left operand, of which each part, [count][kStep], is `pitch` after the one before,
-  // and the right one, [parts * count][kRows].
+  // Calls put(i, w, sum) for kStep rows of the left operand, of which each part, [count][kStep], is `pitch` after the
+  // one before, and the right one, [parts * count][kRows].
   template <typename Put>
   static void product(const float* left, int64_t pitch, const float* right, int parts, int count, Put put) {
     Vec total[kStep][W] = {};
@@ -225,14 +225,14 @@ using CoarseFloats = FloatProducts<W, true>;
 
 #if defined(__AVX512BF16__)
 
-// What the two ways to multiply bfloat16 share: right operands, in which neighbours of the dimension summed over lie in
-// one 32-bit lane.
+// Shared by both ways to multiply bfloat16: right operands, in which neighbours along the inner dimension are in one
+// 32-bit lane.
 template <int W>
 struct BFloat16Rows {
   using Element = bfloat16;
   static constexpr int kRows = W * kLanes;
 
-  // One rounding of most * scale, the same for all keys, is all that sets it apart from (score - most) * scale.
+  // Differs from (score - most) * scale only by one rounding of most * scale, which is the same for all keys.
   static Vec weight(Vec score, Vec most, float scale) {
     const Vec shift = most * scale, least = splat(-3e38f);
     return exp2_coarse(score * scale - (shift > least ? shift : least));
@@ -258,7 +258,7 @@ struct BFloat16Rows {
 template <int W>
 struct Pairs : BFloat16Rows<W> {
   using BFloat16Rows<W>::kRows;
-  static constexpr int kStep = 8;  // broadcast at a time: so many sums need not wait for each other
+  static constexpr int kStep = 8;  // broadcast at a time: enough independent sums to hide latency
 
   static void put_keys(const bfloat16* const* rows, int chunk, int depth, bfloat16* keys, Fetch& fetch) {
     fetch(64);
@@ -295,7 +295,7 @@ struct Pairs : BFloat16Rows<W> {
   }
 
  private:
-  // put(i, w, sum) for kStep rows of the left operand: over `count` pairs, of which pair j of row i is at
+  // Calls put(i, w, sum) for kStep rows of the left operand: over `count` pairs, of which pair j of row i is at
   // left + i * across + j * along, and of the right operand at right + j * 2 * kRows.
   template <typename Put>
   static void product(const bfloat16* left, int across, int along, const bfloat16* right, int count, Put put) {
@@ -325,8 +325,8 @@ struct Pairs : BFloat16Rows<W> {
 
 #if defined(__AMX_BF16__)
 
-// The matrix unit: 16 x 32 times 32 x 16 at once, in bfloat16 with float32 sums. Both left operands are laid out in
-// tiles of one kilobyte.
+// AMX: 16 x 32 times 32 x 16 at once, in bfloat16 with float32 sums. Both left operands are laid out in tiles of one
+// kilobyte.
 template <int W>
 struct Tiles : BFloat16Rows<W> {
   using BFloat16Rows<W>::kRows;
@@ -390,7 +390,7 @@ struct Tiles : BFloat16Rows<W> {
   }
 
  private:
-  // Adds to the tiles 0 .. 3 the product of two left tiles and W right ones.
+  // Adds the product of two left tiles and W right tiles to the tiles 0 .. 3.
   static void add_product(const bfloat16* left, const bfloat16* right) {
     _tile_loadd(4, left, 64);
     _tile_loadd(5, left + 16 * kChunk, 64);
@@ -416,7 +416,7 @@ struct Tiles : BFloat16Rows<W> {
 
 #endif
 
-// Scores of keys past each row's last one become -inf; most: raised to the largest of the others.
+// Sets scores of keys past each row's last key to -inf; most: raised to the largest of the others.
 template <typename Products>
 void mask(const int32_t* last, int64_t first_key, int count, float* scores, float* most) {
   for (int w = 0; w < Products::kRows; w += kLanes) {
@@ -429,8 +429,8 @@ void mask(const int32_t* last, int64_t first_key, int count, float* scores, floa
   raise_to_largest<Products::kRows>(scores, count, most);
 }
 
-// Weights of the block's scores, as the right operand of the second product; moves row_max, row_sum and sums, of `depth`
-// channels, on. most: the largest score of each row so far.
+// Converts the block's scores to weights, as the right operand of the second product, and updates row_max, row_sum and
+// sums, of `depth` channels. most: the largest score of each row so far.
 template <typename Products>
 void weigh(float scale, int64_t depth, int count, const float* scores, const float* most, float* row_max,
            float* row_sum, typename Products::Element* weights, float* sums, Fetch& fetch) {

@@ -1,4 +1,4 @@
-// What attention is given, how it is divided into tasks, and where in memory a task finds its rows.
+// The arguments of attention, its division into tasks, and the addresses of a task's rows.
 
 #pragma once
 
@@ -11,7 +11,7 @@ namespace afnext {
 constexpr float kLowest = -3.4028234663852886e38f;  // instead of -inf: a row that has seen no key forms no inf - inf
 constexpr int kInt8 = 3, kInt4 = 4;                 // dtypes of a quantized cache, besides those of DType
 
-// Keys or values. Token t of sequence b lies in slot t % page_size of page table[b][t / page_size], or dense in page b.
+// Keys or values. Token t of sequence b is in slot t % page_size of page table[b][t / page_size], or, dense, in page b.
 struct Cache {
   const char* data;
   const float* scales;  // [pages, page_size, kv_heads] with int8 and int4, else null
@@ -25,8 +25,8 @@ struct Problem {
   const float *cos, *sin;  // [batch * queries, pairs], or null
   const int64_t* key_lengths;
   const int32_t* page_table;
-  const void* k_bias;              // [kv_heads, head_dim] of `dtype`, which keys of int4 are stored without, or null
-  const float *key_cos, *key_sin;  // [tokens, head_dim / 2] in rows of turn_row, which turn it
+  const void* k_bias;              // [kv_heads, head_dim] of `dtype`, not in the stored int4 keys, or null
+  const float *key_cos, *key_sin;  // [tokens, head_dim / 2] in rows of turn_row: rotation of k_bias
   float *parts, *statistics;       // [batch, kv_heads, part, rows, head_dim], and [.., 2]: maximum and sum of each row
   int64_t batch, queries, heads, kv_heads, head_dim, max_keys, page_size, table_row, turn_row, pairs;
   bool half, causal;
@@ -76,7 +76,7 @@ struct Task {
   int64_t b, kv_head, part, first_row, rows, first_key, end_key;
 };
 
-// Where a token of a sequence lies, and the one after it.
+// The address of a token of a sequence, and of the next token.
 class Place {
  public:
   Place(const Problem& p, int64_t b, int64_t token)
@@ -93,7 +93,7 @@ class Place {
   // Tokens from this one to the end of its page.
   int64_t left() const { return table_ ? page_size_ - slot_ : INT64_MAX / 2; }
 
-  // To the token so many behind this one, at most `left`.
+  // Moves on by this many tokens, at most `left`.
   void skip(int64_t tokens) {
     slot_ += tokens;
     if (slot_ == page_size_ && table_) {
@@ -108,8 +108,8 @@ class Place {
   int64_t page_size_, index_, slot_, batch_;
 };
 
-// What a decoding thread reads next: while it works on one head of a part of the keys, its share of the next part, all
-// heads of a token at once, as memory gives more of what is contiguous.
+// Prefetch of a decoding thread: while it computes one head of a part of the keys, it prefetches its share of the next
+// part, all heads of a token at once, because contiguous reads are faster.
 inline Fetch fetch_ahead(const Problem& p, const Task& task) {
   const int64_t size = p.cache_dtype >= kInt8 ? 1 : p.cache_dtype == kFloat32 ? 4 : 2, row = p.cache_row();
   Fetch fetch(p.kv_heads * row * size);
@@ -126,13 +126,13 @@ inline Fetch fetch_ahead(const Problem& p, const Task& task) {
   return fetch;
 }
 
-// Where a row of the task's queries begins.
+// The address of a row of the task's queries.
 inline int64_t query_offset(const Problem& p, const Task& task, int64_t row) {
   const int64_t group = p.group();
   return task.b * p.q_batch + row / group * p.q_token + (task.kv_head * group + row % group) * p.q_head;
 }
 
-// The last key that a row of the task sees.
+// The last key visible to a row of the task.
 inline int64_t last_visible(const Problem& p, const Task& task, int64_t row) {
   const int64_t length = p.length(task.b);
   return p.causal ? length - p.queries + row / p.group() : length - 1;

@@ -1,9 +1,9 @@
-// What every native kernel shares: the C interface and the element types.
+// The C interface and the element types of all native kernels.
 //
 // A function `afnext_<name>` is called from Python by `native.call("<name>", ...)`, which passes
 //   a tensor as a pointer to its first element (None as a null pointer), an int or bool as int64_t, a float as double,
 //   a torch.dtype as an int64_t of DType, and last the number of threads as an int64_t.
-// It owns no memory: outputs and workspaces are tensors of the caller. Strides count elements.
+// The function allocates no tensors: outputs and workspaces belong to the caller. Strides are in elements.
 
 #pragma once
 

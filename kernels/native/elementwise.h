@@ -1,4 +1,4 @@
-// Functions of each element by itself, over memory.
+// Elementwise functions over arrays.
 
 #pragma once
 
@@ -8,8 +8,9 @@
 
 namespace afnext {
 
-// 2 * kLanes neighbours in an order that load_two and store_two share: of bfloat16 the even ones and the odd ones, which
-// takes two operations on whole registers, where widening each half takes shuffles and thrice the time.
+// 2 * kLanes neighbouring elements, in an order that load_two and store_two share. For bfloat16 these are the even and
+// the odd elements, which takes two operations on whole registers; widening each half takes shuffles and three times as
+// long.
 struct TwoVecs {
   Vec first, second;
 };
@@ -37,7 +38,7 @@ inline void store_two(bfloat16* p, TwoVecs x) {
 }
 
 #if defined(AFNEXT_PANELS)
-// Float32 sums of channels that load_two took from T, as neighbours.
+// Float32 sums of channels loaded from T by load_two, in their original order.
 template <typename T>
 inline void store_sums(float* p, TwoVecs x) {
   if constexpr (std::is_same_v<T, bfloat16>) {

@@ -1,4 +1,4 @@
-// 2 to the power of each lane, and what is made of it.
+// 2 to the power of each lane, and functions that use it.
 
 #pragma once
 
@@ -6,8 +6,8 @@
 
 namespace afnext {
 
-// To float32's precision, for |x| <= 126: polynomial on [-1/2, 1/2] with 1 as its exact value at 0 (fitted by weighted
-// least squares towards the smallest largest relative error, 2e-9), times a power of two.
+// To float32's precision, for |x| <= 126: a polynomial on [-1/2, 1/2] that is exactly 1 at 0 (a minimax fit by weighted
+// least squares with a largest relative error of 2e-9), times a power of two.
 inline Vec exp2_bounded(Vec x) {
   const Vec whole = round_even(x);
   const Vec r = x - whole;
@@ -27,7 +27,7 @@ inline Vec exp2(Vec x) {
   return x >= least ? exp2_bounded(x > least ? x : least) : Vec{};
 }
 
-// To 1e-4, which is enough for what is rounded to bfloat16 (4e-3), for x <= 0. Below 2^-126, zero.
+// To 1e-4, which is enough for results rounded to bfloat16 (4e-3), for x <= 0. Below 2^-126, zero.
 inline Vec exp2_coarse(Vec x) {
   const auto polynomial = [](Vec r) {
     Vec p = splat(7.802452147006989e-2f);
@@ -47,7 +47,7 @@ inline Vec exp2_coarse(Vec x) {
 #endif
 }
 
-// x / (1 + exp(-x)), which is x or, to 1e-34, 0 where the bounds change the exponential.
+// x / (1 + exp(-x)). Where the exponent is clamped, the result is x or, to 1e-34, 0.
 inline Vec silu(Vec x) {
   const Vec least = splat(-126.0f), most = splat(126.0f);
   Vec power = x * -1.44269504f;

@@ -1,6 +1,6 @@
-// Activations as integers of 15 bits with one scale, each two bytes, 128 * high + low: products with integer weights are
-// then exact in int32. Rounding moves x by at most 2^-15 of the largest |x| that shares its scale; a bfloat16 result is
-// itself rounded to 2^-9.
+// Activations as 15-bit integers with one scale, each in two bytes, 128 * high + low, so that products with integer
+// weights are exact in int32. Rounding changes x by at most 2^-15 of the largest |x| with the same scale; a bfloat16
+// result is itself rounded to 2^-9.
 
 #pragma once
 

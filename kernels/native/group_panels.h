@@ -1,11 +1,11 @@
-// Products of many rows in whole numbers, with a scale a group of inputs for the activations, and with one for the weights.
+// Integer products of many rows, with one scale per group of inputs for the activations and another for the weights.
 //
-// Activations have 8 bits (W4A8: sums of products of bytes), or, where a level multiplies no bfloat16 fast, 15 that stand for
-// it (fixed_point.h: sums of products of 16 bits, twice as fast as of float32). A group's sums are exact in int32; scaled,
-// they are added in float32 to those of the groups before, which takes, of 64 inputs, a fifth of the time of the
-// multiplications of bytes, and less of longer groups or of 16 bits.
-// Codes of int4 are 0 .. 15 among bytes, the unsigned side of the instruction, and the sums begin with minus eight times those
-// of the token's codes; in 16 bits they are -8 .. 7.
+// Activations have 8 bits (W4A8: sums of products of bytes), or, at levels without fast bfloat16 products, 15 bits in
+// its place (fixed_point.h: sums of 16-bit products, twice as fast as float32). A group's sums are exact in int32. They
+// are scaled and added in float32 to those of earlier groups. With groups of 64 inputs, this takes a fifth of the time
+// of the byte multiplications; the share is smaller for longer groups or 16 bits.
+// As bytes, int4 codes are 0 .. 15, the unsigned operand of the instruction, and the sums begin with -8 times the sum
+// of the token's codes; in 16 bits the codes are -8 .. 7.
 
 #pragma once
 
@@ -16,7 +16,7 @@
 
 namespace afnext {
 
-// Whether activations of T go past panels in 15 bits.
+// Whether activations of T are multiplied with panels as 15-bit integers.
 #if defined(AFNEXT_NEON)
 template <typename T>
 constexpr bool kFixedPoint = false;
@@ -25,8 +25,8 @@ template <typename T>
 constexpr bool kFixedPoint = std::is_same_v<T, bfloat16> && std::is_same_v<Number, float>;
 #endif
 
-// The tokens' codes, [rows, inner] of int8 or int16, and of each group and token its scale and what the product makes of the
-// sum of its codes. The last group may be short.
+// The tokens' codes, [rows, inner] of int8 or int16, and for each group and token its scale and the terms that the
+// product derives from the sum of its codes. The last group may be short.
 template <typename Code>
 class TokenGroups {
  public:
@@ -61,7 +61,7 @@ class TokenGroups {
  private:
   static constexpr int64_t kPair = 2 * VectorUnit::kTile;
 
-  // With room, and zeros, for tokens behind the last of a tile, and for a whole step of groups.
+  // Padded with zeros to whole tiles of tokens and to a whole step of groups.
   TokenGroups(const Code* codes_, int64_t rows, int64_t inner, int64_t group)
       : codes(codes_),
         padded_((rows + kPair - 1) / kPair * kPair),
@@ -86,15 +86,15 @@ class TokenGroups {
   Scratch<int32_t> begin_;
 };
 
-// Behind the panel's weights stand, of each group of the stretch, the 32 outputs' scales and scale * (zero - 8).
+// The panel's weights are followed, for each group of the stretch, by the 32 outputs' scales and scale * (zero - 8).
 inline float* group_scales(uint8_t* panel, int64_t g) { return (float*)(panel + VectorUnit::kSteps * 2048) + g * 64; }
 
-// Groups of GROUP inputs, all with 8 as their zero unless ZEROS.
+// Groups of GROUP inputs, all with zero point 8 unless ZEROS.
 template <typename Code, int GROUP, bool ZEROS>
 struct GroupUnit : VectorUnit {
   using Element = Code;
   using Sums = std::conditional_t<sizeof(Code) == 1, CodeSums, PairSums>;
-  static constexpr int kWords = GROUP * sizeof(Code) / 4;  // of four bytes, of which a step has 16
+  static constexpr int kWords = GROUP * sizeof(Code) / 4;  // of four bytes; a step has 16
   static constexpr int64_t kGranule = std::max(1, kWords / 16);
   static constexpr int64_t kGroups = kSteps * 16 / kWords,
                            kPanelBytes = kSteps * 2048 + kGroups * 2 * 32 * sizeof(float);
@@ -134,7 +134,7 @@ struct GroupUnit : VectorUnit {
     }
   }
 
-  // Adds the products of so many words.
+  // Adds the products of this many words.
   template <int WORDS>
   static void add_run(const uint8_t* weights, const uint8_t* bytes, IntVec (&total)[kRows][2]) {
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -158,7 +158,7 @@ struct GroupUnit : VectorUnit {
     }
     for (int i = 0; i < kRows; ++i)
       for (int w = 0; w < 2; ++w) total[i][w] = sums[i][w].total();
-    asm volatile("" : : : "memory");  // or gcc keeps the sums of all parts in registers, and spills
+    asm volatile("" : : : "memory");  // otherwise gcc keeps the sums of all parts in registers, and spills
 #endif
   }
 

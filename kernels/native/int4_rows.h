@@ -11,12 +11,12 @@ namespace afnext {
 
 constexpr int kMaxHeadDim = 512;  // of a row, which is kept on the stack
 
-// Two codes: of channel j in the lower half of byte j, and of channel j + head_dim / 2.
+// Two codes: channel j in the low half of byte j, channel j + head_dim / 2 in the high half.
 struct Int4Pair {
   uint8_t codes;
 };
 
-// Sums and differences of lanes that are `width` apart.
+// Sums and differences of lanes `width` apart.
 template <int width>
 inline Vec butterfly(Vec x) {
   IntVec partner;
@@ -34,7 +34,7 @@ inline Vec butterfly(Vec x) {
   return other + x * sign;
 }
 
-// x = H x, by additions in the order of every implementation. count: a power of two, at least 16.
+// x = H x, with additions in the same order as in every implementation. count: a power of two, at least 16.
 inline void walsh_hadamard(float* x, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
     Vec row = butterfly<2>(butterfly<1>(load(x + i)));
@@ -51,7 +51,7 @@ inline void walsh_hadamard(float* x, int64_t count) {
       }
 }
 
-// x: a row of count channels, the offset taken off, which is overwritten.
+// x: a row of count channels without the bias; overwritten.
 inline void quantize_int4(float* x, int64_t count, Int4Pair* pairs, float* scale) {
   walsh_hadamard(x, count);
   float largest = 0;
@@ -62,7 +62,7 @@ inline void quantize_int4(float* x, int64_t count, Int4Pair* pairs, float* scale
   for (int64_t i = 0; i < count / 2; ++i) pairs[i].codes = (uint8_t)(code(x[i]) | code(x[i + count / 2]) << 4);
 }
 
-// What a row holds, still transformed: (2 code - 15) * scale.
+// The values of a row, still transformed: (2 code - 15) * scale.
 inline void expand_int4(const Int4Pair* pairs, int64_t count, float scale, float* x) {
   const int64_t half = count / 2;
   int64_t i = 0;

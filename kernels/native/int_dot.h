@@ -1,4 +1,4 @@
-// Dot products of bytes, four neighbours a lane, exact in int32.
+// Dot products of bytes, four neighbours per lane, exact in int32.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 namespace afnext {
 
 constexpr int kBytes = 4 * kLanes;  // in a vector of bytes
-// What is added to int8 weights before they are multiplied: on x86 one side of the instruction is unsigned.
+// Added to int8 weights before multiplication: on x86 one operand of the instruction is unsigned.
 #if defined(AFNEXT_NEON)
 constexpr int kWeightOffset = 0;
 #else
@@ -28,7 +28,7 @@ inline UBytes load_bytes(const T* p) {
   return load_as<UBytes>(p);
 }
 
-// The first `count` bytes, zeros behind them; reads nothing past them.
+// The first `count` bytes, padded with zeros; reads nothing past them.
 template <typename T>
 inline UBytes load_first_bytes(const T* p, int64_t count) {
   static_assert(sizeof(T) == 1, "bytes");
@@ -41,8 +41,8 @@ inline UBytes load_first_bytes(const T* p, int64_t count) {
 #endif
 }
 
-// total + codes * x in each lane's four bytes, x of -127 .. 127. codes: 0 .. 255, on plain AVX2 so small that two products fit
-// into int16, on NEON the bits of -128 .. 127.
+// total + codes * x in each lane's four bytes, x of -127 .. 127. codes: 0 .. 255; on plain AVX2 small enough that two
+// products fit into int16, on NEON the bits of -128 .. 127.
 inline IntVec add_dot(IntVec total, UBytes codes, Bytes x) {
 #if defined(__ARM_FEATURE_DOTPROD) && defined(AFNEXT_NEON)
   return (IntVec)vdotq_s32((int32x4_t)total, (int8x16_t)codes, (int8x16_t)x);
@@ -61,7 +61,8 @@ inline IntVec add_dot(IntVec total, UBytes codes, Bytes x) {
 }
 
 #if defined(AFNEXT_NEON)
-// total + weights * token in each lane, a token's word of that number times the weights of all lanes: four bytes, or a float.
+// total + weights * token in each lane: a token's word at this index, of four bytes or a float, times all lanes'
+// weights.
 template <int WORD>
 inline IntVec add_word(IntVec total, IntVec weights, IntVec token) {
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -77,7 +78,7 @@ inline Vec add_word(Vec total, Vec weights, Vec token) {
 #endif
 
 #if defined(__AVX2__)
-// total + a * b in each lane's two integers of 16 bits.
+// total + a * b in each lane's two 16-bit integers.
 inline IntVec add_pairs(IntVec total, IntVec a, IntVec b) {
 #if defined(__AVX512VNNI__)
   return (IntVec)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
@@ -89,17 +90,17 @@ inline IntVec add_pairs(IntVec total, IntVec a, IntVec b) {
 }
 #endif
 
-// The upper codes of bytes with two of four bits each.
+// The high codes of bytes with two 4-bit codes each.
 inline UBytes upper_codes(BitVec words) {
 #if defined(AFNEXT_NEON)
-  return (UBytes)words >> 4;  // gcc shifts words and clears bits otherwise
+  return (UBytes)words >> 4;  // otherwise gcc shifts words and clears bits
 #else
   return (UBytes)((words >> 4) & 0x0F0F0F0F);
 #endif
 }
 
-// A sum, and products added to it of codes of 0 .. 15 with bytes of -127 .. 127. Plain AVX2 and plain NEON add kMost of them in
-// 16 bits.
+// A sum to which products of codes of 0 .. 15 with bytes of -127 .. 127 are added. Plain AVX2 and plain NEON add kMost
+// of these in 16 bits.
 class CodeSums {
  public:
   using Left = UBytes;
@@ -136,7 +137,7 @@ class CodeSums {
 };
 
 #if defined(__AVX2__)
-// The same of integers of 16 bits, whose products have to fit together into 32.
+// The same for 16-bit integers, the sum of whose products has to fit in 32 bits.
 class PairSums {
  public:
   using Left = IntVec;
@@ -151,10 +152,10 @@ class PairSums {
   IntVec sum_;
 };
 #else
-class PairSums;  // NEON multiplies no more integers of 16 bits at a time than floats
+class PairSums;  // NEON multiplies no more 16-bit integers at a time than floats
 #endif
 
-// Weights of -128 .. 127, to be multiplied with codes of -127 .. 127; on x86 |w| * (x with the sign of w).
+// Weights of -128 .. 127 for products with codes of -127 .. 127; on x86 |w| * (x with the sign of w).
 class SignedBytes {
  public:
   explicit SignedBytes(Bytes w) : weights_(w) {}

@@ -4,7 +4,8 @@
 #include "rows.h"
 
 // k, v: [batch, time, kv_heads, head_dim] of `dtype` by their strides; caches: [slot, kv_heads, head_dim / 2] with their
-// scales, [slot, kv_heads]; k_bias: [kv_heads, head_dim] of `dtype`, taken off the keys, or null; slots: [batch, time].
+// scales, [slot, kv_heads]; k_bias: [kv_heads, head_dim] of `dtype`, subtracted from keys, or null; slots: [batch,
+// time].
 AFNEXT_EXPORT void afnext_kv_write_int4(const void* k, const void* v, uint8_t* k_cache, uint8_t* v_cache,
                                         float* k_scales, float* v_scales, const void* k_bias, const int64_t* slots,
                                         const float* cos, const float* sin, int64_t batch, int64_t time,

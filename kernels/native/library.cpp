@@ -1,4 +1,4 @@
-// What the library tells about itself, and which levels this CPU has.
+// Information about the library, and the levels that this CPU supports.
 
 #include <algorithm>
 #include <chrono>
@@ -21,13 +21,13 @@
 namespace {
 
 #if defined(__x86_64__)
-// Whether the CPU adds up products of bytes in vectors of 32, whatever it has of AVX-512.
+// Whether the CPU has dot products of bytes in 32-byte vectors, with or without AVX-512.
 bool has_avx_vnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
 }
 
-// Whether the CPU has tiles, of bfloat16 and int8, and the system lets this process use them. Linux wants to be asked.
+// Whether the CPU has AMX for bfloat16 and int8, and the system lets this process use it. On Linux a process must ask.
 bool may_use_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25;
@@ -45,7 +45,7 @@ bool may_use_amx() {
 #if defined(__aarch64__)
 enum class Extension { kDotProd, kI8MM, kBF16 };
 
-// Whether the CPU has an extension of the instruction set, as far as the system tells.
+// Whether the CPU has an extension of the instruction set, according to the system.
 bool has(Extension extension) {
 #if defined(__linux__)
   constexpr unsigned long dot_product = 1ul << 20, i8mm = 1ul << 13, bf16 = 1ul << 14;
@@ -66,7 +66,7 @@ bool has(Extension extension) {
 #endif
 
 #if defined(__AVX512BF16__)
-// Seconds of 16 * 64 sums to which add(sum) adds, the best of many runs, so that others on the core do not count.
+// Seconds for 16 * 64 calls of add(sum): the best of many runs, so that other processes on the core do not count.
 template <typename Add>
 double fastest(Add add) {
   double best = 1;
@@ -90,8 +90,9 @@ double fastest(Add add) {
 }  // namespace
 
 #if defined(__AVX512BF16__)
-// 1 if this CPU multiplies bfloat16 faster than float32, of which an instruction takes half as many. Zen 4 and 5 do, twice as
-// fast; Sapphire and Emerald Rapids take four times as long for an instruction, as they mean the matrix unit to be used.
+// 1 if this CPU multiplies bfloat16 faster than float32, of which an instruction takes half as many elements. Zen 4 and
+// 5 are twice as fast. On Sapphire and Emerald Rapids, where AMX is meant for it, an instruction takes four times as
+// long.
 AFNEXT_EXPORT int afnext_multiplies_bfloat16_faster() {
   const __m512 zeros = _mm512_setzero_ps();
   const double pairs = fastest([&](__m512 sum) { return _mm512_dpbf16_ps(sum, (__m512bh)zeros, (__m512bh)zeros); });

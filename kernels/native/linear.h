@@ -1,4 +1,4 @@
-// What products share: the conversion of activations, few rows in float32, and the epilogue
+// Shared parts of products: the conversion of activations, few rows in float32, and the epilogue
 //     out[row, n] = y + bias[n] + residual[row, n],    for a SwiGLU pair y = silu(gate) * up.
 
 #pragma once
@@ -13,16 +13,16 @@
 
 namespace afnext {
 
-// Fetches the weights in the order in which they lie, one stream from memory, however many outputs, C, are summed at once.
-// Of several: while a tile of outputs is read, the one after the next, into the second-level cache, as more such reads may be
-// on their way than into the first. Of one: a page ahead, into the first.
+// Prefetches the weights in memory order, as one stream, for any number C of outputs that are summed at once. For
+// several outputs: while a tile is read, the tile after the next goes into L2, which allows more outstanding reads than
+// L1. For one output: a page ahead, into L1.
 template <int C>
 class Ahead {
  public:
   // tile: of the weights of all outputs that are summed at once, bytes.
   Ahead(const void* weights, int64_t tile) : next_((const char*)weights + (C == 1 ? 4096 : 2 * tile)) {}
 
-  // As many bytes more.
+  // Continues by this many bytes.
   void read(int bytes) {
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(next_ + i, 0, C == 1 ? 3 : 2);
     next_ += bytes;
@@ -39,7 +39,7 @@ inline void to_floats(const T* x, float* out, int64_t count) {
   for (; i < count; ++i) out[i] = to_float(x[i]);
 }
 
-// What becomes of sums. y, and for a SwiGLU pair up, are [outputs, rows].
+// The epilogue. y, and for a SwiGLU pair up, are [outputs, rows].
 template <typename T>
 class Epilogue {
  public:
@@ -94,11 +94,11 @@ class Epilogue {
   }
 };
 
-// y[c, r] = sum_k x[r, k] * weight[c, k] for C outputs and R rows, y `pitch` apart. With vectors of 8 every element is one sum
-// in the order of k, so a row has the same bits in every tile; kernels/native/products.py relies on it.
+// y[c, r] = sum_k x[r, k] * weight[c, k] for C outputs and R rows, y `pitch` apart. With vectors of 8, every element is
+// one sum in the order of k, so a row has the same bits in every tile; kernels/native/products.py relies on this.
 template <int C, int R, typename T>
 inline void dot(const T* weight, const float* x, int64_t inner, float* y, int64_t pitch) {
-  // So many additions need not wait for each other. Four are enough for AVX2, which one row has of four outputs.
+  // Number of independent sums. AVX2 needs four to hide latency, which one row of four outputs has.
   constexpr int kSums = kLanes == 8 ? 1 : C * R == 1 ? 4 : C * R <= 4 ? 2 : 1;
   Vec total[C][R][kSums] = {};
   Ahead<C> ahead(weight, C * inner * sizeof(T));
@@ -129,8 +129,9 @@ inline void dot(const T* weight, const float* x, int64_t inner, float* y, int64_
 
 constexpr int kOutputBlock = 4;
 
-// Calls body(n, count, scratch) for blocks of up to kOutputBlock outputs from n on, each thread on a range of neighbours,
-// so that its weights are one stream, with its own scratch of `scratch` floats, at first zeros. work: multiplications in all.
+// Calls body(n, count, scratch) for blocks of up to kOutputBlock outputs from n on. Each thread has a contiguous range,
+// so that its weights are one stream, and its own scratch of `scratch` floats, initially zero. work: total
+// multiplications.
 template <typename Body>
 inline void for_outputs(int64_t columns, int64_t work, int64_t scratch, int64_t threads, Body body) {
   constexpr int64_t kWorthAThread = 1 << 15;
@@ -148,10 +149,10 @@ inline void for_outputs(int64_t columns, int64_t work, int64_t scratch, int64_t 
   }
 }
 
-// Cuts a block of `outputs` and all rows into what sums in registers: calls tile(C, R, n, row) with constants C outputs
-// from n and R rows. Several rows share what is loaded of the weights, and several outputs what is loaded of the rows, of
-// `row_bytes` each. One row that stays in the first-level cache needs no sharing on AVX-512: with one output at a time the
-// weights are read strictly one after the other, which memory answers fastest.
+// Divides a block of `outputs` and all rows into tiles whose sums fit in registers: calls tile(C, R, n, row) with
+// constants C outputs from n and R rows. Several rows share loads of weights, and several outputs share loads of rows,
+// of `row_bytes` each. On AVX-512, one row that stays in L1 needs no sharing: with one output at a time the weights are
+// read strictly in order, which is fastest.
 template <typename Tile>
 inline void for_tiles(int64_t outputs, int64_t rows, int64_t row_bytes, Tile tile) {
   const bool one_by_one = kLanes == 16 && row_bytes <= 24 << 10;

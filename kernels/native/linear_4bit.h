@@ -1,9 +1,9 @@
-// Products of a few rows with weights of four bits, in groups of neighbouring inputs, read once from memory.
+// Products of few rows with 4-bit weights in groups of neighbouring inputs, read once from memory.
 //
 //     y[c, r] = sum_k x[r, k] * scales[c, g] * (number[c, k] - (zeros[c, g] - offset))
 //
-// A lane holds the eight codes of a four-byte word, which are of one group. Sums are made with the numbers that the codes
-// stand for, and what is missing to the zeros, times the sum of the group's activations, is subtracted at the end.
+// A lane holds the eight codes of a four-byte word, which belong to one group. Sums use the numbers that the codes
+// represent. At the end, (zeros - offset) times the sum of the group's activations is subtracted.
 
 #pragma once
 
@@ -19,11 +19,11 @@ inline BitVec load_words(const uint8_t* p, int64_t left) {
   return words;
 }
 
-// Gives each lane the value of the group that its codes are of, from values of neighbouring groups.
+// Gives each lane the value of its codes' group, from the values of neighbouring groups.
 template <bool ONE_GROUP>
 class Spread {
  public:
-  // lanes: of a group, a power of two from 4; at least kLanes if ONE_GROUP.
+  // lanes: per group, a power of two of at least 4; at least kLanes if ONE_GROUP.
   explicit Spread(int64_t lanes) : shift_(lanes == 4 ? 2 : lanes == 8 ? 3 : 4) {
     for (int i = 0; i < kLanes; ++i) source_[i] = i >> shift_;
   }
@@ -47,7 +47,7 @@ class Spread {
   IntVec source_;
 };
 
-// Of each row and group, the scale and the sum of its activations; zeros behind the last group, for whole vectors.
+// For each row and group, the scale and the sum of its activations; padded with zeros to whole vectors.
 class Groups {
  public:
   Groups(int64_t rows, int64_t groups)
@@ -64,11 +64,11 @@ class Groups {
   Scratch<float> scales_, sums_;
 };
 
-// Bits below the code of the t-th input in a word, whose even inputs stand above as many as `even` bits of their byte.
+// Bits below the code of the t-th input in a word; even inputs have `even` bits below them in their byte.
 constexpr int shift_of(int t, int even) { return 8 * (t / 2) + (t % 2 ? 4 - even : even); }
 
-// Activations as float32: word w of a chunk holds the inputs 8 w .. 8 w + 7, the t-th of which stands in vector t.
-// Codes::number(codes): what the lowest four bits of each lane stand for, before zeros and scales; Codes::kEven: bits
+// Activations as float32: word w of a chunk holds the inputs 8 w .. 8 w + 7, the t-th of which is in vector t.
+// Codes::number(codes): the numbers for the lowest four bits of each lane, before zeros and scales; Codes::kEven: bits
 // below the code of a byte's even input.
 template <typename Codes>
 class FloatRows {
@@ -93,7 +93,7 @@ class FloatRows {
   const float* row(int64_t index) const { return values_ + index * pitch_; }
   int64_t pitch() const { return pitch_; }
 
-  // sums[c][r] = codes * x in each lane, of the words of C outputs and a chunk of R rows `pitch` apart.
+  // sums[c][r] = codes * x in each lane, for the words of C outputs and a chunk of R rows `pitch` apart.
   template <int C, int R>
   static void dot(const BitVec* words, const float* x, int64_t pitch, Vec (*sums)[R]) {
     for (int c = 0; c < C; ++c)
@@ -121,8 +121,8 @@ struct Weight {
   int64_t kind;
 };
 
-// products[g] = scale * that of the row's activations, for all groups of an output; returns, in parts, what the zeros take
-// from the sum, sum_g scale * (zero - offset) * sum of the row's activations.
+// products[g] = scale * scale of the row's activations, for all groups of an output. Returns, in parts, the amount that
+// the zeros subtract from the sum: sum_g scale * (zero - offset) * sum of the row's activations.
 template <typename S>
 Vec weigh_groups(const S* scales, const S* zeros, int64_t count, float offset, const float* row_scales,
                  const float* row_sums, float* products) {
@@ -198,7 +198,7 @@ void product(const Rows& x, const Weight& weight, const Weight& up, const Epilog
 }
 
 #if defined(AFNEXT_PANELS)
-// A matrix as the unit multiplies it with floats: rounded to bfloat16 where a level has its dot products.
+// A matrix for products with floats: rounded to bfloat16 at levels with bfloat16 dot products.
 template <typename Codes, typename GroupOf>
 struct UnpackedMatrix {
   const Weight& weight;
@@ -237,8 +237,8 @@ struct UnpackedMatrix {
 };
 #endif
 
-// Rows: activations for few rows; up: of a SwiGLU pair, or of nulls. group_of(weight, index), of output and group: what gives
-// the weights, of codes in the lowest four bits of each lane, or `one` of a code.
+// Rows: activations for few rows; up: second weight of a SwiGLU pair, or nulls. group_of(weight, index), for output and
+// group: a function from codes in the lowest four bits of each lane to weights, with `one` for a single code.
 template <typename Codes, typename Rows, typename T, typename GroupOf>
 void multiply_4bit(const T* x, const Weight& weight, const Weight& up, GroupOf group_of, const Epilogue<T>& write,
                    int64_t rows, int64_t inner, int64_t group, int64_t threads) {
@@ -253,7 +253,7 @@ void multiply_4bit(const T* x, const Weight& weight, const Weight& up, GroupOf g
   product(Rows(x, rows, inner, group), weight, up, write, rows, inner, group, threads);
 }
 
-// The weights as numbers, [columns, inner], rounded once; group_of: see above.
+// Dequantizes the weights, [columns, inner], rounded once; group_of: see above.
 template <typename Codes, typename T, typename GroupOf>
 void unpack_4bit(const Weight& weight, GroupOf group_of, T* out, int64_t columns, int64_t inner, int64_t group,
                  int64_t threads) {

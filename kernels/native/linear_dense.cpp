@@ -1,12 +1,12 @@
-// Products with dense weights, of the activations' dtype: of a few rows the weights are read once, of many they go to panels.
-// For levels and dtypes that torch has no fast product for, and for pairs: see kernels/linear.py.
+// Products with dense weights in the activations' dtype: few rows read the weights once, many rows use panels.
+// For levels and dtypes without a fast product in torch, and for pairs: see kernels/linear.py.
 
 #include "panels.h"
 
 namespace afnext {
 namespace {
 
-// up: of a SwiGLU pair, or null.
+// up: second weight of a SwiGLU pair, or null.
 template <typename T>
 void product_of_few(const T* x, const T* weight, const T* up, const Epilogue<T>& write, int64_t rows, int64_t inner,
                     int64_t threads) {

@@ -1,7 +1,7 @@
 // Products with int4 weights in groups, scales[n, g] * (code[n, k] - zeros[n, g]); see linear_4bit.h.
 //
-// float32 and float16 activations, and all at the portable level: codes become float32. bfloat16 activations on AVX2 and NEON
-// and up: those of a group become integers, and sums are made with the codes as they are stored.
+// float32 and float16 activations, and all activations at the portable level: codes become float32. bfloat16
+// activations from AVX2 and NEON on: those of a group become integers, which are multiplied with the stored codes.
 
 #include "fixed_point.h"
 #include "group_panels.h"
@@ -12,15 +12,15 @@
 namespace afnext {
 namespace {
 
-// The even input is in a byte's low four bits. Eight is taken from each code, so that less cancels out.
+// The even input is in a byte's low four bits. Subtracting eight from each code reduces cancellation.
 struct Integers {
   static constexpr int kOffset = 8, kEven = 0;
   static Vec number(BitVec codes) { return to_float((IntVec)(codes & 15) - kOffset); }
 };
 
 #if defined(AFNEXT_PANELS)
-// Activations as integers of 15 bits, a scale a group: of each chunk the high bytes of the even inputs, their low bytes,
-// the high bytes of the odd inputs, their low bytes.
+// Activations as 15-bit integers with one scale per group: for each chunk, the high bytes of the even inputs, their low
+// bytes, the high bytes of the odd inputs, their low bytes.
 class FixedRows {
  public:
   static constexpr int kOffset = 0;
@@ -53,7 +53,7 @@ class FixedRows {
         CodeSums high;
         high.add(even[c], part[0]);
         high.add(odd[c], part[2]);
-        CodeSums low(high.total() << 7);  // begins with what the high bytes make, and needs no zeros
+        CodeSums low(high.total() << 7);  // starts from the sum of the high bytes; needs no zeros
         low.add(even[c], part[1]);
         low.add(odd[c], part[3]);
         sums[c][r] = to_float(low.total());
@@ -78,7 +78,7 @@ class FixedRows {
     const FixedPoint rounded = to_fixed_point(x, group, codes);
     groups.scales(row)[first / group] = rounded.scale;
     groups.sums(row)[first / group] = rounded.scale * rounded.total;
-    for (int64_t i = 0; i < group; i += 2 * kLanes) {  // a lane holds a pair of neighbours
+    for (int64_t i = 0; i < group; i += 2 * kLanes) {  // a lane holds two neighbouring inputs
       const IntVec pairs = (IntVec)load_words((const uint8_t*)(codes + i), sizeof pairs);
       const int64_t k = first + i;
       int8_t* at = bytes_ + row * pitch_ + k / kChunk * 2 * kChunk + k % kChunk / 2;
@@ -91,7 +91,7 @@ class FixedRows {
   Scratch<int8_t> bytes_;
 };
 
-// Activations of int8 with a scale a group: of each chunk the even inputs, then the odd ones.
+// int8 activations with one scale per group: for each chunk, the even inputs, then the odd ones.
 class ByteRows {
  public:
   static constexpr int kOffset = 0;
@@ -129,7 +129,7 @@ class ByteRows {
   Groups groups;
 
  private:
-  // Puts a group's inputs, from number `first` of the row on, in their places; returns their sum.
+  // Stores a group's inputs, which begin at input `first` of the row, in this layout; returns their sum.
   static int32_t part(const int8_t* from, int64_t group, int8_t* row, int64_t first) {
     IntVec total{};
     for (int64_t i = 0; i < group; i += 2 * kLanes) {
@@ -169,7 +169,7 @@ Group group_of(const Weight& weight, int64_t at) {
 }
 
 #if defined(AFNEXT_PANELS)
-// The codes of `count` bytes, at most 32, one a byte as they are stored, zeros for what is missing.
+// The stored codes of `count` bytes, at most 32, one per byte, padded with zeros.
 inline void put_codes(const uint8_t* packed, int64_t count, uint8_t* out) {
   uint8_t whole[32] = {};
   if (count < 32) packed = (const uint8_t*)std::memcpy(whole, packed, count);
@@ -189,7 +189,7 @@ inline void put_codes(const uint8_t* packed, int64_t count, uint8_t* out) {
 #endif
 }
 
-// The codes of 16 bytes, less 8, one in 16 bits.
+// The codes of 16 bytes minus 8, one per 16 bits.
 inline void put_wide_codes(const uint8_t* packed, uint8_t* out) {
   typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
   for (int i = 0; i < 16; i += kLanes) {
@@ -199,7 +199,7 @@ inline void put_wide_codes(const uint8_t* packed, uint8_t* out) {
   }
 }
 
-// A matrix as GroupUnit multiplies it with tokens of Code.
+// A matrix in the form in which GroupUnit multiplies it with tokens of Code.
 template <typename Code>
 struct GroupMatrix {
   static constexpr int64_t kInputs = 64 / sizeof(Code);
@@ -228,7 +228,7 @@ struct GroupMatrix {
   }
 };
 
-// x: of TokenGroups, besides its shape.
+// x: for TokenGroups, besides its shape.
 template <typename Code, typename T, typename... X>
 void product_in_groups(const Weight& weight, const Weight& up, const Epilogue<T>& write, int64_t rows, int64_t inner,
                        int64_t group, int64_t threads, X... x) {
@@ -302,7 +302,7 @@ AFNEXT_EXPORT void afnext_linear_w4a8(const void* x, const uint8_t* weight, cons
   });
 }
 
-// The weights as numbers, [columns, inner] of dtype: scales * (codes - zeros), rounded once.
+// Dequantizes the weights, [columns, inner] of dtype: scales * (codes - zeros), rounded once.
 AFNEXT_EXPORT void afnext_unpack_int4(const uint8_t* weight, const void* scales, const void* zeros, void* out,
                                       int64_t columns, int64_t inner, int64_t group, int64_t group_dtype, int64_t dtype,
                                       int64_t threads) {

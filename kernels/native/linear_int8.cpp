@@ -1,4 +1,4 @@
-// Products with int8 weights, weight[n, k] * scales[n], of rows as they are or rounded to int8 (W8A8).
+// Products with int8 weights, weight[n, k] * scales[n], of float rows or of rows rounded to int8 (W8A8).
 
 #include "fixed_point.h"
 #include "group_panels.h"
@@ -37,8 +37,8 @@ void dot_exactly(const int8_t* weight, const int8_t* x, int64_t inner, float* y,
 
 #if defined(AFNEXT_BYTE_DOT)
 
-// Rows of bfloat16 as integers, a scale for each kShared inputs. Weights take part with kWeightOffset added, and the sums
-// begin with minus so many times those of the row's codes.
+// bfloat16 rows as integers, with one scale per kShared inputs. kWeightOffset is added to the weights, so the sums
+// begin with -kWeightOffset times the sums of the row's codes.
 class FixedRows {
  public:
   static constexpr int64_t kShared = 4 * kBytes;
@@ -123,7 +123,7 @@ struct Weight {
   const float* scales;
 };
 
-// Rows of float or int8 as they are.
+// Rows of float or int8, unconverted.
 template <typename X>
 struct PlainRows {
   const X* x;
@@ -141,7 +141,7 @@ struct PlainRows {
   }
 };
 
-// row_scales: of int8 rows, or null; up: of a SwiGLU pair, or of nulls.
+// row_scales: of int8 rows, or null; up: second weight of a SwiGLU pair, or nulls.
 template <typename X, typename T>
 void product(const X& x, const float* row_scales, const Weight& weight, const Weight& up, const Epilogue<T>& write,
              int64_t rows, int64_t inner, int64_t threads) {
@@ -164,7 +164,7 @@ void product(const X& x, const float* row_scales, const Weight& weight, const We
 }
 
 #if defined(AFNEXT_PANELS)
-// A matrix of weights as they lie, multiplied as Element.
+// A matrix of weights in their stored layout, multiplied as Element.
 template <typename Element>
 struct CodeMatrix {
   static constexpr int64_t kInputs = 64 / sizeof(Element);
@@ -183,7 +183,8 @@ struct CodeMatrix {
   }
 };
 
-// The same with the outputs' scales as those of a stretch, the group of inputs of which activations in 15 bits have one.
+// The same, with the outputs' scales as those of a stretch, the group of inputs that shares a scale of 15-bit
+// activations.
 struct ScaledMatrix : CodeMatrix<int16_t> {
   static constexpr int kGroup = VectorUnit::kSteps * kInputs;
 
@@ -197,8 +198,8 @@ struct ScaledMatrix : CodeMatrix<int16_t> {
   }
 };
 
-// Rows of int8 against the weights as they lie, or of floats against the codes as floats, in which they are exact.
-// row_scales: of int8 rows, or null; up: of a SwiGLU pair.
+// int8 rows times the stored weights, or float rows times the codes as floats, which represent them exactly.
+// row_scales: of int8 rows, or null; up: second weight of a SwiGLU pair.
 template <typename X, typename T>
 void product_in_panels(const X* x, const float* row_scales, const Weight& weight, const Weight& up,
                        const Epilogue<T>& write, int64_t rows, int64_t inner, int64_t threads) {
@@ -218,7 +219,7 @@ void product_in_panels(const X* x, const float* row_scales, const Weight& weight
   for_panels(x, rows, inner, threads, matrices, Outputs(write), put);
 }
 
-// Rows of bfloat16 as integers of 15 bits.
+// bfloat16 rows as 15-bit integers.
 template <typename T>
 void product_in_fixed_point(const T* x, const Weight& weight, const Weight& up, const Epilogue<T>& write, int64_t rows,
                             int64_t inner, int64_t threads) {
@@ -280,7 +281,7 @@ AFNEXT_EXPORT void afnext_linear_w8a8(const void* x, const int8_t* weight, const
   });
 }
 
-// The weights as numbers, [columns, inner] of dtype: scales * weight, rounded once.
+// Dequantizes the weights, [columns, inner] of dtype: scales * weight, rounded once.
 AFNEXT_EXPORT void afnext_unpack_int8(const int8_t* weight, const float* scales, void* out, int64_t columns,
                                       int64_t inner, int64_t dtype, int64_t threads) {
   using namespace afnext;

@@ -1,4 +1,4 @@
-// Products with int8 weights in groups, scales[n, k / group] * (weight[n, k] - zeros[n, k / group]), of a few rows: the
+// Products of few rows with int8 weights in groups, scales[n, k / group] * (weight[n, k] - zeros[n, k / group]). The
 // weights become float32 in registers.
 
 #include "linear.h"
@@ -83,7 +83,7 @@ AFNEXT_EXPORT void afnext_linear_int8_groups(const void* x, const int8_t* weight
   });
 }
 
-// The weights as numbers, [columns, inner] of dtype: scales * (weight - zeros), rounded once.
+// Dequantizes the weights, [columns, inner] of dtype: scales * (weight - zeros), rounded once.
 AFNEXT_EXPORT void afnext_unpack_int8_groups(const int8_t* weight, const void* scales, const void* zeros, void* out,
                                              int64_t columns, int64_t inner, int64_t group, int64_t group_dtype,
                                              int64_t dtype, int64_t threads) {

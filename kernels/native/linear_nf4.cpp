@@ -1,7 +1,7 @@
 // Products with nf4 weights, scales[n, k / 64] * kLevels[code[n, k]], the even input in a byte's high four bits; see
 // linear_4bit.h.
 //
-// bfloat16 activations, with AVX512-BF16: codes become bfloat16 levels by a lookup of 32 at once. All else: float32.
+// bfloat16 activations with AVX512-BF16: a lookup converts 32 codes at once to bfloat16 levels. All others: float32.
 
 #include "linear_4bit.h"
 
@@ -28,7 +28,7 @@ alignas(64) constexpr float kLevels[16] = {
     1.0f,
 };
 
-// Of each lane the level whose code is in its lowest four bits.
+// For each lane, the level of the code in its lowest four bits.
 inline Vec level(BitVec codes) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_permutexvar_ps((__m512i)codes, _mm512_load_ps(kLevels));
@@ -38,7 +38,7 @@ inline Vec level(BitVec codes) {
   const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(kLevels + 8), index);
   return (Vec)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 #elif defined(AFNEXT_NEON)
-  const auto table = load_as<uint8x16x4_t>(kLevels);  // of bytes, four for a level
+  const auto table = load_as<uint8x16x4_t>(kLevels);  // of bytes, four per level
   const uint32x4_t index = vmlaq_n_u32(vdupq_n_u32(0x03020100), (uint32x4_t)(codes & 15), 0x04040404);
   return (Vec)vqtbl4q_u8(table, vreinterpretq_u8_u32(index));
 #else
@@ -63,7 +63,7 @@ struct Group {
 Group group_of(const Weight& weight, int64_t at) { return {((const float*)weight.scales)[at]}; }
 
 #if defined(__AVX512BF16__)
-// Activations as bfloat16: halfword h of a chunk's words holds the inputs 4 h .. 4 h + 3, the t-th of which stands in
+// Activations as bfloat16: halfword h of a chunk's words holds the inputs 4 h .. 4 h + 3, the t-th of which is in
 // vector t.
 class PairRows {
  public:
@@ -86,7 +86,7 @@ class PairRows {
   template <int C, int R>
   static void dot(const BitVec* words, const bfloat16* x, int64_t pitch, Vec (*sums)[R]) {
     const __m512 levels = _mm512_load_ps(kLevels);
-    const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(levels, levels);  // twice: an index of five bits is looked up
+    const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(levels, levels);  // twice, for an index of five bits
     __m512bh tokens[R][4];
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < 4; ++t) tokens[r][t] = (__m512bh)_mm512_loadu_si512(x + r * pitch + t * 2 * kLanes);
@@ -133,7 +133,7 @@ AFNEXT_EXPORT void afnext_linear_nf4(const void* x, const uint8_t* weight, const
   });
 }
 
-// The weights as numbers, [columns, inner] of dtype: scales * levels, rounded once.
+// Dequantizes the weights, [columns, inner] of dtype: scales * levels, rounded once.
 AFNEXT_EXPORT void afnext_unpack_nf4(const uint8_t* weight, const float* scales, void* out, int64_t columns,
                                      int64_t inner, int64_t dtype, int64_t threads) {
   using namespace afnext;

@@ -1,4 +1,4 @@
-// Layouts of operands: transposed tiles and pairs, and the configuration of the matrix unit (AMX).
+// Layouts of operands: transposed tiles and pairs, and the configuration of AMX.
 
 #pragma once
 
@@ -110,7 +110,7 @@ inline void transpose_tile(const uint32_t* rows, uint32_t* out) {
 
 #if defined(AFNEXT_MMLA)
 
-// Eight neighbours in bfloat16, from the even ones and the odd ones.
+// Eight neighbouring elements in bfloat16, from the even and the odd ones.
 inline void store_pairs(bfloat16* p, Vec even, Vec odd) {
   const bfloat16x8_t halves = vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)even), (float32x4_t)odd);
   const uint16x8_t bits = vreinterpretq_u16_bf16(halves);
@@ -119,7 +119,7 @@ inline void store_pairs(bfloat16* p, Vec even, Vec odd) {
 
 #elif defined(__AVX512BF16__)
 
-// 32 neighbours in bfloat16, from the even ones and the odd ones.
+// 32 neighbouring elements in bfloat16, from the even and the odd ones.
 inline void store_pairs(void* p, Vec even, Vec odd) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -131,12 +131,12 @@ inline void store_pairs(void* p, Vec even, Vec odd) {
 
 #if defined(__AMX_TILE__)
 
-// Gives the calling thread the eight tiles, 16 rows of 64 bytes each, and puts back what was configured before.
+// Configures the eight tiles for the calling thread, 16 rows of 64 bytes each, and restores the previous configuration.
 class TileConfiguration {
  public:
   TileConfiguration() {
     _tile_storeconfig(&before_);
-    asm volatile("" : "=m"(before_));  // gcc takes both instructions to touch 8 of the 64 bytes
+    asm volatile("" : "=m"(before_));  // gcc assumes that both instructions touch 8 of the 64 bytes
     Layout tiles{};
     tiles.palette = 1;
     for (int i = 0; i < 8; ++i) {

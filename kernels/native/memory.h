@@ -27,9 +27,9 @@ class Scratch {
   T* data_;
 };
 
-// Memory of the calling thread, which its next call with the same Use finds again: the system clears what it hands out,
-// and for what a product of many rows packs that takes as long as packing. In pages of 2 MB where the system has them,
-// with which the tiles that the matrix unit loads are not held up by their addresses.
+// Memory of the calling thread, reused by its next call with the same Use: the system clears new memory, which for the
+// packed operands of a product of many rows takes as long as packing. In 2 MB pages if the system has them, which
+// avoids TLB misses in AMX tile loads.
 template <typename Use>
 uint8_t* kept_memory(int64_t bytes) {
   struct Memory {
@@ -49,9 +49,9 @@ uint8_t* kept_memory(int64_t bytes) {
   return memory.data;
 }
 
-// Before an output is written: a large one is often memory that malloc has just mapped, one of 32 MB or more always, and as
-// 4 KB pages the system takes longer to clear and map it than the kernel to fill it. Pages of 2 MB, where it has them, take a
-// quarter of that.
+// Call before writing an output. A large output is often, and one of 32 MB or more always, memory that malloc has just
+// mapped. In 4 KB pages, the system takes longer to clear and map it than the kernel takes to fill it. 2 MB pages, if
+// the system has them, take a quarter of that.
 inline void use_large_pages(void* out, int64_t bytes) {
 #if defined(__linux__)
   const uintptr_t first = ((uintptr_t)out + kLargePage - 1) / kLargePage * kLargePage;

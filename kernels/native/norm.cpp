@@ -1,5 +1,5 @@
-// LayerNorm and RMSNorm, alone or after adding to the residual stream. Rows are dealt out to threads; a row stays in
-// the first-level cache between the passes over it.
+// LayerNorm and RMSNorm, alone or after adding to the residual stream. Rows are divided among threads; a row stays in
+// L1 between the passes over it.
 
 #include <algorithm>
 #include <cmath>
@@ -10,8 +10,8 @@
 namespace afnext {
 namespace {
 
-// The sum of term(load(x + i)) over a row: float32 within blocks and double across them, so that the error, which all
-// channels of the row would share, does not grow with the width.
+// The sum of term(load(x + i)) over a row: float32 within blocks and double across them, so that the error, which
+// affects all channels of the row, does not grow with the width.
 template <typename T, typename Term>
 double sum_row(const T* x, int64_t width, Term term) {
   constexpr int64_t kBlock = 32 * kLanes;
@@ -31,7 +31,7 @@ double sum_row(const T* x, int64_t width, Term term) {
   return total;
 }
 
-// One row of `width` channels. With `bias` a LayerNorm, without an RMSNorm; with `residual` hidden = residual + x in T.
+// One row of `width` channels: LayerNorm with `bias`, else RMSNorm. With `residual`, hidden = residual + x in T.
 template <typename T>
 void norm_row(const T* x, const T* residual, const T* weight, const T* bias, T* normed, T* hidden, int64_t width,
               float eps) {

@@ -1,16 +1,16 @@
 // How each level multiplies a panel of 32 outputs' weights with tokens: the units of panels.h.
 //
-// Unit<INT8> multiplies codes of int8, or else numbers: bfloat16 where a level has dot products of it, float32 below.
-//   Element         what weights and tokens are held as, 64 bytes of them a step
+// Unit<INT8> multiplies int8 codes or numbers: bfloat16 at levels with bfloat16 dot products, float32 at others.
+//   Element         type of weights and tokens in memory, 64 bytes per step
 //   kTile           tokens of a tile; two tiles are multiplied at once
 //   kSteps, kPanels, kPass: steps of a stretch, panels that share a stretch of tokens, and tokens that share panels, so that
-//                   a panel fits into the first-level cache, and tokens and waiting sums into the second-level one
+//                   a panel fits into L1, and tokens and waiting sums into L2
 //   arrange_weights lays out 16 outputs' weights of a step, 16 rows of 64 bytes, in place
-//   kGranule        steps of which a stretch has a multiple, all but the last one
-//   begin           what the sums of a token, one row of X [inner], begin with
+//   kGranule        the number of steps in a stretch is a multiple of it, except in the last stretch
+//   begin           initial value of the sums of a token, one row of X [inner]
 //   arrange_tokens  lays out a tile's step, kTile rows of 64 bytes, in place
-//   multiply        sums of 32 outputs and two tiles, to which `count` steps are added, or with which they begin if `fresh`
-//   unfold          [token][output] of them, in the space given or as they are
+//   multiply        adds `count` steps to the sums of 32 outputs and two tiles, or initializes them if `fresh`
+//   unfold          the sums as [token][output], in the given space or in place
 
 #pragma once
 
@@ -27,15 +27,15 @@ using Number = bfloat16;
 #else
 using Number = float;
 #endif
-constexpr int64_t kNumbers = 64 / sizeof(Number);  // of a step
+constexpr int64_t kNumbers = 64 / sizeof(Number);  // per step
 
-// What units made of vectors share.
+// Shared parts of the units that use vectors.
 struct VectorUnit {
 #if defined(__AVX512F__)
-  static constexpr int kRows = 8;  // tokens at once: twice as many sums hide the latency of one, and leave registers
+  static constexpr int kRows = 8;  // tokens at once: twice as many sums hide the latency, and registers remain
   static constexpr int64_t kPanels = 8, kPass = 512;
 #elif defined(__ARM_FEATURE_DOTPROD)
-  static constexpr int kRows = 8;  // of 32 registers, sums take 16
+  static constexpr int kRows = 8;  // sums take 16 of 32 registers
   static constexpr int64_t kPanels = 4, kPass = 256;
 #else
   static constexpr int kRows = 6;
@@ -54,7 +54,7 @@ struct VectorUnit {
 };
 
 #if defined(AFNEXT_NEON)
-// Adds the products of four words that follow each other: weights(w) has those of 2 * kLanes outputs, token(i) of a token.
+// Adds the products of four consecutive words: weights(w) has those of 2 * kLanes outputs, token(i) those of a token.
 template <int ROWS, typename Sum, typename Weights, typename Token>
 inline void for_four_words(Weights weights, Token token, Sum (&total)[ROWS][2]) {
   Sum of[ROWS];
@@ -84,8 +84,8 @@ inline IntVec broadcast_ints(const uint8_t* p) {
 
 #if defined(AFNEXT_MMLA)
 
-// An instruction multiplies two outputs with two tokens, eight bytes of each. So rows lie in pairs, eight bytes of the one and
-// eight of the other in turn, and a vector of sums has two outputs by two tokens.
+// An instruction multiplies two outputs with two tokens, eight bytes of each. So rows are stored in pairs, eight bytes
+// of one and eight of the other in turn, and a vector of sums has two outputs by two tokens.
 template <bool INT8>
 struct Unit {
   using Element = std::conditional_t<INT8, int8_t, Number>;
@@ -100,7 +100,7 @@ struct Unit {
     return 0;
   }
 
-  // sums: of each block of 8 outputs and each tile, the vectors of 4 pairs of outputs by 4 pairs of tokens.
+  // sums: for each block of 8 outputs and each tile, the vectors of 4 pairs of outputs by 4 pairs of tokens.
   static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t, int64_t tokens,
                        int64_t, int64_t count, bool fresh, int32_t* sums) {
     for (int block = 0; block < 4; ++block)
@@ -169,10 +169,10 @@ struct Unit {
 
 #elif defined(__AMX_INT8__)
 
-// A tile is 16 rows of 64 bytes. The left operand is 16 outputs' weights as they lie, the right one 16 tokens with the four
-// bytes that follow each other in a token side by side. One step loads 4 KB for 64 cycles of multiplication, and the
-// second-level cache gives half of that in this time: hence panels in the first-level cache. Tokens are loaded with the
-// hint to pass it by, as they would drive the panel out of it.
+// A tile is 16 rows of 64 bytes. The left operand is 16 outputs' weights in stored order. The right operand is 16
+// tokens with four consecutive bytes of a token side by side. One step loads 4 KB for 64 cycles of multiplication, and
+// L2 delivers half of that in this time: hence panels in L1. Tokens are loaded with the hint to bypass L1, because they
+// would evict the panel.
 template <bool INT8>
 struct Unit {
   using Element = std::conditional_t<INT8, int8_t, Number>;
@@ -187,8 +187,8 @@ struct Unit {
     return 0;
   }
 
-  // sums[i][j]: 16 outputs by 16 tokens of int32 or float32, of outputs 16 i .. of the panel and the tokens of tiles[j], to
-  // which `count` steps are added, or with which they begin if `fresh`. The integers: see for_panels.
+  // sums[i][j]: 16 outputs by 16 tokens of int32 or float32, from output 16 i of the panel and the tokens of tiles[j].
+  // Adds `count` steps to them, or initializes them if `fresh`. For the integers, see for_panels.
   static void multiply(const uint8_t* panel, const uint8_t* const* tiles, const int32_t*, int64_t, int64_t, int64_t,
                        int64_t count, bool fresh, int32_t* to) {
     auto* sums = (int32_t (*)[2][256])to;
@@ -239,10 +239,10 @@ struct Unit {
 
 #else
 
-// Vectors: outputs are the lanes, with the four bytes that follow each other in an output's weights in one lane, and the
-// four bytes of a token are broadcast. Where x86 multiplies bytes, one side is unsigned: weights with 128 added, for which
-// 128 times the sum of the token's bytes is subtracted. Plain AVX2 cannot multiply them without overflow, and takes int8 as
-// pairs of 16 bits.
+// Vectors: outputs are the lanes, with four consecutive bytes of an output's weights in one lane, and the four bytes of
+// a token are broadcast. In byte products of x86 one operand is unsigned: weights with 128 added, for which 128 times
+// the sum of the token's bytes is subtracted. Plain AVX2 cannot multiply these without overflow, and takes int8 as
+// pairs of 16-bit integers.
 template <bool INT8>
 struct Unit : VectorUnit {
 #if defined(AFNEXT_BYTE_DOT)
@@ -303,7 +303,7 @@ struct Unit : VectorUnit {
 #else
     for (int64_t step = 0; step < count; ++step, panel += 2048, tokens += kTile * 64)
       for (int part = 0; part < 64; part += 4) {
-        __builtin_prefetch(tokens + kTile * 64 + part * kRows);  // what the next step takes, piece by piece
+        __builtin_prefetch(tokens + kTile * 64 + part * kRows);  // for the next step, piece by piece
         const Operand by[2] = {load_as<Operand>(panel + part * 16), load_as<Operand>(panel + kNextLanes + part * 16)};
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {

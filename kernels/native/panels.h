@@ -1,8 +1,8 @@
-// Products of many rows on the matrix unit (AMX) or by vectors, in int8 or in floats.
+// Products of many rows by AMX or by vectors, in int8 or in floats.
 //
-// A step is 64 bytes of the inputs as a unit multiplies them. A stretch of kSteps steps of 32 outputs' weights, a panel, is
-// made in the first-level cache, and all tokens go past it, two tiles at a time, from the second-level cache, where the same
-// stretch of kPass tokens serves up to kPanels panels. The sums between one stretch and the next wait there, too.
+// A step is 64 bytes of inputs in the unit's element type. A panel is a stretch of kSteps steps of 32 outputs' weights,
+// written in L1. All tokens are multiplied with it, two tiles at a time, from L2, where the same stretch of kPass
+// tokens serves up to kPanels panels. The sums are in L2, too, between one stretch and the next.
 
 #pragma once
 
@@ -18,7 +18,7 @@ constexpr int64_t kFewRows = 4;
 constexpr int64_t kFewRows = 16;
 #endif
 
-// Whether a product is done here, and with activations of T: `products.in_panels` in Python says the same.
+// Whether panels are used for a product, and for activations of T. `products.in_panels` in Python has the same rule.
 inline bool takes_panels(int64_t rows, int64_t columns) { return rows > kFewRows && columns >= 32; }
 template <typename T>
 constexpr bool kPanelsTake = std::is_same_v<T, Number> || std::is_same_v<Number, float>;
@@ -40,7 +40,7 @@ inline void convert_elements(const int8_t* from, int64_t count, bfloat16* to) {
   for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i));
 }
 #elif defined(__AVX512BF16__)
-// Of one step, 32 at most, and into all of it.
+// Up to 32 elements, written as a whole step padded with zeros.
 inline void convert_elements(const int8_t* from, int64_t count, bfloat16* to) {
   const auto part = [&](int64_t first) {
     return count >= first + kLanes ? load(from + first)
@@ -50,7 +50,7 @@ inline void convert_elements(const int8_t* from, int64_t count, bfloat16* to) {
 }
 #endif
 
-// The first `count` elements as 64 bytes of To, zeros behind them.
+// The first `count` elements as 64 bytes of To, padded with zeros.
 template <typename To, typename From>
 inline void copy_step(const From* from, int64_t count, uint8_t* out) {
   constexpr int64_t kInputs = 64 / sizeof(To);
@@ -59,7 +59,7 @@ inline void copy_step(const From* from, int64_t count, uint8_t* out) {
   convert_elements(from, count, (To*)out);
 }
 
-// Tokens [rows, inner], a tile at a time, as a unit arranges them. Zeros behind the last token and input.
+// Tokens [rows, inner] in the unit's layout, a tile at a time, padded with zeros after the last token and input.
 template <typename Unit>
 class PackedTokens {
  public:
@@ -85,12 +85,12 @@ class PackedTokens {
     }
   }
 
-  // The tiles of one stretch of a block follow each other, then come those of the next block.
+  // The tiles of one stretch of a block are contiguous, followed by those of the next block.
   uint8_t* tile(int64_t block, int64_t step) const {
     return tiles_ + ((step / stretch * blocks + block) * stretch + step % stretch) * kTileBytes;
   }
 
-  // What the sums of a block's tokens begin with.
+  // The initial values of the sums of a block's tokens.
   int32_t* begin(int64_t block) const {
     return (int32_t*)(tiles_ + blocks * stretches * stretch * kTileBytes) + block * Unit::kTile;
   }
@@ -109,9 +109,9 @@ class PackedTokens {
   uint8_t* tiles_;
 };
 
-// Hands the sums of a block of outputs from n on and of two tiles of tokens to put(row, n, count, sums), kLanes outputs of a
-// row at a time, leaving out the first `skip` outputs and what is past the last of `rows`. A function of its own leaves the
-// registers to the multiplication.
+// Passes the sums of a block of outputs from n on and of two tiles of tokens to put(row, n, count, sums), kLanes
+// outputs of a row at a time, without the first `skip` outputs and without rows past the last of `rows`. A separate
+// function leaves the registers to the multiplication.
 template <typename Unit, typename Sums, int MATRICES, typename Put>
 __attribute__((noinline)) void put_sums(const int32_t* sums, int64_t n, int64_t skip, int64_t first_row, int64_t rows,
                                         Put put) {
@@ -135,12 +135,12 @@ __attribute__((noinline)) void put_sums(const int32_t* sums, int64_t n, int64_t 
     }
 }
 
-// Rows in memory, to be fetched ahead of their use, since pieces of them at a time are no stream that the CPU notices.
+// Rows in memory, prefetched explicitly, because the hardware prefetcher does not recognize reads of pieces of rows.
 struct Rows {
   const void* data;
   int64_t pitch, step;  // bytes from a row to the next, and from a step to the next within a row
 
-  // `count` steps from `step` on of the rows first .. end - 1, into the second-level cache.
+  // `count` steps from `step` on of the rows first .. end - 1, into L2.
   void fetch(int64_t first, int64_t end, int64_t step_, int64_t count) const {
     for (int64_t row = first; row < end; ++row) {
       const char* from = (const char*)data + row * pitch + step_ * step;
@@ -148,7 +148,7 @@ struct Rows {
     }
   }
 
-  // What lies in these rows at `offset` bytes, to be written.
+  // A cache line at `offset` bytes in each of these rows, to be written.
   void fetch_to_write(int64_t first, int64_t end, int64_t offset) const {
     for (int64_t row = first; row < end; ++row) __builtin_prefetch((const char*)data + row * pitch + offset, 1, 3);
   }
@@ -156,7 +156,7 @@ struct Rows {
 
 struct Waiting;
 
-// What a product writes: [rows, columns] of `size` bytes each, out of the sums of one matrix or of two.
+// The output of a product: [rows, columns] of `size` bytes each, from the sums of one matrix or of two.
 struct Outputs {
   void* data;
   int64_t columns, size;
@@ -167,14 +167,14 @@ struct Outputs {
       : data(write.out), columns(write.columns), size(sizeof(T)), matrices(write.pair ? 2 : 1) {}
 };
 
-// The product of all tokens with one matrix of weights of 32 columns or more, or with two of a kind, which share a panel:
-// outputs n .. n + 31 of the one, or n .. n + 15 of each. A Matrix has
-//   write(n, outputs, step, count, panel, at) for the weights of `outputs` outputs and `count` steps: of each step, 64 bytes
-//     of 32 outputs one after another, of which these are those from `at` on; zeros past the last input
-//   source(): what they are made of
-// put(row, n, count, sums) takes sums of `count` outputs of a row, int32 or float32, an array of a vector for each matrix, and
-// writes them. The last block of outputs begins so early that it is whole, and is put where the one before it ends.
-// unit.multiply also gets the number of the first token, how many there are, and the number of the first step.
+// The product of all tokens with one matrix of weights of 32 columns or more, or with two of the same shape, which
+// share a panel: outputs n .. n + 31 of one matrix, or n .. n + 15 of each. A Matrix has
+//   write(n, outputs, step, count, panel, at): writes the weights of `outputs` outputs and `count` steps. For each step,
+//     a panel has 64 bytes for each of 32 outputs; these outputs begin at output `at`. Zeros past the last input
+//   source(): the memory that `write` reads
+// put(row, n, count, sums) writes the sums of `count` outputs of a row, int32 or float32, given as one vector per
+// matrix. The last block of outputs begins early enough to be whole; only its outputs past the previous block are put.
+// unit.multiply also gets the index of the first token, the number of tokens, and the index of the first step.
 template <typename Sums, typename Unit, typename X, typename Matrix, typename Put>
 void for_panels(const Unit& unit, const X* tokens, int64_t rows, int64_t inner, int64_t threads, const Matrix* matrices,
                 const Outputs& out, Put put) {
@@ -228,7 +228,7 @@ void for_panels(const Unit& unit, const X* tokens, int64_t rows, int64_t inner, 
   }
 }
 
-// A matrix of weights [columns, inner] of W, multiplied as numbers.
+// A matrix of weights [columns, inner] of W, multiplied as Number.
 template <typename W>
 struct NumberMatrix {
   const W* data;
@@ -245,7 +245,7 @@ struct NumberMatrix {
   }
 };
 
-// The same for tokens of int8 with weights of int8, or for floats with floats, by a unit that needs to know no more.
+// The same for int8 tokens with int8 weights, or for floats with floats, by a unit without state.
 template <typename X, typename Matrix, typename Put>
 void for_panels(const X* tokens, int64_t rows, int64_t inner, int64_t threads, const Matrix* matrices,
                 const Outputs& out, Put put) {

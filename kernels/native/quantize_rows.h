@@ -13,7 +13,7 @@ inline void quantize_row(const T* x, int8_t* codes, float* scale, int64_t width)
   const int rest = (int)(width - whole);
   IntVec most[4] = {};
   const auto see = [&](Vec v, int part) {
-    const IntVec size = (IntVec)v & INT32_MAX;  // sizes compare as their bits do, NaN as the largest
+    const IntVec size = (IntVec)v & INT32_MAX;  // magnitudes compare like their bits, NaN as the largest
     most[part] = size > most[part] ? size : most[part];
   };
   for (int64_t i = 0; i < unrolled; i += 4 * kLanes)
@@ -25,7 +25,7 @@ inline void quantize_row(const T* x, int8_t* codes, float* scale, int64_t width)
   *scale = largest((Vec)most[0]) / 127;
   const float divisor = *scale > 0 ? *scale : 1;
 #if defined(AFNEXT_PANELS)
-  // A quotient, put right by its remainder, is rounded as that of a division (Markstein 1990), which takes four times as long.
+  // A quotient corrected by its remainder is rounded like a division (Markstein 1990), which takes four times as long.
   const float inverse = 1 / divisor;
   const bool exact = divisor > 1e-30f && divisor < 1e30f;  // nothing under- or overflows
   const auto divided = [&](Vec v) {
@@ -57,7 +57,7 @@ inline void quantize_rows(const T* x, int8_t* codes, float* scales, int64_t rows
   for (int64_t row = 0; row < rows; ++row) quantize_row(x + row * width, codes + row * width, scales + row, width);
 }
 
-// What a product multiplies, until the next one on this thread.
+// The operands of a product, valid until the next product on this thread.
 struct QuantizedRows {
   int8_t* codes;
   float* scales;

@@ -31,15 +31,15 @@ void load_row(const Rows& rows, int64_t b, int64_t t, int64_t time, int64_t head
   rotate(row, turns->cos + at, turns->sin + at, turns->pairs, turns->half);
 }
 
-// The largest magnitude / 127, and each element divided by it and rounded, half to even: divisions as IEEE has them, so
-// that every implementation stores the same integers.
+// The scale is the largest magnitude / 127; each element is divided by it and rounded half to even. Both are IEEE
+// divisions, so that every implementation stores the same integers.
 void quantize(const float* row, int64_t head_dim, int8_t* codes, float* scale) {
   float largest = 0;
   for (int64_t d = 0; d < head_dim; ++d) largest = std::max(largest, std::fabs(row[d]));
   *scale = largest / 127.0f;
   const float divisor = *scale > 0 ? *scale : 1.0f;
   for (int64_t d = 0; d < head_dim; ++d) {
-    const float rounded = (row[d] / divisor + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23 leaves no room for a fraction
+    const float rounded = (row[d] / divisor + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23 leaves no fraction bits
     codes[d] = (int8_t)std::max(-127.0f, std::min(127.0f, rounded));
   }
 }

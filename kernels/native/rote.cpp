@@ -12,8 +12,8 @@ namespace {
 
 inline Vec choose(IntVec mask, Vec yes, Vec no) { return mask ? yes : no; }
 
-// Sine and cosine of angles up to 1e5 rad, each to about one unit in the last place: the angle less its multiple of
-// pi / 2, a sum of parts of 8 bits so that products with the multiple are exact, then polynomials (Cephes).
+// Sine and cosine of angles up to 1e5 rad, each to about one unit in the last place: subtracts a multiple of pi / 2,
+// which is split into 8-bit parts so that products with the multiple are exact, then evaluates polynomials (Cephes).
 inline void sine_cosine(Vec angle, Vec& sine, Vec& cosine) {
   const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec n = (angle * 0.6366197723675814f + shift) - shift;
@@ -45,7 +45,7 @@ double sum_vectors(int64_t whole, Term term) {
   return total;
 }
 
-// row: `padded` floats, a multiple of kLanes, of which `channels` count.
+// row: `padded` floats, a multiple of kLanes, of which the first `channels` are used.
 template <typename T>
 void pool_and_norm(const T* first, const T* second, const T* weight, const T* bias, int64_t channels, int64_t padded,
                    float eps, float* row) {

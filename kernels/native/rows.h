@@ -1,4 +1,4 @@
-// Rows of a head's channels: brought to another element type, and rotated.
+// Rows of a head's channels: conversion to another element type, and rotation.
 
 #pragma once
 
@@ -16,7 +16,7 @@ inline void convert(const From* from, int64_t count, float scale, To* to) {
   if (i < count) store_first(to + i, load_first(from + i, count - i) * scale, count - i);
 }
 
-// Turns `pairs` channel pairs of one row: (j, j + pairs) if `half`, else (2j, 2j + 1).
+// Rotates `pairs` channel pairs of one row: (j, j + pairs) if `half`, else (2j, 2j + 1).
 inline void rotate(float* x, const float* cos, const float* sin, int64_t pairs, bool half) {
   if (half) {
     for (int64_t j = 0; j < pairs; ++j) {

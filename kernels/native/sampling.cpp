@@ -1,8 +1,8 @@
-// One token a row, drawn from what top_k, top_p and min_p keep; `sampling.py` says what that is.
+// One token per row, drawn from the tokens that top_k, top_p and min_p keep; `sampling.py` defines these filters.
 //
-// What the filters keep and what comes up to the draw are the first tokens in the order of drawing, mostly few of many. So one
-// pass deals the tokens into bins of s = (largest logit - logit) / temperature and sums exp(-s), and bins are sorted one after
-// the other only as far as a filter or the draw looks.
+// The filters and the draw need only the most likely tokens, usually few of many. So one pass puts the tokens into bins
+// of s = (largest logit - logit) / temperature and sums exp(-s), and bins are sorted in order only as far as a filter
+// or the draw needs them.
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +16,7 @@ namespace {
 constexpr float kRange = 32;  // tokens with a larger s are never drawn, see sampling.py
 constexpr int kBins = 256;
 
-// The tokens of a row within the range, from the most likely on; of equals those with lower ids come first.
+// The tokens of a row within the range, the most likely first; equal ones by id.
 class Descending {
  public:
   Descending(const float* logits, int64_t vocab, float temperature) : logits_(logits), temperature_(temperature) {
@@ -47,20 +47,20 @@ class Descending {
   }
 
   int64_t count() const { return count_; }
-  double mass() const { return mass_; }  // of all of them; the most likely token has 1
+  double mass() const { return mass_; }  // of all tokens; that of the most likely one is 1
 
-  // The mass of the tokens up to number `rank`.
+  // The mass of the tokens up to rank `rank`.
   double through(int64_t rank) {
     while ((int64_t)through_.size() <= rank) sort_next_bin();
     return through_[rank];
   }
 
-  // Of one that `through` has reached.
+  // For a rank that `through` has reached.
   double mass_of(int64_t rank) const { return std::exp(((double)logits_[tokens_[rank]] - top_) / temperature_); }
   int64_t token(int64_t rank) const { return tokens_[rank]; }
 
  private:
-  // body(first, count, x) for the logits from number `first` on: `count` lanes of x, the others being -inf.
+  // Calls body(first, count, x) for the logits from index `first` on: `count` lanes of x are valid, the others -inf.
   template <typename Body>
   void for_vectors(int64_t vocab, Body body) const {
     int64_t first = 0;
@@ -93,7 +93,7 @@ class Descending {
 int64_t draw(Descending tokens, int64_t top_k, float top_p, float min_p, float uniform) {
   int64_t kept = tokens.count();
   double mass = tokens.mass();
-  // Keeps the tokens up to the first, and at least to it, that is the last one wanted.
+  // Keeps the tokens up to the first for which is_last is true.
   const auto keep_through = [&](auto is_last) {
     int64_t rank = 0;
     while (rank + 1 < kept && !is_last(rank)) ++rank;

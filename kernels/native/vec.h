@@ -1,5 +1,5 @@
-// A vector of float32 as wide as the level's registers, by the compilers' vector extensions: +, *, comparisons and
-// indexing work on it as on a float. Loads and stores convert bfloat16 and float16, rounding to nearest even as torch does.
+// A float32 vector of the level's register width, by the compilers' vector extensions, which support +, *, comparisons
+// and indexing. Loads and stores convert bfloat16 and float16, rounding to nearest even as torch does.
 
 #pragma once
 
@@ -46,7 +46,8 @@ inline Vector load_as(const void* p) {
   return x;
 }
 
-// A sum, in a register, and such additions in their order: with 16 registers gcc makes many products first, and spills.
+// Keeps a sum in a register, and the order of additions: with 16 registers, gcc computes many products first, and
+// spills.
 template <typename Sum>
 inline Sum kept(Sum sum) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -55,8 +56,8 @@ inline Sum kept(Sum sum) {
   return sum;
 }
 
-// Lanes of other widths; what is narrowed has to fit. gcc takes __builtin_convertvector apart: on AVX2 down to single bytes,
-// on AVX-512 into halves where it widens.
+// Conversions to lanes of other widths; narrowed values have to fit. gcc splits __builtin_convertvector: on AVX2 into
+// single bytes, on AVX-512 into halves when widening.
 #if defined(__AVX512F__)
 inline BitVec widen(HalfVec x) { return (BitVec)_mm512_cvtepu16_epi32((__m256i)x); }
 inline IntVec widen(ShortVec x) { return (IntVec)_mm512_cvtepi16_epi32((__m256i)x); }
@@ -107,7 +108,7 @@ inline ByteVec narrow_to_bytes(IntVec x) { return __builtin_convertvector(x, Byt
 #endif
 
 #if defined(AFNEXT_PANELS)
-// Each of kLanes / 2 bytes in two lanes.
+// Each of kLanes / 2 bytes repeated in two lanes.
 inline BitVec twice(const uint8_t* p) {
 #if defined(AFNEXT_NEON)
   const uint8x8_t bytes = vcreate_u8(load_as<uint16_t>(p));
@@ -121,10 +122,10 @@ inline BitVec twice(const uint8_t* p) {
 }
 #endif
 
-inline Vec splat(float x) { return x - Vec{}; }  // 0 + x would be an addition, for -0
+inline Vec splat(float x) { return x - Vec{}; }  // 0 + x would need an addition, for -0
 
 #if defined(AFNEXT_PANELS)
-// a * b + c, rounded once, whatever the compiler makes of * and +.
+// a * b + c, rounded once, even if the compiler does not fuse * and +.
 inline Vec fused(Vec a, Vec b, Vec c) {
 #if defined(AFNEXT_NEON)
   return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
@@ -199,7 +200,7 @@ inline Vec to_float(IntVec x) { return __builtin_convertvector(x, Vec); }
 // To the nearest integer, ties to even, for |x| < 2^22.
 inline Vec round_even(Vec x) { return (x + 12582912.0f) - 12582912.0f; }
 
-// The first `count` (< kLanes) elements, zeros behind them; reads nothing past them.
+// The first `count` (< kLanes) elements, padded with zeros; reads nothing past them.
 template <typename T>
 inline Vec load_first(const T* p, int count) {
   T part[kLanes] = {};
@@ -252,7 +253,7 @@ inline int32_t sum(IntVec x) {
 #endif
 }
 
-inline float largest(Vec x) {  // NaN if there is one
+inline float largest(Vec x) {  // NaN if any lane is NaN
 #if defined(AFNEXT_NEON)
   return vmaxvq_f32((float32x4_t)x);
 #else
