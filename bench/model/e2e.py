@@ -78,7 +78,7 @@ def run_e2e(
         if random is not None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             alone = recipe_of(schemes[0]) if baseline == "none" and len(schemes) == 1 else None
-            # Where nobody needs dense weights none are written: the full size takes a third of the disk in int4.
+            # Dense weights are written only if something needs them: the full size takes a third of the disk in int4.
             write_random_checkpoint(folder, random, quant=recipe(alone) if alone else None)
             model = str(folder)
         assert model is not None
@@ -182,7 +182,7 @@ class _Run:
                 "joules": _above(energy_joules(device), joules),
             }
         samples = self._measure(stage, {**calls, **single}, device)
-        if single:  # they leave a state of their own behind
+        if single:  # they change the subject's state
             for call in calls.values():
                 call()
         ours = subjects[0].name
@@ -204,7 +204,7 @@ class _Run:
         return records
 
     def _measure(self, stage: str, calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, Samples]:
-        # A step of decode is short, and its distribution is wanted; what sums up the others is long.
+        # A decode step is short, and its distribution is of interest; the totals take long.
         few = min(3, self._plan.repeats)
         repeats = {"decode": 4 * self._plan.repeats, "first token": few, "total": few}.get(stage, self._plan.repeats)
         return measure_interleaved(calls, repeats=repeats, warmup=0, max_time=90.0, clock=clock_for(device))
@@ -227,7 +227,7 @@ class _Run:
         case: dict[str, Any],
         samples: dict[str, Samples],
     ) -> Record:
-        """The stage's time with all layers of the full model, from its time with one layer and with those there are."""
+        """The stage's time with all layers of the full model, from its times with one layer and with those present."""
         index = 0 if stage == "encode" else 1
         one, every = samples[_single(subject)].median, samples[subject.name].median
         layer = max(0.0, (every - one) / (case["layers"][index] - 1))
@@ -287,7 +287,7 @@ def _above(after: float | None, before: float | None) -> float | None:
 
 
 def _weight_traffic(loaded: Model, samples: Samples) -> dict[str, Any]:
-    """What a step of decode reads of the weights, and how that compares with copying, both in bytes/s."""
+    """The rates at which a decode step reads weights and at which the machine copies memory, both in bytes/s."""
     decoder = loaded.network.decoder
     head = decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head
     nbytes = sum(buffer.nbytes for module in (decoder.layers, decoder.norm, head) for buffer in module.buffers())
@@ -311,7 +311,7 @@ def recording(seconds: float) -> np.ndarray:
 
 @contextmanager
 def wav_file(audio: np.ndarray) -> Iterator[Path]:
-    """A 16-bit wav file of the recording, gone after the block."""
+    """A 16-bit wav file of the recording, removed after the block."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recording.wav"
         with wave.open(str(path), "wb") as file:

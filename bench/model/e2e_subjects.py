@@ -91,7 +91,7 @@ class AfnextSubject:
         self._features = self._mel_batches()
 
     def _new_decode_step(self) -> DecodeStep:
-        """The engine's own, which may repeat what it recorded of the layers there are."""
+        """The engine's decode step, which may repeat a recording of the present layers."""
         width, cuda_graph = len(self._pages[0]), self._model.options.cuda_graphs
         return DecodeStep(self._network, self._cache, rows=self._batch, width=width, cuda_graph=cuda_graph)
 
@@ -324,10 +324,10 @@ def first_layers(stack: nn.Module, count: int) -> Iterator[None]:
 
 
 def variants() -> dict[str, Callable[[], dict[str, Any]]]:
-    """Further baselines: name to the options of `TransformersSubject`, made when asked for.
+    """Further baselines: name to the options of `TransformersSubject`, created on demand.
 
-    compiled: static cache and torch.compile; int8, nf4: bitsandbytes; hqq: 4 bits; torchao: int4 weights. Those of
-    libraries that are not installed raise ImportError.
+    compiled: static cache and torch.compile; int8, nf4: bitsandbytes; hqq: 4 bits; torchao: int4 weights. A baseline
+    whose library is not installed raises ImportError.
     """
     return {
         "compiled": lambda: {"compiled": True},

@@ -38,7 +38,7 @@ class Question:
 
     @property
     def text(self) -> str:
-        """What is asked."""
+        """The text of the question."""
         return f"Describe recording {self.number}."
 
     @cached_property
@@ -61,7 +61,7 @@ class Question:
 
     @cached_property
     def body(self) -> bytes:
-        """The question as the body of a request. Made before it is asked, so that its making is not measured."""
+        """The question as a request body, made in advance so that this time is not measured."""
         data = base64.b64encode(self.file).decode()
         parts = [
             {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}},
@@ -122,9 +122,9 @@ def quantiles(name: str, seconds: list[float]) -> dict[str, float | None]:
 
 
 async def load(ask: Ask, clients: int, questions: Iterable[Question], seconds: float | None = None) -> Load:
-    """Let clients ask one question after the other and finish the last.
+    """Let clients ask questions in turn and finish the last.
 
-    seconds: after which none is begun, though each client asks at least one; None to ask all `questions`.
+    seconds: no question is begun after this time, but each client asks at least one; None to ask all `questions`.
     """
     result, start, left = Load(), time.perf_counter(), iter(questions)
 
@@ -140,7 +140,7 @@ async def load(ask: Ask, clients: int, questions: Iterable[Question], seconds: f
 
 
 def direct(model: AsyncModel) -> Ask:
-    """Asks a model of this process, which decodes the same files as the server."""
+    """Asks a model in this process, which decodes the same files as the server."""
 
     async def ask(question: Question, load: Load) -> None:
         file = question.file
@@ -170,7 +170,7 @@ class Http:
     async def sent(
         self, method: str, path: str, body: bytes = b"", kind: str = "application/json"
     ) -> AsyncIterator[tuple[int, asyncio.StreamReader]]:
-        """The status of the answer to a request, and what it is followed by. Raises AfnextError without an answer."""
+        """The status of the response to a request, and the rest of it. Raises AfnextError without a response."""
         try:
             reader, writer = await asyncio.open_connection(self._host, self._port)
         except OSError as error:
@@ -180,7 +180,7 @@ class Http:
             fields |= {"Content-Type": kind, "Content-Length": str(len(body))}
             lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
             writer.write(f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode())
-            with suppress(ConnectionError):  # it has answered already
+            with suppress(ConnectionError):  # it has responded already
                 for start in range(0, len(body), _PIECE):
                     writer.write(body[start : start + _PIECE])
                     await writer.drain()
@@ -192,8 +192,8 @@ class Http:
             writer.close()
 
     def probe(self, method: str, path: str, body: bytes = b"") -> tuple[int, float]:
-        """The status of the answer to a request, and the seconds that it took. Blocks: call it in a thread, where other
-        clients of this process are not in its way. Raises OSError without an answer."""
+        """The status of the response to a request, and the seconds that it took. Blocks: call it in a separate thread,
+        so that other clients of this process do not delay it. Raises OSError without a response."""
         start = time.perf_counter()
         connection = HTTPConnection(self._host, self._port, timeout=60)
         try:

@@ -1,13 +1,13 @@
 """Layers of the full width beside `transformers`, in every scheme, at depths of the KV cache without a recording.
 
 encode     one window of 30 s through the encoder
-prefill    a chunk of prompt behind a prefix, without the head
-decode     one token behind a prefix, with the head: what a step of the whole model does, with fewer layers
+prefill    a chunk of prompt after a prefix, without the head
+decode     one token after a prefix, with the head: a step of the whole model, with fewer layers
 
-The prefix is random keys and values that both sides hold, so its depth costs nothing to reach. All schemes and the
-reference take turns in one process. `afnext int4+kv8` has an int8 KV cache, `afnext int4+kv4` one of int4, the
-reference one in its own dtype. That is bfloat16 or float32: on a CPU without instructions for bfloat16 the latter is
-many times faster.
+The prefix consists of random keys and values on both sides, so any depth is available without computing it. All schemes
+and the reference take turns in one process. `afnext int4+kv8` has an int8 KV cache, `afnext int4+kv4` one of int4, and
+the reference one in its own dtype, bfloat16 or float32: on a CPU without bfloat16 instructions float32 is many times
+faster.
 """
 
 import tempfile
@@ -41,7 +41,7 @@ STAGES = ("encode", "prefill", "decode")
 BASELINES = ("bf16", "fp32")
 """Those of SCHEMES whose dtype the reference can have."""
 _WINDOW = 30.0  # seconds
-_FURTHER_TOKENS = 64  # room behind a prefix for what is decoded there
+_FURTHER_TOKENS = 64  # room after a prefix for decoded tokens
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Subject(Protocol):
         """The audio tokens of a window: [tokens, hidden]."""
 
     def hold(self, keys: list[Tensor], values: list[Tensor], room: int) -> None:
-        """Take a prefix, [depth, kv_heads, head_dim] a layer, and make room behind it for `room` tokens."""
+        """Store a prefix, [depth, kv_heads, head_dim] per layer, with room for `room` tokens after it."""
 
     def extend(self, x: Tensor) -> Tensor:
-        """The last hidden states of embeddings [1, time, hidden] behind the prefix, which stays as it is."""
+        """The last hidden states of embeddings [1, time, hidden] after the prefix, which stays unchanged."""
 
     def step(self, x: Tensor) -> Tensor:
-        """The scores after one embedding [1, 1, hidden] behind the prefix: [1, vocab] float32."""
+        """The scores after one embedding [1, 1, hidden] that follows the prefix: [1, vocab] float32."""
 
 
 class Afnext:
@@ -203,10 +203,10 @@ def run_layers(
 ) -> list[Record]:
     """Measure, append records to `out`, and return them.
 
-    shape: of a random checkpoint, "full-width:ENC,DEC"; schemes: of SCHEMES, each with a name of KV behind it for a
-    quantized KV cache; baselines: of BASELINES, speedups are over the first; stages: of STAGES; chunk, prefixes: tokens
-    of prefill, and how many are before them; depths: how many are before the one that is decoded. Raises AfnextError
-    for an unknown scheme.
+    shape: of a random checkpoint, "full-width:ENC,DEC"; schemes: of SCHEMES, each with a suffix of KV for a quantized
+    KV cache; baselines: of BASELINES, speedups are over the first; stages: of STAGES; chunk, prefixes: tokens of
+    prefill, and numbers of tokens before them; depths: numbers of tokens before the decoded one. Raises AfnextError for
+    an unknown scheme.
     """
     unknown = [scheme for scheme in schemes if _parts(scheme)[0] not in SCHEMES]
     if unknown:
@@ -256,7 +256,7 @@ def _measured(case: Case, subjects: list[Subject], shape: str, repeats: int) -> 
     device = torch.device("cpu")
     read_bytes = uncached_bytes(device)
     if case.stage == "decode":
-        # How fast memory is read takes its turn with the steps that it bounds: it is shared, and changes by the minute.
+        # Memory bandwidth is measured in turn with the steps that it bounds, because it is shared and varies.
         calls["read"] = torch.ones(read_bytes // 8, dtype=torch.int64).sum
     outputs = {name: call() for name, call in calls.items()}
     samples = measure_interleaved(calls, repeats=repeats, warmup=0, max_time=120.0, clock=clock_for(device))
@@ -284,9 +284,10 @@ def _measured(case: Case, subjects: list[Subject], shape: str, repeats: int) -> 
 
 
 def stage_calls(stage: str, depth: int, tokens: int, subjects: Sequence[Subject]) -> dict[str, Call]:
-    """What does one of STAGES, by the subject's name, on random embeddings behind a random prefix of `depth` tokens.
+    """Functions that run one of STAGES, by the subject's name, on random embeddings after a random prefix of `depth`
+    tokens.
 
-    One subject at least is `Afnext`.
+    At least one subject is an `Afnext`.
     """
     if stage == "encode":
         return {subject.name: subject.encode for subject in subjects}

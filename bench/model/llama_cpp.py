@@ -1,8 +1,8 @@
-"""llama.cpp beside our runtime, driven through its C API: the backbone of the same shape, and the encoder without RoTE.
+"""llama.cpp beside afnext, called through its C API: the backbone of the same shape, and the encoder without RoTE.
 
 The library is that of the package `xllamacpp`, whose wheels are built for AVX2; AFNEXT_LLAMA_CPP names another, such as
-the one that `make llama-cpp` builds for this machine from the sources. The structures that are passed by value
-are those of BUILD; a library with others is refused.
+the one that `make llama-cpp` builds for this machine from source. The structures passed by value are those of BUILD; a
+library with other structures is refused.
 """
 
 import ctypes
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ...kernels.errors import AfnextError
 
-BUILD = 11549  # of llama.cpp: what xllamacpp 2026.10.11549 carries
+BUILD = 11549  # of llama.cpp, in xllamacpp 2026.10.11549
 LIBRARY_VARIABLE = "AFNEXT_LLAMA_CPP"
 _PREFIX_CHUNK = 512  # tokens
-# Where llama.cpp computes: it configures the matrix unit's tiles once a thread and then relies on them, while torch and
-# our kernels configure them for themselves.
+# llama.cpp computes in its own thread: it configures the AMX tiles once per thread and relies on them, while torch and
+# afnext's kernels configure the tiles themselves.
 _THREAD = ThreadPoolExecutor(1, "llama.cpp")
 
 
@@ -66,7 +66,7 @@ class _ContextParams(ctypes.Structure):
 
 
 class _Batch(ctypes.Structure):
-    """llama_batch. Without positions and sequences its tokens go behind what sequence 0 holds; the last has scores."""
+    """llama_batch. Without positions and sequences its tokens are appended to sequence 0; the last one has scores."""
 
     _fields_ = (
         ("n_tokens", c_int32),
@@ -136,12 +136,12 @@ _AUDIO_CHUNK = 2  # MTMD_INPUT_CHUNK_TYPE_AUDIO
 _LOG = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
 
 
-_ignore = _LOG(lambda level, text, data: None)  # where llama.cpp's messages go
+_ignore = _LOG(lambda level, text, data: None)  # discards llama.cpp's messages
 
 
 @cache
 def library() -> ctypes.CDLL:
-    """llama.cpp with its functions declared. Raises AfnextError where there is none, or one of other structures."""
+    """llama.cpp with its functions declared. Raises AfnextError if it is missing or has other structures."""
     path = os.environ.get(LIBRARY_VARIABLE) or _packaged_library()
     try:
         loaded = ctypes.CDLL(path)
@@ -151,7 +151,7 @@ def library() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise AfnextError(f"{path} is no llama.cpp: {error}") from None
     model, context = loaded.llama_model_default_params(), loaded.llama_context_default_params()
-    # The first and last fields of each kind stand where they should only if all between them do.
+    # If the first and last fields of each structure are in place, so are all fields between them.
     found = (model.n_gpu_layers, model.use_extra_bufts, context.n_ubatch, context.type_k, context.type_v)
     if found != (-1, True, 512, 1, 1) or not context.offload_kqv or context.samplers or context.n_samplers:
         raise AfnextError(f"{path} has other structures than build {BUILD} of llama.cpp")
@@ -161,7 +161,7 @@ def library() -> ctypes.CDLL:
 
 
 def description() -> dict[str, str | None]:
-    """Which llama.cpp this is: the version of the package, and what it was compiled for."""
+    """The version of the llama.cpp package, and the CPU features that it was compiled for."""
     try:
         version: str | None = metadata.version("xllamacpp")
     except metadata.PackageNotFoundError:
@@ -237,12 +237,12 @@ class LlamaCppEncoder:
 class LlamaCpp:
     """llama.cpp as a subject of `layers.py`. It computes in as many threads as torch does.
 
-    It cannot be given keys and values, so its prefix is as many random embeddings, which it has to compute: reaching a
-    depth takes as long as its prefill. Its KV cache is float16.
+    llama.cpp accepts no keys and values, so the prefix is made of random embeddings, which it has to compute: reaching
+    a depth takes as long as its prefill. The KV cache is float16.
     """
 
     def __init__(self, name: str, model: LlamaCppModel, encoder: LlamaCppEncoder | None = None, *, flash: bool = True):
-        """flash: with its flash attention, which it chooses by default and which is not always the faster way."""
+        """flash: use its flash attention, which is its default but not always faster."""
         self.name, self._model, self._encoder, self._flash = name, model, encoder, flash
         self._library = library()
         self._context: int | None = None
@@ -254,7 +254,7 @@ class LlamaCpp:
         return self._encoder.encode()
 
     def hold(self, keys: list[Tensor], values: list[Tensor], room: int) -> None:
-        """Hold a prefix as long as `keys`, [depth, ...] a layer, and make room behind it for `room` tokens."""
+        """Compute a prefix as long as `keys`, [depth, ...] per layer, with room for `room` tokens after it."""
         self._depth = len(keys[0])
         self.close()
         params = self._library.llama_context_default_params()
@@ -269,7 +269,7 @@ class LlamaCpp:
             self._decode(prefix[: self._depth - start])
 
     def extend(self, x: Tensor) -> Tensor:
-        """The scores after the last of the embeddings [1, time, hidden], [1, vocab] float32; the prefix stays as it is.
+        """The scores after the last of the embeddings [1, time, hidden], [1, vocab] float32; the prefix is unchanged.
 
         llama.cpp computes the last layer's feed-forward network and the head for that row alone.
         """
@@ -292,7 +292,7 @@ class LlamaCpp:
             raise AfnextError(f"llama.cpp's llama_decode failed with code {code}")
 
     def close(self) -> None:
-        """Give the memory of the prefix back."""
+        """Free the memory of the prefix."""
         if self._context is not None:
             self._library.llama_free(self._context)
             self._context = None

@@ -1,8 +1,8 @@
 """afnext beside llama.cpp at full width: the encoder, a chunk of prefill, and a step of decode at any depth.
 
 Both hold random weights of the same shape in one process and take turns. Only the backbone and the encoder can be
-compared, since llama.cpp has no RoTE, which is part of our encoder. Outputs are not: packed weights
-are random codes on either side. That both compute the same function of the same weights is what the tests show.
+compared, since llama.cpp has no RoTE, which is part of afnext's encoder. Outputs are not compared, because packed
+weights are random codes on both sides. Tests check that both compute the same function of the same weights.
 """
 
 import tempfile
@@ -44,9 +44,9 @@ def run_llama_cpp(
 ) -> list[Record]:
     """Measure, append records to `out`, and return them.
 
-    shape: of a random checkpoint, "full-width:ENC,DEC"; schemes: ours, of SCHEMES; kinds: llama.cpp's, of
+    shape: of a random checkpoint, "full-width:ENC,DEC"; schemes: afnext's, of SCHEMES; kinds: llama.cpp's, of
     `random_gguf.KINDS`, whose encoder is bf16 beside bf16 and Q8_0 otherwise; depths: tokens before the chunk of
-    prefill and before the step of decode. Raises AfnextError for an unknown scheme and without llama.cpp.
+    prefill and before the decode step. Raises AfnextError for an unknown scheme and without llama.cpp.
     """
     if set(schemes) - set(SCHEMES):
         raise AfnextError(f"unknown scheme among {', '.join(schemes)}; choose from {', '.join(SCHEMES)}")

@@ -1,12 +1,12 @@
-"""Random weights as GGUF, the files of llama.cpp, for its speed beside ours. Needs the package `gguf`.
+"""Random weights as GGUF files, to compare the speed of llama.cpp with afnext's. Needs the package `gguf`.
 
     bf16    the weights of `random_checkpoint.py` themselves, so that outputs can be compared
-    q8_0    32 weights of 8 bits share a scale: 8.5 bits a weight
-    q4_0    32 weights of 4 bits share a scale: 4.5 bits a weight; the lm_head is Q6_K, 6.6 bits, as llama.cpp itself
-            mixes them when it is asked for Q4_0
+    q8_0    32 weights of 8 bits share a scale: 8.5 bits per weight
+    q4_0    32 weights of 4 bits share a scale: 4.5 bits per weight; the lm_head is Q6_K, 6.6 bits, the mix that
+            llama.cpp itself uses for Q4_0
 
-Packed weights are random codes: packing dense ones would take minutes and change no speed. The layers repeat the same
-blocks, so writing is bound by the disk and holds one layer in memory.
+Packed weights are random codes: packing dense ones would take minutes and not change the speed. The layers repeat the
+same blocks, so the disk bounds writing, and one layer is in memory.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ import torch
 from ...runtime.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from ..core.random_checkpoint import flat_shapes, random_tensors
 
-# A block as ggml-common.h lays it out, how many weights it holds, and the standard deviation of its random codes.
+# The layout of a block in ggml-common.h, its number of weights, and the standard deviation of its random codes.
 _BLOCKS = {
     "q4_0": (np.dtype([("scale", "<f2"), ("codes", "u1", 16)]), 32, 4.6),
     "q6_k": (np.dtype([("codes", "u1", 192), ("scales", "i1", 16), ("scale", "<f2")]), 256, 18.5),
@@ -28,7 +28,7 @@ _BLOCKS = {
 KINDS = ("bf16", "q8_0", "q4_0")
 _BACKBONE = "language_model."
 _HEAD = f"{_BACKBONE}lm_head.weight"
-_LAYER_NORM_EPS = 1e-5  # of Whisper, which no config states
+_LAYER_NORM_EPS = 1e-5  # Whisper's; no config has it
 
 
 def write_random_backbone(path: Path, config: ModelConfig, kind: str = "q4_0", seed: int = 0) -> Path:
@@ -40,7 +40,7 @@ def write_random_backbone(path: Path, config: ModelConfig, kind: str = "q4_0", s
     shapes = {name: shape for name, shape in flat_shapes(config).items() if name.startswith(_BACKBONE)}
     packed = {name: kind for name, shape in shapes.items() if len(shape) == 2 and kind != "bf16"}
     if kind == "q4_0":
-        # As llama.cpp chooses: Q6_K, or Q8_0 where its blocks do not fill the rows.
+        # llama.cpp's choice: Q6_K, or Q8_0 if Q6_K's blocks do not fill the rows.
         packed[_HEAD] = "q6_k" if decoder.hidden_size % _BLOCKS["q6_k"][1] == 0 else "q8_0"
     called = {name: _called(names, name.removeprefix(_BACKBONE)) for name in shapes}
     _write(writer, shapes, called, packed, seed)
@@ -50,7 +50,7 @@ def write_random_backbone(path: Path, config: ModelConfig, kind: str = "q4_0", s
 def write_random_encoder(path: Path, config: ModelConfig, kind: str = "bf16", seed: int = 0) -> Path:
     """Write the encoder and the adaptor of `config`, in "bf16" or "q8_0", as llama.cpp's projector for Music Flamingo.
 
-    Its convolutions and positions are float32, as llama.cpp converts them. RoTE has no place in it.
+    Its convolutions and positions are float32, as in llama.cpp's conversion. The format has no RoTE.
     """
     writer = gguf.GGUFWriter(path, "clip")
     _describe_encoder(writer, config.encoder, config.decoder.hidden_size)
@@ -78,14 +78,14 @@ def _describe_backbone(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
     writer.add_head_count_kv(config.kv_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
-    # llama.cpp's audio input spells <sound> with the vocabulary, and needs no other word of it.
+    # llama.cpp's audio input tokenizes <sound>, and needs nothing else from the vocabulary.
     tokens = ["<sound>", *(f"[{i}]" for i in range(1, config.vocab_size))]
     kinds = [gguf.TokenType.CONTROL, *[gguf.TokenType.UNUSED] * (config.vocab_size - 1)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges(["[ 1]"])  # llama.cpp refuses to have none
+    writer.add_token_merges(["[ 1]"])  # llama.cpp requires at least one
 
 
 def _describe_encoder(writer: gguf.GGUFWriter, config: EncoderConfig, width: int) -> None:
@@ -108,7 +108,7 @@ def _write(
     packed: Mapping[str, str],
     seed: int,
 ) -> None:
-    """packed: the tensors that are stored in blocks, and of which kind; the others are bfloat16, or float32."""
+    """packed: the kind of each tensor that is stored in blocks; the others are bfloat16 or float32."""
     dense = {name: shape for name, shape in shapes.items() if name not in packed}
     for name, shape in shapes.items():
         size = int(np.prod(shape))
@@ -141,7 +141,7 @@ def _is_float32(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _random_blocks(shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, str], seed: int) -> Iterator[np.ndarray]:
-    """Blocks of random codes whose weights have the size that those of a random checkpoint have."""
+    """Blocks of random codes whose weights have the standard deviation of a random checkpoint's."""
     made: dict[tuple[str, str, tuple[int, ...]], np.ndarray] = {}
     generator = np.random.default_rng(seed)
     for name, shape in shapes.items():

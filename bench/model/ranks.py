@@ -1,9 +1,8 @@
 """Several processes beside one: the same questions to models that are divided among ranks, and to whole models.
 
-The processes of a CPU share its threads and its memory bandwidth, so that what is measured there is the cost of
-dividing. Figures: time to the first token about a recording, as the mean of the questions that are asked together, and
-the tokens a second after it of all of them; both as medians over rounds in which the ways take turns. Outputs are
-compared before anything is reported.
+The processes of a CPU share its threads and memory bandwidth, so a CPU measures the cost of dividing. Figures: time to
+the first token about a recording, as the mean over simultaneous questions, and tokens per second of all questions after
+it; both as medians over rounds in which the ways take turns. Outputs are compared before anything is reported.
 """
 
 import multiprocessing
@@ -33,7 +32,7 @@ WAYS = ("tp1", "tp2", "tp4", "sp2", "sp4", "copies2", "copies4")
 
 
 class _Asked(Protocol):
-    """Answers questions about recordings that are asked together."""
+    """Answers simultaneous questions about recordings."""
 
     def __call__(self, recordings: list[np.ndarray], new_tokens: int) -> list[Answer]: ...
 
@@ -51,9 +50,9 @@ def run_ranks(
 ) -> list[Record]:
     """Measure a checkpoint of `shape` in each way; append to the file `out` and return the records.
 
-    ways: of `WAYS`, the option of `load` and its number of ranks, or how many whole models in processes of their own,
+    ways: of `WAYS`, an option of `load` and its number of ranks, or the number of whole models in separate processes,
     which share the threads and take the requests in turn. seconds: of each recording; scheme: one of `record.SCHEMES`;
-    requests: asked together. Raises AfnextError if the answers differ in the first token.
+    requests: simultaneous ones. Raises AfnextError if the answers differ in the first token.
     """
     where, records = machine(), []
     generator = np.random.default_rng(0)
@@ -81,7 +80,7 @@ def run_ranks(
 
 @contextmanager
 def _loaded(way: str, checkpoint: Path, scheme: str) -> Iterator[_Asked]:
-    """What answers in a way, until the block ends."""
+    """An object that answers in the given way, until the block ends."""
     options: dict[str, Any] = {
         "dtype": SCHEMES[scheme],
         "quant": recipe_of(scheme),
@@ -126,7 +125,7 @@ _copy: Model
 
 
 def _load_copy(parent: int, threads: int, checkpoint: Path, options: dict[str, Any]) -> None:
-    """Load the model of this process, which ends with `parent`."""
+    """Load the model in this process, which exits with `parent`."""
     global _copy
     end_with_parent(parent)
     torch.set_num_threads(threads)

@@ -1,8 +1,8 @@
 """Measures contexts, live audio and batching on a random checkpoint of true width and few layers.
 
-second question    time to first token about a long recording: heard for it, and of a further question about it
-listening          peak memory while a recording of growing length is fed as it would be recorded
-throughput         tokens a second of eight mixed requests, one after the other and together, rounds interleaved
+second question    time to first token of the first question about a long recording, and of a further one
+listening          peak memory while a recording of growing length is fed as if live
+throughput         tokens per second of eight mixed requests, one after another and together, rounds interleaved
 """
 
 import statistics
@@ -33,7 +33,7 @@ def run_serving(
 ) -> list[Record]:
     """Measure all three on a checkpoint of `shape`; append to the file `out` and return the records.
 
-    seconds: of the recording that is asked about twice; lengths: of the one that is fed; repeats: rounds of throughput;
+    seconds: of the recording for two questions; lengths: of the recording that is fed; repeats: rounds of throughput;
     scheme: one of `record.SCHEMES`.
     """
     where = machine()

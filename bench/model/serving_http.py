@@ -2,14 +2,14 @@
 
 Three kinds of records:
 
-- "load": each of so many clients asks one question after the other about recordings of different lengths and reads the
-  stream of the answer. Tokens a second of all clients together, time to the first token and between the pieces of an
-  answer. Beside a server of its own the same questions and files go to `AsyncModel`, in alternating order:
-  `over_direct` is the time per answer over HTTP, divided by that of the model alone, and `same_answers` the part of the
-  answers that are equal.
-- "uploads": how late the server's event loop runs a timer, and how soon it answers `/health`, while some clients upload
-  files and others ask.
-- "overload": how soon a request beyond the server's limit is refused, while it works on as many as it admits.
+- "load": each client asks questions in turn about recordings of different lengths and reads the stream of the answer.
+  Tokens per second of all clients together, time to the first token and between the pieces of an answer. If the
+  benchmark starts the server itself, the same questions and files also go to `AsyncModel`, in alternating order:
+  `over_direct` is the time per answer over HTTP, divided by that of the model alone, and `same_answers` the share of
+  equal answers.
+- "uploads": the delay of a timer in the server's event loop, and the response time of `/health`, while some clients
+  upload files and others ask.
+- "overload": the time until a request beyond the server's limit is refused, while the server is at the limit.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ _TRIAL = 8  # questions at least, to see how many are answered in a second
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is served. label: its name in the records; dtype: as of `load`."""
+    """The served model. label: its name in the records; dtype: as in `load`."""
 
     model: str
     label: str
@@ -63,11 +63,11 @@ def run_http(
     random: str | None = None,
     scheme: str = "bf16",
 ) -> list[Record]:
-    """Load a server at `url`, or one of its own, with each number of clients for `seconds`; append to `out`.
+    """Load the server at `url`, or one started here, with each number of clients for `seconds`; append to `out`.
 
-    With its own server the same questions go to the model directly, too, for as long. Then come uploads and overload,
-    for at most ten seconds each. random: serve random weights of that shape (see `random_checkpoint.py`) instead of
-    `model`, in a scheme of `record.SCHEMES`. Raises AfnextError without an answer, and for `random` with `url`.
+    With a server started here, the same questions also go to the model directly, for as long. Uploads and overload
+    follow, for at most ten seconds each. random: serve random weights of that shape (see `random_checkpoint.py`), in a
+    scheme of `record.SCHEMES`, instead of `model`. Raises AfnextError without an answer, and for `random` with `url`.
     """
     if random is None:
         return asyncio.run(_run(out, url, _Subject(model, model), list(clients), seconds, api_key))
@@ -119,8 +119,8 @@ async def _run(
 
 
 def beside_direct(served: Load, alone: Load) -> dict[str, float]:
-    """Time per answer over that of the model alone, and the share of the server's answers that are the model's. The
-    server refuses questions where there are too many clients."""
+    """Time per answer over that of the model alone, and the share of the server's answers that equal the model's. The
+    server refuses questions if there are too many clients."""
     if not served.answers:
         return {}
     same = sum(alone.answers[number] == text for number, text in served.answers.items())
@@ -135,7 +135,7 @@ async def _compared(
 ) -> tuple[Load, Load]:
     """The same questions to the model and to the server, for about `seconds` each.
 
-    They take turns, and each begins once, so that whatever else the machine does meets both alike.
+    They take turns, and each begins once, so that other load on the machine affects both alike.
     """
     sides = ((direct(model), Load()), (http.ask, Load()))
     count = await _count(direct(model), clients, questions, seconds / 2)
@@ -148,7 +148,7 @@ async def _compared(
 
 
 async def _count(ask: Ask, clients: int, questions: Iterator[Question], seconds: float) -> int:
-    """Questions that clients ask in so many seconds, at least one each, after what is made when it is first needed."""
+    """Number of questions that clients can ask in `seconds`, at least one each, measured after a warm-up."""
     for _ in range(2):
         trial = _prepared(questions, max(clients, _TRIAL))
         result = await load(ask, clients, trial)
@@ -156,7 +156,7 @@ async def _count(ask: Ask, clients: int, questions: Iterator[Question], seconds:
 
 
 def _prepared(questions: Iterator[Question], count: int) -> list[Question]:
-    """Questions whose bodies are made."""
+    """Questions with their bodies already made."""
     asked = list(itertools.islice(questions, count))
     for question in asked:
         _ = question.body
@@ -190,7 +190,7 @@ async def _uploads(http: Http, questions: Iterator[Question], seconds: float) ->
 
 
 async def _overload(http: Http, clients: int, questions: Iterator[Question], seconds: float) -> dict[str, Any]:
-    """How soon one request more is refused while the server answers as many as it admits."""
+    """The time until one more request is refused while the server is at its limit."""
     asked = _prepared(questions, 2 * clients)
     async with _probing(http, "POST", "/v1/chat/completions", asked[0].body) as probes:
         result = await load(http.ask, clients, itertools.cycle(asked), seconds)
@@ -201,7 +201,7 @@ async def _overload(http: Http, clients: int, questions: Iterator[Question], sec
 
 @asynccontextmanager
 async def _probing(http: Http, method: str, path: str, body: bytes = b"") -> AsyncIterator[list[tuple[int, float]]]:
-    """Send a request again and again for the length of the block: the statuses, and how long each took."""
+    """Send a request repeatedly for the length of the block; collects statuses and times."""
     probes: list[tuple[int, float]] = []
 
     async def probe() -> None:
@@ -226,7 +226,7 @@ async def _limit(http: Http) -> int:
 
 @asynccontextmanager
 async def _own_server(subject: _Subject) -> AsyncIterator[Http]:
-    """A server in a process of its own, which ends with the block."""
+    """A server in a separate process, which ends with the block."""
     arguments = ("-m", "afnext", "serve", "--model", subject.model, "--dtype", subject.dtype, "--port", "0")
     process = await asyncio.create_subprocess_exec(sys.executable, *arguments, stderr=asyncio.subprocess.PIPE)
     assert process.stderr is not None
@@ -248,7 +248,7 @@ async def _own_server(subject: _Subject) -> AsyncIterator[Http]:
 
 
 async def _lag(http: Http) -> dict[float, float]:
-    """How often the server's loop was late by at most so many seconds, since it started."""
+    """Counts of the server's loop delays up to each bound in seconds, since the server started."""
     text = (await http.get("/metrics")).decode()
     found = re.findall(r'^afnext_event_loop_lag_seconds_bucket{le="(.*)"} (.*)$', text, re.MULTILINE)
     return {float(bound): float(count) for bound, count in found}
@@ -259,7 +259,7 @@ def _since(before: dict[float, float], after: dict[float, float]) -> dict[float,
 
 
 def _quantile(counts: dict[float, float], part: float) -> float | None:
-    """The least bound below which that part of the times lies; None without any, or beyond the last bound."""
+    """The smallest bound for at least that share of the times; None without times, or beyond the last bound."""
     total = max(counts.values(), default=0.0)
     found = (bound for bound, count in sorted(counts.items()) if count >= part * total > 0)
     bound = next(found, math.inf)

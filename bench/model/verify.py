@@ -1,6 +1,6 @@
 """`afnext verify MODEL`: checks that a checkpoint works on this machine and agrees with `transformers`.
 
-    files      every tensor is there in its shape; files that the Hub names by their hash have that hash
+    files      every tensor is present with its shape; files that the Hub names by their hash have that hash
     settings   token ids of config and tokenizer agree; how the sizes differ from the published model's
     parity     greedy tokens of bundled recordings are those of transformers, for each dense dtype that fits
     schemes    packed weights answer, and how many of the dense model's tokens they repeat
@@ -8,8 +8,7 @@
     memory     the peak beside the plan
 
 Where two greedy answers differ, the reference's two best scores must differ by no more than rounding in that dtype:
-then either token is right, and later tokens are not compared. Every check is a row; a check that cannot be made states
-why.
+then either token is right, and later tokens are not compared. Every check is a row; a skipped check states why.
 """
 
 import gc
@@ -56,12 +55,12 @@ PASS, FAIL, SKIP = "pass", "FAIL", "skipped"
 _TIE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.05}
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NEW_TOKENS = 48
-_ROUNDS, _STAGE_SECONDS = 5, 2.0  # of timing one stage; one whose first calls take longer is timed in one round
+_ROUNDS, _STAGE_SECONDS = 5, 2.0  # for one stage; a stage whose first calls take longer is timed in one round
 
 
 @dataclass(frozen=True)
 class Row:
-    """One check. case: dtype, scheme or file; state: PASS, FAIL or SKIP; found: what, in words."""
+    """One check. case: dtype, scheme or file; state: PASS, FAIL or SKIP; found: the finding in words."""
 
     check: str
     case: str
@@ -98,11 +97,11 @@ def verify(
     new_tokens: int = _NEW_TOKENS,
     progress: Callable[[str], None] = lambda check: None,
 ) -> Report:
-    """Make every check that fits this machine.
+    """Run every check that fits this machine.
 
     model: a folder or a name on the Hub; schemes: DENSE and recipes; dtypes: of the dense weights; stages: time them
-    beside transformers; progress: called with what is checked next. Faults of the checkpoint are rows; only a model
-    that is not there at all raises.
+    beside transformers; progress: called with the name of the next check. Faults of the checkpoint become rows; only a
+    missing model raises.
     """
     folder, where = Path(resolve(model)), usable_device(device)
     report = Report(model, _name(where), [])
@@ -167,7 +166,7 @@ def _sha256(file: Any) -> str:
 
 
 def _settings(checkpoint: OpenCheckpoint, report: Report) -> None:
-    """Check config and tokenizer; raises AfnextError where they cannot be read or contradict each other."""
+    """Check config and tokenizer; raises AfnextError if they cannot be read or contradict each other."""
     config = checkpoint.config
     ids = {
         "audio_token_id": config.audio_token_id,
@@ -247,7 +246,7 @@ def _packed(
 def _plan(
     config: ModelConfig, device: torch.device, dtype: str, scheme: str, new_tokens: int
 ) -> tuple[MemoryPlan | None, str]:
-    """The memory plan of a check, and why it cannot be made: "" where it can."""
+    """The memory plan of a check, and why the check cannot run, "" if it can."""
     if dtype == "bfloat16" and not has_bfloat16(device):
         return None, "this GPU has no bfloat16"
     try:
@@ -270,7 +269,7 @@ def _plan(
 def _loaded(
     folder: Path, device: torch.device, dtype: str, quant: str | None, report: Report
 ) -> Iterator[Model | None]:
-    """The model, closed after the block; None with a row where it cannot be loaded."""
+    """The model, closed after the block; None, with a row in the report, if it cannot be loaded."""
     try:
         model = load(folder, device=device, dtype=dtype, quant=quant, prefix_cache_bytes=0, encoder_cache_bytes=0)
     except AfnextError as fault:
@@ -286,7 +285,7 @@ def _loaded(
 
 
 def _answers(model: Model, new_tokens: int, plan: MemoryPlan, case: str, report: Report) -> list[list[int]]:
-    """Greedy tokens for each recording; the peak of memory while they were made is a row."""
+    """Greedy tokens for each recording; adds a row with the peak memory."""
     device = model.network.device
     reset = reset_peaks(device)
     options: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": new_tokens}
@@ -321,7 +320,7 @@ def _compared(reference: TransformersSubject, audio: np.ndarray, ours: list[int]
 
 
 def _stages(model: Model, reference: TransformersSubject, dtype: str, new_tokens: int) -> Iterator[Row]:
-    """Every stage of 30 s of audio, ours and the reference's in turn."""
+    """Times of every stage for 30 s of audio, of afnext and the reference in turn."""
     ours = AfnextSubject("afnext", model)
     audio = np.resize(load_audio(RECORDINGS[1]).samples, 480_000)
     for subject in (ours, reference):

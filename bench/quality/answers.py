@@ -37,13 +37,13 @@ Progress = Callable[[int, int], None]
 _ROW_ERRORS = (AudioError, PromptError, ContextLengthError, UnscorableError)
 TRANSCRIBE = "Transcribe the input speech."
 _COMMON = ("number", "id", "audio")
-_LAST = ("finish_reason", "error", "model", "manifest", "status")  # the status last: a row cut short has none
+_LAST = ("finish_reason", "error", "model", "manifest", "status")  # the status last: a truncated row has none
 _COLUMNS: dict[Task, tuple[str, ...]] = {
     "asr": ("reference", "hypothesis", "words", "substitutions", "deletions", "insertions"),
     "choice": ("answer", "reply", "chosen", "correct", *GROUPS),
     "perplexity": ("tokens", "nll", "baseline_nll", "kl", "top1_agreements"),
 }
-_LOGIT_ROWS = 32  # positions whose scores are held at once: 152 000 float64 each, 39 MB for one model
+_LOGIT_ROWS = 32  # positions whose scores are in memory at once: 152 000 float64 each, 39 MB for one model
 
 
 def run_quality(
@@ -60,12 +60,12 @@ def run_quality(
     restart: bool = False,
     progress: Progress | None = None,
 ) -> Record:
-    """Score a model on a manifest; write `out` (CSV, a row an item) and beside it the same name with .jsonl, the score.
+    """Score a model on a manifest; write `out` (CSV, a row per item) and, with the suffix .jsonl, the score.
 
     data: a manifest or the folder of one, see `quality_data`. baseline: for perplexity, the model to compare with.
-    limit: only the first rows. subject: who is measured, by default "afnext", the dtype and that of a quantized KV.
-    restart: drop the rows that are there; without it they are kept, those that failed are tried again, and rows of
-    another model or manifest raise ResultsError. progress: called with (rows done, rows in all). Decoding is greedy.
+    limit: only the first rows. subject: its name, by default "afnext", the dtype and that of a quantized KV cache.
+    restart: drop existing rows; otherwise existing rows are kept, failed ones are retried, and rows of another model or
+    manifest raise ResultsError. progress: called with (rows done, rows in all). Decoding is greedy.
 
     A row whose audio or prompt is refused is kept with its error and counts in "failed", not in the score.
     """
@@ -76,7 +76,7 @@ def run_quality(
     manifest = read_manifest(data, task)
     _check_baseline(model, baseline, manifest.task)
     if manifest.task == "asr":
-        _jiwer()  # better missed now than after the first answer
+        _jiwer()  # a missing package should fail before the first answer
     stamp = {"model": _fingerprint(model, baseline, max_new_tokens), "manifest": manifest.fingerprint}
     items = manifest.items[:limit]
     columns = (*_COMMON, *_COLUMNS[manifest.task], *_LAST)
@@ -121,12 +121,11 @@ def score_items(
     machine: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Record:
-    """Score a model by functions of one's own; `out` and what is resumed are as in `run_quality`.
+    """Score a model by the caller's functions; `out` and resuming are as in `run_quality`.
 
     answer: given the model, some items and the limit of new tokens, returns for each a row with `figure` (a string that
-    `summary` understands), question, reply, reference, category and finish_reason. It is given `batch` items at once;
-    where one of them is refused, each alone. summary: of the figures of all rows that were answered. case: of the
-    record.
+    `summary` understands), question, reply, reference, category and finish_reason. It gets `batch` items at once; if
+    one of them is refused, it gets each alone. summary: of the figures of all answered rows. case: of the record.
     """
     stamp = {"model": _fingerprint(model, None, max_new_tokens), "manifest": items.fingerprint}
     columns = (*_COMMON, *_ANSWER_COLUMNS, *_LAST)
@@ -164,7 +163,7 @@ def _together(
     answer: Callable[[Model, Sequence[Item], int], list[Answered]],
     max_new_tokens: int,
 ) -> list[Answered]:
-    """The rows of some items; an item that is refused costs only its own."""
+    """The rows of some items; a refused item fails only its own row."""
     try:
         return [{**row, "status": "ok"} for row in answer(model, items, max_new_tokens)]
     except _ROW_ERRORS as error:
@@ -174,7 +173,7 @@ def _together(
 
 
 def word_errors(reference: str, hypothesis: str) -> dict[str, int]:
-    """Words of the normalised reference, and the substitutions, deletions and insertions that lead to the hypothesis.
+    """Number of words of the normalised reference, and substitutions, deletions and insertions in the hypothesis.
 
     Both are normalised, see `quality_data.normalise`. Raises AfnextError when jiwer is not installed.
     """
@@ -255,8 +254,8 @@ def _log_probabilities(model: Model, hidden: Tensor) -> Tensor:
 def _target_states(model: Model, item: Item, text: list[int]) -> tuple[Tensor, Tensor]:
     """Normed hidden states that predict the text's tokens, [n, hidden], and those tokens, [n] int64.
 
-    With audio the text is the answer to `TRANSCRIBE`, after the prompt of the checkpoint's template; without, it stands
-    alone and its first token, which nothing predicts, is left out.
+    With audio, the text is the answer to `TRANSCRIBE`, after the prompt of the checkpoint's template. Without audio
+    there is no prompt, and the first token, which nothing predicts, is left out.
     """
     ids, audio, first = text, tuple[AudioInput, ...](), 1
     if item.audio is not None:
@@ -311,7 +310,7 @@ def _subject(model: Model) -> str:
 
 
 def _fingerprint(model: Model, baseline: Model | None, max_new_tokens: int) -> str:
-    """Changes with the weights (a sample of each tensor), their dtype, the prompt's template and the answers' limit."""
+    """A hash of the weights (a sample of each tensor), their dtype, the prompt's template and the answers' limit."""
     digest = hashlib.sha256(f"{max_new_tokens} {TRANSCRIBE}".encode())
     for one in (model, baseline):
         if one is None:
@@ -326,11 +325,11 @@ def _fingerprint(model: Model, baseline: Model | None, max_new_tokens: int) -> s
 
 
 def _resume(path: Path, columns: tuple[str, ...], stamp: dict[str, str]) -> list[dict[str, str]]:
-    """The finished rows of a CSV, which is left with those alone. Raises ResultsError for rows of something else."""
+    """The finished rows of a CSV; removes all others from it. Raises ResultsError for rows with another stamp."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        text = file.read()  # an interruption may cut a character in two; its row is dropped below
+        text = file.read()  # an interruption may split a character; its row is dropped below
     lines = list(_lines(text, path)) if "\n" in text else []
     if lines and lines[0] != list(columns):
         raise ResultsError(f"{path} holds other columns than this task writes; give another --out, or --restart")
@@ -359,7 +358,7 @@ def _lines(text: str, path: Path) -> Iterator[list[str]]:
 
 
 def _cell(value: Any) -> str:
-    """The value for CSV without NUL, which a model may write and Python 3.10 cannot read."""
+    """The value for CSV, without NUL, which a model may generate and Python 3.10's csv cannot read."""
     return str(value).replace("\0", "\ufffd")
 
 

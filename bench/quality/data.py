@@ -1,11 +1,11 @@
-"""Manifests of quality benchmarks, and how an answer is held against what they say.
+"""Manifests of quality benchmarks, and the comparison of answers with them.
 
     asr         {"audio": "clip.wav", "text": "what is said"}              also NeMo's "audio_filepath"
     choice      {"audio_id": "clip.wav", "question": "...", "choices": ["...", "..."], "answer": "..."}   as in MMAU
     perplexity  {"text": "..."}, with or without "audio"
 
-A manifest is a JSON list or JSON lines. Audio lies in the folder of the manifest or below it; a manifest comes from
-elsewhere, so names that lead out of that folder are refused.
+A manifest is a JSON list or JSON lines. Audio is in the folder of the manifest or below it. Manifests are untrusted, so
+names that lead out of that folder are refused.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ _AUDIO_KEYS = ("audio", "audio_filepath", "audio_id", "audio_path")
 
 
 class ManifestError(AfnextError):
-    """A manifest cannot be read, or asks for something outside its folder."""
+    """A manifest cannot be read, or names a file outside its folder."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One row of a manifest. number: counted from 1; text: the reference or, for a choice, the right one's text;
-    groups: those of `GROUPS` that the row names; more_audio: recordings that are heard after `audio`."""
+    """One row of a manifest. number: counted from 1; text: the reference or, for multiple choice, the right choice's
+    text; groups: those of `GROUPS` that the row names; more_audio: recordings that follow `audio`."""
 
     number: int
     id: str
@@ -49,7 +49,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Items:
-    """Rows to be scored. fingerprint: changes with what they say; left_out: rows of the source that are not scored."""
+    """Rows to be scored. fingerprint: a hash of their contents; left_out: rows of the source that are not scored."""
 
     items: list[Item]
     fingerprint: str
@@ -58,7 +58,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The rows of a manifest. fingerprint: changes with any byte of the file."""
+    """The rows of a manifest. fingerprint: a hash of the file."""
 
     path: Path
     task: Task
@@ -69,7 +69,7 @@ class Manifest:
 def read_manifest(data: Path, task: Task | Literal["auto"] = "auto") -> Manifest:
     """Read the manifest `data`, or the only .json or .jsonl file in the folder `data`.
 
-    task: "auto" takes what the first row looks like. Raises ManifestError naming the row at fault.
+    task: "auto" derives it from the first row. Raises ManifestError naming the wrong row.
     """
     path = _manifest_path(data)
     if path.stat().st_size > _MAX_MANIFEST_BYTES:
@@ -96,7 +96,7 @@ def _manifest_path(data: Path) -> Path:
 
 
 def parse_rows(content: bytes, path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON list or of JSON lines. Raises ManifestError, also where there is none."""
+    """The objects of a JSON list or of JSON lines. Raises ManifestError, also if there is none."""
     try:
         text = content.decode("utf-8-sig")
         if text.lstrip().startswith("["):
@@ -184,24 +184,24 @@ def inside(folder: Path, name: Any, where: str) -> Path:
 
 
 def normalise(text: str) -> str:
-    """The text as words are compared: NFKC, lower case, without apostrophes, other punctuation and symbols as spaces,
-    one space between words. Numbers and spelling stay as they are ("20" is not "twenty")."""
+    """The text normalised for comparing words: NFKC, lower case, without apostrophes, other punctuation and symbols as
+    spaces, one space between words. Numbers and spelling are unchanged ("20" is not "twenty")."""
     folded = unicodedata.normalize("NFKC", text).lower().replace("’", "").replace("'", "")
     spaced = (" " if unicodedata.category(character)[0] in "PS" else character for character in folded)
     return " ".join("".join(spaced).split())
 
 
 def choice_prompt(question: str, choices: tuple[str, ...]) -> str:
-    """The question with its choices lettered (A), (B), ... one a line."""
+    """The question with its choices lettered (A), (B), ... one per line."""
     lines = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
     return "\n".join([question, "Choose the correct option from the following options:", *lines])
 
 
 def match_choice(answer: str, choices: tuple[str, ...]) -> int | None:
-    """Index of the choice that `answer` names, by letter, by text or by both; None when that is not clear.
+    """Index of the choice that `answer` names, by letter, by text or by both; None if it is ambiguous.
 
     Letters count as "(B)", as "B", "B." or "B: text" at the start, and after "answer", "option" or "choice". The text
-    counts when no other choice's text is there too, except inside it. A letter that contradicts the text is not clear.
+    counts if the answer has no other choice's text, except inside it. A letter that contradicts the text is ambiguous.
     """
     said, *texts = (normalise(text) or text.strip() for text in (answer, *choices))  # "+" and "-" may be choices
     if said in texts:

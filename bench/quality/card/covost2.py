@@ -1,8 +1,8 @@
 """CoVoST 2: speech translation from English into 15 languages and from 21 languages into English, the test split.
 
-    local   covost_v2.SOURCE_TARGET.test.tsv (path, sentence, translation, client_id), which the publisher's script
-            makes; or what it makes it of: covost_v2.SOURCE_TARGET.tsv (path, translation, split) and Common Voice's
-            validated.tsv. Recordings lie in clips/ or SOURCE/clips/, as Common Voice 4 unpacks
+    local   covost_v2.SOURCE_TARGET.test.tsv (path, sentence, translation, client_id) from the publisher's script, or
+            the script's inputs: covost_v2.SOURCE_TARGET.tsv (path, translation, split) and Common Voice's
+            validated.tsv. Recordings are in clips/ or SOURCE/clips/, as Common Voice 4 unpacks
     hub     fixie-ai/covost2, configuration SOURCE_TARGET: id, audio, sentence, translation
 
 Source: Wang et al. 2020, arXiv:2007.10310.
@@ -45,7 +45,7 @@ PAIRS = tuple(("en", target) for target in _TARGETS) + tuple((source, "en") for 
 
 
 def local(source: str, target: str) -> Callable[[Path, Path], Items]:
-    """What reads the test split of one pair from a folder with its table and Common Voice's recordings."""
+    """A reader of the test split of one pair, from a folder with its table and Common Voice's recordings."""
 
     def read(folder: Path, unpacked: Path) -> Items:
         spoken = folder / source if (folder / source / "clips").is_dir() else folder
@@ -55,7 +55,7 @@ def local(source: str, target: str) -> Callable[[Path, Path], Items]:
 
 
 def _test_rows(folder: Path, spoken: Path, pair: str) -> Iterator[Row]:
-    """Rows of the test split as the publisher's script makes it: what Common Voice has validated of its table."""
+    """Rows of the test split as in the publisher's script: those of its table that Common Voice has validated."""
     split, whole, validated = (
         folder / f"covost_v2.{pair}.test.tsv",
         folder / f"covost_v2.{pair}.tsv",

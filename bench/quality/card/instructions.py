@@ -1,10 +1,10 @@
-"""The rules of MMAU-Pro's instruction-following questions: whether an answer has the form that was asked for.
+"""The rules of MMAU-Pro's instruction-following questions: whether an answer has the requested form.
 
-A rule is given the answer and the row's values: N, N1 and N2 (counts), keyword, keywords and forbidden_words (with
-", " between them), postscript_marker, section_splitter, start_phrase, end_phrase, and the question as `prompt`.
+A rule gets the answer and the row's values: N, N1 and N2 (counts), keyword, keywords and forbidden_words (separated by
+", "), postscript_marker, section_splitter, start_phrase, end_phrase, and the question as `prompt`.
 
-Differs from the benchmark's script in one thing: sentences end at . ! or ? before white space, where the script uses
-NLTK's tokenizer, which knows abbreviations.
+One difference from the benchmark's script: sentences end at . ! or ? before white space, while the script uses NLTK's
+tokenizer, which recognizes abbreviations.
 """
 
 import re
@@ -16,7 +16,7 @@ Rule = Callable[[str, Values], bool]
 
 
 def keeps(rule: str, answer: str, values: Values) -> bool:
-    """Whether the answer keeps the rule, a key of `RULES`."""
+    """Whether the answer follows the rule, a key of `RULES`."""
     return RULES[rule](answer, values)
 
 

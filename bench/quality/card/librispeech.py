@@ -1,6 +1,6 @@
 """LibriSpeech, test-clean and test-other.
 
-    local   LibriSpeech/test-clean/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside its .flac files, as archives unpack
+    local   LibriSpeech/test-clean/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside its .flac files, as in the archives
     hub     openslr/librispeech_asr: id, audio, text
 
 Source: Panayotov et al. 2015.
@@ -14,7 +14,7 @@ from .rows import Fingerprint, Recordings, Row, items_of
 
 
 def local(part: str) -> Callable[[Path, Path], Items]:
-    """What reads one part, such as test-clean, from the folder LibriSpeech, its parent or the part's own folder."""
+    """A reader of one part, such as test-clean, from the folder LibriSpeech, its parent or the part's own folder."""
 
     def read(folder: Path, _unpacked: Path) -> Items:
         root = next((path for path in (folder / "LibriSpeech" / part, folder / part, folder) if path.is_dir()), folder)

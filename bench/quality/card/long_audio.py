@@ -1,8 +1,8 @@
 """LongAudioBench: open questions about recordings of minutes.
 
-A JSON list in the layout of nvidia/LongAudio, to which the model card refers for it: id, sound (the recording),
-duration, and conversations [{"from": "human", "value": "<sound>\\nQUESTION"}, {"from": "gpt", "value": ANSWER}].
-Recordings are not in that repository; they are looked for below the folder of the list.
+A JSON list in the layout of nvidia/LongAudio, which the model card refers to: id, sound (the recording), duration, and
+conversations [{"from": "human", "value": "<sound>\\nQUESTION"}, {"from": "gpt", "value": ANSWER}].
+Recordings are not in that repository; this reader looks for them below the folder of the list.
 
 Source: Ghosh et al. 2025, arXiv:2503.03983.
 """

@@ -20,7 +20,7 @@ _QUESTION = "Which instrument plays in this recording?"
 
 
 def local(folder: Path, _unpacked: Path) -> Items:
-    """The recordings of the test subset in `folder`, which holds the table and the recordings."""
+    """The recordings of the test subset in `folder`, which has the table and the recordings."""
     path = folder / "Medley-solos-DB_metadata.csv"
     if not path.is_file():
         raise ManifestError(f"{folder} has no {path.name}; name the folder that holds it and the recordings")

@@ -13,7 +13,7 @@ from ..data import Items, ManifestError, read_manifest
 
 
 def local(file: str) -> Callable[[Path, Path], Items]:
-    """What reads the JSON list `file`, given itself or the folder that holds it."""
+    """A reader of the JSON list `file`, given its path or its folder."""
 
     def read(folder: Path, _unpacked: Path) -> Items:
         path = folder / file if folder.is_dir() else folder

@@ -1,10 +1,10 @@
 """MMAU-Pro: 5305 questions about speech, sound, music and their mixtures, of one recording or several.
 
-    test.parquet beside data/, which its data.zip unpacks to
+    test.parquet beside data/, unpacked from its data.zip
 
 A row has id, audio_path (a list of names), question, choices, answer, category, and for category "instruction
 following" task_identifier and kwargs. Three kinds, by category: "open" (a reference answer), "instruction following"
-(a rule that the answer must keep, see `instructions`), and all others, which are multiple choice.
+(a rule that the answer must follow, see `instructions`), and all others, which are multiple choice.
 
 Source: Kumar et al. 2025, arXiv:2508.13992.
 """
@@ -25,7 +25,7 @@ OPEN, INSTRUCTION = "open", "instruction following"
 
 @dataclass(frozen=True)
 class InstructionItem(Item):
-    """A question whose answer must keep a rule. rule: a key of `RULES`; values: what the rule is given."""
+    """A question whose answer must follow a rule. rule: a key of `RULES`; values: the rule's arguments."""
 
     rule: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -40,7 +40,7 @@ def local(folder: Path, unpacked: Path) -> Items:
 
 
 def from_rows(rows: Iterable[Row], recordings: Recordings) -> Items:
-    """The questions of a table. Multiple-choice ones with less than two choices are left out, as by its own script."""
+    """The questions of a table, without multiple-choice ones with fewer than two choices, as in its own script."""
     return items_of(rows, partial(_item, recordings))
 
 
@@ -67,7 +67,7 @@ def _item(recordings: Recordings, row: Row, number: int, where: str) -> Item | N
 
 
 def _values(kwargs: Any, where: str) -> dict[str, Any]:
-    """What a rule is given, without fields that only other rows have."""
+    """The arguments of a rule, without fields that only other rows have."""
     if isinstance(kwargs, str):
         try:
             kwargs = json.loads(kwargs)

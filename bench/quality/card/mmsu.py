@@ -48,7 +48,7 @@ def from_rows(rows: Iterable[Row], recordings: Recordings) -> Items:
 
 
 def _named(name: object, folder: Path) -> object:
-    """`audio_path` as a name below the folder. It may be that of the author's disk, of which the last part counts."""
+    """`audio_path` as a name below the folder. For a path on the author's disk, only the last part is used."""
     if not isinstance(name, str) or (folder / name.lstrip("/")).is_file():
         return name
     return f"audio/{Path(name).name}"

@@ -17,9 +17,9 @@ FromRows = Callable[[Iterable[Row], Recordings], Items]
 class Dataset:
     """One dataset.
 
-    published: the figure of the model card or article; scoring: how it is asked and scored; local: reads a local copy,
-    given its folder and one for recordings that are inside of tables; hub, from_rows: where the `datasets` package
-    finds it, and what reads its rows; None for datasets whose recordings the Hub has only as archives, or not at all.
+    published: the figure of the model card or article; scoring: prompt and scoring; local: reads a local copy, given
+    its folder and one for recordings inside tables; hub, from_rows: its place on the Hub for the `datasets` package,
+    and the reader of its rows; None for datasets whose recordings the Hub has only as archives, or not at all.
     """
 
     name: str
@@ -32,8 +32,8 @@ class Dataset:
     def read(self, source: str | Path, unpacked: Path) -> Items:
         """The items of a local copy, or of "hub" or "hub:REPOSITORY" by the `datasets` package.
 
-        unpacked: folder for recordings that are inside of tables. Raises ManifestError for a copy that is not whole,
-        AfnextError for a dataset that the Hub does not have with its recordings.
+        unpacked: folder for recordings inside tables. Raises ManifestError for an incomplete copy, AfnextError for a
+        dataset whose recordings the Hub does not have.
         """
         head, _, repository = str(source).partition(":")
         if head != HUB or Path(source).exists():

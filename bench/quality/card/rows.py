@@ -20,7 +20,7 @@ _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,5}")
 
 @dataclass(frozen=True)
 class Hub:
-    """Where the Hugging Face Hub has a dataset: its repository, configuration and split."""
+    """A dataset on the Hugging Face Hub: repository, configuration and split."""
 
     repository: str
     config: str | None
@@ -29,16 +29,16 @@ class Hub:
 
 @dataclass(frozen=True)
 class Recordings:
-    """Finds recordings: files below `folder`, or bytes inside of a table, which are written to `unpacked` once."""
+    """Finds recordings: files below `folder`, or bytes inside a table, which are written to `unpacked` once."""
 
     folder: Path
     unpacked: Path
 
     def of(self, value: Any, number: int, where: str) -> Path:
-        """The file that a row names, or that holds the row's bytes; `number` is the row's.
+        """The file that row `number` names, or that the row's bytes are written to.
 
-        value: a name relative to `folder`, or {"bytes": ..., "path": ...} as tables have it. Raises ManifestError for
-        anything else, for names that lead out of the folder, and for files that are not there.
+        value: a name relative to `folder`, or {"bytes": ..., "path": ...} as in tables. Raises ManifestError for
+        anything else, for names that lead out of the folder, and for missing files.
         """
         content, name = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (None, value)
         if isinstance(content, bytes):
@@ -63,7 +63,7 @@ def json_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def parquet_rows(paths: Iterable[Path]) -> Iterator[Row]:
-    """The rows of Parquet files, one file after the other. Raises ManifestError for files that are not Parquet."""
+    """The rows of Parquet files, file by file. Raises ManifestError for files that are not Parquet."""
     parquet = _imported("pyarrow.parquet", "pyarrow")
     for path in paths:
         try:
@@ -76,7 +76,7 @@ def parquet_rows(paths: Iterable[Path]) -> Iterator[Row]:
 def hub_rows(hub: Hub) -> Iterator[Row]:
     """The rows of a dataset by the `datasets` package, which keeps a copy; recordings stay encoded.
 
-    hub.repository may also be a local folder. Raises ManifestError where the dataset cannot be had.
+    hub.repository may also be a local folder. Raises ManifestError if the dataset cannot be loaded.
     """
     datasets = _imported("datasets", "datasets")
     try:
@@ -99,13 +99,13 @@ def _imported(module: str, package: str) -> ModuleType:
 
 
 class Fingerprint:
-    """A hash over rows in their order, without what their recordings hold."""
+    """A hash over rows in order, without the contents of their recordings."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
     def add(self, row: Row) -> None:
-        """Take one more row into account."""
+        """Add a row to the hash."""
         line = json.dumps(row, sort_keys=True, ensure_ascii=False, default=_without_bytes)
         self._digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
 
@@ -114,9 +114,9 @@ class Fingerprint:
 
 
 def items_of(rows: Iterable[Row], item: Callable[[Row, int, str], Item | None], where: str = "row") -> Items:
-    """The items of a table: `item` makes each, given a row, its number and where it is; None leaves the row out.
+    """The items of a table: `item` makes each from a row, its number and its place; None leaves the row out.
 
-    where: what comes before the number in messages.
+    where: the text before the number in messages.
     """
     fingerprint, items, left_out = Fingerprint(), list[Item](), 0
     for number, row in enumerate(rows, start=1):

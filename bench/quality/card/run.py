@@ -1,8 +1,8 @@
 """`afnext bench card`: the figures of the model card and article, from the published datasets.
 
-Each scheme is loaded by itself; questions go through the engine in batches, greedily. Rows are kept as they come, in
-one CSV per dataset and scheme, so an interrupted run goes on. A figure carries its 95 % confidence interval, the prompt
-and the scoring, and stands beside the published one.
+Schemes are loaded one at a time; the engine answers questions in batches, greedily. Rows are written as they are
+finished, to one CSV per dataset and scheme, so an interrupted run can continue. A figure is shown with its 95 %
+confidence interval, the prompt, the scoring, and the published figure.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Figure:
 
     @property
     def interval(self) -> tuple[float, float, float] | None:
-        """The result and the bounds of its interval on the published scale; None where nothing was scored."""
+        """The result and the bounds of its interval on the published scale; None if nothing was scored."""
         scoring, values = self.dataset.scoring, self.record.values
         found = [values.get(f"{scoring.metric}{bound}") for bound in ("", "_low", "_high")]
         if None in found:
@@ -60,11 +60,11 @@ def run_card(
     restart: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Figure]:
-    """Score `model` on the dataset `name`, a key of `DATASETS`, of which `source` is a copy, or "hub" (see `Dataset`).
+    """Score `model` on the dataset `name`, a key of `DATASETS`. source: a copy of it, or "hub" (see `Dataset.read`).
 
     out: folder for NAME-SCHEME.csv and .jsonl; schemes: of `record.SCHEMES`; batch: questions at once; limit: only the
-    first items; judge: of open answers, which are unscored without it; restart: drop what is there. Raises AfnextError
-    for unknown names, ManifestError for a copy that is not whole, ResultsError for rows of another model.
+    first items; judge: of open answers, which are unscored without it; restart: drop existing rows. Raises AfnextError
+    for unknown names, ManifestError for an incomplete copy, ResultsError for rows of another model.
     """
     if name not in DATASETS:
         raise AfnextError(f"unknown dataset {name!r}; choose from {', '.join(NAMES)}")
@@ -73,7 +73,7 @@ def run_card(
         raise AfnextError(f"unknown scheme {', '.join(unknown)}; choose from {', '.join(SCHEMES)}")
     dataset = DATASETS[name]
     scoring = dataset.scoring
-    scoring.check()  # better missed now than after the first answer
+    scoring.check()  # a missing package should fail before the first answer
     items = _as_scored(dataset.read(source, out / f"{name}-audio"), scoring, judge)
     items = items if limit is None else replace(items, items=items.items[:limit])
     case = {"dataset": name, "prompt": scoring.prompt, "scoring": scoring.rule, "left_out": items.left_out}
@@ -98,7 +98,7 @@ def run_card(
 
 
 def _as_scored(items: Items, scoring: Scoring, judge: Judge | None) -> Items:
-    """The items with a fingerprint of the scoring, too: rows that were scored otherwise are not continued."""
+    """The items, with the scoring in their fingerprint, so that rows with another scoring are not continued."""
     how = f"{items.fingerprint} {scoring.prompt} {scoring.rule} {judge.model if judge else ''}"
     return replace(items, fingerprint=hashlib.sha256(how.encode()).hexdigest()[:16])
 

@@ -1,6 +1,6 @@
-"""How replies become figures: word error rate, right choices, kept instructions, ratings of a judge, BLEU.
+"""Scores replies: word error rate, right choices, followed instructions, ratings of a judge, BLEU.
 
-A figure is the string that a row of results keeps of one reply; a summary reads the figures of all rows and gives the
+A figure is the string in a row of results that scores one reply. A summary reads the figures of all rows and gives the
 result with its 95 % interval.
 """
 
@@ -30,12 +30,12 @@ _JAPANESE, _CHINESE = "ja", "zh-CN"
 
 @dataclass(frozen=True)
 class Scoring:
-    """How one dataset is asked and scored.
+    """The prompt and scoring of one dataset.
 
     metric: the name of the result among the values of a record, whose bounds are METRIC_low and METRIC_high; percent:
-    what a result of 1 is on the published scale; prompt, rule: both in words; ask: the text of a question; figure: of
-    an item's reply, with the judge if there is one, or UNSCORED; summary: of all figures; check: raises AfnextError
-    where a package is missing.
+    the value of a result of 1 on the published scale; prompt, rule: both in words; ask: the text of a question; figure:
+    of an item's reply, with the judge if there is one, or UNSCORED; summary: of all figures; check: raises AfnextError
+    if a package is missing.
     """
 
     metric: str
@@ -72,7 +72,7 @@ def choices() -> Scoring:
 
 
 def letters() -> Scoring:
-    """The choice that a reply names by its letter, its text or both, as MMSU wants one named."""
+    """The choice that a reply names by its letter, its text or both, as MMSU asks for."""
     rule = "the choice that the reply names, by letter, text or both; a reply that names none or several is wrong"
     return Scoring("match", 100.0, _LETTERED, rule, _lettered, _named, match_with_bounds)
 
@@ -95,7 +95,7 @@ def judged() -> Scoring:
 
 
 def translations(source: str, target: str, code: str) -> Scoring:
-    """BLEU of translations between languages given by name. code: the target's, which decides how words are cut."""
+    """BLEU of translations between languages given by name. code: the target's, which selects the tokenizer."""
     tokenizer = {_JAPANESE: "char", _CHINESE: "zh"}.get(code, "13a")
     return Scoring(
         "bleu",
@@ -141,7 +141,7 @@ def _mixed(item: Item, reply: str, judge: Judge | None) -> str:
 
 
 def string_match(answer: str, prediction: str, choices: Sequence[str]) -> bool:
-    """Whether the prediction holds every word of the answer, and no word that only other choices have.
+    """Whether the prediction has every word of the answer, and no word that only other choices have.
 
     Words are runs of letters, digits and underscores in lower case, as in MMAU's evaluation.
     """
@@ -157,7 +157,7 @@ def _words(text: str) -> set[str]:
 
 
 def whisper_words(text: str) -> list[str]:
-    """The words of an English text after Whisper's normalizer. Raises AfnextError where it is not installed."""
+    """The words of an English text after Whisper's normalizer. Raises AfnextError if it is not installed."""
     return str(_normalizer()(text)).split()
 
 
@@ -174,7 +174,7 @@ def _normalizer() -> Callable[[str], str]:
 
 
 def edits(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
-    """Substitutions, deletions and insertions that lead from one to the other (Levenshtein 1966)."""
+    """Substitutions, deletions and insertions from the reference to the hypothesis (Levenshtein 1966)."""
     row = list(range(len(hypothesis) + 1))
     for i, word in enumerate(reference, start=1):
         before, row[0] = row[0], i
@@ -184,9 +184,9 @@ def edits(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
 
 
 def bleu_counts(reference: str, reply: str, tokenizer: str = "13a") -> str:
-    """What BLEU counts in one reply: matching and all n-grams of 1 to 4 words, words of the reply and the reference.
+    """BLEU's counts for one reply: matching and all n-grams of 1 to 4 words, words of the reply and the reference.
 
-    tokenizer: one of sacreBLEU's. Raises AfnextError where that is not installed.
+    tokenizer: one of sacreBLEU's. Raises AfnextError if sacreBLEU is not installed.
     """
     score = _bleu(tokenizer).sentence_score(reply, [reference])
     return " ".join(str(int(count)) for count in (*score.counts, *score.totals, score.sys_len, score.ref_len))
@@ -202,7 +202,7 @@ def _bleu(tokenizer: str) -> Any:
 
 
 def wer_with_bounds(figures: Figures) -> dict[str, Any]:
-    """Word error rate over all words, with an interval from drawing utterances with replacement."""
+    """Word error rate over all words, with an interval by bootstrap over utterances."""
     counts = [(int(errors), int(words)) for errors, _, words in (figure.partition("/") for figure in figures)]
     total = sum(words for _, words in counts)
     if not total:
@@ -235,7 +235,7 @@ def match_with_bounds(figures: Figures) -> dict[str, Any]:
 
 
 def mean_with_bounds(figures: Figures) -> dict[str, Any]:
-    """Mean of scores from 0 to 1, with an interval from drawing answers with replacement."""
+    """Mean of scores from 0 to 1, with an interval by bootstrap over answers."""
     if not figures:
         return {"score": None}
     scores = np.array(figures, dtype=np.float64)
@@ -245,7 +245,7 @@ def mean_with_bounds(figures: Figures) -> dict[str, Any]:
 
 
 def bleu_with_bounds(figures: Figures) -> dict[str, Any]:
-    """BLEU of the corpus, 0 to 100, with an interval from drawing utterances with replacement."""
+    """BLEU of the corpus, 0 to 100, with an interval by bootstrap over utterances."""
     if not figures:
         return {"bleu": None}
     counts = np.array([figure.split() for figure in figures], dtype=np.int64)
