@@ -1,14 +1,14 @@
-"""Where the decoder's heads should look: the way by which it finds its answers is known, so training shows it.
+"""Attention targets for the decoder's heads: the way to find an answer is known, so training supervises attention.
 
-- First layer: from the token in which an item begins, to that of the item before it, of any kind, of the words, of
-  the sounds (a head each). Second layer: to the one of the same label, and to all words before it, whose number is
-  then known. Where there is none near, to <|sound_bos|>. The end of the audio looks for the last ones likewise.
-  Answer tokens: in the first layer, to the label in the question; in the second, where words are listed without their
-  times, to the words written so far and to the token before the answer, whose share tells their number; before a
-  number of a numbered list, or of how many there are, to the number before it.
-- Third layer: the answer token about to write an item, to where it begins: the item whose predecessor is the one that
-  was written last. A head for each kind of list. At the end of a list, to the end of the audio.
-- Fourth layer: the same token, to all tokens of the item, which tell its label.
+- First layer: the token in which an item begins attends to the token of the previous item, of the previous word and of
+  the previous sound (one head each). Second layer: it attends to the previous item with the same label, and to all
+  previous words, which encodes their number. If there is none near, it attends to <|sound_bos|>. The end of the audio
+  attends to the last items in the same way. Answer tokens: in the first layer, they attend to the question's label. In
+  the second layer, in lists of words without times, they attend to the words written so far and to the token before
+  the answer, whose share encodes their number; before a number in a numbered list, or a count, to the previous number.
+- Third layer: the answer token before an item attends to the beginning of this item in the audio, which is the item
+  whose predecessor was written last. One head for each kind of list. At the end of a list: to the end of the audio.
+- Fourth layer: the same token attends to all tokens of the item, which encode its label.
 """
 
 import re
@@ -24,7 +24,7 @@ from .scenes import Item, Question
 from .vocabulary import PLURALS, SOUNDS
 
 ANY, WORD, SOUND, SAME = range(4)
-NEAR = 15.0  # seconds; what lies farther back than this is found from the answer alone
+NEAR = 15.0  # seconds; items farther back than this are found from the answer alone
 _MOST_COUNTED = 24
 _LIST = {
     "describe": ANY,
@@ -39,7 +39,7 @@ _LIST = {
     "count_sound": SAME,
     "pitch": SAME,
 }
-_LINES = ("transcribe_times", "sounds_times", "describe")  # answered by a line an item
+_LINES = ("transcribe_times", "sounds_times", "describe")  # answered with one line per item
 _PREVIOUS = {ANY: (0, 0), WORD: (0, 1), SOUND: (0, 2), SAME: (1, 0)}
 _EARLIER_WORDS = (1, 1)
 _NUMBER_BEFORE = (1, 2)
@@ -48,13 +48,13 @@ _ITEM = (3, 0)
 
 
 class Looks:
-    """Collects, for heads (layer, head), which keys a query's attention should be spread over evenly."""
+    """Collects attention targets for heads (layer, head): keys over which a query's attention should be uniform."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[int, int], list[tuple[int, int, int, float]]] = {}
 
     def add(self, head: tuple[int, int], row: int, query: int, keys: list[int]) -> None:
-        """row: of the batch; query and keys: places in the row."""
+        """row: of the batch; query and keys: positions in the row."""
         self._entries.setdefault(head, []).extend((row, query, key, 1 / len(keys)) for key in keys)
 
     def tensors(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
@@ -75,19 +75,19 @@ def _alike(item: Item) -> dict[int, Callable[[Item], bool]]:
 
 
 def previous(items: list[Item], index: int, kind: int) -> int | None:
-    """Which item is the last of a kind (ANY, WORD, SOUND, SAME) before number `index`, or the end."""
+    """The index of the last item of a kind (ANY, WORD, SOUND, SAME) before item `index`, or before the end."""
     alike = _alike(items[index])[kind] if index < len(items) else _alike(items[-1])[kind]
     return next((other for other in range(index - 1, -1, -1) if alike(items[other])), None)
 
 
 def near_previous(items: list[Item], index: int, kind: int) -> int | None:
-    """The same if it begins less than NEAR before."""
+    """The same, if that item begins less than NEAR earlier."""
     last = previous(items, index, kind)
     return last if last is not None and items[index].onset - items[last].onset < NEAR else None
 
 
 def audio_looks(looks: Looks, row: int, prefix: int, items: list[Item], begins: list[tuple[int, int]]) -> None:
-    """What the audio tokens look at. prefix: tokens before the audio; begins: first and last token of every item."""
+    """Add the targets of audio tokens. prefix: tokens before the audio; begins: first and last token of every item."""
     for index, (item, (first, _)) in enumerate(zip(items, begins, strict=True)):
         for kind, head in _PREVIOUS.items():
             last = near_previous(items, index, kind)
@@ -98,8 +98,8 @@ def audio_looks(looks: Looks, row: int, prefix: int, items: list[Item], begins: 
 
 
 def mentions(question: Question, offsets: list[tuple[int, int]]) -> list[int | None]:
-    """For every token of an answer, which of the evidence it is about (the number of all of them: that there is no
-    more), or None. offsets: of the tokens in the answer's characters, the end token last."""
+    """For every token of an answer, the index of the evidence that it is about, or None; an index past the last one
+    means that there is no more. offsets: of the tokens in the answer's characters, the end token last."""
     answer, count = question.answer, len(question.evidence)
     listed, _, rest = answer.rpartition("</think>\n")
     told: list[int | None] = []
@@ -125,7 +125,7 @@ def mentions(question: Question, offsets: list[tuple[int, int]]) -> list[int | N
 
 
 def _in_pieces(text: str, count: int, separator: str, skipped: int) -> list[int | None]:
-    """For every character which piece it belongs to, a separator to the piece that follows it."""
+    """For every character the piece that it belongs to; a separator belongs to the next piece."""
     if not count:
         return [None] * skipped + [0] * (len(text) - skipped)
     told: list[int | None] = [None] * skipped
@@ -138,7 +138,7 @@ _NUMBERS = re.compile(r"^\d+(?=\. \[|$)|\d+(?= at )|(?<=: )\d+$", re.MULTILINE)
 
 
 def numbers(question: Question, offsets: list[tuple[int, int]]) -> list[int]:
-    """Which tokens of an answer number what it lists, or tell how many there are, in order. offsets: see `mentions`."""
+    """The tokens of an answer that are numbers of list entries or counts, in order. offsets: see `mentions`."""
     starts = {found.start() for found in _NUMBERS.finditer(question.answer)}
     return [token for token, (start, after) in enumerate(offsets) if start in starts and start < after]
 
@@ -147,7 +147,7 @@ _LABELS = "|".join((*PLURALS.values(), *SOUNDS))
 
 
 def asked_label(question: Question) -> tuple[int, int] | None:
-    """Where in the prompt the label stands that a question is about, (first character, after the last), if any does."""
+    """The span in the prompt of the label that a question is about, (first character, after the last), if any."""
     if _LIST[question.kind] != SAME:
         return None
     found = re.search(r'(?<=")[^"]+(?=")' if question.kind == "when_word" else rf"\b(?:{_LABELS})\b", question.prompt)
@@ -167,7 +167,7 @@ def question_looks(
     begin: int,
     answer: int,
 ) -> None:
-    """What the tokens of a question and its answer look at.
+    """Add the targets of the tokens of a question and its answer.
 
     spoken: see `mentions`; numbered: see `numbers`; label: the question's tokens of `asked_label`, counted from its
     first; evidence: numbers of the items; shared: tokens of prefix and audio; begin, answer: where question and answer

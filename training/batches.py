@@ -27,7 +27,7 @@ _SCATTERED = 120
 
 @dataclass(frozen=True)
 class _Piece:
-    """Of one window some tokens, their audio, [tokens, width], and the items there, in seconds of the window."""
+    """Some tokens of one window: their encoder outputs, [tokens, width], and the items, in seconds of the window."""
 
     window: int
     audio: Tensor
@@ -41,9 +41,10 @@ class _Piece:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training: `batch` recordings a step, each asked `questions`. long: the share of steps whose
-    recordings, `long_batch` or else `batch`, are `crops` from up to 30 minutes; each of those is also asked when
-    `moments` of what occurs once in it do, and each of the others `sounds` times how often or when sounds do."""
+    """A stage of training: `batch` recordings per step, with `questions` questions each. long: the share of steps whose
+    recordings, `long_batch` or else `batch`, are `crops` from up to 30 minutes; each of those has `moments` further
+    questions about the time of items that occur once, and each of the others `sounds` about the number or the times of
+    sounds."""
 
     steps: int
     batch: int
@@ -56,7 +57,7 @@ class Stage:
 
 
 class Batches(Dataset[dict[str, Any]]):
-    """Batch number i of a seed is always the same, so that training can stop and go on anywhere."""
+    """Batch i of a seed is always the same, so that training can stop and continue anywhere."""
 
     def __init__(
         self, short: list[Crop], long: list[Crop], tokenizer: Tokenizer, stages: list[Stage], seed: int
@@ -130,7 +131,7 @@ class Batches(Dataset[dict[str, Any]]):
         }
 
     def _silence(self, windows: list[int], rng: random.Random) -> list["_Piece"]:
-        """_SCATTERED silent tokens of random windows, standing for all there are."""
+        """_SCATTERED silent tokens of random windows, which represent all silent tokens."""
         pieces = []
         for window, count in sorted(Counter(rng.choices(windows, k=_SCATTERED)).items()):
             crop = rng.choice(self._silent)
@@ -141,11 +142,11 @@ class Batches(Dataset[dict[str, Any]]):
     def _questions(
         self, questions: list[list[Question]], recordings: list[dict[str, Any]], shared: int, looks: Looks
     ) -> dict[str, Tensor]:
-        """The questions of each recording one after another, each [batch, time]: token ids, targets (none in padding
-        and prompts) and their weights, so that an answer weighs as the square root of its length, which question a
-        token belongs to (from 1), its place in it; of the tokens of an answer the class that is asked about, with
-        times the tenth of a second of the item last written and of the one being written, and without them the class
-        of the word last written and how many are."""
+        """The questions of each recording one after another, each tensor [batch, time]: token ids; targets (none in
+        padding and prompts) and their weights, so that an answer weighs as the square root of its length; the token's
+        question, counted from 1, and its position in it; for an answer's tokens the class that is asked about; for
+        answers with times, the tenths of a second of the item written last and of the present one; for answers without
+        times, the class of the word written last and the number of words so far."""
         padding = {"inputs": self._tokenizer.token_to_id("[PAD]"), "question": -1, "place": 0, "weights": 0.0}
         padding |= dict.fromkeys(("targets", "named", "written", "writing", "last", "ordinal"), IGNORED)
         rows = []
@@ -188,7 +189,7 @@ class Batches(Dataset[dict[str, Any]]):
 
 
 def _written(question: Question, spoken: list[int | None]) -> dict[str, list[int]]:
-    """What an answer has said before each of its tokens, or says there, see `_questions`. spoken: see `mentions`."""
+    """The items that an answer has before each of its tokens, or at it, see `_questions`. spoken: see `mentions`."""
     plain = question.kind == "transcribe"
     timed = "[" in question.answer or question.kind.startswith(("when", "count", "first", "last"))
     labels = ["", *(item.label for item in question.evidence)]
@@ -202,9 +203,9 @@ def _written(question: Question, spoken: list[int | None]) -> dict[str, list[int
 
 
 def _preceding(items: list[Item], begins: list[tuple[int, int]], time: int) -> dict[str, Tensor]:
-    """What the token in which an item begins comes after: minute, second and tenth at which the near item before it
-    of each kind of `attention` began, [time, 4, 3], the class of the near word before it, [time], and the number of
-    words before a word, [time]."""
+    """For the token in which an item begins: minute, second and tenth at which the near item before it of each kind of
+    `attention` began, [time, 4, 3], the class of the near word before it, [time], and the number of words before a
+    word, [time]."""
     times, words, passed = torch.full((time, 4, 3), IGNORED), torch.full((time,), IGNORED), 0
     follows = torch.zeros(time, dtype=torch.long)
     for index, (item, (first, _)) in enumerate(zip(items, begins, strict=True)):
@@ -223,8 +224,8 @@ def _preceding(items: list[Item], begins: list[tuple[int, int]], time: int) -> d
 def _layout(tensors: dict[str, Tensor], recordings: list[dict[str, Any]], rng: random.Random) -> dict[str, Tensor]:
     """Positions [batch, time] and attention bias [batch, 1, time, time] of prefix, audio and questions in one row.
 
-    Every question sees prefix, audio and itself. In long recordings a silent token counts as many, mostly as all that
-    it stands for, by a bias of the logarithm of that number.
+    Every question attends to prefix, audio and itself. In long recordings a silent token counts as many tokens, mostly
+    as all that it represents, by a bias of the logarithm of their number.
     """
     batch = len(recordings)
     prefix, audio = len(tensors["prefix"]), tensors["classes"].shape[1]

@@ -1,4 +1,4 @@
-"""How well afnext-tiny hears: words, events, counts and times, on voices and seeds that training never had.
+"""Evaluates afnext-tiny: words, events, counts and times, on voices and seeds that are not in training.
 
     python -m training.evaluate FOLDER [--parity]
 
@@ -29,13 +29,13 @@ from .voices import RATE, VoiceBank
 CLEAN, NOISY = Conditions(None), Conditions(10.0)
 _STAMP = re.compile(r"(\d\d):(\d\d)\.(\d)")
 _LINE = re.compile(r'^(?:\d+\. )?\[(\d\d:\d\d\.\d)\] "?([^"\n]+?)"?$', re.MULTILINE)
-_NEAR = 0.5  # seconds within which a found event counts as the one that is there
+_NEAR = 0.5  # largest time error in seconds of a found event that counts as correct
 _BATCH = 4
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A recording, what is in it, and one question about it."""
+    """A recording, its items, and one question about it."""
 
     samples: np.ndarray
     items: list[Item]
@@ -44,7 +44,7 @@ class Clip:
 
 @dataclass
 class Row:
-    """One line of the table: what was asked how often, and what came of it."""
+    """One line of the table: a test, its number of clips, and its results."""
 
     name: str
     clips: int
@@ -99,7 +99,7 @@ def listed(text: str) -> list[tuple[float, str]]:
 
 
 def matched(expected: list[tuple[float, str]], found: list[tuple[float, str]]) -> list[float]:
-    """Time errors of the found events that are there: same label, each expected one used once, the nearest first."""
+    """Time errors of the correctly found events: same label, each expected event used once, the nearest first."""
     pairs = sorted(
         (abs(at - when), i, j)
         for i, (at, label) in enumerate(expected)
@@ -126,7 +126,7 @@ def _words(model: Model, asked: list[Clip], name: str) -> Row:
 
 
 def _error_rate(texts: list[tuple[str, str]]) -> float:
-    """Word errors over words, of pairs of what was said and what was heard."""
+    """Word error rate, from pairs of reference and hypothesis."""
     counts = [word_errors(*pair) for pair in texts]
     errors = sum(count[kind] for count in counts for kind in ("substitutions", "deletions", "insertions"))
     return errors / sum(count["words"] for count in counts)
@@ -165,7 +165,7 @@ def _event_row(name: str, heard: list[tuple[Clip, Answer]]) -> Row:
 
 
 def _accuracy(alike: Callable[[str, str], bool], model: Model, asked: list[Clip], name: str) -> Row:
-    """How often an answer is `alike` to the right one, whatever was thought before it."""
+    """Share of answers that are `alike` to the right one, without regard to thinking."""
     row, right = Row(name, len(asked)), 0
     for clip, answer in answers(model, asked, name):
         wanted = clip.question.answer.rpartition("</think>\n")[2]
@@ -180,7 +180,7 @@ def _exact(model: Model, asked: list[Clip], name: str) -> Row:
 
 
 def _counts(model: Model, asked: list[Clip], name: str) -> Row:
-    """How often the number is right with which an answer ends."""
+    """Share of answers that end with the right number."""
     return _accuracy(lambda wanted, said: _last_word(wanted) == _last_word(said), model, asked, name)
 
 
@@ -219,8 +219,8 @@ Heard = tuple[list[tuple[Clip, Answer]], Pairs, Pairs]
 
 
 def hear_long(model: Model, bank: VoiceBank, recordings: int) -> list[Heard]:
-    """Of each recording of 30 minutes the answers about times of what is in it once, and everything there is and was
-    listed."""
+    """For each recording of 30 minutes, the answers about times of items that occur once, and the expected and listed
+    items."""
     numbers = track(range(recordings), description="30 minutes")
     return [_heard_long(model, *long_recording(bank, number)) for number in numbers]
 
@@ -236,7 +236,7 @@ def _heard_long(model: Model, samples: np.ndarray, items: list[Item]) -> Heard:
 
 
 def long_rows(heard: list[Heard]) -> list[Row]:
-    """A row for each tenth of 30 minutes: when what happens once in it does, and how much of it is in one list."""
+    """A row per tenth of 30 minutes: times of items that occur once, and F1 of one list of all items."""
     rows = []
     for part in range(10):
         inside = [
@@ -252,7 +252,7 @@ def long_rows(heard: list[Heard]) -> list[Row]:
 
 
 def long_row(name: str, heard: list[Heard]) -> Row:
-    """How many of the moments are right, how far off they are, and F1 of the lists."""
+    """Share of right moments, their time errors, and F1 of the lists."""
     asked = [pair for times, _, _ in heard for pair in times]
     row = Row(name, len(asked), stopped=sum(answer.finish_reason == "stop" for _, answer in asked))
     right = [_alike(clip.question.answer, answer.text) for clip, answer in asked]
@@ -269,15 +269,14 @@ def _tenth(onset: float) -> int:
 
 
 def _first_error(onset: float, text: str) -> float:
-    """How far the first time in an answer is from the right one, to the tenth of a second; without a time, as far as
-    the recording is long."""
+    """Error of the first time in an answer, to the tenth of a second; without a time, the length of the recording."""
     said = _STAMP.search(text)
     return abs(seconds(said[0]) - seconds(timestamp(onset))) if said else 1800.0
 
 
 @dataclass(frozen=True)
 class Test:
-    """One row to be: how it is called and scored, what is asked, and of what recordings (see `clips`)."""
+    """The test of one row: name, scoring, question, and options of the recordings (see `clips`)."""
 
     name: str
     score: Callable[[Model, list[Clip], str], Row]
@@ -310,7 +309,7 @@ HUMAN = Test("words, a human voice", _words, "transcribe", "human", _SPEECH)
 
 
 def evaluate(model: Model, folder: Path, count: int, recordings: int) -> list[Row]:
-    """All rows of the table. folder: the voice bank; count: clips a row; recordings: of 30 minutes."""
+    """All rows of the table. folder: the voice bank; count: clips per row; recordings: number of 30-minute ones."""
     bank = VoiceBank(folder, "held_out")
     rows = [test.run(model, bank, count) for test in TESTS]
     if (folder / "human.json").exists():
@@ -319,7 +318,7 @@ def evaluate(model: Model, folder: Path, count: int, recordings: int) -> list[Ro
 
 
 def parity(model: Model, folder: Path, source: Path, count: int) -> int:
-    """How many of `count` clips give other tokens than `transformers` does, in float32."""
+    """Number of `count` clips whose tokens differ from those of `transformers`, in float32."""
     from .reference import reference_tokens
 
     bank, different = VoiceBank(folder, "held_out"), 0

@@ -1,4 +1,4 @@
-"""Makes the bundled recording `bench/data/scene.flac`: words by voices that training never had, and sounds.
+"""Makes the bundled recording `bench/data/scene.flac`: sounds, and words by voices that are not in training.
 
     python -m training.example BANK [--out bench/data/scene.flac]
 
@@ -22,7 +22,7 @@ _SECONDS = 13.0
 
 
 def make_example(bank: VoiceBank) -> tuple[np.ndarray, list[Item]]:
-    """The recording at 16 kHz, and what is in it."""
+    """The recording at 16 kHz, and its items."""
     rng = random.Random(2)
     samples = np.random.default_rng(2).standard_normal(round(_SECONDS * RATE)).astype(np.float32) * 5e-4
     items, position = [], 0.4

@@ -1,7 +1,7 @@
-"""What the encoder hears of many recordings, computed once: training the decoder on it needs no sound and no encoder.
+"""Encoder outputs of many recordings, computed once: training the decoder on them needs no audio and no encoder.
 
-A crop keeps its place in its window, which the encoder's positions know; its window is free, as time enters later
-through RoTE.
+A crop has a fixed place in its window, because of the encoder's positions. It can be used in any window, because RoTE
+adds the window's time later.
 """
 
 import random
@@ -35,7 +35,7 @@ class Crop:
 
 
 def load_crops(path: Path, make: Callable[[], list[Crop]]) -> list[Crop]:
-    """The crops kept at `path`, made if there are none yet."""
+    """The crops stored at `path`, created if the file does not exist."""
     if not path.exists():
         rows = [(crop.tokens, crop.start, [vars(item) for item in crop.items]) for crop in make()]
         torch.save(rows, path)
@@ -54,7 +54,7 @@ def long_crops(bank: VoiceBank, encoder: Encoder, seed: int, count: int) -> list
 
 
 def _short(bank: VoiceBank, encoder: Encoder, rng: random.Random) -> Crop:
-    # A third speech alone, a third mostly sounds: with few of those, lists of many of a kind are rare.
+    # A third only speech, a third mostly sounds: otherwise long lists of one kind would be rare.
     density = rng.choice((None, 1.0, 0.2))
     samples, items = make_scene(bank, rng, SHORT, random_conditions(rng), density=density, respeak=True)
     return Crop(_heard(encoder, samples), 0, items)

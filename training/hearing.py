@@ -1,8 +1,8 @@
-"""Teaches the encoder and the adaptor to hear single words and sounds, before there is a decoder.
+"""Trains the encoder and the adaptor to recognize single words and sounds, before the decoder is trained.
 
-The encoder begins as Whisper's first layers. Linear heads read the adaptor's output: of every token in which word or
-sound it lies and whether one begins there, and of the mean over an item's tokens, which is what the decoder will read
-(see `attention.py`), which one it is. The heads are not part of the checkpoint.
+The encoder starts from Whisper's first layers. Linear heads on the adaptor's output predict, for every token, the word
+or sound that it belongs to and whether an item begins there and, for the mean over an item's tokens, which the decoder
+will read (see `attention.py`), the item's class. The heads are not part of the checkpoint.
 """
 
 import random
@@ -27,7 +27,7 @@ BATCH = 16
 
 
 class Scenes(Dataset[dict[str, Any]]):
-    """Recordings of SECONDS at random windows. Batch number i of a seed is always the same."""
+    """Recordings of SECONDS at random windows. Batch i of a seed is always the same."""
 
     def __init__(self, bank: VoiceBank, steps: int, seed: int) -> None:
         self._bank, self._steps, self._seed = bank, steps, seed
@@ -50,7 +50,7 @@ class Scenes(Dataset[dict[str, Any]]):
 
 
 def heard_batch(samples: Tensor, scenes: list[list[Item]]) -> dict[str, Tensor]:
-    """Log-mel, [batch, mels, frames], of samples, [batch, samples]; of every token its class and whether an item
+    """Log-mel, [batch, mels, frames], of samples, [batch, samples]; for every token its class and whether an item
     begins there, [batch, tokens]; the items as row, first token, token after the last, class: [items, 4]."""
     mel = torch.cat([log_mel(row[None], mel_bins=MELS, window_samples=len(row)) for row in samples])
     marks = [marked(items, mel.shape[-1] // 4) for items in scenes]
@@ -64,8 +64,8 @@ def heard_batch(samples: Tensor, scenes: list[list[Item]]) -> dict[str, Tensor]:
 
 
 def marked(items: list[Item], tokens: int, start: int = 0) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """Of `tokens` tokens of a window from number `start` on, the class of each and whether an item begins there; of
-    every item its first token and the one after its last."""
+    """For `tokens` tokens of a window from index `start` on, the class of each and whether an item begins there; for
+    every item, its first token and the one after its last."""
     classes, onsets, spans = torch.zeros(tokens, dtype=torch.long), torch.zeros(tokens), []
     for item in items:
         first, last = (int(time / ROTE.frame_seconds) - start for time in (item.onset, item.end))
@@ -77,9 +77,9 @@ def marked(items: list[Item], tokens: int, start: int = 0) -> tuple[Tensor, Tens
 
 
 def varied(mel: Tensor, rng: random.Random) -> Tensor:
-    """A log-mel spectrogram, [mels, frames], of another throat and microphone, with gaps, so that voices that training
-    has not heard are less of a surprise: the mel axis stretched, its loudness bent, some of its bands and frames taken
-    out. Source: Jaitly and Hinton 2013 (vocal tract length perturbation); Park et al. 2019 (SpecAugment)."""
+    """An augmented log-mel spectrogram, [mels, frames], for generalization to unseen voices and microphones: the mel
+    axis is stretched, the loudness is curved, and some bands and frames are masked. Source: Jaitly and Hinton 2013
+    (vocal tract length perturbation); Park et al. 2019 (SpecAugment)."""
     bands, frames = mel.shape
     places = (torch.arange(bands) * rng.uniform(0.86, 1.16)).clamp(max=bands - 1)
     below = places.floor().long().clamp(max=bands - 2)
@@ -99,7 +99,7 @@ def varied(mel: Tensor, rng: random.Random) -> Tensor:
 
 @dataclass
 class Heard:
-    """What heads read of a batch: scores of the tokens, of their beginning an item, and of whole items."""
+    """Outputs of the heads for a batch: scores of the tokens' classes, of item beginnings, and of whole items."""
 
     tokens: Tensor
     onsets: Tensor
@@ -107,7 +107,7 @@ class Heard:
 
 
 class HearingHeads(nn.Module):
-    """Linear heads for what the adaptor's tokens should know."""
+    """Linear heads that predict items from the adaptor's tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class HearingHeads(nn.Module):
 
 
 def hearing_losses(heard: Heard, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Losses of tokens, beginnings and items, and the share of items heard right."""
+    """Losses of tokens, beginnings and items, and the share of correctly recognized items."""
     labels = batch["items"][:, 3]
     onset = F.binary_cross_entropy_with_logits(heard.onsets, batch["onsets"], pos_weight=torch.tensor(5.0))
     return {

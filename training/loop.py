@@ -1,4 +1,4 @@
-"""A resumable training loop: AdamW, warm-up and cosine, batches made by another process."""
+"""A resumable training loop: AdamW, warm-up and cosine schedule, batches made by another process."""
 
 import math
 import time
@@ -19,7 +19,7 @@ _TELL_EVERY = 50
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that learn at one rate. rate: the highest."""
+    """Parameters with one learning rate. rate: its maximum."""
 
     parameters: list[nn.Parameter]
     rate: float
@@ -33,9 +33,9 @@ def run_training(
     losses: Callable[[Any], tuple[Tensor, dict[str, Tensor]]],
     console: Console,
 ) -> None:
-    """Train on every batch once, or go on where the file `state` says.
+    """Train on every batch once, or continue from the file `state`.
 
-    modules: what the file keeps; losses: of a batch, what is minimized and what is told as running averages.
+    modules: saved in the file; losses: for a batch, the loss to minimize, and values to log as running averages.
     """
     steps = len(batches)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW([{"params": g.parameters} for g in groups], betas=(0.9, 0.98), weight_decay=0.02)

@@ -1,9 +1,9 @@
 """The training model of afnext-tiny: AF-Next's architecture in plain torch, fast on short crops of long recordings.
 
-It computes what the runtime computes, with two freedoms that training needs: tokens stand at given positions, so that a
-few crops can stand for a recording of 30 minutes, and an additive attention bias lets one silent token count as many.
-It also tells how much heads look where, so that training can say where it should. Parameters carry the names of the
-flat checkpoint layout, so exporting is `state_dict()`.
+It computes the same function as the runtime, with two options for training: tokens have given positions, so that a few
+crops can represent a recording of 30 minutes, and an additive attention bias lets one silent token count as many. It
+also returns attention weights of some heads, so that training can supervise them. Parameters have the names of the flat
+checkpoint layout, so exporting is `state_dict()`.
 """
 
 from typing import cast
@@ -28,8 +28,8 @@ DECODER = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
-# So large that half of a head's channels hardly turn over the 45 000 tokens of 30 minutes: what they hold can be looked
-# up at any distance.
+# So large that half of a head's channels hardly rotate over the 45 000 tokens of 30 minutes: attention can match their
+# contents at any distance.
 ROPE_THETA = 1e12
 ROTE = TimeEmbedding(theta=1200.0, dim=int(ENCODER["hidden_size"] * 0.2), frames=750, frame_seconds=0.04)
 
@@ -37,8 +37,8 @@ ROTE = TimeEmbedding(theta=1200.0, dim=int(ENCODER["hidden_size"] * 0.2), frames
 def storage_dtype(name: str, parameter: Tensor) -> torch.dtype:
     """How the checkpoint stores a parameter.
 
-    In float16, but the matrices of the encoder's layers, half of all there is, as 8-bit floats: all in float16 would be
-    more than 16 MB.
+    In float16, but the matrices of the encoder's layers, half of all parameters, in 8-bit floats: everything in float16
+    would exceed 16 MB.
     """
     eight = name.startswith("audio_tower.layers.") and parameter.ndim == 2
     return torch.float8_e4m3fn if eight else torch.float16
@@ -54,7 +54,7 @@ class EncoderAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in projections)
-        # For crops this short the plain formula is faster backwards than the fused one.
+        # For crops this short the backward pass of the plain formula is faster than that of the fused one.
         weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
         return self.out_proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
         return rotated(x, windows, torch.arange(x.shape[1]).expand(x.shape[:2]))
 
     def heard(self, mel: Tensor) -> Tensor:
-        """What `forward` returns before RoTE."""
+        """The result of `forward` before RoTE."""
         x = F.gelu(self.conv2(F.gelu(self.conv1(mel)))).transpose(1, 2)
         x = x + self.embed_positions(torch.arange(x.shape[1]))
         for layer in self.layers:
@@ -122,7 +122,7 @@ class DecoderAttention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns what is added to x, and what `watched_attention` tells of the places."""
+        """Returns the values to add to x, and the log-weights that `watched_attention` returns for the places."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in projections)
         q, k = (_turn(y, cos, sin) for y in (q * self.head_dim**-0.5, k))
@@ -170,7 +170,7 @@ class DecoderBody(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """The whole model. `forward` also returns what the auxiliary losses look at."""
+    """The whole model. `forward` also returns the inputs of the auxiliary losses."""
 
     def __init__(self, vocabulary: int):
         super().__init__()
@@ -191,8 +191,8 @@ class TinyModel(nn.Module):
                 nn.init.normal_(parameter, 0.0, scale * (0.5 if "embed" in name else parameter.shape[1] ** -0.5))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        # RoTE turns the first channels of every token by angles that tell its time. Channels that start out constant
-        # arrive at the adaptor as the plain cosine and sine of those angles.
+        # RoTE rotates the first channels of every token by angles that encode its time. Channels that are constant
+        # before RoTE reach the adaptor as the cosine and sine of those angles.
         norm = self.audio_tower.layer_norm
         width = 4 * ROTE.dim // 2
         with torch.no_grad():
@@ -203,7 +203,7 @@ class TinyModel(nn.Module):
 
     @torch.no_grad()
     def round_as_stored(self, part: str = "") -> None:
-        """Round the parameters whose names begin with `part` to what the checkpoint keeps of them."""
+        """Round the parameters whose names begin with `part` to the precision of the checkpoint."""
         for name, parameter in self.named_parameters():
             if name.startswith(part):
                 parameter.copy_(parameter.to(storage_dtype(name, parameter)))
@@ -214,7 +214,7 @@ class TinyModel(nn.Module):
         return cast(DecoderBody, self.language_model["model"])
 
     def adapted(self, x: Tensor) -> Tensor:
-        """The encoder's tokens, after RoTE, as the decoder sees them: [..., hidden]."""
+        """The decoder's inputs for the encoder's tokens after RoTE: [..., hidden]."""
         projector = self.multi_modal_projector
         return projector["linear_2"](F.gelu(projector["linear_1"](x)))
 

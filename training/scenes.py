@@ -1,4 +1,4 @@
-"""Recordings made of words and sounds at known times, in rooms and in noise, and what can be asked of them."""
+"""Recordings made of words and sounds at known times, with reverberation and noise, and questions about them."""
 
 import random
 from collections import Counter
@@ -29,7 +29,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Conditions:
-    """How a recording sounds. snr: decibels between the items and the noise, None for none; the rest are chances."""
+    """Acoustics of a recording. snr: decibels between the items and the noise, None for none; others: probabilities."""
 
     snr: float | None
     noise: str = "white"
@@ -38,7 +38,7 @@ class Conditions:
 
 
 def random_conditions(rng: random.Random) -> Conditions:
-    """What training hears: a third of it clean, the rest down to 4 dB, some of it in rooms or over a telephone."""
+    """Conditions for training: a third clean, the rest down to 4 dB, some with reverberation or a telephone's band."""
     snr = None if rng.random() < 0.33 else rng.uniform(4, 24)
     reverberation = rng.uniform(0.1, 0.5) if rng.random() < 0.3 else 0.0
     return Conditions(snr, rng.choice(("white", "pink", "brown")), reverberation, rng.random() < 0.1)
@@ -53,13 +53,13 @@ def make_scene(
     density: float | None = None,
     respeak: bool = False,
 ) -> tuple[np.ndarray, list[Item]]:
-    """A recording of `seconds` with its items in order. density: the share of them that are words, or random; respeak:
-    each word a little faster and higher or slower and lower than its voice says it, for training."""
+    """A recording of `seconds` with its items in order. density: the share of words among them, or random; respeak:
+    change speed and pitch of each word a little, for training."""
     samples = np.zeros(round(seconds * RATE), np.float32)
     items: list[Item] = []
     if density is None:
         density = rng.choice((1.0, 1.0, 1.0, 0.8, 0.5, 0.3, 0.0))
-    # Few kinds in a recording make repetitions, without which counting would never pass one.
+    # Few kinds per recording give repetitions, without which counts would never exceed one.
     kinds = rng.sample(vocabulary.SOUNDS, rng.choice((1, 2, 3, len(vocabulary.SOUNDS))))
     pause = rng.choice((0.15, 0.15, 0.4, 1.2))
     position = rng.uniform(0.1, 0.1 + 2 * pause)
@@ -80,7 +80,7 @@ def make_scene(
 
 
 def _respeak(clip: np.ndarray, rng: random.Random) -> np.ndarray:
-    """The clip a little faster and higher, or slower and lower, as another speaker would say it."""
+    """The clip a little faster and higher, or slower and lower, like another speaker."""
     length = max(2, round(len(clip) / rng.uniform(0.82, 1.22)))
     return np.interp(np.linspace(0, len(clip) - 1, length), np.arange(len(clip)), clip).astype(np.float32)
 
@@ -106,7 +106,7 @@ def _recorded(samples: np.ndarray, items: list[Item], rng: random.Random, condit
 
 
 def _background(length: int, kind: str, draw: np.random.Generator) -> np.ndarray:
-    """Noise of unit power whose spectrum falls by 0, 3 or 6 dB an octave."""
+    """Noise of unit power whose spectrum falls by 0, 3 or 6 dB per octave."""
     spectrum = np.fft.rfft(draw.standard_normal(length))
     frequency = np.maximum(np.arange(len(spectrum)) * RATE / length, 30.0)
     noise = np.fft.irfft(spectrum / frequency ** {"white": 0.0, "pink": 0.5, "brown": 1.0}[kind], length)
@@ -114,7 +114,7 @@ def _background(length: int, kind: str, draw: np.random.Generator) -> np.ndarray
 
 
 def tenths_of(seconds: float) -> int:
-    """The tenth of a second in which a moment lies."""
+    """A time in tenths of a second, rounded down."""
     return int(seconds * 10 + 1e-6)
 
 
@@ -124,13 +124,13 @@ def clock(tenths: _Tenths) -> tuple[_Tenths, _Tenths, _Tenths]:
 
 
 def timestamp(seconds: float) -> str:
-    """`mm:ss.d`, cut to the tenth of a second."""
+    """`mm:ss.d`, rounded down to the tenth of a second."""
     minute, second, tenth = clock(tenths_of(seconds))
     return f"{minute:02}:{second:02}.{tenth}"
 
 
 def lines(items: list[Item], quoted: bool = False, numbered: bool = False) -> str:
-    """One line an item, `[mm:ss.d] label`, words in quotation marks and each line after its number if asked for."""
+    """One line per item, `[mm:ss.d] label`; quoted: words in quotation marks; numbered: a number before each line."""
     labels = [f'"{item.label}"' if quoted and item.is_word else item.label for item in items]
     told = [f"[{timestamp(item.onset)}] {label}" for item, label in zip(items, labels, strict=True)]
     return "\n".join(f"{number}. {line}" if numbered else line for number, line in enumerate(told, start=1))
@@ -138,7 +138,7 @@ def lines(items: list[Item], quoted: bool = False, numbered: bool = False) -> st
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a recording, of which kind it is, the right answer, and the items that the answer is about."""
+    """A question about a recording, its kind, the right answer, and the items that the answer is about."""
 
     kind: str
     prompt: str
@@ -149,8 +149,8 @@ class Question:
 def ask(kind: str, items: list[Item], rng: random.Random, think: bool = False) -> Question:
     """A question of `kind` (one of KINDS) about a recording with these items.
 
-    Whatever is counted is told one by one before the number: this many steps are more than a model so small can do
-    between two tokens.
+    An answer with a count lists the counted items before the number, because so small a model cannot count them in one
+    step.
     """
     prompt, answer, evidence = _ASK[kind](items, rng)
     if think:
@@ -164,13 +164,13 @@ def ask(kind: str, items: list[Item], rng: random.Random, think: bool = False) -
 
 
 def random_questions(items: list[Item], rng: random.Random, count: int) -> list[Question]:
-    """`count` questions of different kinds; those that take longer answers come more often."""
+    """`count` questions of different kinds; kinds with longer answers are more frequent."""
     chosen = list(dict.fromkeys(rng.choices(list(KINDS), weights=list(KINDS.values()), k=4 * count)))[:count]
     return [_ask_sometimes_thinking(kind, items, rng) for kind in chosen]
 
 
 def sound_questions(items: list[Item], rng: random.Random, count: int) -> list[Question]:
-    """`count` questions about how often or when some kind of sound occurs."""
+    """`count` questions about the number or the times of some kind of sound."""
     kinds = rng.choices(("count_sound", "when_sound"), k=count)
     return [_ask_sometimes_thinking(kind, items, rng) for kind in kinds]
 
@@ -180,13 +180,13 @@ def _ask_sometimes_thinking(kind: str, items: list[Item], rng: random.Random) ->
 
 
 def moments(items: list[Item]) -> list[Item]:
-    """Those whose label occurs once."""
+    """The items whose label occurs once."""
     labels = Counter(item.label for item in items)
     return [item for item in items if labels[item.label] == 1]
 
 
 def ask_moment(item: Item, rng: random.Random | None = None) -> Question:
-    """When one of `moments` occurs, in words that `rng` chooses, or the first there are."""
+    """A question about the time of one of `moments`, in a wording that `rng` chooses, or the first one without it."""
     prompts = vocabulary.WHEN_WORD if item.is_word else vocabulary.WHEN_SOUND
     prompt = (rng.choice(prompts) if rng else prompts[0]).format(item.label)
     return Question("when_word" if item.is_word else "when_sound", prompt, timestamp(item.onset), (item,))

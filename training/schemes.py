@@ -1,9 +1,9 @@
-"""What storing afnext-tiny in fewer bits costs: words, events, times and counts, scheme by scheme.
+"""The loss by quantization of afnext-tiny: words, events, times and counts, scheme by scheme.
 
     python -m training.schemes FOLDER
 
-FOLDER is that of `train` and `export`; the recordings are those of `evaluate`. Calibration hears voices of the
-training. Writes FOLDER/schemes.json, to which every row is added at once and from which a stopped run goes on, and .md.
+FOLDER is that of `train` and `export`; the recordings are those of `evaluate`. Calibration uses voices from training.
+Writes every row at once to FOLDER/schemes.json, from which a stopped run continues, and a table to FOLDER/schemes.md.
 """
 
 import json
@@ -37,7 +37,7 @@ class Storage:
 
     @property
     def name(self) -> str:
-        """For people: int4-g64, calibrated, int8 KV."""
+        """For display: int4-g64, calibrated, int8 KV."""
         kv = "" if self.kv == "auto" else f", {self.kv} KV"
         return f"{self.scheme}{', calibrated' if self.calibrated else ''}{kv}"
 
@@ -66,7 +66,7 @@ _QUESTIONS = ("transcribe", "transcribe_times", "sounds_times", "describe", "cou
 
 
 def write_calibration_set(bank: VoiceBank, folder: Path, count: int = 40) -> None:
-    """`count` recordings of 10 s with a question and its answer each, as `afnext quantize --calibrate` reads them."""
+    """Write `count` recordings of 10 s, each with a question and its answer, for `afnext quantize --calibrate`."""
     for number in range(count):
         rng = random.Random(f"calibration/{number}")
         samples, items = make_scene(bank, rng, 10.0, random_conditions(rng))
@@ -77,12 +77,12 @@ def write_calibration_set(bank: VoiceBank, folder: Path, count: int = 40) -> Non
 
 
 def score(model: Model, bank: VoiceBank, count: int) -> list[Row]:
-    """The rows of `evaluate` that tell most."""
+    """The most informative rows of `evaluate`."""
     return [test.run(model, bank, count) for test in TESTS if test.name in _SHOWN]
 
 
 def table(results: Mapping[str, list[Row]]) -> str:
-    """The results in Markdown, a line a scheme."""
+    """The results in Markdown, a line per scheme."""
     first = next(iter(results.values()))
     columns = [(row.name, name) for row in first for name in row.values if name != "90th percentile, s"]
     lines = ["| scheme | " + " | ".join(f"{row}: {name}" for row, name in columns) + " | ended by itself |"]
@@ -96,7 +96,7 @@ def table(results: Mapping[str, list[Row]]) -> str:
 
 
 class Stored:
-    """The checkpoint in a folder, loaded as it is asked for. work: a folder for calibrated copies."""
+    """The checkpoint in a folder, to be loaded in different forms. work: a folder for calibrated copies."""
 
     def __init__(self, folder: Path, work: Path):
         self._checkpoint, self._bank, self._work = folder / "checkpoint", folder / "bank", work
@@ -119,7 +119,7 @@ class Stored:
 
 
 class Results:
-    """The rows in a JSON file by part and by how the model is stored; every new one is added at once."""
+    """The rows in a JSON file, by part and storage; every new row is written at once."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -128,7 +128,7 @@ class Results:
             self._parts = json.loads(path.read_text(encoding="utf-8"))
 
     def complete(self, part: str, storages: Iterable[Storage], measure: Callable[[Storage], list[Row]]) -> None:
-        """Measure what is not there."""
+        """Measure the missing rows."""
         for storage in storages:
             if storage.name not in self._parts.setdefault(part, {}):
                 Console(stderr=True, highlight=False).print(f"[bold]{part}: {storage.name}[/bold]")
@@ -142,8 +142,8 @@ class Results:
 
 
 def main(folder: Path, count: int = 100, recordings: int = 3) -> None:
-    """Score the checkpoint in FOLDER stored in several ways; see the module. count: clips a row; recordings: of 30
-    minutes. Both must be those of a run that is continued."""
+    """Score the checkpoint in FOLDER in several forms; see the module. count: clips per row; recordings: number of
+    30-minute ones. A continued run must use the same values."""
     held_out = VoiceBank(folder / "bank", "held_out")
     results = Results(folder / "schemes.json")
     with tempfile.TemporaryDirectory() as work:

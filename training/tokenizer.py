@@ -1,7 +1,7 @@
-"""The tokenizer of afnext-tiny: bytes, and whole words for everything the model is asked or says.
+"""The tokenizer of afnext-tiny: bytes, and whole words for all text in questions and answers.
 
-A word known to the vocabulary is one token; any other text falls apart into its bytes. A timestamp is three tokens,
-as in `[12:` `34` `.5]`.
+A word of the vocabulary is one token; any other text is split into bytes. A timestamp is three tokens, as in `[12:`
+`34` `.5]`.
 """
 
 from tokenizers import Tokenizer

@@ -2,16 +2,20 @@
 
     python -m training.train FOLDER
 
-FOLDER keeps the voice bank, the encoder's outputs and the state of training; the same command goes on where it stopped.
+FOLDER has the voice bank, the encoder's outputs and the state of training; the same command continues a stopped run.
 Needs the `bench` extra and the Debian packages named in `voices.py`.
 
-First the encoder learns to hear single items (`hearing.py`). Then it stays as it is, and the decoder learns to answer
-from its outputs (`features.py`). Besides the answers, this second part tells designated heads where to look (see
-`attention.py`), without which pointing at items of a list is found late or never, and linear heads read what tokens
-should know: of the adaptor's output the word or sound in which a token lies, whether one begins, and its time; after
-the second layer its time again, which takes more than the adaptor, what came before it and when, and of an answer's
-tokens what is asked about and what was written last; after the third layer, of the answer's tokens, the time that is to
-be written, which they have from the item that they look at. The linear heads are not part of the checkpoint.
+First the encoder learns to recognize single items (`hearing.py`). Then it is frozen, and the decoder learns to answer
+from its outputs (`features.py`). Besides the answers, this second part supervises the attention of designated heads
+(see `attention.py`), without which the decoder learns to point at items of a list late or never, and linear heads
+predict what tokens should encode:
+
+- the adaptor's output: the word or sound that a token belongs to, whether an item begins there, and the token's time;
+- after the second layer: the time again, which takes more than the adaptor, the preceding items and their times, and
+  for an answer's tokens the subject of the question and the item written last;
+- after the third layer, for an answer's tokens: the time to write, which comes from the item that they attend to.
+
+The linear heads are not part of the checkpoint.
 """
 
 from functools import partial
@@ -43,15 +47,15 @@ STAGES = [
 ]
 SHORT, LONG = 3000, 1400  # recordings of 10 s, and windows of long ones
 HEARING, HEARING_RATES = 2400, (1.5e-4, 1e-3)  # steps; rates of the encoder and of all else
-# The encoder's weights are a mean of those it began with and those it learned: what it does for voices unlike any that
-# it was trained on it knew before. Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".
+# The encoder's weights are a mean of the initial and the trained ones, because the initial ones generalize better to
+# unseen voices. Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".
 _LEARNED = 0.85
 RATE = 1.5e-3
 _CLOCK = (30, 60, 10)
 
 
 class Auxiliary(nn.Module):
-    """Linear heads for what tokens should know."""
+    """Linear heads that predict what tokens should encode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +64,7 @@ class Auxiliary(nn.Module):
         self.time, self.clock, self.written, self.writing = (nn.Linear(width, sum(_CLOCK)) for _ in range(4))
         self.before = nn.ModuleList(nn.Linear(width, sum(_CLOCK)) for _ in range(4))
         self.words, self.ordinal = nn.Linear(width, MOST_WORDS + 1), nn.Linear(width, MOST_WORDS + 1)
-        # One head for what is asked and for where it may be found, so that the two are written alike.
+        # One head for the subject of a question and for the matching audio tokens, so that both have the same encoding.
         self.label, self.follows = nn.Linear(width, len(CLASSES)), nn.Linear(width, len(CLASSES))
 
     def loss(
@@ -101,13 +105,13 @@ def _clock_loss(scores: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _cross_entropy(scores: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over those wanted; 0 if there are none."""
+    """Mean over the tokens with a target; 0 if there are none."""
     total = F.cross_entropy(scores.flatten(0, -2).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (wanted != IGNORED).sum().clamp_min(1)
 
 
 def looking_losses(told: Watched, looks: dict[tuple[int, int], tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """For every supervised head, how far its attention is from where it should be, above the least possible."""
+    """For every supervised head, the loss of its attention against the target, above the smallest possible loss."""
     losses = {}
     for (layer, head), (_, shares) in looks.items():
         losses[f"{layer}.{head}"] = ((shares.log() - told[layer, head]) * shares).sum() / shares.sum()
@@ -115,7 +119,7 @@ def looking_losses(told: Watched, looks: dict[tuple[int, int], tuple[Tensor, Ten
 
 
 def step_losses(model: TinyModel, auxiliary: Auxiliary, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """What is minimized, its parts, and the share of right tokens."""
+    """The loss, its parts, and the share of right tokens."""
     adapted = model.adapted(rotated(batch["audio"].float(), batch["windows"], batch["tokens"]))
     embed, size = model.decoder.embed_tokens, adapted.shape[0]
     prefix, asked = embed(batch["prefix"]).expand(size, -1, -1), embed(batch["inputs"])
@@ -145,7 +149,7 @@ def hear(folder: Path, seed: int, console: Console, model: TinyModel) -> None:
     """Train the encoder and the adaptor; see `hearing.py`."""
     heads, bank = HearingHeads(), VoiceBank(folder / "bank", "train")
     begun = {name: parameter.detach().clone() for name, parameter in model.audio_tower.named_parameters()}
-    # What RoTE turns has to stay constant, see `TinyModel`.
+    # The channels that RoTE rotates have to stay constant, see `TinyModel`.
     fixed = ("layer_norm.weight", "layer_norm.bias")
 
     def losses(batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -160,12 +164,12 @@ def hear(folder: Path, seed: int, console: Console, model: TinyModel) -> None:
     with torch.no_grad():
         for name, parameter in model.audio_tower.named_parameters():
             parameter.copy_(torch.lerp(begun[name], parameter, _LEARNED))
-    # What the decoder learns to read has to be what the checkpoint's encoder will say.
+    # The decoder has to be trained on the outputs of the checkpoint's encoder.
     model.round_as_stored("audio_tower.")
 
 
 def answer(folder: Path, seed: int, console: Console, model: TinyModel, tokenizer: Tokenizer) -> None:
-    """Train the adaptor and the decoder on what the encoder hears."""
+    """Train the adaptor and the decoder on the encoder's outputs."""
     auxiliary, bank, encoder = Auxiliary(), VoiceBank(folder / "bank", "train"), model.audio_tower.requires_grad_(False)
     short = load_crops(folder / "short.pt", lambda: short_crops(bank, encoder, seed, SHORT))
     long = load_crops(folder / "long.pt", lambda: long_crops(bank, encoder, seed, LONG))
@@ -176,7 +180,7 @@ def answer(folder: Path, seed: int, console: Console, model: TinyModel, tokenize
 
 
 def build_model(folder: Path, vocabulary: int, seed: int) -> TinyModel:
-    """The model before training: Whisper's layers, and the rest random."""
+    """The model before training: Whisper's layers, all else random."""
     torch.manual_seed(seed)
     model = TinyModel(vocabulary)
     weights = whisper.encoder_weights(whisper.fetch(folder / "whisper"), ENCODER["num_hidden_layers"])
@@ -186,7 +190,7 @@ def build_model(folder: Path, vocabulary: int, seed: int) -> TinyModel:
 
 
 def train(folder: Path, seed: int, console: Console) -> TinyModel:
-    """Train, or go on with training, until the last step; returns the model."""
+    """Train, or continue training, until the last step; returns the model."""
     build_bank(folder / "bank", seed, lambda split, done, of: console.print(f"voices, {split}: {done} of {of} clips"))
     tokenizer = build_tokenizer()
     model = build_model(folder, tokenizer.get_vocab_size(), seed)

@@ -1,4 +1,4 @@
-"""The closed world of afnext-tiny: the words it knows, the sounds it knows, and what it is asked about them."""
+"""The closed vocabulary of afnext-tiny: words, sounds, and questions about them."""
 
 _LETTERS = {
     "A": "ay",

@@ -2,8 +2,8 @@
 
 Voices come from espeak-ng, flite and festival (Debian packages espeak-ng, flite, festival, festvox-kallpc16k,
 festvox-kdlpc16k, festvox-us-slt-hts); the human voice, used for evaluation only, from the prompts of
-asterisk-core-sounds-en-wav. Some voices of every synthesizer are held out: no training clip has them.
-Their accents are heard from others.
+asterisk-core-sounds-en-wav. Some voices of every synthesizer are held out: no training clip has them, but other voices
+in training have their accents.
 """
 
 import calendar
@@ -27,7 +27,7 @@ from .vocabulary import WORDS
 
 RATE = 16_000
 
-# Not en-gb, with which espeak-ng 1.51 ignores variants.
+# Without en-gb, for which espeak-ng 1.51 ignores variants.
 _ACCENTS = ("en-us", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc")
 _VARIANTS = re.findall(
     r"\w+",
@@ -47,7 +47,7 @@ _HUMAN = Path("/usr/share/asterisk/sounds/en")
 
 @dataclass(frozen=True)
 class Voice:
-    """One way of speaking: the synthesizer, its voice, and how fast and how high (1 is its normal)."""
+    """A voice: the synthesizer, its voice, and relative speed and pitch (1 is normal)."""
 
     engine: str
     name: str
@@ -80,8 +80,8 @@ class VoiceBank:
 
 
 def voices(seed: int, count: int, held_out: bool) -> list[Voice]:
-    """Random voices: `count` of espeak-ng, as many invented ones for training, and each voice of flite and festival at
-    a few speeds."""
+    """Random voices: `count` of espeak-ng, for training as many with random variants, and each voice of flite and
+    festival at a few speeds."""
     rng = random.Random(seed)
     accents, variants = (_HELD_OUT_ACCENTS, _HELD_OUT_VARIANTS) if held_out else (_ACCENTS, _VARIANTS)
     named = [("espeak", f"{rng.choice(accents)}+{rng.choice(variants)}") for _ in range(count)]
@@ -118,8 +118,8 @@ def _synthesize(
 
 
 def _invented_variant(name: str) -> str:
-    """A variant file of espeak-ng: another throat (all formants higher or lower, and each a little by itself, louder or
-    softer, wider or narrower), another source."""
+    """A random variant file of espeak-ng: another vocal tract (all formants higher or lower, and each changed a little
+    in frequency, loudness and width), another source."""
     rng = random.Random(name)
     throat = rng.uniform(0.82, 1.25)
     lines = ["language variant", f"name {name}", f"roughness {rng.choice((0, 0, 1, 2, 3))}"]
@@ -134,8 +134,8 @@ def _invented_variant(name: str) -> str:
 
 
 def _espeak(data: Path, voice: Voice) -> Iterator[tuple[str, np.ndarray]]:
-    """data: a copy of espeak-ng-data, into which an invented voice is written while it speaks: above 350 voices in all
-    espeak-ng gives every one the same sound."""
+    """data: a copy of espeak-ng-data, which has a random variant only while it speaks: with more than 350 voices in
+    total, espeak-ng makes all of them sound the same."""
     speed, pitch = str(round(150 * voice.speed)), str(round(50 * voice.pitch))
     variant = voice.name.partition("+")[2]
     file, invented = data / "voices" / "!v" / variant, variant.startswith(_INVENTED)
@@ -168,7 +168,7 @@ def _flite(voice: Voice) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _festival(voice: Voice) -> Iterator[tuple[str, np.ndarray]]:
-    """All words in one process, as festival takes a second to start."""
+    """All words in one process, because festival takes a second to start."""
     with tempfile.TemporaryDirectory() as folder:
         lines = [f"(voice_{voice.name})", f"(Parameter.set 'Duration_Stretch {1 / voice.speed:.3f})"]
         for i, spelling in enumerate(WORDS.values()):

@@ -1,12 +1,13 @@
-"""Attention that also tells, and learns from, how much of it some queries give to some keys.
+"""Attention that also returns the log-weights of some pairs of query and key, with gradients.
 
     P = softmax(Q K^T + bias),  O = P V,  told[e] = log P[places[e]]
 
-With gradients dO and g of what is told, and G[q] the sum of g over the entries of query q,
+With gradients dO of O and g of `told`, and G[q] the sum of g over the entries of query q,
 
     dP = dO V^T,  dS = P * (dP - rowsum(dO * O) - G) + scatter(g),  dQ = dS K,  dK = dS^T Q,  dV = P^T dO,
 
-so besides P nothing of its size is kept, and all of that size is bfloat16: training on a CPU is bound by memory here.
+so P is the only tensor of its size that is kept, and all tensors of this size are bfloat16: on a CPU, memory bandwidth
+bounds training here.
 """
 
 from typing import Any
@@ -41,10 +42,10 @@ class _WatchedAttention(torch.autograd.Function):
 
 
 def watched_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of q, scaled already, k and v, [batch, heads, time, head_dim], with a bias that broadcasts over the
+    """Attention of q, already scaled, k and v, [batch, heads, time, head_dim], with a bias that broadcasts over the
     heads, in the dtype of q.
 
-    places: [4, entries] of row, head, query and key. Returns the attention's output, and of every entry the logarithm
+    places: [4, entries] of row, head, query and key. Returns the attention's output, and for every entry the logarithm
     of its weight, float32.
     """
     out, told = _WatchedAttention.apply(q, k, v, bias.to(q.dtype), places)  # type: ignore[no-untyped-call]
