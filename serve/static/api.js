@@ -1,4 +1,4 @@
-// The server's API: requests with the key, errors as ApiError, streams of events.
+// Client of the server's API: requests with the key, errors as ApiError, streams of events.
 
 const BASE = new URL("../v1/", import.meta.url);
 const KEY = "afnext.key";
@@ -38,7 +38,7 @@ export async function request(path, { method, json, body, signal } = {}) {
   return response;
 }
 
-/** A WebSocket of the API. Browsers cannot send it headers: the key is one of its protocols, as OpenAI has it. */
+/** A WebSocket of the API. Browsers cannot set its headers, so the key is one of its protocols, as in OpenAI's API. */
 export function socket(path) {
   const url = new URL(path, BASE);
   url.protocol = url.protocol.replace("http", "ws");
@@ -75,7 +75,7 @@ export async function* events(path, options) {
   }
 }
 
-/** Upload a recording to /v1/files. `report` gets the fraction that is sent. */
+/** Upload a recording to /v1/files. `report` gets the fraction sent so far. */
 export function upload(file, { report, signal }) {
   return new Promise((resolve, reject) => {
     const call = new XMLHttpRequest(); // fetch does not report the progress of an upload

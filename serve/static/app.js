@@ -1,4 +1,4 @@
-// The page: what is where, and who tells whom.
+// The page: connects its elements and modules.
 
 import { ApiError, apiKey, isAbort, request, setApiKey } from "./api.js";
 import { Conversation } from "./conversation.js";
@@ -82,7 +82,7 @@ function note(text) {
 
 // A recording
 
-/** context: a promise of that of a recording that was heard while it was made; the conversation about it goes on. */
+/** context: a promise of the context of a recording that was processed live; its conversation continues. */
 async function open(file, context = null) {
   recording?.leave();
   $("problem").hidden = true;
@@ -197,7 +197,7 @@ async function record() {
   if (canHear(recorder.context.sampleRate)) askMeanwhile(live, recorder.context.sampleRate);
 }
 
-/** Let the user ask about what has been recorded so far. */
+/** Let the user ask about the audio recorded so far. */
 async function askMeanwhile(live, rate) {
   recording = live;
   try {
@@ -219,8 +219,8 @@ async function stopRecording() {
   recorder = null;
   const file = await stopped.stop();
   endRecording();
-  const context = live?.connected ? live.finish().catch(() => null) : null; // without one the file is heard
-  if (context) recording = null; // it ends by itself
+  const context = live?.connected ? live.finish().catch(() => null) : null; // else the file is processed
+  if (context) recording = null; // it ends without a call
   open(file, context);
 }
 

@@ -11,7 +11,7 @@ const ENDS = {
 };
 
 export class Conversation {
-  /** log: the element of the answers. seek: moves the playback. onBusy is told when an answer starts and ends. */
+  /** log: the element of the answers. seek: moves the playback. onBusy: called when an answer starts and ends. */
   constructor({ log, seek, onBusy }) {
     this.log = log;
     this.seek = seek;
@@ -30,7 +30,7 @@ export class Conversation {
     this.log.replaceChildren();
   }
 
-  /** The same audio, from now on as another recording. */
+  /** Use another Recording of the same audio from now on. */
   goOn(recording) {
     this.recording = recording;
   }
@@ -40,7 +40,7 @@ export class Conversation {
     this.voice.stop();
   }
 
-  /** Ask, and show the answer as it comes. followUp: send the questions and answers before it, too. spoken: play it. */
+  /** Ask, and show the answer as it arrives. followUp: include earlier questions and answers. spoken: play it. */
   async ask(question, { followUp = false, spoken = false } = {}) {
     const running = (this.running = new AbortController());
     const { recording } = this;
@@ -82,7 +82,7 @@ class AnswerView {
     this.facts = [];
     this.began = performance.now();
     this.element = make("article", "turn");
-    this.element.setAttribute("aria-busy", "true"); // so that it is read out once, whole
+    this.element.setAttribute("aria-busy", "true"); // so that screen readers read it once, whole
     const asked = make("p", "question", question);
     this.thinking = make("details", "thinking");
     this.thinking.hidden = true;
@@ -98,7 +98,7 @@ class AnswerView {
     this.meta.textContent = text;
   }
 
-  /** Let the text grow, and keep its end in view if it was. */
+  /** Append text, and keep the end in view if it was in view before. */
   follow(grow) {
     const seen = this.meta.getBoundingClientRect().top < innerHeight;
     grow();

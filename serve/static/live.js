@@ -1,10 +1,10 @@
-// A recording that is still going on: its samples go to the realtime endpoint, which answers questions meanwhile.
+// A recording in progress: its samples go to the realtime endpoint, which answers questions meanwhile.
 
 import { ApiError, socket } from "./api.js";
 
-const MOST_RATE = 48000; // Hz; the server hears nothing above
+const MOST_RATE = 48000; // Hz; the server's limit
 
-/** Whether samples of this rate can be heard as they come. */
+/** Whether the server accepts live samples of this rate. */
 export const canHear = (rate) => rate <= MOST_RATE;
 
 export class LiveRecording {
@@ -29,7 +29,7 @@ export class LiveRecording {
     this.waiting.splice(0).forEach((samples) => this.append(samples));
   }
 
-  /** Send the samples that follow, Int16Array. */
+  /** Send the next samples, Int16Array. */
   push(samples) {
     this.seconds += samples.length / (this.rate ?? Infinity);
     if (this.connected) this.append(samples);
@@ -40,7 +40,7 @@ export class LiveRecording {
     this.send({ type: "input_audio_buffer.append", audio: base64(samples) });
   }
 
-  /** The pieces of an answer about all that has been pushed, as chunks of a chat completion. Throws ApiError. */
+  /** The pieces of an answer about all samples so far, as chunks of a chat completion. Throws ApiError. */
   async *answer(messages, { signal, spoken, onState }) {
     onState("thinking about it…");
     const input = messages.map(({ role, content }) => {
@@ -67,7 +67,7 @@ export class LiveRecording {
     }
   }
 
-  /** End it. Returns the context of what was heard, or null. Throws ApiError. */
+  /** End the recording. Returns its context, or null. Throws ApiError. */
   async finish() {
     this.send({ type: "afnext.finish" });
     const { context } = await this.next("afnext.context");
@@ -75,7 +75,7 @@ export class LiveRecording {
     return context;
   }
 
-  /** Hang up; nothing is kept that anybody asks for. */
+  /** Disconnect; the recording is not needed any more. */
   leave() {
     this.closed = true;
     this.socket?.close();

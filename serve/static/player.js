@@ -35,7 +35,7 @@ export class Player {
     this.move();
   }
 
-  /** peaks: the least and largest sample of equal parts of the recording. */
+  /** peaks: the smallest and largest sample of equal parts of the recording. */
   setPeaks(peaks, seconds) {
     this.peaks = peaks;
     this.seconds = seconds;

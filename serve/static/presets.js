@@ -1,4 +1,4 @@
-// The tasks that the model knows, as buttons.
+// The model's tasks, as buttons.
 
 const LABELS = {
   asr: "Transcribe",
@@ -38,7 +38,7 @@ export class Presets {
   }
 
   show(tasks) {
-    const own = tasks.filter(({ prompt }) => prompt); // without a prompt it is one's own question
+    const own = tasks.filter(({ prompt }) => prompt); // a task without a prompt is the user's own question
     this.group.replaceChildren(...own.map((task) => this.button(task)));
     this.group.hidden = !own.length;
   }

@@ -1,4 +1,4 @@
-// Hands the microphone's samples to recorder.js, mixed to one channel, in blocks.
+// Sends the microphone's samples to recorder.js, mixed to one channel, in blocks.
 
 const BLOCK = 2048;
 
@@ -7,7 +7,7 @@ class Capture extends AudioWorkletProcessor {
     super();
     this.block = new Float32Array(BLOCK);
     this.filled = 0;
-    this.port.onmessage = () => this.send(true); // asked for the rest
+    this.port.onmessage = () => this.send(true); // recorder.js requests the rest
   }
 
   process([channels]) {

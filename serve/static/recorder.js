@@ -1,4 +1,4 @@
-// Records the microphone as 16-bit WAV, which every browser plays and seeks.
+// Records the microphone as 16-bit WAV, which every browser can play and seek.
 
 const HEADER = 44; // bytes
 
@@ -64,7 +64,7 @@ export class Recorder {
     return new File([wavHeader(this.count, rate), ...this.blocks], `recording ${at}.wav`, { type: "audio/wav" });
   }
 
-  /** Stop without a recording. */
+  /** Stop, and discard the recording. */
   close() {
     this.stream.getTracks().forEach((track) => track.stop());
     this.context.close();

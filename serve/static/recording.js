@@ -1,12 +1,12 @@
-// A recording at the server: uploaded once, listened to once, asked by the id of its context.
+// A recording on the server: uploaded once, processed once, used by the id of its context.
 
 import { events, request, upload } from "./api.js";
 
 const PEAKS = 2000;
 
 export class Recording {
-  /** onStage gets what happens ("Uploading", "Listening", "") and the fraction done. context: a promise of that of the
-   * same audio, if it was heard while it was recorded; it may resolve to null. */
+  /** onStage gets the present stage ("Uploading", "Listening", "") and the fraction done. context: a promise of the
+   * context of the same audio, if it was processed live; it may resolve to null. */
   constructor(file, { onStage, onPeaks, context = null }) {
     this.file = file;
     this.context = context;
@@ -14,7 +14,7 @@ export class Recording {
     this.onPeaks = onPeaks;
     this.id = null; // of the stored file
     this.seconds = 0;
-    this.audio = []; // what the server says of it
+    this.audio = []; // the server's description
     this.leaving = new AbortController();
     this.stored = null; // a promise of the file's id
     this.ready = null; // a promise of the context's id
@@ -27,7 +27,7 @@ export class Recording {
     const report = (part) => this.onStage("Uploading", part);
     this.stored = upload(this.file, { signal, report }).then(({ id }) => (this.id = id));
     this.ready = this.heardOrHear();
-    this.ready.catch(() => {}); // whoever waits for it is told
+    this.ready.catch(() => {}); // those who await it get the error
     await this.stored;
     const context = await this.context;
     if (context) this.heard(context);
@@ -41,7 +41,7 @@ export class Recording {
     return this.hear(false);
   }
 
-  /** Listen, again if the server has forgotten it. truncate: hear the beginning if it is too long. */
+  /** Make the context, again if it has expired. truncate: use only the beginning if the recording is too long. */
   listen({ truncate = false } = {}) {
     this.ready = this.hear(truncate);
     this.ready.catch(() => {});
@@ -65,7 +65,7 @@ export class Recording {
     return context.id;
   }
 
-  /** The chunks of a chat completion about the recording. onState gets what it waits for. Throws ApiError. */
+  /** The chunks of a chat completion about the recording. onState gets its state for display. Throws ApiError. */
   async *answer(messages, { signal, spoken, onState }) {
     onState("listening…");
     const speech = spoken ? { modalities: ["text", "audio"], audio: { format: "pcm16" } } : {};
@@ -91,14 +91,14 @@ export class Recording {
     this.onPeaks(peaks, seconds);
   }
 
-  /** Stop what goes on and delete the uploaded file. The context ends by itself when nobody asks it. */
+  /** Stop the work in progress and delete the uploaded file. The context expires by itself. */
   leave() {
     this.leaving.abort();
     if (this.id) request(`files/${this.id}`, { method: "DELETE" }).catch(() => {}); // it expires anyway
   }
 }
 
-/** The result of a promise, or an AbortError as soon as the signal says so. */
+/** The result of a promise, or an AbortError as soon as the signal is aborted. */
 function orStopped(promise, signal) {
   return new Promise((resolve, reject) => {
     signal.addEventListener("abort", () => reject(signal.reason), { once: true });

@@ -1,4 +1,4 @@
-// Segments of a transcript as files, the way the server writes them.
+// Formats segments of a transcript as files, like the server.
 
 const TIGHT = /[\u3000-\u312f\u31a0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff00-\uff9f]/; // Chinese, Japanese: no spaces
 
@@ -41,7 +41,7 @@ const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").
 
 function times({ start, end }, point) {
   const from = Math.round(start * 1000);
-  return `${stamp(from, point)} --> ${stamp(Math.max(from + 1, Math.round(end * 1000)), point)}`; // none lasts no time
+  return `${stamp(from, point)} --> ${stamp(Math.max(from + 1, Math.round(end * 1000)), point)}`; // no empty segments
 }
 
 function stamp(milliseconds, point) {

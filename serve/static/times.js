@@ -1,4 +1,4 @@
-// Times of a recording: written for people, found in a model's text.
+// Times of a recording: formats them, and finds them in a model's text.
 
 const CLOCK = String.raw`(?:\d{1,3}:)?\d{1,3}:\d{1,2}(?:[.,]\d{1,3})?|\d{1,6}(?:\.\d{1,3})?\s?s`;
 const RANGE = String.raw`\[\s*(${CLOCK})(?:\s*(?:-->|[-–—]|to)\s*(?:${CLOCK}))?\s*\]`;
