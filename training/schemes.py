@@ -142,8 +142,8 @@ class Results:
 
 
 def main(folder: Path, count: int = 100, recordings: int = 3) -> None:
-    """Score the checkpoint in FOLDER in several forms; see the module. count: clips per row; recordings: number of
-    30-minute ones. A continued run must use the same values."""
+    """Score the checkpoint in FOLDER stored in several ways; see the module. count: clips a row; recordings: of 30
+    minutes. Both must be those of a run that is continued."""
     held_out = VoiceBank(folder / "bank", "held_out")
     results = Results(folder / "schemes.json")
     with tempfile.TemporaryDirectory() as work:
