@@ -7,6 +7,7 @@ bars are hatched and lines dashed, projected ones dotted.
 import io
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -151,7 +152,8 @@ def _stacked_bars(axes: "Axes", bars: Bars) -> None:
 def speedup(records: list[Record], over: str) -> "Figure | None":
     """How many times as fast as `over`; only where the outputs agreed."""
     found = [record for record in records if agreed_speedup(record) is not None]
-    shown, note = _side_by_side(found)[:_MOST], _note(len(found))
+    shown = _of_each_name(_side_by_side(found))
+    note = f"{_MOST} of {len(found)}, of each name in turn; the table has all" if len(found) > _MOST else ""
     if not shown:
         return None
     named, constant = _namer(shown), _constant(shown)
@@ -188,6 +190,16 @@ def _side_by_side(records: list[Record]) -> list[Record]:
     for record in records:
         order.setdefault(_what(record, ("scheme", "dtype")), []).append(record)
     return [record for group in order.values() for record in group]
+
+
+def _of_each_name(records: list[Record]) -> list[Record]:
+    """At most _MOST of the records, in their order: the first of each name, then the second of each, and so on."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for index, record in enumerate(records):
+        turns.append((seen[record.name], index))
+        seen[record.name] += 1
+    return [records[index] for index in sorted(index for _, index in sorted(turns)[:_MOST])]
 
 
 def _what(record: Record, without: tuple[str, ...]) -> tuple[str, ...]:

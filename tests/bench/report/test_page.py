@@ -315,8 +315,17 @@ def test_long_results_are_cut_in_plots_but_not_in_tables(tmp_path: Path) -> None
     figure = plots.speedup(many, "the reference")
     assert figure is not None
     assert len(figure.axes[0].get_yticklabels()) == 48
-    assert "the first 48 of 60; the table has all" in figure.get_supxlabel()
+    assert "48 of 60, of each name in turn; the table has all" in figure.get_supxlabel()
     assert len(report(tmp_path, *many).rows_with("prefill")) == 60
+
+
+def test_a_cut_plot_shows_every_operation() -> None:
+    names = ["linear"] * 60 + ["rms_norm", "sample"]
+    many = [e2e(name, 1.0, f"subject {i}", speedup=1.5, agrees=True) for i, name in enumerate(names)]
+    figure = plots.speedup(many, "the reference")
+    assert figure is not None
+    shown = [label.get_text().split(" · ")[0] for label in figure.axes[0].get_yticklabels()]
+    assert sorted(shown) == sorted(["linear"] * 46 + ["rms_norm", "sample"])
 
 
 def test_folders_and_several_files_are_read(tmp_path: Path) -> None:
