@@ -147,8 +147,8 @@ _SUSPECT = re.compile(
     rf"|{_SURE}{_TO}{_SURE}|[\[({{<] *{_SURE}"
     rf"|{_CLOCK}[*_]{{0,3}} *[:|](?!\d)|[*_]{_CLOCK}"
     r"|(?:speaker|spk)[ _#-]*\d"
-    r"|\d:\d\d[.,]\d+ *$",  # a clock with fractions at the end of a line
-    re.IGNORECASE | re.MULTILINE,
+    r"|\d:\d\d[.,]\d",  # a clock with fractions
+    re.IGNORECASE,
 )
 _PLAIN: dict[int, int] = {
     ord(char): ord(plain)
