@@ -30,7 +30,7 @@ from torch import Tensor
 from . import native
 from .arguments import FLOAT32, FLOATING, INT64, check_tensors
 from .configs import Config, Configs
-from .dispatch import Operation
+from .dispatch import Operation, on_cpu
 from .row_groups import is_row_invariant
 from .triton_language import tl, triton
 
@@ -390,10 +390,15 @@ def _sample_native(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tenso
 
 @_penalize.implementation("torch")
 def _penalize_torch(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    if not on_cpu(logits):  # finding the tokens seen would wait for the device
+        return torch.where(seen, _penalized(logits, penalty[:, None]), logits)
     out, (rows, tokens) = logits.clone(), seen.nonzero(as_tuple=True)
-    chosen, penalties = logits[rows, tokens], penalty[rows]
-    out[rows, tokens] = torch.where(chosen > 0, chosen / penalties, chosen * penalties)
+    out[rows, tokens] = _penalized(logits[rows, tokens], penalty[rows])
     return out
+
+
+def _penalized(logits: Tensor, penalty: Tensor) -> Tensor:
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
 @_greedy.implementation("torch")
