@@ -240,46 +240,14 @@ def _native(
     k, v = map(with_unit_stride, (k, v))
     native.check_indices("slots", slots, "caches", k_cache.shape[0] * k_cache.shape[1])
     cos, sin = rotation.cos_sin
+    caches = (k, v, k_cache, v_cache, k_scales, v_scales)
+    positions = (slots.contiguous(), cos, sin)
+    sizes = (*k.shape, cos.shape[-1], rotation.pairing == "half", *k.stride()[:3], *v.stride()[:3], k.dtype)
     if is_int4(k_cache):
-        native.call(
-            "kv_write_int4",
-            k,
-            v,
-            k_cache,
-            v_cache,
-            k_scales,
-            v_scales,
-            None if k_bias is None else k_bias.contiguous(),
-            slots.contiguous(),
-            cos,
-            sin,
-            *k.shape,
-            cos.shape[-1],
-            rotation.pairing == "half",
-            *k.stride()[:3],
-            *v.stride()[:3],
-            k.dtype,
-        )
-        return rotary(q, rotation)
-    native.call(
-        "kv_write",
-        k,
-        v,
-        k_cache,
-        v_cache,
-        k_scales,
-        v_scales,
-        slots.contiguous(),
-        cos,
-        sin,
-        *k.shape,
-        cos.shape[-1],
-        rotation.pairing == "half",
-        *k.stride()[:3],
-        *v.stride()[:3],
-        k.dtype,
-        k.dtype if k_scales is not None else k_cache.dtype,
-    )
+        bias = None if k_bias is None else k_bias.contiguous()
+        native.call("kv_write_int4", *caches, bias, *positions, *sizes)
+    else:
+        native.call("kv_write", *caches, *positions, *sizes, k.dtype if k_scales is not None else k_cache.dtype)
     return rotary(q, rotation)
 
 
