@@ -30,7 +30,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure speed, memory and quality.
 app.command(epilog="Example: [bold]afnext bench ops --op decode_attention --list[/bold]")(ops)
 
 OutOption = Annotated[
-    Path, typer.Option(help="File of results (JSON lines) to append to; what it holds is not redone.")
+    Path, typer.Option(help="File of results (JSON lines) to append to; cases that it already has are skipped.")
 ]
 
 
@@ -41,18 +41,18 @@ def e2e(
         str | None, typer.Option(help="Shape of a random checkpoint: tiny, full-width:ENC,DEC or full.")
     ] = None,
     baseline: Annotated[
-        str, typer.Option(help="none, or with commas: transformers, compiled, int8, nf4, hqq, torchao.")
+        str, typer.Option(help="none, or a comma-separated list of: transformers, compiled, int8, nf4, hqq, torchao.")
     ] = "transformers",
-    audio: Annotated[str, typer.Option(help="Lengths of the recordings, in seconds.")] = "30,300",
-    scheme: Annotated[str, typer.Option(help=f"{', '.join(SCHEMES)}; several with commas.")] = "bf16",
-    batch: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1",
-    new_tokens: Annotated[int, typer.Option(help="Length of the answers.", min=1)] = 16,
-    repeats: Annotated[int, typer.Option(help="Rounds a stage.", min=1)] = 5,
+    audio: Annotated[str, typer.Option(help="Lengths of the recordings in seconds, comma-separated.")] = "30,300",
+    scheme: Annotated[str, typer.Option(help=f"{', '.join(SCHEMES)}; comma-separated.")] = "bf16",
+    batch: Annotated[str, typer.Option(help="Batch sizes of decode, comma-separated.")] = "1",
+    new_tokens: Annotated[int, typer.Option(help="Tokens per answer.", min=1)] = 16,
+    repeats: Annotated[int, typer.Option(help="Repetitions per stage.", min=1)] = 5,
     device: DeviceOption = "auto",
     out: OutOption = Path("results.jsonl"),
     as_json: JsonOption = False,
 ) -> None:
-    """Every stage from audio to answer, beside the transformers reference."""
+    """Time every stage from audio to answer, compared with the transformers reference."""
     from .model.e2e import run_e2e
 
     records = run_e2e(
@@ -73,17 +73,23 @@ def e2e(
 
 @app.command(epilog="Example: [bold]afnext bench kernels --dtype bf16 --operation attention --out results.jsonl[/bold]")
 def kernels(
-    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16; several with commas.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16; comma-separated.")] = "bf16",
     operation: Annotated[list[str] | None, typer.Option(help="Only this operation; repeat for more.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small shapes: shows that it runs, not how fast.")] = False,
-    repeats: Annotated[int, typer.Option(help="Rounds a case.", min=1)] = 5,
-    warm_cache: Annotated[bool, typer.Option("--warm-cache", help="Leave the caches as they are.")] = False,
-    graphs: Annotated[bool, typer.Option("--graphs", help="Replay CUDA graphs: launches cost nothing.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small shapes: a check that everything runs, not a measurement.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="Repetitions per case.", min=1)] = 5,
+    warm_cache: Annotated[
+        bool, typer.Option("--warm-cache", help="Do not flush the caches between repetitions.")
+    ] = False,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="Time replayed CUDA graphs, which excludes launch overhead.")
+    ] = False,
     device: DeviceOption = "auto",
     out: OutOption = Path("results.jsonl"),
     as_json: JsonOption = False,
 ) -> None:
-    """Each operation over the shapes of the real model, beside torch and what else is installed."""
+    """Time each operation at the shapes of the real model, compared with torch and other installed libraries."""
     from .ops.kernels import run_kernels
 
     records = run_kernels(
@@ -103,18 +109,16 @@ def kernels(
 @app.command(epilog="Example: [bold]afnext bench llama-cpp --random full-width:32,4 --depths 0,8192[/bold]")
 def llama_cpp(
     random: Annotated[str, typer.Option(help="Shape of the random weights: full-width:ENC,DEC or full.")] = "full",
-    scheme: Annotated[str, typer.Option(help=f"Ours: {', '.join(SCHEMES)}; several with commas.")] = "int4",
-    kind: Annotated[str, typer.Option(help="llama.cpp's: q4_0, q8_0, bf16; several with commas.")] = "q4_0",
-    stages: Annotated[
-        str, typer.Option(help="encode, prefill, decode; several with commas.")
-    ] = "encode,prefill,decode",
-    depths: Annotated[str, typer.Option(help="Tokens before what is timed, with commas.")] = "0",
-    chunk: Annotated[int, typer.Option(help="Tokens of prefill.", min=1)] = 512,
-    repeats: Annotated[int, typer.Option(help="Rounds a case.", min=1)] = 5,
+    scheme: Annotated[str, typer.Option(help=f"Schemes of afnext: {', '.join(SCHEMES)}; comma-separated.")] = "int4",
+    kind: Annotated[str, typer.Option(help="Formats of llama.cpp: q4_0, q8_0, bf16; comma-separated.")] = "q4_0",
+    stages: Annotated[str, typer.Option(help="encode, prefill, decode; comma-separated.")] = "encode,prefill,decode",
+    depths: Annotated[str, typer.Option(help="Tokens in the KV cache before the timed ones, comma-separated.")] = "0",
+    chunk: Annotated[int, typer.Option(help="Tokens per prefill chunk.", min=1)] = 512,
+    repeats: Annotated[int, typer.Option(help="Repetitions per case.", min=1)] = 5,
     out: OutOption = Path("results.jsonl"),
     as_json: JsonOption = False,
 ) -> None:
-    """The encoder, prefill and decode beside llama.cpp, on random weights, at any depth."""
+    """Time the encoder, prefill and decode compared with llama.cpp, on random weights, at any context length."""
     from .model.layers import STAGES
     from .model.llama_cpp_comparison import run_llama_cpp
 
@@ -136,23 +140,25 @@ def llama_cpp(
 def layers(
     random: Annotated[str, typer.Option(help="Shape of a random checkpoint: tiny or full-width:ENC,DEC.")],
     scheme: Annotated[
-        str, typer.Option(help=f"{', '.join(SCHEMES)}; '+kv8' or '+kv4' behind one for an int8 or int4 KV cache.")
+        str, typer.Option(help=f"{', '.join(SCHEMES)}; append '+kv8' or '+kv4' for an int8 or int4 KV cache.")
     ] = "bf16",
     baseline: Annotated[
         str,
-        typer.Option(help="The dtype of transformers, bf16 or fp32; of several the first is what speedups are over."),
+        typer.Option(help="Dtypes of transformers, bf16 or fp32; speedups are relative to the first."),
     ] = "bf16",
-    stages: Annotated[
-        str, typer.Option(help="encode, prefill, decode; several with commas.")
-    ] = "encode,prefill,decode",
-    chunk: Annotated[int, typer.Option(help="Tokens of prefill.", min=1)] = 1024,
-    prefixes: Annotated[str, typer.Option(help="Tokens before those of prefill, with commas.")] = "0,16000",
-    depths: Annotated[str, typer.Option(help="Tokens before the one that is decoded, with commas.")] = "0,8192,45000",
-    repeats: Annotated[int, typer.Option(help="Rounds a case.", min=1)] = 7,
+    stages: Annotated[str, typer.Option(help="encode, prefill, decode; comma-separated.")] = "encode,prefill,decode",
+    chunk: Annotated[int, typer.Option(help="Tokens per prefill chunk.", min=1)] = 1024,
+    prefixes: Annotated[
+        str, typer.Option(help="Tokens in the KV cache before the prefill chunk, comma-separated.")
+    ] = "0,16000",
+    depths: Annotated[
+        str, typer.Option(help="Tokens in the KV cache before the decoded one, comma-separated.")
+    ] = "0,8192,45000",
+    repeats: Annotated[int, typer.Option(help="Repetitions per case.", min=1)] = 7,
     out: OutOption = Path("results.jsonl"),
     as_json: JsonOption = False,
 ) -> None:
-    """Every scheme's layers beside transformers, at depths that no recording needs to be heard for. On the CPU."""
+    """Time the layers of every scheme on the CPU compared with transformers, with a KV cache of any length."""
     from .model.layers import BASELINES, STAGES, run_layers
 
     records = run_layers(
@@ -173,14 +179,16 @@ def layers(
 @app.command(epilog="Example: [bold]afnext bench serving --random full-width:1,1 --audio 1800[/bold]")
 def serving(
     random: Annotated[str, typer.Option(help="Shape of a random checkpoint: tiny, full-width:ENC,DEC or full.")],
-    audio: Annotated[float, typer.Option(help="Seconds of the recording that is asked about twice.")] = 1800.0,
-    lengths: Annotated[str, typer.Option(help="Seconds of the one that is fed live.")] = "300,600,1200,1800",
-    repeats: Annotated[int, typer.Option(help="Rounds of throughput.", min=1)] = 3,
+    audio: Annotated[float, typer.Option(help="Length in seconds of the recording that gets two questions.")] = 1800.0,
+    lengths: Annotated[
+        str, typer.Option(help="Lengths in seconds of the recording that is fed live, comma-separated.")
+    ] = "300,600,1200,1800",
+    repeats: Annotated[int, typer.Option(help="Repetitions of the throughput test.", min=1)] = 3,
     scheme: Annotated[str, typer.Option(help=f"{', '.join(SCHEMES)}.")] = "bf16",
     out: OutOption = Path("results.jsonl"),
     as_json: JsonOption = False,
 ) -> None:
-    """A second question about a recording, memory while listening live, and requests together and apart."""
+    """Measure a second question about a recording, memory while listening live, and concurrent requests."""
     from .model.serving import run_serving
 
     records = run_serving(
@@ -204,17 +212,17 @@ def serving(
 def ranks(
     random: Annotated[str, typer.Option(help="Shape of a random checkpoint: tiny, full-width:ENC,DEC or full.")],
     ways: Annotated[
-        str, typer.Option(help="tp, sp or copies (whole models) and a number of processes, with commas.")
+        str, typer.Option(help="tp, sp or copies (whole models), each with a number of processes, comma-separated.")
     ] = "tp1,tp2",
-    audio: Annotated[float, typer.Option(help="Seconds of the recording.", min=1.0)] = 30.0,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of the answer.", min=2)] = 32,
-    repeats: Annotated[int, typer.Option(help="Rounds.", min=1)] = 5,
+    audio: Annotated[float, typer.Option(help="Length of the recording in seconds.", min=1.0)] = 30.0,
+    new_tokens: Annotated[int, typer.Option(help="Tokens per answer.", min=2)] = 32,
+    repeats: Annotated[int, typer.Option(help="Repetitions.", min=1)] = 5,
     scheme: Annotated[str, typer.Option(help=f"{', '.join(SCHEMES)}.")] = "bf16",
-    requests: Annotated[int, typer.Option(help="Questions asked together.", min=1)] = 1,
+    requests: Annotated[int, typer.Option(help="Concurrent questions.", min=1)] = 1,
     out: OutOption = Path("results.jsonl"),
     as_json: JsonOption = False,
 ) -> None:
-    """The same questions to models in one process and in several: time to the first token, and tokens a second."""
+    """Compare models in one process and in several: time to first token and tokens per second."""
     from .model.ranks import WAYS, run_ranks
 
     records = run_ranks(
@@ -238,20 +246,22 @@ def ranks(
 @app.command(epilog="Example: [bold]afnext bench http --clients 1,32 --seconds 10[/bold]")
 def http(
     url: Annotated[
-        str | None, typer.Option(help="Server to load; by default one of its own, beside the model.")
+        str | None, typer.Option(help="Address of the server to test; by default a server is started for the test.")
     ] = None,
     model: ModelOption = BUNDLED,
     random: Annotated[
         str | None, typer.Option(help="Shape of random weights to serve: tiny, full-width:ENC,DEC or full.")
     ] = None,
-    scheme: Annotated[str, typer.Option(help=f"Of the random weights: {', '.join(SCHEMES)}.")] = "bf16",
-    clients: Annotated[str, typer.Option(help="Clients at once, with commas.")] = "1,8,32,128",
-    seconds: Annotated[float, typer.Option(help="Time for each number of clients, and each side.", min=0.0)] = 20.0,
-    api_key: Annotated[str, typer.Option(help="Key for the server.", envvar="AFNEXT_API_KEY")] = "",
+    scheme: Annotated[str, typer.Option(help=f"Scheme of the random weights: {', '.join(SCHEMES)}.")] = "bf16",
+    clients: Annotated[str, typer.Option(help="Numbers of concurrent clients, comma-separated.")] = "1,8,32,128",
+    seconds: Annotated[
+        float, typer.Option(help="Seconds per number of clients, for HTTP and for the direct API each.", min=0.0)
+    ] = 20.0,
+    api_key: Annotated[str, typer.Option(help="API key of the server.", envvar="AFNEXT_API_KEY")] = "",
     out: OutOption = Path("results.jsonl"),
     as_json: JsonOption = False,
 ) -> None:
-    """The HTTP server under load, beside the direct API; during uploads; and overloaded. Five minutes as it stands."""
+    """Load-test the HTTP server: against the direct API, during uploads, overloaded. Five minutes by default."""
     from .model.serving_http import run_http
 
     counts = [int(count) for count in numbers(clients, "--clients", least=1)]
@@ -288,18 +298,22 @@ def quality(
     data: Annotated[Path, typer.Argument(help="A manifest (JSON lines, MMAU-style JSON) or the folder of one.")],
     model: ModelOption = BUNDLED,
     task: Annotated[str, typer.Option(help="asr, choice, perplexity, or auto by the manifest.")] = "auto",
-    baseline: Annotated[str | None, typer.Option(help="For perplexity: the model to compare with.")] = None,
-    baseline_scheme: Annotated[str | None, typer.Option(help="Its scheme; the checkpoint's by default.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows.", min=1)] = None,
+    baseline: Annotated[str | None, typer.Option(help="Model to compare with, for perplexity.")] = None,
+    baseline_scheme: Annotated[
+        str | None, typer.Option(help="Scheme of the baseline; its checkpoint's by default.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Score only the first N rows.", min=1)] = None,
     scheme: Annotated[str | None, typer.Option(help=f"{', '.join(SCHEMES)}; the checkpoint's by default.")] = None,
-    kv: Annotated[str, typer.Option(help=f"What keys and values are stored in: {', '.join(KV_STORAGE)}.")] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(help="Upper bound of an answer.", min=1)] = 512,
-    restart: Annotated[bool, typer.Option("--restart", help="Drop the rows that are there.")] = False,
+    kv: Annotated[str, typer.Option(help=f"Format of keys and values: {', '.join(KV_STORAGE)}.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per answer.", min=1)] = 512,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard existing rows and start again.")] = False,
     device: DeviceOption = "auto",
-    out: Annotated[Path, typer.Option(help="CSV, a row an item; the summary goes beside it.")] = Path("quality.csv"),
+    out: Annotated[
+        Path, typer.Option(help="CSV file with one row per item; the summary is written next to it.")
+    ] = Path("quality.csv"),
     as_json: JsonOption = False,
 ) -> None:
-    """Word error rate, multiple-choice accuracy, or perplexity and divergence from another model."""
+    """Measure word error rate, multiple-choice accuracy, or perplexity and divergence from another model."""
     from .core.machine import machine
     from .quality.answers import run_quality
 
@@ -330,25 +344,25 @@ def quality(
 @app.command(epilog="Example: [bold]afnext bench card librispeech-clean LibriSpeech/ -m next --scheme bf16,int4[/bold]")
 def card(
     dataset: Annotated[str, typer.Argument(help=f"{', '.join(CARD_NAMES)} (such as covost2-en-de).")],
-    source: Annotated[str, typer.Argument(help="A local copy of it, as it is published, or hub to download it.")],
+    source: Annotated[str, typer.Argument(help="A local copy in its published layout, or 'hub' to download it.")],
     model: ModelOption = BUNDLED,
-    scheme: Annotated[str, typer.Option(help=f"{', '.join(SCHEMES)}; several with commas.")] = "bf16",
-    batch: Annotated[int, typer.Option(help="Questions at once.", min=1)] = 8,
-    limit: Annotated[int | None, typer.Option(help="Only the first items.", min=1)] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Upper bound of an answer.", min=1)] = 512,
+    scheme: Annotated[str, typer.Option(help=f"{', '.join(SCHEMES)}; comma-separated.")] = "bf16",
+    batch: Annotated[int, typer.Option(help="Concurrent questions.", min=1)] = 8,
+    limit: Annotated[int | None, typer.Option(help="Score only the first N items.", min=1)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per answer.", min=1)] = 512,
     judge: Annotated[
         str | None,
-        typer.Option(help="Of open answers: an OpenAI-compatible address, such as http://localhost:8000/v1."),
+        typer.Option(help="OpenAI-compatible address of a judge of open answers, such as http://localhost:8000/v1."),
     ] = None,
-    judge_model: Annotated[str, typer.Option(help="The judge's name at that address.")] = "",
-    restart: Annotated[bool, typer.Option("--restart", help="Drop the rows that are there.")] = False,
+    judge_model: Annotated[str, typer.Option(help="Name of the judge's model at that address.")] = "",
+    restart: Annotated[bool, typer.Option("--restart", help="Discard existing rows and start again.")] = False,
     device: DeviceOption = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for a CSV per dataset and scheme; what it holds is kept.")] = Path(
-        "card"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for one CSV per dataset and scheme; existing rows are kept.")
+    ] = Path("card"),
     as_json: JsonOption = False,
 ) -> None:
-    """The model card's figures from the published datasets, with confidence intervals, beside the published ones."""
+    """Reproduce the model card's figures on the published datasets, with confidence intervals."""
     from .quality.card.judge import Judge
     from .quality.card.run import run_card
     from .quality.card.run import show as show_card
@@ -384,15 +398,15 @@ def quantization(
     whisper: Annotated[Path | None, typer.Option(help="Folder of Whisper tiny.en's model.bin and tokenizer.")] = None,
     data: Annotated[Path | None, typer.Option(help="Manifest of recordings with transcripts, or its folder.")] = None,
     calibrate: Annotated[
-        Path | None, typer.Option(help="Folder of recordings to calibrate on; none of data's.")
+        Path | None, typer.Option(help="Folder of recordings for calibration, none of which may be in --data.")
     ] = None,
     scheme: Annotated[list[str] | None, typer.Option(help="Only this scheme or recipe; repeat for more.")] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder for quantization.md and .json; what they hold is not redone.")
+        Path, typer.Option(help="Folder for quantization.md and .json; rows that they already have are skipped.")
     ] = Path("bench/results"),
     as_json: JsonOption = False,
 ) -> None:
-    """What each scheme costs, calibrated and not: errors of layers, and word errors of Whisper and of a checkpoint."""
+    """Measure the loss of each scheme: layer errors, and word error rates of Whisper and of a checkpoint."""
     from .quality import quantization as measured
 
     results = measured.Results(out / "quantization.json")
@@ -417,7 +431,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for report.html, report.md and the plots.")] = Path("report"),
     as_json: JsonOption = False,
 ) -> None:
-    """One page with plots: stages, roofline, context length, memory, speedups."""
+    """Write one page with plots: stages, roofline, context length, memory, speedups."""
     from .report.page import write_report
 
     pages = write_report(results, out)
@@ -426,8 +440,8 @@ def report(
 
 @app.command(epilog="Example: [bold]afnext bench tables docs/performance.md --results bench/results[/bold]")
 def tables(
-    page: Annotated[Path, typer.Argument(help="A Markdown page with parts marked <!-- results: FILE.jsonl -->.")],
-    results: Annotated[Path, typer.Option(help="The folder of the files of results.")] = Path("bench/results"),
+    page: Annotated[Path, typer.Argument(help="Markdown page with parts marked <!-- results: FILE.jsonl -->.")],
+    results: Annotated[Path, typer.Option(help="Folder with the files of results.")] = Path("bench/results"),
 ) -> None:
     """Fill the marked parts of a page with tables of results: one row per case, one column per subject."""
     from .report.tables import update
@@ -437,11 +451,11 @@ def tables(
 
 @app.command(epilog="Example: [bold]afnext bench compare before.jsonl after.jsonl[/bold]")
 def compare(
-    a: Annotated[Path, typer.Argument(help="A file of results.")],
-    b: Annotated[Path, typer.Argument(help="Another.")],
+    a: Annotated[Path, typer.Argument(help="First file of results.")],
+    b: Annotated[Path, typer.Argument(help="Second file of results.")],
     as_json: JsonOption = False,
 ) -> None:
-    """What was measured in both: ratios, and which of them exceed the spread."""
+    """Compare two files of results: the ratio per case, and whether it exceeds the spread."""
     from .report.compare import compare as paired
     from .report.compare import render, to_dict
 
@@ -456,13 +470,13 @@ def compare(
 def codegen(
     target: Annotated[list[str] | None, typer.Option(help="Only this chip (sm_90, ...); repeat for more.")] = None,
     operation: Annotated[list[str] | None, typer.Option(help="Only this operation; repeat for more.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes that compile; 0 for this one.", min=0)] = 2,
+    workers: Annotated[int, typer.Option(help="Number of compiling processes; 0 compiles in this process.", min=0)] = 2,
     out: Annotated[Path | None, typer.Option(help="Folder for codegen.md and codegen.json.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The Triton kernels compiled for every chip, without one: registers, spills, tensor cores, projected times.
+    """Compile the Triton kernels for every chip, without a GPU: registers, spills, tensor cores, projected times.
 
-    Ends with status 1 when a kernel spills, does not fit a chip, or multiplies matrices without tensor cores.
+    Exits with status 1 if a kernel spills, does not fit a chip, or multiplies matrices without tensor cores.
     """
     if not TRITON_AVAILABLE:
         raise BackendError("Triton is not installed here, and compiles the kernels; it comes with afnext on Linux")
@@ -485,16 +499,16 @@ def codegen(
 
 @app.command(epilog="Example: [bold]afnext bench first-run --device cuda --minutes 10[/bold]")
 def first_run(
-    minutes: Annotated[float, typer.Option(help="Time for all of it.", min=0.1)] = 10.0,
-    out: Annotated[Path, typer.Option(help="Folder for results and archive; what it holds is not redone.")] = Path(
-        "first-run"
-    ),
+    minutes: Annotated[float, typer.Option(help="Time limit of the whole run, in minutes.", min=0.1)] = 10.0,
+    out: Annotated[
+        Path, typer.Option(help="Folder for results and archive; steps that it already has are skipped.")
+    ] = Path("first-run"),
     device: DeviceOption = "auto",
 ) -> None:
-    """What a new GPU should be asked first: kernels, CUDA graphs, answers, end to end, times; most important first.
+    """Test a new GPU, most important steps first: kernels, CUDA graphs, answers, end to end, times.
 
-    Each step runs in a process of its own. An interrupted run is continued by the same command. Everything found is in
-    one archive, first-run.zip.
+    Each step runs in a separate process. The same command continues an interrupted run. All results are in one
+    archive, first-run.zip.
     """
     from .first_run.run import first_run
 
@@ -507,7 +521,7 @@ def all(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """The committed table: kernels, then end to end at full width with two layers of each kind, then the report."""
+    """Regenerate the committed results: kernels, end to end at full width with two layers, and the report."""
     from .model.e2e import run_e2e
     from .ops.kernels import run_kernels
     from .report.page import write_report
@@ -532,10 +546,12 @@ def numbers(text: str, option: str, *, least: float | None = None) -> list[float
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} should be numbers with commas, as in 30,300", param_hint=option) from None
+        raise typer.BadParameter(
+            f"{text!r} is not a comma-separated list of numbers, such as 30,300", param_hint=option
+        ) from None
     if min(values) <= 0 if least is None else min(values) < least:
         bound = "above 0" if least is None else f"at least {least:g}"
-        raise typer.BadParameter(f"{text!r} holds a number that is not {bound}", param_hint=option)
+        raise typer.BadParameter(f"{text!r} has a number that is not {bound}", param_hint=option)
     return values
 
 
@@ -547,7 +563,7 @@ def dtype_name(scheme: str) -> str:
 def choice(value: str, allowed: Sequence[str], option: str) -> Any:
     """`value` if it is one of `allowed`. Raises typer.BadParameter otherwise."""
     if value not in allowed:
-        raise typer.BadParameter(f"{value!r} is none of {', '.join(allowed)}", param_hint=option)
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}", param_hint=option)
     return value
 
 
@@ -567,7 +583,7 @@ def show(records: list[Record], as_json: bool) -> None:
         print(json.dumps([asdict(record) for record in records], ensure_ascii=False))
         return
     if not records:
-        Console(stderr=True).print("nothing new to measure: the file of results holds all of it")
+        Console(stderr=True).print("nothing new to measure: the file of results has every case")
         return
     table = Table(box=None, pad_edge=False)
     for name in ("case", "what", "subject", "kind", "median", "rate", "speedup"):

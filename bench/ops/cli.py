@@ -23,26 +23,28 @@ def ops(
         Path | None, typer.Option(help="Write the problems, or a candidate's times, for other harnesses.")
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", help="Of --export: flashinfer-bench or kernelbench.")
+        str, typer.Option("--format", help="Format of --export: flashinfer-bench or kernelbench.")
     ] = "kernelbench",
     candidate: Annotated[
-        str | None, typer.Option(help="A kernel to try: FILE.py:FUNCTION, or an entry point of afnext.kernels.")
+        str | None, typer.Option(help="Kernel to test: FILE.py:FUNCTION, or an entry point of afnext.kernels.")
     ] = None,
-    in_model: Annotated[bool, typer.Option("--in-model", help="Run the whole model with the candidate, too.")] = False,
-    model: Annotated[str, typer.Option("--model", "-m", help="The model of --in-model.")] = BUNDLED,
+    in_model: Annotated[bool, typer.Option("--in-model", help="Also run the whole model with the candidate.")] = False,
+    model: Annotated[str, typer.Option("--model", "-m", help="Model for --in-model.")] = BUNDLED,
     target: Annotated[
-        list[str] | None, typer.Option(help="Compile for this chip (sm_90, ...); repeat for more. All by default.")
+        list[str] | None, typer.Option(help="Compile only for this chip (sm_90, ...); repeat for more.")
     ] = None,
-    timing: Annotated[bool, typer.Option(help="Time a correct candidate beside ours, torch and others.")] = True,
-    worth: Annotated[bool, typer.Option(help="Measure what the time is worth in a whole stage.")] = True,
-    repeats: Annotated[int, typer.Option(help="Rounds a problem.", min=1)] = 5,
-    timeout: Annotated[float, typer.Option(help="Seconds that a trial may take.", min=1.0)] = 1800.0,
-    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16: of weights and activations.")] = "bf16",
+    timing: Annotated[
+        bool, typer.Option(help="Time a correct candidate against afnext, torch and other libraries.")
+    ] = True,
+    worth: Annotated[bool, typer.Option(help="Estimate what the candidate's time changes in a whole stage.")] = True,
+    repeats: Annotated[int, typer.Option(help="Repetitions per problem.", min=1)] = 5,
+    timeout: Annotated[float, typer.Option(help="Time limit of a trial, in seconds.", min=1.0)] = 1800.0,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Dtype of weights and activations: fp32, bf16 or fp16.")] = "bf16",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """The kernel lab: lists or exports problems of the real model, or tests your kernel on them.
+    """List or export problems of the real model, or test your kernel on them.
 
     A candidate has the signature of the operation's public function. It runs in a separate process, is first checked on
     odd shapes, and is timed only if it is correct. Exits with status 1 if it is not.
@@ -93,7 +95,7 @@ def ops(
         from .export import FORMATS, write
 
         if form not in FORMATS:
-            raise typer.BadParameter(f"{form!r} is none of {', '.join(FORMATS)}", param_hint="--format")
+            raise typer.BadParameter(f"{form!r} is not one of {', '.join(FORMATS)}", param_hint="--format")
         paths = write(found, export, form)
         print(json.dumps([str(path) for path in paths]) if as_json else f"{len(paths)} files in {export}")
         return

@@ -138,7 +138,7 @@ def _item(row: dict[str, Any], number: int, task: Task, path: Path) -> Item:
     answer = string(row, "answer", where)
     right = match_choice(answer, choices)
     if right is None:
-        raise ManifestError(f"{where}: the answer {answer!r} is none of its choices")
+        raise ManifestError(f"{where}: the answer {answer!r} is not one of its choices")
     return Item(number, item_id, audio, audio_name, choices[right], string(row, "question", where), choices, groups)
 
 

@@ -23,7 +23,7 @@ def records(path: Path) -> list[Record]:
                 f"{path}, record {line}: a field is of the wrong type, so it is no result of afnext bench"
             )
         if one.kind not in KINDS:
-            raise ResultsError(f"{path}, record {line}: the kind {clean(one.kind)!r} is none of {', '.join(KINDS)}")
+            raise ResultsError(f"{path}, record {line}: the kind {clean(one.kind)!r} is not one of {', '.join(KINDS)}")
     return found
 
 

@@ -180,7 +180,7 @@ def _pieces(segments: Iterator[Segment], whole: Callable[[], Transcript], format
     elif format in FORMATS:
         yield from {"text": text_pieces, "srt": srt_pieces, "vtt": vtt_pieces}[format](segments)
     else:
-        raise ValueError(f"the format {format!r} is none of {', '.join(FORMATS)}")
+        raise ValueError(f"the format {format!r} is not one of {', '.join(FORMATS)}")
 
 
 def _line(values: dict[str, Any]) -> str:

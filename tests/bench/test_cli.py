@@ -87,10 +87,10 @@ def test_quality(run: CommandLine, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("e2e", "--audio", "long"), 2, "'long' should be numbers"),
+        (("e2e", "--audio", "long"), 2, "'long' is not a comma-separated"),
         (("e2e", "--audio", "-3"), 2, "not above 0"),
         (("e2e",), 1, "--random"),
-        (("kernels", "--dtype", "int3"), 2, "'int3' is none of"),
+        (("kernels", "--dtype", "int3"), 2, "'int3' is not one of"),
         (("kernels", "--operation", "knitting"), 1, "knitting"),
         (("ops", "--op", "knitting"), 1, "unknown operation 'knitting'"),
         (("ops", "--problem", "*knitting*"), 1, "no problem is called '*knitting*'"),

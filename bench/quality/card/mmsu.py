@@ -37,7 +37,7 @@ def from_rows(rows: Iterable[Row], recordings: Recordings) -> Items:
         choices = tuple(str(row[name]) for name in _CHOICES if row.get(name) not in (None, ""))
         answer = str(row.get("answer_gt"))
         if answer not in choices:
-            raise ManifestError(f"{where}: the answer {answer!r:.100} is none of its choices")
+            raise ManifestError(f"{where}: the answer {answer!r:.100} is not one of its choices")
         value = row.get("audio") if row.get("audio") is not None else _named(row.get("audio_path"), recordings.folder)
         audio = recordings.of(value, number, where)
         groups = {"category": str(row.get("category", "")), "task": str(row.get("task_name", ""))}

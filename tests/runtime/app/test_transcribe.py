@@ -248,7 +248,7 @@ def test_ndjson_is_a_line_per_segment_and_one_for_the_whole(model: afnext.Model,
     *lines, last = [json.loads(line) for line in render(transcript, "ndjson").splitlines()]
     assert [(line.pop("type"), Segment(**line)) for line in lines] == [("segment", s) for s in transcript.segments]
     assert last == {"type": "transcript", **json.loads(json.dumps(transcript.to_dict()))}
-    with pytest.raises(ValueError, match="none of text, json"):
+    with pytest.raises(ValueError, match="one of text, json"):
         render(transcript, "docx")
 
 
