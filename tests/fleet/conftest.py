@@ -1,7 +1,6 @@
 """A fleet on a Ray cluster of this machine, as `afnext serve --ray` starts it. Without Ray these tests are skipped."""
 
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -47,12 +46,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def fleet(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """The fleet."""
     state = tmp_path_factory.mktemp("state")
-    held = socket.socket()  # so that nothing else gets the port before Ray Serve, which shares ports
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    held.bind(("127.0.0.1", 0))
-    port = held.getsockname()[1]
     arguments = ["--ray", "--replicas", "2", "--max-requests", "1", "--decode-workers", "1", "--threads", "1"]
-    command = [sys.executable, "-m", "afnext", "serve", *arguments, "--port", str(port), "--state-dir", str(state)]
+    command = [sys.executable, "-m", "afnext", "serve", *arguments, "--port", "0", "--state-dir", str(state)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     ready, lines = threading.Event(), []
 
@@ -68,9 +63,10 @@ def fleet(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
     try:
         assert ready.wait(START_SECONDS), "".join(lines)
         assert process.poll() is None, "".join(lines)
-        yield Fleet(f"http://127.0.0.1:{port}", process)
+        url = re.search(r"^afnext-tiny on (http://127\.0\.0\.1:[1-9]\d*)$", "".join(lines), re.MULTILINE)
+        assert url is not None, "".join(lines)
+        yield Fleet(url[1], process)
     finally:
-        held.close()
         process.terminate()
         try:
             process.wait(120)
