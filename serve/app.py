@@ -196,8 +196,14 @@ def create_routes(server: Server) -> Starlette:
 async def _unknown_route(request: Any, error: Any) -> Any:
     from starlette.responses import JSONResponse
 
-    code = "method_not_allowed" if error.status_code == 405 else "not_found"
-    failure = ApiError(error.status_code, code, f"there is no {request.method} here; see /v1/models for what is served")
+    path = "".join(char for char in request.url.path if char.isprintable())[:100]
+    if error.status_code == 405:
+        code, message = "method_not_allowed", f"{path} does not take {request.method}"
+    elif path == "/v1/realtime":
+        code, message = "not_found", f"{path} is a WebSocket; connect to it with ws:// or wss://"
+    else:
+        code, message = "not_found", f"there is no {path}; the API is under /v1, such as /v1/chat/completions"
+    failure = ApiError(error.status_code, code, message)
     return JSONResponse(failure.body(), error.status_code, {"x-request-id": new_request_id()})
 
 

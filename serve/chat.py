@@ -13,6 +13,7 @@ import numpy as np
 from ..runtime.app.answer import Answer, Piece
 from ..runtime.app.openai_format import FINISH, completion, completion_usage
 from ..runtime.app.responder import QuestionOptions
+from ..runtime.engine.sampler import MOST_TOKENS
 from .backend import Answering
 from .errors import ApiError, unsupported
 from .fields import json_body, parse
@@ -51,13 +52,18 @@ class Sampling(msgspec.Struct, kw_only=True):
     deadline: float | None = None
     truncate: bool = False
 
-    def options(self, max_new_tokens: int | None) -> QuestionOptions:
-        """The options that were given. Raises ApiError for too many stop strings."""
+    def options(self, limit: int | None, limit_name: str) -> QuestionOptions:
+        """The options that were given. limit: of new tokens, in the client's field `limit_name`.
+
+        Raises ApiError for an impossible limit, and for too many stop strings.
+        """
+        if limit is not None and not 1 <= limit <= MOST_TOKENS:
+            raise unsupported(limit_name, f"{limit_name} is {limit}; it must be from 1 to {MOST_TOKENS}")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         if stop is not None and len(stop) > 16:
             raise unsupported("stop", f"at most 16 stop strings are possible, not {len(stop)}")
         values: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
+            "max_new_tokens": limit,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "seed": self.seed,
@@ -109,10 +115,11 @@ async def chat_completions(server: Server, exchange: Exchange) -> None:
 
 async def _prepared(server: Server, exchange: Exchange, request: ChatRequest) -> Answering:
     """The conversation with its audio decoded, accepted by the engine."""
-    limit = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    options = request.options(getattr(request, name), name)
     reader = MessageReader(server, exchange, truncate=request.truncate)
     messages = await reader.read(request.messages)
-    return await start(server, exchange, messages, request.options(limit), request.context or reader.context)
+    return await start(server, exchange, messages, options, request.context or reader.context)
 
 
 async def start(

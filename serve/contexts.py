@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from starlette.datastructures import UploadFile
@@ -24,7 +24,7 @@ _MOST_TTL = 7 * 24 * 3600
 class ContextRequest(msgspec.Struct, kw_only=True):
     file_ids: list[str] = []
     system: str | None = None
-    ttl: int = IDLE_SECONDS
+    ttl: Annotated[int, msgspec.Meta(ge=1)] = IDLE_SECONDS
     stream: bool = False
     background: bool = False
     truncate: bool = False
@@ -98,7 +98,9 @@ def _as_json(fields: dict[str, str]) -> bytes:
     for name in ("stream", "background", "truncate"):
         if name in fields:
             values[name] = fields[name].lower() in ("true", "1")
-    if fields.get("ttl", "").isdecimal():
+    if "ttl" in fields:
+        if not fields["ttl"].isdecimal():
+            raise ApiError(400, "invalid_value", "ttl has to be a whole number of seconds", param="ttl")
         values["ttl"] = int(fields["ttl"][:12])
     return msgspec.json.encode(values)
 
@@ -114,7 +116,7 @@ async def _create(
 
 
 def _ttl(request: ContextRequest) -> int:
-    return max(1, min(request.ttl, _MOST_TTL))
+    return min(request.ttl, _MOST_TTL)
 
 
 @asynccontextmanager

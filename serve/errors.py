@@ -38,9 +38,10 @@ _CODES: tuple[tuple[type[AfnextError], int, str], ...] = (
     (ContextLengthError, 400, "context_length_exceeded"),
     (OutOfPagesError, 400, "request_too_large"),
     (PromptError, 400, "invalid_prompt"),
-    (SamplingError, 400, "unsupported_value"),
     (EngineDeadError, 503, "engine_dead"),
 )
+# Fields of requests with which a SamplingError begins.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "stop_repetition")
 
 
 class ApiError(Exception):
@@ -89,7 +90,7 @@ def unavailable(code: str, message: str) -> ApiError:
     return ApiError(503, code, message, headers={"Retry-After": "5"})
 
 
-def unsupported(param: str, message: str) -> ApiError:
+def unsupported(param: str | None, message: str) -> ApiError:
     """The error for a value that this server cannot honour."""
     return ApiError(400, "unsupported_value", message, param=param)
 
@@ -98,6 +99,9 @@ def api_error(error: BaseException) -> ApiError:
     """The error that a client gets for an exception. Only messages of known errors are passed on."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, SamplingError):
+        name = str(error).partition(" ")[0]
+        return unsupported(name if name in _SAMPLING else None, str(error))
     for kind, status, code in _CODES:
         if isinstance(error, kind):
             return ApiError(status, code, str(error))

@@ -26,7 +26,10 @@ async def upload(server: Server, exchange: Exchange) -> None:
     seconds = form.get("expires_after[seconds]", str(KEPT_SECONDS))
     if not isinstance(seconds, str) or not seconds.isdecimal():
         raise ApiError(
-            400, "invalid_value", "expires_after[seconds] has to be a number", param="expires_after[seconds]"
+            400,
+            "invalid_value",
+            "expires_after[seconds] has to be a whole number of seconds",
+            param="expires_after[seconds]",
         )
     path = await exchange.saved(file)
     purpose = str(form.get("purpose", "user_data"))[:64]

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from .errors import ApiError
 from .http import Exchange
 from .server import Server
 
@@ -14,10 +13,7 @@ async def list_models(server: Server, exchange: Exchange) -> None:
 
 async def get_model(server: Server, exchange: Exchange) -> None:
     """One name of the served model."""
-    name = exchange.path["model"]
-    if name not in server.settings.names:
-        raise ApiError(404, "model_not_found", f"this server serves {', '.join(server.settings.names)}", param="model")
-    await exchange.json(_model(server, name))
+    await exchange.json(_model(server, server.served(exchange.path["model"])))
 
 
 def _model(server: Server, name: str) -> dict[str, Any]:

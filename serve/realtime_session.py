@@ -283,7 +283,7 @@ class RealtimeSession:
 
     async def _respond(self, options: ResponseOptions, messages: list[dict[str, str]], *, automatic: bool) -> None:
         limit = options.max_output_tokens or self._session.max_output_tokens
-        chosen = options.options(limit if isinstance(limit, int) else None)
+        chosen = options.options(limit if isinstance(limit, int) else None, "max_output_tokens")
         modalities = options.output_modalities or self._session.output_modalities
         response = self._response = RealtimeResponse(
             self._server,

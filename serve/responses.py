@@ -65,7 +65,7 @@ async def _prepared(server: Server, exchange: Exchange, request: ResponsesReques
     messages = await reader.read(_messages(request.input), "input")
     if request.instructions is not None:
         messages = [{"role": "system", "content": request.instructions}, *messages]
-    options = request.options(request.max_output_tokens)
+    options = request.options(request.max_output_tokens, "max_output_tokens")
     return await start(server, exchange, messages, options, request.context or reader.context)
 
 

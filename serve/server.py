@@ -62,7 +62,10 @@ class Server:
         """The name under which the model answers. Raises ApiError (404) for another model's."""
         if name and name not in self.settings.names:
             raise ApiError(
-                404, "model_not_found", f"this server serves {', '.join(self.settings.names)}", param="model"
+                404,
+                "model_not_found",
+                f"there is no model {name!r:.80} here; this server serves {', '.join(self.settings.names)}",
+                param="model",
             )
         return name or self.settings.names[0]
 

@@ -70,6 +70,8 @@ async def _started(server: Server, exchange: Exchange, form: FormData, style: st
     """The transcript of the form's recording, accepted by the engine."""
     reader = AudioReader(exchange, server.pool, max_seconds=MAX_SECONDS, truncate=_flag(form, "truncate"))
     upload = form.get("file")
+    if (count := len(form.getlist("file"))) > 1:
+        raise ApiError(400, "invalid_value", f"send one recording, not {count}", param="file")
     if isinstance(upload, UploadFile):
         audio = await reader.from_file(await exchange.saved(upload), _shown(upload.filename), "file")
     elif form.get("file_id"):

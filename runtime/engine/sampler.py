@@ -10,7 +10,7 @@ from torch import Tensor
 from ...kernels.sampling import SamplingRows, greedy, penalize, sample
 from ..errors import SamplingError
 from ..files import shown
-from ..values import SMALLEST_FLOAT32, flag, real, whole
+from ..values import LARGEST_FLOAT32, SMALLEST_FLOAT32, flag, real, whole
 from .constraints import Constraints
 
 MOST_TOKENS = 2**31 - 1
@@ -88,7 +88,7 @@ def _in_range(name: str, value: Any, error: type[SamplingError], least: float, m
 
 
 def _temperature(name: str, value: Any, error: type[SamplingError]) -> float:
-    allowed = f"0 (greedy) or a number of at least {SMALLEST_FLOAT32:.2g}"
+    allowed = f"0 (greedy) or a number from {SMALLEST_FLOAT32:.2g} to {LARGEST_FLOAT32:.2g}"
     number = real(name, value, error, allowed)
     if number != 0 and number < SMALLEST_FLOAT32:
         raise error(f"{name} is {shown(value)}; it must be {allowed}")

@@ -100,6 +100,12 @@ def test_concurrent_requests_get_their_own_answers(service: Running) -> None:
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"max_completion_tokens": "many"}, "max_completion_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"temperature": 1e308}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"stop": [""]}, "stop"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(service: Running, options: dict[str, Any], param: str) -> None:
@@ -108,6 +114,7 @@ def test_what_cannot_be_done_is_refused_by_name(service: Running, options: dict[
         response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+    assert param in response.json()["error"]["message"]
 
 
 def test_unknown_fields_are_named_and_ignored(service: Running) -> None:
@@ -145,6 +152,20 @@ def test_another_model_is_not_found(service: Running) -> None:
     with pytest.raises(openai.NotFoundError) as error:
         service.openai().chat.completions.create(model="gpt-5", messages=[{"role": "user", "content": "hi"}])
     assert error.value.code == "model_not_found"
+    assert "gpt-5" in str(error.value)
+    assert "afnext-tiny" in str(error.value)
+
+
+def test_addresses_that_are_not_served_say_what_is(service: Running) -> None:
+    with service.http() as client:
+        for method, path, status, said in (
+            ("POST", "/chat/completions", 404, "there is no /chat/completions; the API is under /v1"),
+            ("GET", "/v1/chat/completions", 405, "/v1/chat/completions does not take GET"),
+            ("GET", "/v1/realtime", 404, "/v1/realtime is a WebSocket"),
+        ):
+            response = client.request(method, path)
+            assert response.status_code == status
+            assert response.json()["error"]["message"].startswith(said)
 
 
 @pytest.mark.parametrize("body", [b"{", b"\xff\xfe", b"[]", b'"x"', b"[" * 100_000, b'{"messages": 3}'])

@@ -79,6 +79,13 @@ def test_the_same_recording_is_the_same_context(service: Running) -> None:
     assert first["id"] == second["id"] != other["id"]
 
 
+@pytest.mark.parametrize("ttl", ["-4", "soon", "0"])
+def test_a_context_does_not_expire_before_it_is_made(service: Running, ttl: str) -> None:
+    with service.http() as client:
+        error = listen(client, ttl=ttl)["error"]
+    assert (error["param"], error["code"]) == ("ttl", "invalid_value")
+
+
 def test_progress_is_streamed(service: Running) -> None:
     with (
         service.http() as client,

@@ -138,5 +138,7 @@ def test_a_form_without_a_recording_is_an_error(service: Running) -> None:
     with service.http() as client:
         empty = client.post("/v1/audio/transcriptions", files={"model": (None, "whisper-1")})
         assert empty.json()["error"]["code"] == "missing_value"
+        two = client.post("/v1/audio/transcriptions", files=[("file", b"a"), ("file", b"b")])
+        assert two.json()["error"]["message"] == "send one recording, not 2"
         other = client.post("/v1/audio/transcriptions", content=json.dumps({"file": "x"}))
         assert other.status_code == 415
