@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...kernels.errors import AfnextError
 from .machine import last_level_cache
+from .steadiness import Placement, Threads, figures
 
 Call = Callable[[], Any]
 
@@ -167,9 +168,13 @@ def clock_for(device: torch.device, *, graphs: bool = False) -> Clock:
 
 @dataclass(frozen=True)
 class Samples:
-    """Times of one subject, in seconds, in order of measurement; at least one, none negative."""
+    """Times of one subject, in seconds, in order of measurement; at least one, none negative.
+
+    placements: of the threads in each call, if watched.
+    """
 
     seconds: tuple[float, ...]
+    placements: tuple[Placement, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.seconds or not all(0 <= value < math.inf for value in self.seconds):
@@ -218,13 +223,15 @@ class Samples:
         """(p80 - p20) / median; 0 for a median of 0."""
         return (self.p80 - self.p20) / self.median if self.median else 0.0
 
-    def values(self) -> dict[str, float | int]:
-        """The figures of a record: median_s, p20_s, p80_s, p90_s, p99_s, min_s, spread, samples."""
+    def values(self) -> dict[str, float | int | str]:
+        """The figures of a record: median_s, p20_s, p80_s, p90_s, p99_s, min_s, spread, samples; if watched, those of
+        `steadiness.figures`."""
         names = ("median", "p20", "p80", "p90", "p99", "min")
         return {
             **{f"{name}_s": getattr(self, name) for name in names},
             "spread": self.spread,
             "samples": len(self.seconds),
+            **(figures(self.placements) if self.placements else {}),
         }
 
 
@@ -237,19 +244,22 @@ def measure_interleaved(
     max_time: float = math.inf,
     clock: Clock | None = None,
     cold_cache: bool = False,
+    watch: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Samples]:
     """Time the subjects in turn, in alternating order; return the samples of each.
 
     repeats: rounds; warmup: untimed calls of each before the first; min_time: least seconds of measurement; max_time:
     start no round after that many seconds, except the first two (both include evictions); clock: the wall clock
-    by default; progress: called with (rounds done, rounds planned). Raises TimingError without subjects or repeats.
+    by default; watch: note how the threads were placed, for calls of milliseconds or more; progress: called with
+    (rounds done, rounds planned). Raises TimingError without subjects or repeats.
     """
     if not subjects or repeats < 1 or warmup < 0:
         raise TimingError(f"measuring takes a subject and a repeat, got {len(subjects)} subjects, {repeats} repeats")
     clock = clock or WallClock()
     calls = {name: clock.prepare(call) for name, call in subjects.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
+    placements: dict[str, list[Placement]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(warmup):
             call()
@@ -259,11 +269,14 @@ def measure_interleaved(
             for name in list(calls)[:: -1 if rounds % 2 else 1]:
                 if cold_cache:
                     clock.evict()
+                threads = Threads() if watch else None
                 times[name].append(clock.seconds(calls[name]))
+                if threads is not None:
+                    placements[name].append(threads.placement())
             rounds += 1
             if progress:
                 progress(rounds, max(rounds, repeats))
-    return {name: Samples(tuple(taken)) for name, taken in times.items()}
+    return {name: Samples(tuple(taken), tuple(placements[name])) for name, taken in times.items()}
 
 
 def _another_round(rounds: int, elapsed: float, repeats: int, min_time: float, max_time: float) -> bool:

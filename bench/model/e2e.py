@@ -207,7 +207,9 @@ class _Run:
         # A decode step is short, and its distribution is of interest; the totals take long.
         few = min(3, self._plan.repeats)
         repeats = {"decode": 4 * self._plan.repeats, "first token": few, "total": few}.get(stage, self._plan.repeats)
-        return measure_interleaved(calls, repeats=repeats, warmup=0, max_time=90.0, clock=clock_for(device))
+        return measure_interleaved(
+            calls, repeats=repeats, warmup=0, max_time=90.0, clock=clock_for(device), watch=device.type == "cpu"
+        )
 
     def _rates(self, stage: str, samples: Samples, case: dict[str, Any]) -> dict[str, float]:
         median, seconds = samples.median, case["audio_seconds"]

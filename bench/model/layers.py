@@ -259,7 +259,7 @@ def _measured(case: Case, subjects: list[Subject], shape: str, repeats: int) -> 
         # Memory bandwidth is measured in turn with the steps that it bounds, because it is shared and varies.
         calls["read"] = torch.ones(read_bytes // 8, dtype=torch.int64).sum
     outputs = {name: call() for name, call in calls.items()}
-    samples = measure_interleaved(calls, repeats=repeats, warmup=0, max_time=120.0, clock=clock_for(device))
+    samples = measure_interleaved(calls, repeats=repeats, warmup=0, max_time=120.0, clock=clock_for(device), watch=True)
     reference, where = subjects[0].name, machine()
     label = {"label": case.label, "model": shape, "depth": case.depth, "tokens": case.tokens}
     for subject in subjects:

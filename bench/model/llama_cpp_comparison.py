@@ -98,7 +98,7 @@ def _case(shape: str, stage: str, depth: int, chunk: int) -> dict[str, Any]:
 
 def _measured(stage: str, case: dict[str, Any], subjects: Sequence[Subject], repeats: int) -> Iterator[Record]:
     samples = measure_interleaved(
-        stage_calls(stage, case["depth"], case["tokens"], subjects), repeats=repeats, max_time=_ROUND_TIME
+        stage_calls(stage, case["depth"], case["tokens"], subjects), repeats=repeats, max_time=_ROUND_TIME, watch=True
     )
     theirs = {subject.name: samples[subject.name].median for subject in subjects if isinstance(subject, LlamaCpp)}
     best, where = min(theirs, key=theirs.__getitem__), machine()

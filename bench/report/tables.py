@@ -73,7 +73,7 @@ def filled(text: str, results: Path) -> str:
 
 
 def section(records: list[Record]) -> str:
-    """Markdown about records of one machine: a line about it, the table, and a line for each note in the records."""
+    """Markdown about records of one machine: a line about it, the table, and a line for each note and warning."""
     timed = [record for record in records if record.bench in _FURTHER]
     parts = [_machine(records)]
     if timed:
@@ -82,6 +82,11 @@ def section(records: list[Record]) -> str:
         parts.append(_values(others))
     notes = dict.fromkeys(_text(record.values["note"]) for record in records if record.values.get("note"))
     parts += [f"{note[:1].upper()}{note[1:]}." for note in notes]
+    parts += [
+        f"Warning: {_text(record.subject)}, {_text(record.name)}: {_text(record.values['warning'])}."
+        for record in records
+        if record.values.get("warning")
+    ]
     return "\n\n".join(parts)
 
 

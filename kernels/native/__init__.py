@@ -74,6 +74,11 @@ if _missing:
     _log.info("the native CPU kernels are missing: %s", _missing)
 
 
+def portable() -> ctypes.CDLL:
+    """The library of the lowest level, for what does not depend on the level. It must be AVAILABLE."""
+    return _libraries["portable"]
+
+
 def compiler() -> str:
     """The compiler that built the libraries, which must be AVAILABLE."""
     return _text(_libraries["portable"], "afnext_compiler")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from ...kernels import native
+from ...kernels.cpus import use_default_threads
 from ...kernels.device_state import TRITON_FLOOR, capability, runs_triton, total_memory
 from ...kernels.dispatch import check_forced_operations, forced_backend
 from ...kernels.errors import AfnextError
@@ -135,8 +136,10 @@ def load(
         checkpoint = _kept(checkpoint, quantize, where, report)
     tokenizer = Tokenizer.from_folder(checkpoint.files)
     template = PromptTemplate.from_folder(checkpoint.files)
-    if where.type == "cpu" and forced_backend() is None:
-        native.warn_if_missing()
+    if where.type == "cpu":
+        use_default_threads()
+        if forced_backend() is None:
+            native.warn_if_missing()
     if where.type == "cuda" and not runs_triton(where):
         _log.warning(
             "this GPU has compute capability %d.%d and the Triton kernels need %d.%d: the model runs on torch's "

@@ -9,8 +9,10 @@ from rich.table import Table
 
 from ... import kernels
 from ...kernels import native
+from ...kernels.cpus import use_default_threads
 from ...kernels.dispatch import operations
 from ...kernels.errors import BackendError
+from ...kernels.spread import reason_against
 
 
 def describe_backends(device: torch.device) -> dict[str, Any]:
@@ -23,12 +25,20 @@ def describe_backends(device: torch.device) -> dict[str, Any]:
         importlib.import_module(module.name)
     return {
         "device": str(device),
-        "threads": torch.get_num_threads(),
+        **_threads(),
         "native": {"isa": native.isa(), "levels": native.supported_levels(), "compiler": native.compiler()}
         if native.AVAILABLE
         else None,
         "operations": {operation.name: _tried(operation, device) for operation in operations()},
     }
+
+
+def _threads() -> dict[str, Any]:
+    """The number of CPU threads that `load` would use, what it follows from, and whether decode steps spread them."""
+    reason = use_default_threads()
+    threads = torch.get_num_threads()
+    against = reason_against(threads)
+    return {"threads": threads, "threads_reason": reason, "spread": against is None, "spread_reason_against": against}
 
 
 def _tried(operation: Any, device: torch.device) -> list[str]:
@@ -44,7 +54,11 @@ def table(description: dict[str, Any]) -> Table:
     rows.add_column(style="bold")
     rows.add_column()
     rows.add_row("device", description["device"])
-    rows.add_row("CPU threads", str(description["threads"]))
+    rows.add_row("CPU threads", f"{description['threads']} ({description['threads_reason']})")
+    spread = "at the start of each decode step"
+    if not description["spread"]:
+        spread = f"no: {description['spread_reason_against']}"
+    rows.add_row("  spread over cores", spread)
     built = description["native"]
     rows.add_row(
         "native kernels",

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...kernels import native
 from ...kernels.dispatch import forced_backend
 from ...kernels.native.recording import Recording, recording
+from ...kernels.spread import spread
 from ..model.decoder import CacheView, Decoder
 
 _log = logging.getLogger("afnext.engine")
@@ -27,7 +28,7 @@ class RepeatedCalls:
     """Runs the decoder's layers on inputs of one shape, over pools and a page table at fixed addresses.
 
     Must always be called under the same backend. A recording is used only with the number of threads and the
-    instruction-set level it was made with.
+    instruction-set level it was made with. Each call starts with one thread on each core (`kernels.spread`).
     """
 
     def __init__(self, decoder: Decoder):
@@ -46,6 +47,7 @@ class RepeatedCalls:
         rotation = self._decoder.rotation(positions)
         inputs = [x, cache.slots, cache.key_lengths, *rotation.cos_sin]
         conditions = (torch.get_num_threads(), native.isa())
+        spread(conditions[0])
         if self._calls is not None and self._conditions == conditions:
             for kept, new in zip(self._inputs, inputs, strict=True):
                 kept.copy_(new)

@@ -208,17 +208,16 @@ class LoadOptions:
     ] = 1
     threads: Annotated[
         int | None,
-        typer.Option(help="CPU threads to compute with.", min=1, show_default="all"),
+        typer.Option(help="CPU threads to compute with.", min=1, show_default="cores, within the CPU quota"),
     ] = None
 
     def load(self, progress: "Progress | None" = None) -> "Model":
         """Load the model. Raises the errors of `afnext.load`."""
-        import torch
-
+        from ....kernels.cpus import use_threads
         from ..api import load
 
         if self.threads is not None:
-            torch.set_num_threads(self.threads)
+            use_threads(self.threads)
         return load(
             self.model,
             revision=self.revision,

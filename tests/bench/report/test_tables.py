@@ -53,10 +53,11 @@ def test_no_speedup_where_outputs_differ(tmp_path: Path, values: dict[str, objec
 
 
 def test_text_of_records_is_no_markup(tmp_path: Path) -> None:
-    append(tmp_path / "a.jsonl", layer("a | <b>[x](y)", 0.02, note="not `compared`"))
+    append(tmp_path / "a.jsonl", layer("a | <b>[x](y)", 0.02, note="not `compared`", warning="slow | by `far`"))
     text = filled(PAGE, tmp_path)
     assert r"a \| &lt;b&gt;\[x\](y)" in text
     assert r"Not \`compared\`." in text
+    assert r"Warning: a \| &lt;b&gt;\[x\](y), decode: slow \| by \`far\`." in text
 
 
 def test_only_the_bench_that_is_named(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_where_the_native_kernels_are_not_built_torch_gives_the_same_answer(
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    _, _, built, *operations = run("info", "--backend").splitlines()
+    _, _, _, built, *operations = run("info", "--backend").splitlines()
     assert "not built" in built
     assert {line.split()[-1] for line in operations} == {"torch"}
     question = "How many beeps are there?"

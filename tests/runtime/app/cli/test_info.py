@@ -31,6 +31,9 @@ def test_info_tells_what_each_operation_runs_on(
         assert described["operations"]["rms_norm"] == ["native", "torch"]
         assert described["native"]["isa"] in described["native"]["levels"]
         assert described["native"]["compiler"] in shown.stdout
+    assert f"{described['threads']} ({described['threads_reason']})" in shown.stdout
+    monkeypatch.setenv("OMP_PROC_BIND", "false")
+    assert "OMP_PROC_BIND is set" in run("info", "--backend", "--device", "cpu").stdout or not described["native"]
     monkeypatch.setenv("AFNEXT_BACKEND", "torch")
     forced = json.loads(run("info", "--backend", "--device", "cpu", "--json").stdout)
     assert forced["operations"]["rms_norm"] == ["torch"]
