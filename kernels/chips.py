@@ -15,7 +15,7 @@ class Chip:
 
     multiprocessors: of its typical product; block_shared: bytes of shared memory per block. Per multiprocessor:
     registers (of 32 bits), shared (bytes), warps, blocks. lanes: threads per warp; reserved: bytes of shared memory per
-    block that the system uses.
+    block that the system uses; e4m3: whether the tensor cores multiply this 8-bit float.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Chip:
     blocks: int
     lanes: int = 32
     reserved: int = KIB
+    e4m3: bool = False
 
     @property
     def target(self) -> str:
@@ -39,10 +40,10 @@ CHIPS = {
     for chip in (
         Chip("sm80", 108, 163 * KIB, 65_536, 164 * KIB, warps=64, blocks=32),  # A100
         Chip("sm86", 84, 99 * KIB, 65_536, 100 * KIB, warps=48, blocks=16),  # RTX A6000
-        Chip("sm89", 128, 99 * KIB, 65_536, 100 * KIB, warps=48, blocks=24),  # RTX 4090
-        Chip("sm90", 132, 227 * KIB, 65_536, 228 * KIB, warps=64, blocks=32),  # H100
-        Chip("sm100", 148, 227 * KIB, 65_536, 228 * KIB, warps=64, blocks=32),  # B200
-        Chip("sm120", 170, 99 * KIB, 65_536, 100 * KIB, warps=48, blocks=24),  # RTX 5090
+        Chip("sm89", 128, 99 * KIB, 65_536, 100 * KIB, warps=48, blocks=24, e4m3=True),  # RTX 4090
+        Chip("sm90", 132, 227 * KIB, 65_536, 228 * KIB, warps=64, blocks=32, e4m3=True),  # H100
+        Chip("sm100", 148, 227 * KIB, 65_536, 228 * KIB, warps=64, blocks=32, e4m3=True),  # B200
+        Chip("sm120", 170, 99 * KIB, 65_536, 100 * KIB, warps=48, blocks=24, e4m3=True),  # RTX 5090
         Chip("gfx942", 304, 64 * KIB, 131_072, 64 * KIB, warps=32, blocks=32, lanes=64, reserved=0),  # MI300X
     )
 }

@@ -62,6 +62,20 @@ def linear_int8_swiglu_reference(x: Tensor, gate: Tensor, gate_scales: Tensor, u
     return swiglu_reference_of(linear_int8_reference, x, (gate, gate_scales), (up, up_scales))
 
 
+@triton.jit
+def widened(codes, x):  # type: ignore[no-untyped-def]
+    """Codes of 8 bits in the dtype of the elements at x, exactly: int8, or e4m3, as bits where chips lack the type."""
+    if codes.dtype == tl.uint8:
+        bits = codes.to(tl.uint16)
+        # The exponent of e4m3 has a bias of 7, that of float16 one of 15; subnormal numbers have the same layout.
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+        return half.to(x.dtype.element_ty)
+    elif codes.dtype == tl.float8e4nv:
+        return codes.to(tl.float16).to(x.dtype.element_ty)  # e4m3 to bfloat16 at once takes slower instructions
+    else:
+        return codes.to(x.dtype.element_ty)
+
+
 @triton.jit(do_not_specialize=["rows", "steps"])
 def _w8a16_kernel(  # type: ignore[no-untyped-def]
     x,
@@ -99,14 +113,14 @@ def _w8a16_kernel(  # type: ignore[no-untyped-def]
         else:
             left = inner - first
             tokens = tl.load(xs + first, mask=valid & (k[:, None] < left), other=0)
-            tile = tl.load(weight + codes + first, mask=k[None, :] < left, other=0)
-        acc = tl.dot(tile.to(x.dtype.element_ty), tokens, acc, input_precision="ieee")
+            tile = tl.load(weight + codes + first, mask=k[None, :] < left, other=0.0)
+        acc = tl.dot(widened(tile, x), tokens, acc, input_precision="ieee")
         if up is not None:
             if EVEN:
                 tile = tl.load(up + codes + first)
             else:
-                tile = tl.load(up + codes + first, mask=k[None, :] < inner - first, other=0)
-            up_acc = tl.dot(tile.to(x.dtype.element_ty), tokens, up_acc, input_precision="ieee")
+                tile = tl.load(up + codes + first, mask=k[None, :] < inner - first, other=0.0)
+            up_acc = tl.dot(widened(tile, x), tokens, up_acc, input_precision="ieee")
     if scales is not None:
         acc *= tl.load(scales + channel).to(tl.float32)[:, None]
     if up_scales is not None:
@@ -146,12 +160,16 @@ def w8a16_triton(
     up: tuple[Tensor | None, Tensor | None],
     bias: Tensor | None,
     residual: Tensor | None,
+    owner: Tensor | None = None,
 ) -> Tensor:
-    """The product on a GPU. weight, up: (codes, scales), or for a dense weight (weight, None)."""
+    """The product on a GPU. weight, up: (codes, scales), or for a dense weight (weight, None).
+
+    Codes are int8 or e4m3; those of e4m3 may be given as uint8, and are not NaN. owner: see `launch_product`.
+    """
     table = _DENSE if weight[1] is None else _W8A16 if up[0] is None else _W8A16_PAIR
     config = config_for(table, x.shape[:-1].numel(), x.device)
     even = x.shape[-1] % config.blocks["BLOCK_K"] == 0
-    return launch_product(_w8a16_kernel, x, weight, up, bias, residual, config, EVEN=even)
+    return launch_product(_w8a16_kernel, x, weight, up, bias, residual, config, owner=owner, EVEN=even)
 
 
 _linear = Operation("linear_int8", linear_int8_reference, rows=(0, 4))
@@ -217,7 +235,7 @@ def linear_int8(
     in the dtype of x. Returns [..., out] in the dtype of x.
     Raises ValueError when shapes or dtypes do not fit, as all linear operations here do.
     """
-    check_int8(x, weight, scales)
+    check_weight(x, weight, scales)
     check_epilogue(x, len(weight), bias, residual)
     return _linear.on(x.device)(x, weight, scales, bias, residual)
 
@@ -228,25 +246,28 @@ def linear_int8_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor,
     return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales)
 
 
-def check_int8(x: Tensor, weight: Tensor, scales: Tensor) -> None:
-    """Raise ValueError unless x [..., in] and a weight with its scales are valid for `linear_int8`."""
-    if weight.dtype != torch.int8 or weight.ndim != 2 or not weight.is_contiguous():
-        raise ValueError(f"the weight must be contiguous int8 [out, in], got {weight.dtype} {tuple(weight.shape)}")
+def check_weight(x: Tensor, weight: Tensor, scales: Tensor, dtype: torch.dtype = torch.int8) -> None:
+    """Raise ValueError unless x [..., in], a weight [out, in] with codes in `dtype`, and its scales [out] fit."""
+    if weight.dtype != dtype or weight.ndim != 2 or not weight.is_contiguous():
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f"the weight must be contiguous {kind} [out, in], got {weight.dtype} {tuple(weight.shape)}")
     if not x.is_floating_point() or x.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; a weight {tuple(weight.shape)} takes [..., in] floating")
     if weight.shape[1] % 16 or weight.shape[1] == 0:
-        raise ValueError(f"int8 weights need a multiple of 16 inputs, got {weight.shape[1]}")
+        raise ValueError(f"weights of 8 bits need a multiple of 16 inputs, got {weight.shape[1]}")
     if scales.shape != weight.shape[:1] or not scales.is_floating_point() or not scales.is_contiguous():
         raise ValueError(
             f"scales must be contiguous floating [{len(weight)}], got {scales.dtype} {tuple(scales.shape)}"
         )
-    check_tensors(x, (torch.int8,), weight=weight)
+    check_tensors(x, (dtype,), weight=weight)
     check_tensors(x, FLOATING, x=x, scales=scales)
 
 
-def check_pair(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> None:
-    """Raise ValueError unless x and both weights are valid for `linear_int8_swiglu`."""
-    check_int8(x, gate, gate_scales)
-    check_int8(x, up, up_scales)
+def check_pair(
+    x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor, dtype: torch.dtype = torch.int8
+) -> None:
+    """Raise ValueError unless x and both weights, with codes in `dtype`, fit."""
+    check_weight(x, gate, gate_scales, dtype)
+    check_weight(x, up, up_scales, dtype)
     if gate.shape != up.shape:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")

@@ -26,7 +26,7 @@ from . import activation
 from .configs import Configs
 from .dispatch import Operation
 from .few_rows import few_rows
-from .linear_int8 import check_int8, check_pair, w8a16_triton
+from .linear_int8 import check_pair, check_weight, w8a16_triton
 from .native import products
 from .packed_product import (
     FEW_CPU_ROWS,
@@ -208,7 +208,7 @@ def linear_w8a8(
 
     On GPUs the kernel of `linear_int8` multiplies up to 64 rows, without rounding x.
     """
-    check_int8(x, weight, scales)
+    check_weight(x, weight, scales)
     check_epilogue(x, len(weight), bias, residual)
     return _linear.on(x.device)(x, weight, scales, bias, residual)
 

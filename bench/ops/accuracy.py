@@ -80,7 +80,7 @@ def exactly(function: Callable[..., T], *args: Any, **options: Any) -> T:
 
 
 def _widened(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() and value.itemsize > 1 else value
 
 
 @dataclass(frozen=True)

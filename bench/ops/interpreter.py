@@ -4,8 +4,8 @@
 can be compiled (`TRITON_INTERPRET` unset); with `TRITON_INTERPRET=1` it only adds the repairs and checks below.
 
 Fixed, so that results equal those of the compiled kernel: bfloat16 (kept as raw bits: products, sums, comparisons and
-conversions would work on the bit patterns, and float32 -> bfloat16 truncate) and minimum and maximum, which return the
-number when the other operand is NaN. Refused: sums, atomics and fma in bfloat16, and products with an inner dimension
+conversions would work on the bit patterns, and float32 -> bfloat16 truncate), conversions to e4m3 (they would not round
+to the nearest) and minimum and maximum, which return the number when the other operand is NaN. Refused: sums, atomics and fma in bfloat16, and products with an inner dimension
 that no tensor core takes. Float32 products are exact float32 here, not tf32.
 
 Checked, in every launch:
@@ -63,6 +63,24 @@ def _widened(handle: Any) -> Any:
 
 def _narrowed(x: Array) -> Any:
     return Handle(bf16_bits(x), tl.bfloat16)
+
+
+def _is_e4m3(handle: Any) -> bool:
+    return handle.dtype.scalar == tl.float8e4nv
+
+
+_E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+
+
+def _from_e4m3(handle: Any) -> Any:
+    """The same numbers in float32, if `handle` holds e4m3."""
+    return Handle(_E4M3_VALUES[handle.data], tl.float32) if _is_e4m3(handle) else handle
+
+
+def _to_e4m3(x: Array) -> Any:
+    """`x` rounded to e4m3, ties to even; as on GPUs, what is too large becomes the largest number."""
+    wide = torch.from_numpy(np.ascontiguousarray(x, np.float32)).clamp(-448, 448)
+    return Handle(wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy(), tl.float8e4nv)
 
 
 class _Allocation:
@@ -252,6 +270,12 @@ class _CheckedBuilder(interpreter.InterpreterBuilder):  # type: ignore[misc]
 
     def create_fp_to_fp(self, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
         truncates = rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ
+        if _is_e4m3(src):
+            return self.cast_impl(_from_e4m3(src), dst_type)
+        if dst_type.scalar == tl.float8e4nv:
+            if truncates:
+                raise NotImplementedError("conversions to e4m3 that truncate")
+            return _to_e4m3(_widened(src).data)
         if dst_type.scalar == tl.bfloat16 and not truncates and src.dtype.scalar == tl.float32:
             return self.cast_impl(src, dst_type)
         return super().create_fp_to_fp(src, dst_type, rounding_mode)
@@ -261,7 +285,8 @@ class _CheckedBuilder(interpreter.InterpreterBuilder):  # type: ignore[misc]
             # Exact, and multiplied by a library; that of integers is plain loops in NumPy.
             product = a.data.astype(np.float64) @ b.data.astype(np.float64)
             return Handle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
-        return super().create_dot(_widened(a), _widened(b), d, *rest)
+        a, b = (_from_e4m3(_widened(x)) for x in (a, b))
+        return super().create_dot(a, b, d, *rest)
 
     def create_masked_load(self, ptrs: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         self._touch("load", ptrs, mask)
