@@ -13,8 +13,8 @@ the weight, rows * in of the codes. The tensor cores of sm_89 and sm_90 add prod
 has, so the sums of 64 or 128 inputs at a time are added in float32 registers; those of sm_100 add in float32.
 
 Up to 64 rows are bound by reading the weights, out * in bytes, and use the W8A16 kernel of `linear_int8`, which
-converts the weights exactly to the dtype of x in registers and does not round x. So do products of any number of rows on
-GPUs whose tensor cores do not multiply e4m3 (sm_80, sm_86), or have another 8-bit float (gfx942).
+converts the weights exactly to the dtype of x in registers and does not round x. So do products of any number of rows
+on GPUs whose tensor cores do not multiply e4m3 (sm_80, sm_86), or have another 8-bit float (gfx942).
 
 On a CPU, and for a torch backend anywhere, the codes are converted to the dtype of x a tile of channels at a time for a
 dense product: e4m3 saves memory there, and no time; int8 is faster.
@@ -22,6 +22,8 @@ dense product: e4m3 saves memory there, and no time; int8 is faster.
 Source: Micikevicius et al. 2022, arXiv:2209.05433 (e4m3); DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2 (sums on
 sm_90).
 """
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -193,16 +195,25 @@ def _linear_torch(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None
         codes, row_scales = quantize_rows(rows, E4M3)
         rows, factors = codes.to(x.dtype), row_scales[:, None] * factors
     if x.dtype == torch.float16:  # sums of 448 * 448 overflow float16
-        rows, weights = rows.float(), torch.float32
-    else:
-        weights = x.dtype
-    y = product_by_tiles(rows, columns, lambda tile: weight[tile].to(weights)).float() * factors
+        rows = rows.float()
+    y = product_by_tiles(rows, columns, lambda tile: _widened(weight[tile], rows.dtype)).float() * factors
     return add_epilogue(y.view(*x.shape[:-1], columns), bias, residual).to(x.dtype)
 
 
 @_swiglu.implementation("torch")
 def _swiglu_torch(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
     return swiglu_of(_linear_torch, x, (gate, gate_scales), (up, up_scales))
+
+
+def _widened(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The codes in `dtype`, exactly. A table is five times as fast on a CPU as torch's conversion."""
+    return _values(codes.device, dtype).index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
+
+
+@cache
+def _values(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The values of the 256 codes."""
+    return torch.arange(256, dtype=torch.uint8, device=device).view(E4M3).to(dtype)
 
 
 def linear_fp8(

@@ -53,7 +53,7 @@ _operation = Operation("quantize_rows", reference)
 
 
 @_operation.implementation("triton")
-def _triton(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _triton(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
     scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -69,7 +69,7 @@ def _misfit(x: Tensor, dtype: torch.dtype) -> str | None:
 
 
 @_operation.implementation("native", _misfit)
-def _native(x: Tensor, _dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _native(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     codes, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[:-1])
     native.call("quantize_rows", x.contiguous(), codes, scales, scales.numel(), x.shape[-1], x.dtype)
     return codes, scales

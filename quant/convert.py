@@ -199,7 +199,7 @@ def _shards(expected: Mapping[str, Stored], most: int) -> list[dict[str, Stored]
 
     def order(item: tuple[str, Stored]) -> tuple[bool, int]:
         dtype = item[1].dtypes[0]
-        return dtype.is_floating_point, -dtype.itemsize
+        return dtype.itemsize > 1, -dtype.itemsize
 
     return [dict(sorted(shard.items(), key=order)) for shard in shards]
 

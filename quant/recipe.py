@@ -7,6 +7,7 @@ layer applies, and a layer without a matching rule stays dense. Layer names are 
     recipe     decoder layers   lm_head, embeddings   adaptor   encoder layers
     int8       int8             int8                  int8      int8
     int8-w8a8  int8-w8a8        int8                  int8      int8-w8a8
+    fp8        fp8              int8                  int8      fp8
     int4       int4, groups     int8                  int8      int8
     int4-w4a8  int4-w4a8        int8                  int8      int8-w8a8
     nf4        nf4              int8                  int8      int8
@@ -31,7 +32,7 @@ MAX_RULES = 1024
 MAX_PATTERN = 200
 SMALL = "small"
 """The recipe with the fewest bytes."""
-RECIPES = ("int8", "int8-w8a8", "int4", "int4-w4a8", "nf4", SMALL)
+RECIPES = ("int8", "int8-w8a8", "fp8", "int4", "int4-w4a8", "nf4", SMALL)
 _TOKENS = ("decoder.lm_head", "decoder.embed_tokens")
 _ADAPTOR, _ENCODER, _DECODER = "adaptor.*", "encoder.layers.*", "decoder.layers.*"
 _ENCODER_ATTENTION = "encoder.layers.*.self_attn.*"
@@ -166,6 +167,8 @@ def recipe(
     tokens = encoder = scheme if name == SMALL else eight
     if name.endswith("a8"):
         encoder = parse_scheme("int8-w8a8")
+    elif name == "fp8":
+        encoder = scheme
     own = [*((pattern, tokens) for pattern in _TOKENS), (_ADAPTOR, eight)]
     own += [(_ENCODER_ATTENTION, eight)] if name == SMALL else []
     own += [(_ENCODER, encoder), (_DECODER, scheme)]

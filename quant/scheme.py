@@ -3,6 +3,8 @@
     scheme        codes                    scales                      zeros               bits a weight
     int8          [out, in] int8           [out] float32               none                8
     int8-w8a8     the same; inputs of the product are rounded to int8 too, a scale a token
+    fp8           [out, in] e4m3           [out] float32               none                8
+                  inputs of the product are rounded to e4m3 too, a scale a token
     int8, groups  [out, in] int8           [out, in / group] 16 bits   none                8 + 16 / group
     with zeros    the same                 the same                    like scales         8 + 32 / group
     int4          [out, in / 2] uint8      [out, in / group] 16 bits   none                4 + 16 / group
@@ -11,9 +13,10 @@
     int4, w4a8    the same, with zeros or without; inputs of the product are rounded to int8 too, a scale a group
     nf4           [out, in / 2] uint8      [out, in / 64] float32      none                4.5
 
-On GPUs few rows of inputs are not rounded: they use the kernels of int8 and int4.
+On GPUs few rows of inputs are not rounded: they use the kernels of int8 and int4. fp8 rounds no few rows anywhere, and
+none on GPUs that cannot multiply e4m3.
 
-The byte layouts are in `int8`, `int4` and `nf4`. In a file the tensors of the layer X are X.weight_codes,
+The byte layouts are in `int8`, `fp8`, `int4` and `nf4`. In a file the tensors of the layer X are X.weight_codes,
 X.weight_scales and X.weight_zeros; X.bias is unchanged. A scheme is written as its name, followed by the group if it
 has one, "zeros" if there are zero points, "f32" if scales have 32 bits, and "w4a8": int4-g64, int4-g128-zeros,
 int4-g32-w4a8, int8-g32, int8-g16-f32.
@@ -29,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.errors import AfnextError
+from ..kernels.linear_fp8 import linear_fp8, linear_fp8_swiglu
 from ..kernels.linear_int4 import GROUP_SIZES, SYMMETRIC_ZERO, linear_int4, linear_int4_swiglu, prepare_int4
 from ..kernels.linear_int8 import linear_int8, linear_int8_swiglu
 from ..kernels.linear_int8_groups import GROUP_SIZES as INT8_GROUP_SIZES
@@ -36,13 +40,15 @@ from ..kernels.linear_int8_groups import linear_int8_groups, linear_int8_groups_
 from ..kernels.linear_nf4 import linear_nf4, linear_nf4_swiglu
 from ..kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
 from ..kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
+from ..kernels.quantize_rows import E4M3
+from .fp8 import LARGEST_CODE, dequantize_fp8, quantize_fp8
 from .int4 import dequantize_int4, fit_int4
 from .int8 import dequantize_int8, dequantize_int8_groups, quantize_int8, quantize_int8_groups
 from .nf4 import BLOCK_SIZE, dequantize_nf4, quantize_nf4
 
 PARTS = ("weight_codes", "weight_scales", "weight_zeros")
 _CHUNK = 1 << 20  # weights quantized at a time: intermediate results take some 30 MB
-_INT8_INPUTS = 16  # the int8 products take inputs in multiples of this
+_EIGHT_BIT_INPUTS = 16  # the products with one scale per channel take inputs in multiples of this
 
 
 class SchemeError(AfnextError):
@@ -148,13 +154,7 @@ class Int8(Scheme):
 
     def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
         """See `Scheme`."""
-        out, inner = _matrix(shape, self)
-        if inner % _INT8_INPUTS:
-            raise SchemeError(f"{self} takes inputs in multiples of {_INT8_INPUTS}, not {inner}; keep the layer dense")
-        return {
-            "weight_codes": Stored((out, inner), (torch.int8,)),
-            "weight_scales": Stored((out,), (torch.float32,)),
-        }
+        return _by_channel(shape, self, torch.int8)
 
     def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         """See `Scheme`."""
@@ -176,6 +176,38 @@ class Int8(Scheme):
 
     def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
         return Packed(*quantize_int8(rows))
+
+
+@dataclass(frozen=True)
+class Fp8(Scheme):
+    """The 8-bit float e4m3, one scale per channel. The product's inputs are rounded to e4m3 as well (W8A8), see
+    `kernels.linear_fp8.rounds_inputs`."""
+
+    def __str__(self) -> str:
+        return "fp8"
+
+    def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
+        """See `Scheme`."""
+        return _by_channel(shape, self, E4M3)
+
+    def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """See `Scheme`."""
+        return dequantize_fp8(packed.codes, packed.scales, dtype)
+
+    def largest_weight(self, scales: Tensor, zeros: Tensor | None) -> float:
+        """See `Scheme`."""
+        return LARGEST_CODE * _largest(scales)
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """See `Scheme`."""
+        return linear_fp8(x, packed.codes, packed.scales, bias, residual)
+
+    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
+        """See `Scheme`."""
+        return linear_fp8_swiglu(x, gate.codes, gate.scales, up.codes, up.scales)
+
+    def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
+        return Packed(*quantize_fp8(rows))
 
 
 @dataclass(frozen=True)
@@ -332,6 +364,7 @@ def parse_scheme(text: str) -> Scheme | None:
         "dense": None,
         "int8": Int8(),
         "int8-w8a8": Int8(int8_inputs=True),
+        "fp8": Fp8(),
         "int4": Int4(),
         "int4-w4a8": Int4(int8_inputs=True),
         "nf4": NF4(),
@@ -357,6 +390,16 @@ def _suffix(scheme: Int4 | Int8Groups) -> str:
 def _scale_dtype(scheme: Int4 | Int8Groups) -> torch.dtype:
     """The dtype of new scales and zero points."""
     return torch.float32 if scheme.float32_scales else torch.bfloat16
+
+
+def _by_channel(shape: tuple[int, ...], scheme: Scheme, codes: torch.dtype) -> dict[str, Stored]:
+    """Codes of 8 bits and a scale for each channel."""
+    out, inner = _matrix(shape, scheme)
+    if inner % _EIGHT_BIT_INPUTS:
+        raise SchemeError(
+            f"{scheme} takes inputs in multiples of {_EIGHT_BIT_INPUTS}, not {inner}; keep the layer dense"
+        )
+    return {"weight_codes": Stored((out, inner), (codes,)), "weight_scales": Stored((out,), (torch.float32,))}
 
 
 def _grid(out: int, inner: int, scheme: Int4 | Int8Groups) -> Stored:

@@ -43,7 +43,7 @@ class Storage:
 
 
 NEAREST = (
-    *("dense", "int8", "int8-w8a8", "int4-g32", "int4-g64", "int4-g128"),
+    *("dense", "int8", "int8-w8a8", "fp8", "int4-g32", "int4-g64", "int4-g128"),
     *("int4-g64-zeros", "int4-g64-w4a8", "nf4", "small"),
 )
 CALIBRATED = ("int8", "int4-g32", "int4-g64", "int4-g128", "small")

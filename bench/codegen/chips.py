@@ -18,7 +18,10 @@ class Gpu:
     def peaks(self) -> dict[str, float]:
         """FLOP/s of dense matrix products by dtype; float32 runs as tf32, at half the rate of bfloat16."""
         flops = self.device.flops
-        return {**{dtype: flops[dtype] for dtype in ("bfloat16", "float16", "int8")}, "float32": flops["bfloat16"] / 2}
+        return {
+            **{dtype: flops[dtype] for dtype in ("bfloat16", "float16", "int8", "fp8") if dtype in flops},
+            "float32": flops["bfloat16"] / 2,
+        }
 
     def least_seconds(self, flops: float, bytes: float, dtype: str) -> tuple[float, str]:
         """The least time of this work on the product, in seconds, and its limit: "memory" or "compute"."""

@@ -4,7 +4,7 @@
     prefill              a chunk of the prompt, at its start and behind 45 000 tokens
     decode               one step at 45 000 tokens, one and four sequences
     choose               the next token from the scores
-    W8A16, W8A8, W4A16, W4A8, NF4
+    W8A16, W8A8, FP8, W4A16, W4A8, NF4
                          the decoder's matrix products with weights of that scheme, at the rows of decode and prefill
 
 each that touches the KV cache with a cache in bfloat16, in int8 and in int4.
@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.audio_format import WINDOW_SAMPLES
+from ...kernels.linear_fp8 import linear_fp8, linear_fp8_swiglu
 from ...kernels.linear_int4 import linear_int4, linear_int4_swiglu
 from ...kernels.linear_int8 import linear_int8, linear_int8_swiglu
 from ...kernels.linear_nf4 import BLOCK_SIZE, linear_nf4, linear_nf4_swiglu
 from ...kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
 from ...kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
 from ...kernels.packed_product import FEW_ROWS
+from ...kernels.quantize_rows import E4M3
 from ...kernels.sampling import SamplingRows, greedy, penalize, sample
 from ...quant.linear import Linear
 from ...runtime.engine.decode_graph import DecodeStep
@@ -149,6 +151,18 @@ def _w8a8_pair(x: Tensor, gate: Linear, up: Linear) -> None:
     linear_w8a8_swiglu(x, *_int8(gate), *_int8(up))
 
 
+def _fp8(linear: Linear) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(linear.weight, dtype=E4M3), _float(len(linear.weight))
+
+
+def _fp8_product(x: Tensor, linear: Linear) -> None:
+    linear_fp8(x, *_fp8(linear), linear.bias)
+
+
+def _fp8_pair(x: Tensor, gate: Linear, up: Linear) -> None:
+    linear_fp8_swiglu(x, *_fp8(gate), *_fp8(up))
+
+
 def _int4(linear: Linear) -> tuple[Tensor, Tensor]:
     outputs, inputs = linear.weight.shape
     scales = torch.empty(outputs, inputs // GROUP, dtype=torch.bfloat16, device=_META)
@@ -187,6 +201,7 @@ def _nf4_pair(x: Tensor, gate: Linear, up: Linear) -> None:
 _SCHEMES = (
     ("W8A16", _w8a16, _w8a16_pair),
     ("W8A8", _w8a8, _w8a8_pair),
+    ("FP8", _fp8_product, _fp8_pair),
     ("W4A16", _w4a16, _w4a16_pair),
     ("W4A8", _w4a8, _w4a8_pair),
     ("NF4", _nf4_product, _nf4_pair),

@@ -215,14 +215,17 @@ def _write_packed(
 
 def _random_part(name: str, part: str, one: Stored, codes: Stored, generator: torch.Generator) -> torch.Tensor:
     """Uniform codes, and scales that give the weights the same magnitude as `_random_tensor`."""
-    signed = codes.dtypes[0] == torch.int8
+    signed, floating = codes.dtypes[0] == torch.int8, codes.dtypes[0].is_floating_point
     if part == "weight_codes":
+        if floating:
+            return torch.empty(one.shape).uniform_(-448, 448, generator=generator).to(one.dtypes[0])
         low, high = (-127, 128) if signed else (0, 256)
         return torch.randint(low, high, one.shape, dtype=one.dtypes[0], generator=generator)
     if part == "weight_zeros":
         return torch.full(one.shape, 8.0, dtype=one.dtypes[0])
-    inner = codes.shape[1] * (1 if signed else 2)
-    scales = torch.full(one.shape, inner**-0.5 / (73.3 if signed else 4.6), dtype=one.dtypes[0])
+    inner = codes.shape[1] * (1 if signed or floating else 2)
+    size = 258.7 if floating else 73.3 if signed else 4.6  # root mean square of the codes
+    scales = torch.full(one.shape, inner**-0.5 / size, dtype=one.dtypes[0])
     if "lm_head" in name:
         scales[PRINTABLE_IDS:] = 0
     return scales

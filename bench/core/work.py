@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.conv_stem import conv_length
+from ...kernels.linear_fp8 import rounds_inputs
 from ...kernels.log_mel import N_FFT, frame_count
 from ...kernels.packed_product import has_few_rows
 from ...kernels.rotary import Rotation
@@ -27,8 +28,9 @@ Arguments = Mapping[str, Any]
 @dataclass(frozen=True)
 class Work:
     """flops: total; products: FLOPs in matrix products; dtype: the dtype whose peak bounds them ("int8" for int8
-    products); touched: bytes actually read or written of the named arguments, if less than their size; written: bytes
-    of the returned results, and of tables that a call reads in addition to its arguments."""
+    products, "fp8" for those of e4m3); touched: bytes actually read or written of the named arguments, if less than
+    their size; written: bytes of the returned results, and of tables that a call reads in addition to its
+    arguments."""
 
     flops: float = 0.0
     products: float = 0.0
@@ -175,6 +177,18 @@ def _linear_int8_inputs_swiglu(arguments: Arguments, context: int) -> Work:
     return replace(work, products=work.products / 2, dtype="int8")  # a launch for each of the pair
 
 
+def _linear_fp8(arguments: Arguments, context: int) -> Work:
+    work = _linear(arguments, context)
+    return replace(work, dtype="fp8") if rounds_inputs(arguments["x"]) else work
+
+
+def _linear_fp8_swiglu(arguments: Arguments, context: int) -> Work:
+    work = _linear_swiglu(arguments, context)
+    if not rounds_inputs(arguments["x"]):
+        return work
+    return replace(work, products=work.products / 2, dtype="fp8")  # a launch for each of the pair
+
+
 def _quantize_rows(arguments: Arguments, context: int) -> Work:
     x = arguments["x"]
     return Work(2 * x.numel(), 0, _dtype(x), written=x.numel() + 4 * (x.numel() // x.shape[-1]))
@@ -226,6 +240,8 @@ _FORMULAS: dict[str, Callable[[Arguments, int], Work]] = {
     "linear_int8_swiglu": _linear_swiglu,
     "linear_w8a8": _linear_int8_inputs,
     "linear_w8a8_swiglu": _linear_int8_inputs_swiglu,
+    "linear_fp8": _linear_fp8,
+    "linear_fp8_swiglu": _linear_fp8_swiglu,
     "linear_int8_groups": _linear,
     "linear_int8_groups_swiglu": _linear_swiglu,
     "linear_int4": _linear,

@@ -39,7 +39,7 @@ ORDER = (
     *("linear_int8_swiglu", "linear", "linear_swiglu", "rms_norm", "add_rms_norm", "swiglu", "greedy", "sample"),
     *("penalize", "log_mel", "conv_stem", "layer_norm", "add_layer_norm", "gelu", "pool_norm_rotate", "rotary"),
     *("linear_w8a8", "linear_w8a8_swiglu", "linear_w4a8", "linear_w4a8_swiglu", "quantize_rows", "linear_nf4"),
-    *("linear_nf4_swiglu", "linear_int8_groups", "linear_int8_groups_swiglu"),
+    *("linear_nf4_swiglu", "linear_int8_groups", "linear_int8_groups_swiglu", "linear_fp8", "linear_fp8_swiglu"),
 )
 
 
@@ -208,7 +208,7 @@ STEPS = (
     Step("answers", ("float32", "bfloat16"), _answers),
     Step("end to end", ("bf16",), _end_to_end, limit=240.0),
     Step("timings", ORDER, _timings, limit=240.0),
-    Step("schemes", ("int4", "int8", "int8-w8a8", "int4-w4a8", "nf4"), _end_to_end, limit=240.0),
+    Step("schemes", ("int4", "int8", "int8-w8a8", "fp8", "int4-w4a8", "nf4"), _end_to_end, limit=240.0),
     Step("dtypes", tuple(f"{name} {dtype}" for dtype in ("float16", "float32") for name in ORDER), _in_other_dtypes),
 )
 

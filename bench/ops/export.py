@@ -152,6 +152,8 @@ def _expression(name: str, x: Tensor, problem: Problem) -> str:
         return f"torch.zeros({shape}, dtype={dtype})"
     if x.dtype == torch.int8:
         return f"torch.randint(-128, 128, {shape}, dtype=torch.int8)"
+    if x.dtype == torch.float8_e4m3fn:
+        return f"torch.randn({shape}).mul(150).clamp(-448, 448).to({dtype})"
     scale = s.get("in_features", 1) ** -0.5
     if "scales" in name:
         return f"torch.rand({shape}).mul({scale / 8:.6g}).to({dtype})"

@@ -201,7 +201,7 @@ def linear_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def int8_weight(codes: Tensor, scales: Tensor) -> Tensor:
-    """float64 weights of int8 codes [out, in] with a scale for each row, or for each group of a row."""
+    """float64 weights of int8 or e4m3 codes [out, in] with a scale for each row, or for each group of a row."""
     groups = scales.shape[1] if scales.ndim == 2 else 1
     return (codes.double().unflatten(1, (groups, -1)) * scales.double().reshape(len(codes), groups, 1)).flatten(1)
 
@@ -255,6 +255,27 @@ def linear_w8a8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None =
 def linear_w8a8_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
     """`linear_swiglu` with int8 weights of inputs rounded to int8."""
     return linear_int8_swiglu(rounded_inputs(x, 1), gate, gate_scales, up, up_scales).to(x.dtype)
+
+
+def fp8_inputs(x: Tensor) -> Tensor:
+    """x as float64; more than 64 rows are rounded to e4m3 with a scale for each row."""
+    if len(x) <= 64:
+        return x.double()
+    wide = x.float()
+    scales = wide.abs().amax(-1, keepdim=True) / 448
+    codes = (wide / torch.where(scales > 0, scales, 1.0)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return codes.double() * scales.double()
+
+
+def linear_fp8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` with e4m3 weights; more than 64 rows of inputs are rounded to e4m3, too."""
+    return linear(fp8_inputs(x), int8_weight(weight, scales), bias).to(x.dtype)
+
+
+def linear_fp8_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
+    """`linear_swiglu` with e4m3 weights; more than 64 rows of inputs are rounded to e4m3, too."""
+    weights = int8_weight(gate, gate_scales), int8_weight(up, up_scales)
+    return linear_swiglu(fp8_inputs(x), *weights).to(x.dtype)
 
 
 def linear_int4(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:

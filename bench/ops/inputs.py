@@ -16,6 +16,7 @@ from torch import Tensor
 from ...kernels.conv_stem import conv_length
 from ...kernels.linear_nf4 import BLOCK_SIZE
 from ...kernels.pages import page_slots
+from ...kernels.quantize_rows import E4M3
 from ...kernels.rotary import Pairing, Rotation, rope_frequencies
 from ...kernels.rote import TimeEmbedding, pooled_length
 from ...kernels.sampling import SamplingRows
@@ -222,7 +223,7 @@ def linear_swiglu(s: Shape, new: Draw) -> Arguments:
 
 def packed_linear(s: Shape, new: Draw, *, kind: str) -> Arguments:
     """shape: as `linear`, and group for int4 and int8_groups. kind: a key of the table of packed weights."""
-    names = {"int8": "weight", "int8_groups": "codes", "int4": "packed", "nf4": "codes"}
+    names = {"int8": "weight", "fp8": "weight", "int8_groups": "codes", "int4": "packed", "nf4": "codes"}
     codes, scales = _PACKED[kind](s, new)
     arguments = {"x": new.normal(s["rows"], s["in_features"]), names[kind]: codes, "scales": scales}
     return _with_bias(arguments, s, new)
@@ -249,6 +250,12 @@ def _int8(s: Shape, new: Draw) -> tuple[Tensor, Tensor]:
     return codes, new.uniform(outputs, high=1 / 127 / inputs**0.5)
 
 
+def _fp8(s: Shape, new: Draw) -> tuple[Tensor, Tensor]:
+    outputs, inputs = s["out_features"], s["in_features"]
+    codes = new.normal(outputs, inputs, scale=150, dtype=torch.float32).clamp(-448, 448).to(E4M3)
+    return codes, new.uniform(outputs, high=1 / 448 / inputs**0.5)
+
+
 def _int8_groups(s: Shape, new: Draw) -> tuple[Tensor, Tensor]:
     codes, _ = _int8(s, new)
     outputs, inputs = codes.shape
@@ -267,7 +274,7 @@ def _nf4(s: Shape, new: Draw) -> tuple[Tensor, Tensor]:
     return codes, new.uniform(outputs, inputs // BLOCK_SIZE, high=2 / inputs**0.5)
 
 
-_PACKED = {"int8": _int8, "int8_groups": _int8_groups, "int4": _int4, "nf4": _nf4}
+_PACKED = {"int8": _int8, "fp8": _fp8, "int8_groups": _int8_groups, "int4": _int4, "nf4": _nf4}
 
 
 def quantize_rows(s: Shape, new: Draw) -> Arguments:

@@ -5,8 +5,9 @@ can be compiled (`TRITON_INTERPRET` unset); with `TRITON_INTERPRET=1` it only ad
 
 Fixed, so that results equal those of the compiled kernel: bfloat16 (kept as raw bits: products, sums, comparisons and
 conversions would work on the bit patterns, and float32 -> bfloat16 truncate), conversions to e4m3 (they would not round
-to the nearest) and minimum and maximum, which return the number when the other operand is NaN. Refused: sums, atomics and fma in bfloat16, and products with an inner dimension
-that no tensor core takes. Float32 products are exact float32 here, not tf32.
+to the nearest) and minimum and maximum, which return the number when the other operand is NaN. Refused: sums, atomics
+and fma in bfloat16, and products with an inner dimension that no tensor core takes. Float32 products are exact float32
+here, not tf32.
 
 Checked, in every launch:
 - loads, stores and atomics touch only memory of the tensors passed to the kernel (masked-out lanes may point anywhere);

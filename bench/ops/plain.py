@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...kernels.linear_fp8 import rounds_inputs
 from ...kernels.linear_int4 import unpacked as unpacked_int4
 from ...kernels.linear_nf4 import unpacked as unpacked_nf4
 from ...kernels.log_mel import mel_filters
 from ...kernels.pages import gather_pages
+from ...kernels.quantize_rows import E4M3
 from ...kernels.quantize_rows import reference as quantize_rows_reference
 from ...kernels.rotary import Rotation
 from . import baselines
@@ -146,7 +148,7 @@ def dense_weight(arguments: dict[str, Any], dtype: torch.dtype, part: str = "") 
     """The dequantized weight [out, in] of packed arguments, in `dtype`. part: "gate" or "up" of a pair."""
     scales = arguments[f"{part}_scales" if part else "scales"]
     codes = next(arguments[name] for name in (part, "weight", "packed", "codes") if name in arguments)
-    if codes.dtype == torch.int8:
+    if codes.dtype in (torch.int8, E4M3):
         by_group = codes.float().unflatten(1, (scales.shape[1] if scales.ndim == 2 else 1, -1))
         return (by_group * scales.float().reshape(len(codes), -1, 1)).flatten(1).to(dtype)
     if scales.dtype == torch.float32:
@@ -174,6 +176,23 @@ def rounded_linear(**arguments: Any) -> Tensor:
 def rounded_swiglu(**arguments: Any) -> Tensor:
     """`packed_swiglu` of inputs rounded likewise."""
     return packed_swiglu(**{**arguments, "x": _rounded(arguments, "gate_scales")})
+
+
+def fp8_linear(**arguments: Any) -> Tensor:
+    """`packed_linear` of inputs rounded to e4m3, if the operation rounds them, and to the dtype of x."""
+    return packed_linear(**{**arguments, "x": _rounded_to_e4m3(arguments["x"])})
+
+
+def fp8_swiglu(**arguments: Any) -> Tensor:
+    """`packed_swiglu` of inputs rounded likewise."""
+    return packed_swiglu(**{**arguments, "x": _rounded_to_e4m3(arguments["x"])})
+
+
+def _rounded_to_e4m3(x: Tensor) -> Tensor:
+    if not rounds_inputs(x):
+        return x
+    codes, steps = quantize_rows_reference(x, E4M3)
+    return (codes.float() * steps[..., None]).to(x.dtype)
 
 
 def _rounded(arguments: dict[str, Any], scales: str) -> Tensor:

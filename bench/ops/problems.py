@@ -26,7 +26,7 @@ from ...kernels.conv_stem import conv_length
 from ...kernels.log_mel import HOP_LENGTH
 from ...kernels.rote import pooled_length
 from ...quant.recipe import RECIPES, recipe
-from ...quant.scheme import Int4, Int8, Int8Groups
+from ...quant.scheme import Fp8, Int4, Int8, Int8Groups
 from ..core.work import Work, work_of
 from .inputs import Arguments, Draw, Shape
 from .specs import Spec, spec
@@ -141,8 +141,10 @@ class Problem:
     def tolerance(self) -> float:
         """The relative RMS within which two implementations agree before their times are compared.
 
-        Inputs rounded to int8 are not those of a dense product, whatever the dtype.
+        Inputs rounded to int8 are not those of a dense product, whatever the dtype; those rounded to e4m3 even less.
         """
+        if self.operation.startswith("linear_fp8"):
+            return 2 * TOLERANCES["bfloat16"]
         return TOLERANCES["bfloat16" if self.spec.also else self.dtype]
 
     def arguments(self, device: torch.device, seed: int = 0) -> Arguments:
@@ -339,6 +341,8 @@ def _product(
         return f"linear{suffix}", shape, count
     if isinstance(scheme, Int8):
         return f"linear_{'w8a8' if scheme.int8_inputs else 'int8'}{suffix}", shape, count
+    if isinstance(scheme, Fp8):
+        return f"linear_fp8{suffix}", shape, count
     if isinstance(scheme, Int8Groups):
         return f"linear_int8_groups{suffix}", {**shape, "group": scheme.group_size}, count
     if isinstance(scheme, Int4):

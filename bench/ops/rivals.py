@@ -166,7 +166,16 @@ def _sample(problem: Problem, a: Arguments) -> Callable[[], Tensor]:
     return lambda: baselines.draw_nucleus(a["logits"], rows.temperature, rows.top_p, a["uniform"])
 
 
-_PRODUCTS = ("linear", "linear_int8", "linear_int8_groups", "linear_w8a8", "linear_int4", "linear_w4a8", "linear_nf4")
+_PRODUCTS = (
+    "linear",
+    "linear_int8",
+    "linear_int8_groups",
+    "linear_w8a8",
+    "linear_fp8",
+    "linear_int4",
+    "linear_w4a8",
+    "linear_nf4",
+)
 _TORCH: Mapping[str, Callable[[Problem, Arguments], Any]] = {
     "log_mel": _log_mel,
     "layer_norm": _layer_norm,

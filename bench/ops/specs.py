@@ -16,6 +16,7 @@ from ...kernels.dispatch import Operation, operations
 from ...kernels.errors import AfnextError
 from ...kernels.kv_write import kv_write
 from ...kernels.linear import linear, linear_swiglu
+from ...kernels.linear_fp8 import linear_fp8, linear_fp8_swiglu
 from ...kernels.linear_int4 import linear_int4, linear_int4_swiglu
 from ...kernels.linear_int8 import linear_int8, linear_int8_swiglu
 from ...kernels.linear_int8_groups import linear_int8_groups, linear_int8_groups_swiglu
@@ -212,6 +213,10 @@ def _products() -> list[Spec]:
         found.append(Spec(single, partial(inputs.packed_linear, kind=kind), plain.packed_linear, sizes))
         pairs = without_bias(sizes)
         found.append(Spec(double, partial(inputs.packed_swiglu, kind=kind), plain.packed_swiglu, pairs))
+    made, sizes = partial(inputs.packed_linear, kind="fp8"), (*eight, *shapes((66, 144, 37, 1)))
+    found.append(Spec(linear_fp8, made, plain.fp8_linear, sizes))
+    made = partial(inputs.packed_swiglu, kind="fp8")
+    found.append(Spec(linear_fp8_swiglu, made, plain.fp8_swiglu, without_bias(sizes)))
     rounded = (
         ("int8", linear_w8a8, linear_w8a8_swiglu, eight, "linear_int8"),
         ("int4", linear_w4a8, linear_w4a8_swiglu, four, "linear_int4"),

@@ -36,7 +36,7 @@ METHODS: dict[str, Calibration | None] = {
     "both": Calibration(),
 }
 SCHEMES = (
-    *("int8", "int8-w8a8", "nf4", "int4-g64-w4a8"),
+    *("int8", "int8-w8a8", "fp8", "nf4", "int4-g64-w4a8"),
     *(f"int4-g{group}{zeros}" for zeros in ("", "-zeros") for group in (32, 64, 128)),
 )
 HEADS = (Int8(), Int4(32, symmetric=False), Int4(64, symmetric=False), Int4(32))
@@ -81,10 +81,10 @@ class Results:
 
 
 def variants(schemes: Sequence[str] = SCHEMES) -> Iterator[tuple[str, str]]:
-    """Every (scheme, method) in the order of the tables. nf4 has no feedback, and int8 gains little."""
+    """Every (scheme, method) in the order of the tables. nf4 and fp8 have no feedback, and int8 gains little."""
     for scheme in schemes:
         for method in METHODS:
-            if scheme.startswith("int4") or method in ("nearest", "scaling" if scheme == "nf4" else "both"):
+            if scheme.startswith("int4") or method in ("nearest", "scaling" if scheme in ("nf4", "fp8") else "both"):
                 yield scheme, method
 
 

@@ -91,9 +91,9 @@ def load(
     page_size, chunk_size (None: 1024, on GPUs 2048 from 20 GB on and 4096 from 40 GB on), encode_batch, max_batch, kv,
     release_encoder, prefix_cache_bytes, encoder_cache_bytes, draft_tokens, batch_invariant: see `EngineOptions`.
     memory: limit for the model and its requests, in bytes or as "8GB"; None for the device's free memory. quant: pack
-    dense weights while they are read, as "int8", "int8-w8a8", "int4", "int4-w4a8", "nf4" or "small", a variant such as
-    "int4-g32-zeros", or a recipe. keep_packed: write the packed weights to afnext's cache folder and load them from
-    there, memory-mapped, now and the next time. fit: choose kv, chunk_size, encode_batch, release_encoder and, for
+    dense weights while they are read, as "int8", "int8-w8a8", "fp8", "int4", "int4-w4a8", "nf4" or "small", a variant
+    such as "int4-g32-zeros", or a recipe. keep_packed: write the packed weights to afnext's cache folder and load them
+    from there, memory-mapped, now and the next time. fit: choose kv, chunk_size, encode_batch, release_encoder and, for
     dense weights, quant so that `fit` seconds of audio fit into the memory (True: the longest audio that the model
     accepts); changes that cost time are preferred to those that cost accuracy, and the choice is logged. tp: number of
     processes, each with its own GPU, or its share of a CPU's threads, and with a part of the decoder and of the KV

@@ -31,7 +31,8 @@ from .stored_parameter import MappedParameter, StoredParameter
 
 __all__ = ["Checkpoint", "check_fit", "expected_shapes", "load_weights"]
 
-# float16 represents every 8-bit float. Scaled ones come with tensors of scales, which do not fit a config.
+# float16 represents every 8-bit float. Other libraries' scaled ones come with tensors of scales, which do not fit a
+# config; ours, the codes of the scheme fp8, are read as stored.
 _READ_AS = {**TORCH_DTYPES, "F8_E4M3": torch.float16, "F8_E5M2": torch.float16}
 
 
@@ -110,11 +111,11 @@ class Checkpoint:
         return self._parameter(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of `tensor(name)`: the stored one, float16 for 8-bit floats. Raises CheckpointError for one that
-        torch lacks."""
+        """The dtype of `tensor(name)`: the stored one, float16 for weights in 8-bit floats. Raises CheckpointError for
+        one that torch lacks."""
         stored = self.stored_dtype(name)
         try:
-            return _READ_AS[stored]
+            return _read_as(name)[stored]
         except KeyError:
             raise CheckpointError(
                 f"{self.origin(name)} is stored in {stored}, which this runtime does not read."
@@ -129,8 +130,8 @@ class Checkpoint:
         return self._parameter(name).origin
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The parameter on the CPU: a view of the mapped file, or a copy if it is stored differently; 8-bit floats as
-        float16, which represents them exactly.
+        """The parameter on the CPU: a view of the mapped file, or a copy if it is stored differently; weights in
+        8-bit floats as float16, which represents them exactly.
 
         The memory may be read-only: writing into the tensor ends the process, so clone it first.
         Raises CheckpointError when there is no such parameter.
@@ -154,6 +155,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} has no parameter {shown(name)}.") from None
 
 
+def _read_as(name: str) -> Mapping[str, torch.dtype]:
+    """The dtype in which a tensor called `name` is read, by the stored one."""
+    return TORCH_DTYPES if name.endswith(f".{PARTS[0]}") else _READ_AS
+
+
 def check_fit(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Raise one CheckpointError listing tensors that are missing, unexpected, or of a wrong shape or dtype."""
     check_written_for(config, checkpoint.metadata, checkpoint.folder)
@@ -171,9 +177,9 @@ def check_fit(checkpoint: Checkpoint, config: ModelConfig) -> None:
         ],
     }
     for name in common:
-        wanted = expected[name].dtypes
-        if _READ_AS.get(checkpoint.stored_dtype(name)) not in wanted:
-            kind = f"in a dtype other than {', '.join(kind for kind, dtype in _READ_AS.items() if dtype in wanted)}"
+        wanted, read_as = expected[name].dtypes, _read_as(name)
+        if read_as.get(checkpoint.stored_dtype(name)) not in wanted:
+            kind = f"in a dtype other than {', '.join(kind for kind, dtype in read_as.items() if dtype in wanted)}"
             problems.setdefault(kind, []).append(f"{checkpoint.origin(name)} {checkpoint.stored_dtype(name)}")
     found = [f"{len(items)} {kind} ({first_five(items)})" for kind, items in problems.items() if items]
     if found:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...quant.linear import Embedding, Linear
-from ...quant.scheme import PARTS, Int8, SchemeError
+from ...quant.scheme import PARTS, Fp8, Int8, SchemeError
 from ..errors import ConfigError
 from .config import ModelConfig
 from .decoder import Decoder, DecoderLayer
@@ -27,7 +27,7 @@ from .group import Group
 from .quantized import expected_tensors
 
 _MOST_RANKS = 64
-_INT8_INPUTS = 16  # the int8 products take inputs in multiples of this
+_EIGHT_BIT_INPUTS = 16  # products with one scale per channel take inputs in multiples of this
 
 
 def shard_config(config: ModelConfig, size: int) -> ModelConfig:
@@ -149,13 +149,13 @@ class RowParallel(Linear):
     @property
     def _rounds_rows(self) -> bool:
         """Whether the product rounds each row of inputs with one scale."""
-        return isinstance(self.scheme, Int8) and self.scheme.int8_inputs
+        return isinstance(self.scheme, Fp8) or (isinstance(self.scheme, Int8) and self.scheme.int8_inputs)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """See `Linear`. If inputs are rounded with one scale per row, an extra input with weight zero holds the largest
         input of all ranks, so that every rank rounds with the same scale."""
         if self._rounds_rows:
-            self.register_buffer("weight_codes", F.pad(self.packed.codes, (0, _INT8_INPUTS)))
+            self.register_buffer("weight_codes", F.pad(self.packed.codes, (0, _EIGHT_BIT_INPUTS)))
         super().prepare(dtype)
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None, up: Linear | None = None) -> Tensor:
@@ -164,7 +164,7 @@ class RowParallel(Linear):
         assert up is None
         if self._rounds_rows:
             largest = self._group.maximum(x.abs().amax(-1, keepdim=True))
-            x = torch.cat([x, largest, x.new_zeros(*x.shape[:-1], _INT8_INPUTS - 1)], -1)
+            x = torch.cat([x, largest, x.new_zeros(*x.shape[:-1], _EIGHT_BIT_INPUTS - 1)], -1)
         return self._group.all_reduce(self._product(x, None))
 
 

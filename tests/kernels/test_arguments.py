@@ -14,6 +14,7 @@ from afnext.kernels.decode_attention import decode_attention
 from afnext.kernels.dispatch import operations
 from afnext.kernels.kv_write import kv_write
 from afnext.kernels.linear import linear, linear_swiglu
+from afnext.kernels.linear_fp8 import linear_fp8, linear_fp8_swiglu
 from afnext.kernels.linear_int4 import linear_int4, linear_int4_swiglu
 from afnext.kernels.linear_int8 import linear_int8, linear_int8_swiglu
 from afnext.kernels.linear_int8_groups import linear_int8_groups, linear_int8_groups_swiglu
@@ -67,6 +68,10 @@ def int8(pair: bool) -> dict[str, Tensor]:
     return nf4_or_int8(pair, zeros(3, 64, dtype=I8), ones(3))
 
 
+def fp8(pair: bool) -> dict[str, Tensor]:
+    return nf4_or_int8(pair, zeros(3, 64, dtype=torch.float8_e4m3fn), ones(3))
+
+
 def nf4(pair: bool) -> dict[str, Tensor]:
     tensors = nf4_or_int8(pair, zeros(3, 32, dtype=U8), ones(3, 1))
     return {"codes" if name == "weight" else name: tensor for name, tensor in tensors.items()}
@@ -109,6 +114,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
     "linear_int8_swiglu": (linear_int8_swiglu, int8(True)),
     "linear_w8a8": (linear_w8a8, int8(False)),
     "linear_w8a8_swiglu": (linear_w8a8_swiglu, int8(True)),
+    "linear_fp8": (linear_fp8, fp8(False)),
+    "linear_fp8_swiglu": (linear_fp8_swiglu, fp8(True)),
     "linear_int4": (linear_int4, int4(False)),
     "linear_int4_swiglu": (linear_int4_swiglu, int4(True)),
     "linear_w4a8": (linear_w4a8, int4(False)),

@@ -33,6 +33,8 @@ def test_rates_are_those_of_the_chip(device: Device) -> None:
     )
     assert device.flops["float16"] == pytest.approx(giga * float16, rel=0.01)
     assert device.flops["int8"] == pytest.approx(giga * int8, rel=0.01)
+    if "fp8" in device.flops:  # with float32 accumulation twice the rate of float16
+        assert device.flops["fp8"] == pytest.approx(2 * giga * float16, rel=0.01)
     assert device.bandwidth == pytest.approx(bus * pin * 1e9 / 8, rel=0.025)
 
 
@@ -41,6 +43,11 @@ def test_only_turing_lacks_bfloat16(device: Device) -> None:
     assert ("bfloat16" in device.flops) == (device.name != "T4")
     assert device.flops.get("bfloat16", device.flops["float16"]) == device.flops["float16"]
     assert "NVIDIA" in device.source
+
+
+def test_only_ada_hopper_and_blackwell_have_fp8() -> None:
+    with_fp8 = {device.name for device in DEVICES if "fp8" in device.flops}
+    assert with_fp8 == {"H100 SXM", "H100 PCIe", "H200", "L4", "RTX 4060 8GB", "RTX 4090", "RTX 5090"}
 
 
 @pytest.mark.parametrize(

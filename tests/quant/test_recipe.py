@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from afnext.quant.recipe import RECIPES, Recipe, fewest_rules, recipe
-from afnext.quant.scheme import NF4, Int4, Int8, Int8Groups, SchemeError
+from afnext.quant.scheme import NF4, Fp8, Int4, Int8, Int8Groups, SchemeError
 
 MLP = "decoder.layers.11.mlp.up_proj"
 
@@ -14,6 +14,7 @@ MLP = "decoder.layers.11.mlp.up_proj"
 def test_the_default_recipes() -> None:
     assert recipe("int8").scheme(MLP) == Int8()
     assert recipe("int8-w8a8").scheme(MLP) == Int8(int8_inputs=True)
+    assert recipe("fp8").scheme(MLP) == recipe("fp8").scheme("encoder.layers.3.fc1") == Fp8()
     assert recipe("int4").scheme(MLP) == Int4(64)
     assert recipe("int4", group_size=32, symmetric=False).scheme(MLP) == Int4(32, symmetric=False)
     assert recipe("int4-g128-zeros").scheme(MLP) == Int4(128, symmetric=False)

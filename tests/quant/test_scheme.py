@@ -10,13 +10,13 @@ from afnext.quant import scheme as module
 from afnext.quant.scheme import Int4, Scheme, SchemeError, parse_scheme
 
 SPELLINGS = (
-    *("int8", "int8-w8a8", "nf4"),
+    *("int8", "int8-w8a8", "fp8", "nf4"),
     *(f"int4-g{group}{zeros}" for group in (32, 64, 128) for zeros in ("", "-zeros")),
     *("int4-g32-w4a8", "int4-g64-zeros-w4a8", "int4-g32-zeros-f32", "int8-g16", "int8-g128"),
     *("int8-g32-zeros", "int8-g16-f32"),
 )
 # RMS of the error over that of normal weights, with room for small samples.
-ERRORS = {"int8": 0.012, "nf4": 0.11, "int4-g32": 0.09, "int4-g64": 0.10, "int4-g128": 0.11}
+ERRORS = {"int8": 0.012, "fp8": 0.03, "nf4": 0.11, "int4-g32": 0.09, "int4-g64": 0.10, "int4-g128": 0.11}
 
 
 def scheme_of(spelling: str) -> Scheme:
@@ -90,7 +90,7 @@ def test_chunks_do_not_show(spelling: str, seed: int, monkeypatch: pytest.Monkey
     whole = scheme.quantize(weight, importance)
     monkeypatch.setattr(module, "_CHUNK", 7 * 256)
     for name, part in scheme.quantize(weight, importance).named().items():
-        assert torch.equal(part, whole.named()[name])
+        assert torch.equal(part.view(torch.uint8), whole.named()[name].view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,7 +101,15 @@ def test_products_are_those_of_the_restored_weight(spelling: str, rows: int, dty
     gate, up = (scheme.quantize(torch.randn(64, 256) / 16) for _ in range(2))
     x, bias = torch.randn(2, rows, 256).to(dtype), torch.randn(64).to(dtype)
     exact = [x.double() @ scheme.dequantize(packed, torch.float64).T for packed in (gate, up)]
-    loose = 0.02 if spelling.endswith("a8") else 0.01 if dtype == torch.bfloat16 else 1e-5
+    loose = (
+        0.05
+        if spelling == "fp8" and rows > 64
+        else 0.02
+        if spelling.endswith("a8")
+        else 0.01
+        if dtype == torch.bfloat16
+        else 1e-5
+    )
     residual = torch.randn(2, rows, 64).to(dtype)
     assert_near(scheme.linear(x, gate, bias), exact[0] + bias.double(), loose)
     assert_near(scheme.linear(x, gate, None, residual), exact[0] + residual.double(), loose)
@@ -120,6 +128,7 @@ def assert_near(actual: torch.Tensor, exact: torch.Tensor, relative: float) -> N
         ("int4-g64", (8, 96), "96 inputs are not divisible by groups of 64"),
         ("nf4", (8, 96), "96 inputs are not divisible"),
         ("int8", (8, 40), "multiples of 16, not 40"),
+        ("fp8", (8, 40), "multiples of 16, not 40"),
         ("int8-g64", (8, 96), "96 inputs are not divisible by groups of 64"),
         ("int8", (8, 4, 16), r"\[8, 4, 16\]"),
         ("int4-g32", (0, 32), r"\[0, 32\]"),
