@@ -257,11 +257,14 @@ def http(
     seconds: Annotated[
         float, typer.Option(help="Seconds per number of clients, for HTTP and for the direct API each.", min=0.0)
     ] = 20.0,
+    minutes: Annotated[
+        float, typer.Option(help="Minutes of the whole run; what would not end in time is left out.", min=0.0)
+    ] = 8.0,
     api_key: Annotated[str, typer.Option(help="API key of the server.", envvar="AFNEXT_API_KEY")] = "",
     out: OutOption = Path("results.jsonl"),
     as_json: JsonOption = False,
 ) -> None:
-    """Load-test the HTTP server: against the direct API, during uploads, overloaded. Five minutes by default."""
+    """Load-test the HTTP server: against the direct API, during uploads, overloaded. At most `--minutes`."""
     from .model.serving_http import run_http
 
     counts = [int(count) for count in numbers(clients, "--clients", least=1)]
@@ -274,6 +277,8 @@ def http(
         api_key=api_key,
         random=random,
         scheme=choice(scheme, tuple(SCHEMES), "--scheme"),
+        minutes=minutes,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     if as_json:
         show(records, as_json)

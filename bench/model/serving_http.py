@@ -10,6 +10,8 @@ Three kinds of records:
 - "uploads": the delay of a timer in the server's event loop, and the response time of `/health`, while some clients
   upload files and others ask.
 - "overload": the time until a request beyond the server's limit is refused, while the server is at the limit.
+
+A run takes a limited time: what would not end in time is left out, and each record is written as soon as it is there.
 """
 
 import asyncio
@@ -21,9 +23,10 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,37 @@ _UPLOADERS, _ASKING, _UPLOAD_BYTES = 4, 8, 32 << 20
 _PROBE_SECONDS = 0.02  # between two probes
 _EXTRA = 4  # clients beyond the server's limit, so that it stays reached
 _URL = re.compile(r"http://127\.0\.0\.1:\d+")
+_WARM_UP = 4  # questions, one about each length of recording
 _TRIAL = 8  # questions at least, to see how many are answered in a second
+_OTHERS_SECONDS = 10.0  # of uploads, and of overload
+_USUAL_LIMIT = 128  # requests that a server admits
+Say = Callable[[str], None]
+
+
+@dataclass
+class _Budget:
+    """The time that a run may take. say: called with a line about each part; rate: questions per second so far."""
+
+    seconds: float
+    say: Say
+    rate: float = math.inf
+    _start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def left(self) -> float:
+        """Seconds left."""
+        return self.seconds - (time.perf_counter() - self._start)
+
+    async def spend(self, what: str, needed: float, work: Callable[[], Awaitable[None]], *, reserve: float = 0) -> None:
+        """Do `work`, which takes about `needed` seconds, unless less than that and `reserve` is left."""
+        if needed + reserve > self.left:
+            self.say(f"{what}: left out, it would take about {needed:.0f} s; see --minutes")
+            return
+        self.say(f"{what}: about {needed:.0f} s")
+        try:
+            await asyncio.wait_for(work(), max(0.1, self.left))
+        except asyncio.TimeoutError:
+            self.say(f"{what}: stopped, the time is over; see --minutes")
 
 
 @dataclass(frozen=True)
@@ -62,57 +95,84 @@ def run_http(
     api_key: str = "",
     random: str | None = None,
     scheme: str = "bf16",
+    minutes: float = 8.0,
+    say: Say = lambda line: None,
 ) -> list[Record]:
     """Load the server at `url`, or one started here, with each number of clients for `seconds`; append to `out`.
 
     With a server started here, the same questions also go to the model directly, for as long. Uploads and overload
     follow, for at most ten seconds each. random: serve random weights of that shape (see `random_checkpoint.py`), in a
-    scheme of `record.SCHEMES`, instead of `model`. Raises AfnextError without an answer, and for `random` with `url`.
+    scheme of `record.SCHEMES`, instead of `model`. minutes: of the whole run; parts that would not end in time are left
+    out. say: called with a line about each part. Raises AfnextError without an answer, and for `random` with `url`.
     """
+    budget = _Budget(60 * minutes, say)
     if random is None:
-        return asyncio.run(_run(out, url, _Subject(model, model), list(clients), seconds, api_key))
+        return asyncio.run(_run(out, url, _Subject(model, model), list(clients), seconds, api_key, budget))
     if url is not None:
         raise AfnextError("random weights are served by a server of the bench's own; leave out --random or --url")
     recipe_name = recipe_of(scheme)
+    say(f"writing random weights: {random} {scheme}")
     with tempfile.TemporaryDirectory(prefix="afnext-bench-") as folder:
         write_random_checkpoint(Path(folder), random, quant=recipe(recipe_name) if recipe_name else None)
         subject = _Subject(folder, f"{random} {scheme}", SCHEMES[scheme])
-        return asyncio.run(_run(out, None, subject, list(clients), seconds, api_key))
+        return asyncio.run(_run(out, None, subject, list(clients), seconds, api_key, budget))
 
 
 async def _run(
-    out: Path, url: str | None, subject: _Subject, clients: list[int], seconds: float, api_key: str
+    out: Path, url: str | None, subject: _Subject, clients: list[int], seconds: float, api_key: str, budget: _Budget
 ) -> list[Record]:
     records: list[Record] = []
     where, questions = machine(), map(Question, itertools.count())
+    short = min(_OTHERS_SECONDS, seconds)
 
     def note(name: str, side: str, case: dict[str, Any], values: dict[str, Any]) -> None:
         record = Record("http", name, f"{side} {subject.label}", case, values, machine=where)
         append(out, record)
         records.append(record)
+        figures = (f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
+        budget.say(f"  {record.subject}: {', '.join(figures)}")
+
+    async def measured(http: Http, alone: AsyncModel | None, count: int) -> None:
+        case = {"clients": count, "audio_s": list(LENGTHS), "new_tokens": NEW_TOKENS}
+        if alone is None:
+            asked = _prepared(questions, await _count(http.ask, count, questions, seconds))
+            served = await load(http.ask, count, asked)
+            note("load", "HTTP", case, served.values())
+        else:
+            beside, served = await _compared(alone, http, count, questions, seconds)
+            note("load", "direct", case, beside.values())
+            note("load", "HTTP", case, {**served.values(), **beside_direct(served, beside)})
+        budget.rate = max(len(served.answers), 1) / served.seconds
+
+    async def loads(http: Http, alone: AsyncModel | None) -> None:
+        sides = 1 if alone is None else 2
+        for count in clients:
+            least = 2 * sides * count / budget.rate
+            needed = max(sides * seconds, least) + (_TRIAL + _WARM_UP + count) / budget.rate
+            reserve = 2 * short + (_ASKING + _USUAL_LIMIT) / budget.rate
+            await budget.spend(f"load, clients {count}", needed, partial(measured, http, alone, count), reserve=reserve)
+
+    async def uploads(http: Http) -> None:
+        case = {"uploads": _UPLOADERS, "upload_bytes": _UPLOAD_BYTES, "clients": _ASKING}
+        note("uploads", "HTTP", case, await _uploads(http, questions, short))
+
+    async def overload(http: Http, count: int) -> None:
+        note("overload", "HTTP", {"clients": count}, await _overload(http, count, questions, short))
 
     async def others(http: Http) -> None:
-        upload_case = {"uploads": _UPLOADERS, "upload_bytes": _UPLOAD_BYTES, "clients": _ASKING}
-        note("uploads", "HTTP", upload_case, await _uploads(http, questions, min(10.0, seconds)))
+        await budget.spend("uploads", short + _ASKING / budget.rate, partial(uploads, http))
         count = await _limit(http) + _EXTRA
-        note("overload", "HTTP", {"clients": count}, await _overload(http, count, questions, min(10.0, seconds)))
-
-    def case(count: int) -> dict[str, Any]:
-        return {"clients": count, "audio_s": list(LENGTHS), "new_tokens": NEW_TOKENS}
+        await budget.spend("overload", short + count / budget.rate, partial(overload, http, count))
 
     if url is not None:
         http = Http(url, api_key)
-        for count in clients:
-            asked = _prepared(questions, await _count(http.ask, count, questions, seconds))
-            note("load", "HTTP", case(count), (await load(http.ask, count, asked)).values())
+        await loads(http, None)
         await others(http)
         return records
+    budget.say(f"loading {subject.label} and starting its server")
     alone = AsyncModel(await asyncio.to_thread(load_model, subject.model, dtype=subject.dtype))
     async with _own_server(subject) as http:
-        for count in clients:
-            beside, served = await _compared(alone, http, count, questions, seconds)
-            note("load", "direct", case(count), beside.values())
-            note("load", "HTTP", case(count), {**served.values(), **beside_direct(served, beside)})
+        await loads(http, alone)
         await alone.close()
         await others(http)
     return records
@@ -138,8 +198,8 @@ async def _compared(
     They take turns, and each begins once, so that other load on the machine affects both alike.
     """
     sides = ((direct(model), Load()), (http.ask, Load()))
+    await load(http.ask, clients, _prepared(questions, _WARM_UP))
     count = await _count(direct(model), clients, questions, seconds / 2)
-    await _count(http.ask, clients, questions, 0.0)
     for order in (sides, sides[::-1]):
         asked = _prepared(questions, count)
         for ask, result in order:
@@ -149,9 +209,9 @@ async def _compared(
 
 async def _count(ask: Ask, clients: int, questions: Iterator[Question], seconds: float) -> int:
     """Number of questions that clients can ask in `seconds`, at least one each, measured after a warm-up."""
-    for _ in range(2):
-        trial = _prepared(questions, max(clients, _TRIAL))
-        result = await load(ask, clients, trial)
+    await load(ask, clients, _prepared(questions, _WARM_UP))
+    trial = _prepared(questions, max(clients, _TRIAL))
+    result = await load(ask, clients, trial)
     return clients * max(1, round(seconds / result.seconds * len(trial) / clients))
 
 

@@ -1,5 +1,6 @@
 """The loader of `afnext bench http`, overload, and a long run that must leave nothing behind."""
 
+import asyncio
 import ctypes
 import gc
 import itertools
@@ -45,6 +46,28 @@ def test_the_loader_records_what_it_sees(service: Running, tmp_path: Path, monke
     assert overload["refused"] > 0 < overload["answered"]
     assert [record.key for record in read(out)] == [record.key for record in records]
     assert service.openai().files.list().data == files
+
+
+def test_a_run_leaves_out_what_would_not_end_in_time(service: Running, tmp_path: Path) -> None:
+    said: list[str] = []
+    out, options = tmp_path / "results.jsonl", {"model": "afnext-tiny", "clients": [1, 2], "seconds": 3600.0}
+    assert run_http(out, url=service.url, minutes=0.1, say=said.append, **options) == []  # type: ignore[arg-type]
+    parts = ["load, clients 1", "load, clients 2", "uploads", "overload"]
+    assert [line.partition(":")[0] for line in said if "left out" in line] == parts
+    assert not out.exists()
+
+
+def test_a_run_that_is_slower_than_expected_stops_in_time(
+    service: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    said: list[str] = []
+    monkeypatch.setattr(serving_http.Http, "ask", slow)
+    options = {"url": service.url, "model": "", "clients": [1], "seconds": 0.0, "minutes": 0.01}
+    assert run_http(tmp_path / "r", say=said.append, **options) == []  # type: ignore[arg-type]
+    assert "load, clients 1: stopped, the time is over; see --minutes" in said
 
 
 def test_questions_that_the_server_refuses_are_not_compared() -> None:
