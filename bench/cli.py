@@ -109,12 +109,28 @@ def kernels(
 @app.command(epilog="Example: [bold]afnext bench llama-cpp --random full-width:32,4 --depths 0,8192[/bold]")
 def llama_cpp(
     random: Annotated[str, typer.Option(help="Shape of the random weights: full-width:ENC,DEC or full.")] = "full",
-    scheme: Annotated[str, typer.Option(help=f"Schemes of afnext: {', '.join(SCHEMES)}; comma-separated.")] = "int4",
-    kind: Annotated[str, typer.Option(help="Formats of llama.cpp: q4_0, q8_0, bf16; comma-separated.")] = "q4_0",
+    scheme: Annotated[
+        str,
+        typer.Option(
+            help=f"Schemes of afnext: {', '.join(SCHEMES)}, q4_k; comma-separated; with '+kv8' or '+kv4' for an int8 "
+            "or int4 KV cache."
+        ),
+    ] = "int4",
+    kind: Annotated[
+        str, typer.Option(help="Formats of llama.cpp: q4_0, q4_k_m, q8_0, bf16; comma-separated.")
+    ] = "q4_0",
     stages: Annotated[str, typer.Option(help="encode, prefill, decode; comma-separated.")] = "encode,prefill,decode",
     depths: Annotated[str, typer.Option(help="Tokens in the KV cache before the timed ones, comma-separated.")] = "0",
     chunk: Annotated[int, typer.Option(help="Tokens per prefill chunk.", min=1)] = 512,
     repeats: Annotated[int, typer.Option(help="Repetitions per case.", min=1)] = 5,
+    fewer: Annotated[
+        int | None,
+        typer.Option(
+            "--fewer-layers",
+            help="Time decode steps also with this many decoder layers, and extrapolate to the full model.",
+            min=1,
+        ),
+    ] = None,
     out: OutOption = Path("results.jsonl"),
     as_json: JsonOption = False,
 ) -> None:
@@ -131,6 +147,7 @@ def llama_cpp(
         depths=[int(depth) for depth in numbers(depths, "--depths", least=0)],
         chunk=chunk,
         repeats=repeats,
+        fewer=fewer,
         quiet=as_json,
     )
     show(records, as_json)

@@ -12,6 +12,7 @@ faster.
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,15 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kernels.errors import AfnextError
+from ...kernels.int4_cache import KeyBias, is_int4, quantize_int4
 from ...kernels.quantize_rows import quantize_rows
 from ...runtime.app.api import Model, load
 from ...runtime.engine.kv_cache import QUANTIZED, KVCache, page_table, pages_for
 from ...runtime.engine.repeated_calls import RepeatedCalls, repeatable
-from ...runtime.model.decoder import Decoder
+from ...runtime.model.decoder import Decoder, DecoderAttention
 from ..core.ceilings import uncached_bytes
 from ..core.machine import machine
 from ..core.random_checkpoint import write_random_checkpoint
@@ -81,9 +83,11 @@ class Subject(Protocol):
 class Afnext:
     """afnext in one scheme."""
 
-    def __init__(self, name: str, model: Model, kv_dtype: torch.dtype):
+    def __init__(self, name: str, model: Model, kv_dtype: torch.dtype, layers: int | None = None):
+        """layers: compute only the first ones of the decoder."""
         self.name, self.network, self._page_size = name, model.network, model.options.page_size
         self._kv_dtype = kv_dtype
+        self._decoder = self.network.decoder if layers is None else _first(self.network.decoder, layers)
         self._window = torch.from_numpy(recording(_WINDOW))
         self._mel = self.network.log_mel([self._window])
 
@@ -100,25 +104,34 @@ class Afnext:
         config = self.network.config.decoder
         self._cache = KVCache(config, pages=count, page_size=self._page_size, device=device, dtype=self._kv_dtype)
         self._table = page_table([self._cache.allocate(self._depth + room)], device)
-        decoder = self.network.decoder
-        self._layers = RepeatedCalls(decoder) if repeatable(device) else decoder
+        self._layers = RepeatedCalls(self._decoder) if repeatable(device) else self._decoder
         pools = (self._cache.keys, self._cache.k_scales), (self._cache.values, self._cache.v_scales)
         for held, (codes, scales) in zip((keys, values), pools, strict=True):
             for layer, x in enumerate(held):
                 if scales is not None:
-                    x, row_scales = quantize_rows(x)
+                    x, row_scales = self._quantized(x, layer, keys=held is keys)
                     scales[layer].flatten(0, 1)[: self._depth] = row_scales
                 codes[layer].flatten(0, 1)[: self._depth] = x
+
+    def _quantized(self, x: Tensor, layer: int, *, keys: bool) -> tuple[Tensor, Tensor]:
+        """Codes and scales of a layer's keys or values, as the cache stores them."""
+        if not is_int4(self._cache.keys[layer]):
+            return quantize_rows(x)
+        if keys and self._cache.key_turns is not None:
+            attending = self.network.decoder.layers[layer].self_attn
+            assert isinstance(attending, DecoderAttention)
+            x = x - KeyBias(attending.key_bias(), *self._cache.key_turns).rotated(len(x), x.dtype)
+        return quantize_int4(x)
 
     @torch.inference_mode()
     def extend(self, x: Tensor) -> Tensor:
         """See `Subject`."""
-        return self._through(self.network.decoder, x)
+        return self._through(self._decoder, x)
 
     @torch.inference_mode()
     def step(self, x: Tensor) -> Tensor:
         """See `Subject`; as the engine does it."""
-        return self.network.decoder.logits(self._through(self._layers, x)[:, -1])
+        return self._decoder.logits(self._through(self._layers, x)[:, -1])
 
     def _through(self, layers: Decoder | RepeatedCalls, x: Tensor) -> Tensor:
         positions = torch.arange(self._depth, self._depth + x.shape[1], device=x.device)[None]
@@ -127,7 +140,7 @@ class Afnext:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that a decode step reads."""
-        decoder = self.network.decoder
+        decoder = self._decoder
         head = decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head
         return sum(buffer.nbytes for module in (decoder.layers, decoder.norm, head) for buffer in module.buffers())
 
@@ -135,6 +148,13 @@ class Afnext:
     def kv_bytes(self) -> int:
         """Bytes of the KV cache that a decode step reads."""
         return self._cache.nbytes * self._depth // (self._cache.pool.pages * self._page_size)
+
+
+def _first(decoder: Decoder, count: int) -> Decoder:
+    """The first layers of a decoder, with its head."""
+    few = copy(decoder)
+    few._modules = {**decoder._modules, "layers": nn.ModuleList(list(decoder.layers)[:count])}
+    return few
 
 
 class Transformers:
@@ -208,7 +228,7 @@ def run_layers(
     prefill, and numbers of tokens before them; depths: numbers of tokens before the decoded one. Raises AfnextError for
     an unknown scheme.
     """
-    unknown = [scheme for scheme in schemes if _parts(scheme)[0] not in SCHEMES]
+    unknown = [scheme for scheme in schemes if scheme_parts(scheme)[0] not in SCHEMES]
     if unknown:
         raise AfnextError(
             f"unknown scheme {', '.join(unknown)}; choose from {', '.join(SCHEMES)}, also with {' or '.join(KV)}"
@@ -236,14 +256,14 @@ def _subjects(folder: Path, baselines: Iterable[str], schemes: Iterable[str]) ->
         yield Transformers(f"transformers {name}", folder, SCHEMES[name])
     models: dict[str, Model] = {}
     for name in schemes:
-        scheme, kv_dtype = _parts(name)
+        scheme, kv_dtype = scheme_parts(name)
         if scheme not in models:
             models[scheme] = load(folder, device="cpu", dtype=SCHEMES[scheme], quant=recipe_of(scheme))
         model = models[scheme]
         yield Afnext(f"afnext {name}", model, kv_dtype or model.network.dtype)
 
 
-def _parts(name: str) -> tuple[str, torch.dtype | None]:
+def scheme_parts(name: str) -> tuple[str, torch.dtype | None]:
     """The scheme, and the dtype of the KV cache if it is not the model's."""
     for suffix, dtype in KV.items():
         if name.endswith(suffix):
@@ -267,7 +287,7 @@ def _measured(case: Case, subjects: list[Subject], shape: str, repeats: int) -> 
         if case.stage != "encode":
             values["tokens_per_s"] = case.tokens / samples[subject.name].median
         if isinstance(subject, Afnext):
-            scheme, _ = _parts(subject.name.removeprefix("afnext "))
+            scheme, _ = scheme_parts(subject.name.removeprefix("afnext "))
             output = outputs[subject.name]
             bound = tolerance(scheme, "bfloat16")
             agreement = compare_outputs(outputs[reference].to(output.dtype), output, bound)

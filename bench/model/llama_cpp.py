@@ -9,7 +9,7 @@ import ctypes
 import importlib.util
 import os
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint8, c_uint32, c_void_p
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -117,6 +117,9 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
+    "llama_state_seq_get_size": (c_size_t, [c_void_p, c_int32]),
+    "llama_state_seq_get_data": (c_size_t, [c_void_p, c_void_p, c_size_t, c_int32]),
+    "llama_state_seq_set_data": (c_size_t, [c_void_p, c_void_p, c_size_t, c_int32]),
     "llama_free": (None, [c_void_p]),
     "mtmd_log_set": (None, [c_void_p, c_void_p]),
     "mtmd_context_params_default": (_AudioParams, []),
@@ -237,13 +240,24 @@ class LlamaCppEncoder:
 class LlamaCpp:
     """llama.cpp as a subject of `layers.py`. It computes in as many threads as torch does.
 
-    llama.cpp accepts no keys and values, so the prefix is made of random embeddings, which it has to compute: reaching
-    a depth takes as long as its prefill. The KV cache is float16.
+    llama.cpp accepts no keys and values, so the prefix is made of random embeddings, which it has to compute. The KV
+    cache is float16.
     """
 
-    def __init__(self, name: str, model: LlamaCppModel, encoder: LlamaCppEncoder | None = None, *, flash: bool = True):
-        """flash: use its flash attention, which is its default but not always faster."""
+    def __init__(
+        self,
+        name: str,
+        model: LlamaCppModel,
+        encoder: LlamaCppEncoder | None = None,
+        *,
+        flash: bool = True,
+        prefixes: LlamaCppModel | None = None,
+    ):
+        """flash: use its flash attention, which is its default but not always faster. prefixes: a narrow model with as
+        many layers and the same KV heads, which computes the prefix instead: otherwise that takes as long as prefill.
+        """
         self.name, self._model, self._encoder, self._flash = name, model, encoder, flash
+        self._prefixes = prefixes or model
         self._library = library()
         self._context: int | None = None
 
@@ -257,23 +271,42 @@ class LlamaCpp:
         """Compute a prefix as long as `keys`, [depth, ...] per layer, with room for `room` tokens after it."""
         self._depth = len(keys[0])
         self.close()
+        maker = self._new_context(self._prefixes, self._depth + room)
+        generator = torch.Generator().manual_seed(0)
+        prefix = torch.randn(_PREFIX_CHUNK, self._prefixes.hidden_size, generator=generator)
+        for start in range(0, self._depth, _PREFIX_CHUNK):
+            self._decode(maker, prefix[: self._depth - start])
+        self._context = maker
+        if self._prefixes is not self._model:
+            self._context = self._new_context(self._model, self._depth + room)
+            if self._depth:
+                self._copy_prefix(maker)
+            self._library.llama_free(maker)
+
+    def _new_context(self, model: LlamaCppModel, tokens: int) -> int:
         params = self._library.llama_context_default_params()
-        params.n_ctx = self._depth + room
+        params.n_ctx = tokens
         params.n_threads = params.n_threads_batch = torch.get_num_threads()
         params.flash_attn_type = int(self._flash)
-        self._context = self._library.llama_init_from_model(self._model.handle, params)
-        if self._context is None:
-            raise AfnextError(f"llama.cpp has no memory for {params.n_ctx} tokens")
-        prefix = torch.randn(_PREFIX_CHUNK, self._model.hidden_size, generator=torch.Generator().manual_seed(0))
-        for start in range(0, self._depth, _PREFIX_CHUNK):
-            self._decode(prefix[: self._depth - start])
+        context: int | None = self._library.llama_init_from_model(model.handle, params)
+        if context is None:
+            raise AfnextError(f"llama.cpp has no memory for {tokens} tokens")
+        return context
+
+    def _copy_prefix(self, maker: int) -> None:
+        size = self._library.llama_state_seq_get_size(maker, 0)
+        state = (c_uint8 * size)()
+        copied = self._library.llama_state_seq_get_data(maker, state, size, 0)
+        if copied != size or not self._library.llama_state_seq_set_data(self._context, state, size, 0):
+            raise AfnextError("llama.cpp cannot copy the prefix: the two models have different KV caches")
 
     def extend(self, x: Tensor) -> Tensor:
         """The scores after the last of the embeddings [1, time, hidden], [1, vocab] float32; the prefix is unchanged.
 
         llama.cpp computes the last layer's feed-forward network and the head for that row alone.
         """
-        self._decode(x[0])
+        assert self._context is not None
+        self._decode(self._context, x[0])
         scores = np.ctypeslib.as_array(
             self._library.llama_get_logits_ith(self._context, -1), (self._model.vocab_size,)
         ).copy()
@@ -284,10 +317,10 @@ class LlamaCpp:
         """The scores after one embedding [1, 1, hidden]: [1, vocab] float32."""
         return self.extend(x)
 
-    def _decode(self, x: Tensor) -> None:
+    def _decode(self, context: int, x: Tensor) -> None:
         x = x.float().contiguous()
         batch = _Batch(n_tokens=len(x), embd=ctypes.cast(x.data_ptr(), POINTER(c_float)))
-        code = _THREAD.submit(self._library.llama_decode, self._context, batch).result()
+        code = _THREAD.submit(self._library.llama_decode, context, batch).result()
         if code:
             raise AfnextError(f"llama.cpp's llama_decode failed with code {code}")
 

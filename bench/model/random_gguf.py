@@ -4,6 +4,8 @@
     q8_0    32 weights of 8 bits share a scale: 8.5 bits per weight
     q4_0    32 weights of 4 bits share a scale: 4.5 bits per weight; the lm_head is Q6_K, 6.6 bits, the mix that
             llama.cpp itself uses for Q4_0
+    q4_k_m  llama.cpp's mix: Q4_K, 4.5 bits, with Q6_K for the lm_head and, in half of the layers, for the values'
+            projection and the down projection
 
 Packed weights are random codes: packing dense ones would take minutes and not change the speed. The layers repeat the
 same blocks, so the disk bounds writing, and one layer is in memory.
@@ -22,23 +24,32 @@ from ..core.random_checkpoint import flat_shapes, random_tensors
 # The layout of a block in ggml-common.h, its number of weights, and the standard deviation of its random codes.
 _BLOCKS = {
     "q4_0": (np.dtype([("scale", "<f2"), ("codes", "u1", 16)]), 32, 4.6),
+    "q4_k": (np.dtype([("scale", "<f2"), ("least", "<f2"), ("scales", "u1", 12), ("codes", "u1", 128)]), 256, 4.6),
     "q6_k": (np.dtype([("codes", "u1", 192), ("scales", "i1", 16), ("scale", "<f2")]), 256, 18.5),
     "q8_0": (np.dtype([("scale", "<f2"), ("codes", "i1", 32)]), 32, 73.9),
 }
-KINDS = ("bf16", "q8_0", "q4_0")
+KINDS = ("bf16", "q8_0", "q4_0", "q4_k_m")
+_ONES = np.array([1] * 8 + [0x11] * 4, np.uint8)  # Q4_K's eight scales and eight minimums, of 6 bits, all 1
 _BACKBONE = "language_model."
 _HEAD = f"{_BACKBONE}lm_head.weight"
 _LAYER_NORM_EPS = 1e-5  # Whisper's; no config has it
 
 
 def write_random_backbone(path: Path, config: ModelConfig, kind: str = "q4_0", seed: int = 0) -> Path:
-    """Write the decoder of `config` as a Qwen2 of one of KINDS, with a vocabulary of bytes; return `path`."""
+    """Write the decoder of `config` as a Qwen2 of one of KINDS, with a vocabulary of bytes; return `path`.
+
+    Raises ValueError for "q4_k_m" if a row is no multiple of 256 weights.
+    """
     decoder = config.decoder
     writer = gguf.GGUFWriter(path, "qwen2")
     _describe_backbone(writer, decoder)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, decoder.layers)
     shapes = {name: shape for name, shape in flat_shapes(config).items() if name.startswith(_BACKBONE)}
     packed = {name: kind for name, shape in shapes.items() if len(shape) == 2 and kind != "bf16"}
+    if kind == "q4_k_m":
+        if any(shapes[name][1] % 256 for name in packed):
+            raise ValueError("q4_k_m takes rows of a multiple of 256 weights")
+        packed = {name: "q6_k" if _has_more_bits(name, decoder.layers) else "q4_k" for name in packed}
     if kind == "q4_0":
         # llama.cpp's choice: Q6_K, or Q8_0 if Q6_K's blocks do not fill the rows.
         packed[_HEAD] = "q6_k" if decoder.hidden_size % _BLOCKS["q6_k"][1] == 0 else "q8_0"
@@ -61,6 +72,14 @@ def write_random_encoder(path: Path, config: ModelConfig, kind: str = "bf16", se
     called = {name: _called(names, name.replace("multi_modal", "audio.multi_modal")) for name in shapes}
     _write(writer, shapes, called, packed, seed)
     return path
+
+
+def _has_more_bits(name: str, layers: int) -> bool:
+    """Whether llama.cpp's Q4_K_M stores a matrix in Q6_K."""
+    if not name.endswith(("v_proj.weight", "down_proj.weight")):
+        return name == _HEAD
+    layer, edge = int(name.partition(".layers.")[2].partition(".")[0]), layers // 8
+    return layer < edge or layer >= 7 * layers // 8 or (layer - edge) % 3 == 2
 
 
 def _called(names: gguf.TensorNameMap, name: str) -> str:
@@ -154,5 +173,7 @@ def _random_blocks(shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, st
             blocks["scale"] = shape[1] ** -0.5 / deviation
             if packed_as == "q6_k":
                 blocks["scales"] = 1
+            if packed_as == "q4_k":  # codes of 0 to 15, times the scale, less the minimum
+                blocks["least"], blocks["scales"] = 7.5 * blocks["scale"], _ONES
             made[kind] = blocks
         yield made[kind]

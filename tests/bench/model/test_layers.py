@@ -52,3 +52,21 @@ def test_unknown_schemes_are_named(tmp_path: Path) -> None:
             repeats=2,
             quiet=True,
         )
+
+
+def test_int4_keys_and_values_take_part(tmp_path: Path) -> None:
+    """Their rounding is visible in the output, and the prefix is stored as attention reads it."""
+    records = run_layers(
+        tmp_path / "results.jsonl",
+        shape="tiny",
+        schemes=["fp32", "fp32+kv4"],
+        baselines=["fp32"],
+        stages=["decode"],
+        chunk=1,
+        prefixes=[],
+        depths=[0, 33],
+        repeats=2,
+        quiet=True,
+    )
+    errors = {(r.subject, r.case["depth"]): r.values["error"] for r in records if r.subject.startswith("afnext")}
+    assert errors["afnext fp32", 33] < 1e-4 < errors["afnext fp32+kv4", 33] < 0.1

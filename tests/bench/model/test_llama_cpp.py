@@ -1,6 +1,7 @@
 """llama.cpp as a baseline: files that its own reader understands, and the function that our runtime computes."""
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from afnext.bench.core.random_checkpoint import write_random_checkpoint
 from afnext.bench.core.record import read
-from afnext.bench.model import llama_cpp
+from afnext.bench.model import llama_cpp, llama_cpp_comparison
 from afnext.bench.model.llama_cpp_comparison import run_llama_cpp
 from afnext.kernels.errors import AfnextError
 from afnext.runtime.app.api import load
@@ -93,6 +94,29 @@ def test_blocks_of_the_head_unpack_to_weights_of_that_size_too() -> None:
     assert weights.std() == pytest.approx(512**-0.5, rel=0.05)
 
 
+def wide(config: ModelConfig, layers: int) -> ModelConfig:
+    """A config whose rows hold whole blocks of Q4_K."""
+    decoder = replace(config.decoder, hidden_size=256, intermediate_size=512, heads=16, layers=layers)
+    return replace(config, decoder=decoder)
+
+
+def test_q4_k_m_is_llama_cpps_mix(tmp_path: Path, checkpoint: Path) -> None:
+    config = wide(ModelConfig.from_folder(checkpoint), 16)
+    reader = gguf.GGUFReader(random_gguf.write_random_backbone(tmp_path / "mix.gguf", config, "q4_k_m"))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    kinds = [tensors[f"blk.{layer}.ffn_down.weight"].tensor_type.name for layer in range(16)]
+    assert [layer for layer, kind in enumerate(kinds) if kind == "Q6_K"] == [0, 1, 4, 7, 10, 13, 14, 15]
+    assert kinds == [tensors[f"blk.{layer}.attn_v.weight"].tensor_type.name for layer in range(16)]
+    assert tensors["output.weight"].tensor_type.name == "Q6_K"
+    gate = tensors["blk.0.ffn_gate.weight"]
+    assert gate.tensor_type.name == "Q4_K"
+    weights = gguf.quants.dequantize(gate.data, gate.tensor_type)
+    assert weights.std() == pytest.approx(256**-0.5, rel=0.05)
+    assert abs(weights.mean()) < 0.01 * weights.std()
+    with pytest.raises(ValueError, match="multiple of 256"):
+        backbone(tmp_path, checkpoint, "q4_k_m")
+
+
 @needs_library
 @pytest.mark.parametrize("flash", [True, False])
 def test_both_sides_compute_the_same_scores_of_the_same_weights(
@@ -107,9 +131,15 @@ def test_both_sides_compute_the_same_scores_of_the_same_weights(
 
 
 @needs_library
-def test_a_prefix_takes_part_and_stays_as_it_is(tmp_path: Path, checkpoint: Path) -> None:
-    model = llama_cpp.LlamaCppModel(backbone(tmp_path, checkpoint))
-    subject = llama_cpp.LlamaCpp("llama.cpp bf16", model)
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("narrow", [True, False])
+def test_a_prefix_takes_part_and_stays_as_it_is(tmp_path: Path, checkpoint: Path, narrow: bool, flash: bool) -> None:
+    """Computed by the model itself, or copied from a narrow one."""
+    model, prefixes = llama_cpp.LlamaCppModel(backbone(tmp_path, checkpoint)), None
+    if narrow:
+        config = llama_cpp_comparison._narrow(ModelConfig.from_folder(checkpoint))
+        prefixes = llama_cpp.LlamaCppModel(random_gguf.write_random_backbone(tmp_path / "narrow.gguf", config, "bf16"))
+    subject = llama_cpp.LlamaCpp("llama.cpp bf16", model, flash=flash, prefixes=prefixes)
     x = torch.randn(1, 1, model.hidden_size, generator=torch.Generator().manual_seed(1))
     scores = []
     for depth in (0, 600):
@@ -148,6 +178,30 @@ def test_the_comparison_measures_every_stage_for_both_sides(tmp_path: Path) -> N
         assert ours.values["speedup_over"] == best.subject
         assert ours.values["speedup"] == pytest.approx(best.values["median_s"] / ours.values["median_s"])
         assert best.values["compiled_for"].startswith("CPU")
+
+
+@needs_library
+def test_decoding_is_extrapolated_to_all_layers(tmp_path: Path) -> None:
+    """The two numbers of layers, and the full model's time on the line through them; with quantized KV caches too."""
+    records = run_llama_cpp(
+        tmp_path / "results.jsonl", shape="tiny", schemes=["int8", "int8+kv4", "q4_k"], kinds=["q8_0"],
+        stages=["decode"], depths=[20], repeats=2, fewer=1, quiet=True,
+    )  # fmt: skip
+    assert [record.kind for record in records] == ["measured"] * 10 + ["extrapolated"] * 5
+    for more, few, full in zip(records[:5], records[5:10], records[10:], strict=True):
+        assert more.subject == few.subject == full.subject
+        seconds = [record.values["median_s"] for record in (more, few, full)]
+        assert seconds[2] == pytest.approx(seconds[0] + (28 - 2) * (seconds[0] - seconds[1]))
+        assert full.values["tokens_per_s"] == pytest.approx(1 / seconds[2])
+        assert full.case["model"] == "full"
+
+
+@needs_library
+def test_nothing_is_extrapolated_from_one_number_of_layers(tmp_path: Path) -> None:
+    with pytest.raises(AfnextError, match="2 and 2 layers"):
+        run_llama_cpp(
+            tmp_path / "results.jsonl", shape="tiny", schemes=["int8"], stages=["decode"], fewer=2, quiet=True
+        )
 
 
 def test_an_unknown_scheme_is_refused(tmp_path: Path) -> None:
