@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from starlette.datastructures import QueryParams
 
-from .errors import ApiError, new_request_id, overloaded
+from .errors import ApiError, new_request_id, overloaded, unsupported
 from .http import Message, Receive, Scope, Send, to_json
 from .realtime_session import RealtimeSession
 from .server import Server
@@ -33,15 +33,12 @@ class RealtimeEndpoint:
         query = QueryParams(scope["query_string"])
         try:
             async with self._server.accepted():
-                model = self._checked(query)
+                model, kind = self._checked(query)
         except ApiError as error:
             self._server.metrics.rejected.labels(error.code).inc()
             await refuse(send, error, identifier)
             self._log(scope, identifier, start, error.status, error.code)
             return
-        kind: Literal["realtime", "transcription"] = (
-            "transcription" if query.get("intent") == "transcription" else "realtime"
-        )
         offered = scope.get("subprotocols", [])
         subprotocol = _SUBPROTOCOL if _SUBPROTOCOL in offered else None
         headers = [(b"x-request-id", identifier.encode())]
@@ -68,13 +65,18 @@ class RealtimeEndpoint:
         with suppress(OSError, RuntimeError):  # the client has left
             await send({"type": "websocket.close", "code": 1000})
 
-    def _checked(self, query: QueryParams) -> str:
-        """The model's name. Raises ApiError if there can be no session."""
+    def _checked(self, query: QueryParams) -> tuple[str, Literal["realtime", "transcription"]]:
+        """The model's name and the session's type. Raises ApiError if there can be no session."""
         server = self._server
         server.check_ready()
         if self._sessions >= server.settings.max_live:
             raise overloaded("there are too many realtime sessions")
-        return server.served(query.get("model", ""))
+        model, intent = server.served(query.get("model", "")), query.get("intent", "realtime")
+        if intent == "realtime":
+            return model, "realtime"
+        if intent == "transcription":
+            return model, "transcription"
+        raise unsupported("intent", f"intent can be realtime or transcription, not {intent!r:.40}")
 
     def _log(
         self, scope: Scope, identifier: str, start: float, status: int, code: str | None, seconds: float = 0.0

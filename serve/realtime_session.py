@@ -282,7 +282,9 @@ class RealtimeSession:
         return bool(self._conversation) and self._conversation[-1]["role"] == "user"
 
     async def _respond(self, options: ResponseOptions, messages: list[dict[str, str]], *, automatic: bool) -> None:
-        limit = options.max_output_tokens or self._session.max_output_tokens
+        limit = options.max_output_tokens
+        if limit is None:
+            limit = self._session.max_output_tokens
         chosen = options.options(limit if isinstance(limit, int) else None, "max_output_tokens")
         modalities = options.output_modalities or self._session.output_modalities
         response = self._response = RealtimeResponse(

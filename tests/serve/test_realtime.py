@@ -378,6 +378,7 @@ MALFORMED: list[tuple[Any, str]] = [
     ('{"type": "response.create"}', "missing_value"),
     ('{"type": "response.create", "response": {"instructions": "hi", "shiny": 1}}', "invalid_value"),
     ('{"type": "response.create", "response": {"instructions": "hi", "max_output_tokens": -1}}', "unsupported_value"),
+    ('{"type": "response.create", "response": {"instructions": "hi", "max_output_tokens": 0}}', "unsupported_value"),
     ('{"type": "response.create", "response": []}', "invalid_value"),
     ('{"type": "conversation.item.create", "item": {"type": "function_call"}}', "unsupported_value"),
     ('{"type": "conversation.item.create", "item": {"role": "user", "content": [3]}}', "unsupported_value"),
@@ -494,6 +495,9 @@ def test_a_foreign_page_and_another_model_are_refused(service: Running) -> None:
     with pytest.raises(websockets.exceptions.InvalidStatus) as refused:
         websockets.sync.client.connect(f"{url}?model=gpt-5")
     assert refused.value.response.status_code == 404
+    with pytest.raises(websockets.exceptions.InvalidStatus) as refused:
+        websockets.sync.client.connect(f"{url}?intent=dance")
+    assert refused.value.response.status_code == 400
 
 
 def test_too_many_sessions_are_refused(service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
