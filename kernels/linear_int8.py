@@ -150,6 +150,16 @@ _W8A16_PAIR = {
     ),
 }
 
+# Converting e4m3 takes more registers than converting int8.
+_E4M3_PAIR = {
+    **_W8A16_PAIR,
+    64: Configs(
+        "linear_fp8_pair_64",
+        tile_config(64, 64, 64, 4, 3),
+        dict.fromkeys(("sm90", "sm100"), tile_config(64, 64, 128, 4, 3)),
+    ),
+}
+
 # A float32 weight takes four times the shared memory of an int8 one.
 _DENSE = {16: Configs("linear_few", tile_config(16, 64, 64, 4, 4))}
 
@@ -166,7 +176,10 @@ def w8a16_triton(
 
     Codes are int8 or e4m3; those of e4m3 may be given as uint8, and are not NaN. owner: see `launch_product`.
     """
-    table = _DENSE if weight[1] is None else _W8A16 if up[0] is None else _W8A16_PAIR
+    if up[0] is None:
+        table = _DENSE if weight[1] is None else _W8A16
+    else:
+        table = _W8A16_PAIR if up[0].dtype == torch.int8 else _E4M3_PAIR
     config = config_for(table, x.shape[:-1].numel(), x.device)
     even = x.shape[-1] % config.blocks["BLOCK_K"] == 0
     return launch_product(_w8a16_kernel, x, weight, up, bias, residual, config, owner=owner, EVEN=even)

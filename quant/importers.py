@@ -62,6 +62,21 @@ class ForeignFormat:
     group_size: int | None
     symmetric: bool = False
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names that tensors of a layer may have, after the layer's name."""
+        return PARTS[self.method]
+
+    @property
+    def mark(self) -> str:
+        """The part that every quantized layer has, and no other."""
+        return self.parts[0]
+
+    @property
+    def codes(self) -> str:
+        """The part that holds the codes."""
+        return self.parts[0]
+
     @classmethod
     def from_config(cls, values: Any) -> "ForeignFormat":
         """Read the quantization_config of a config.json. Raises ImportFormatError for unsupported formats."""
@@ -77,8 +92,8 @@ class ForeignFormat:
         if method == "compressed-tensors":
             return _compressed_format(values)
         raise ImportFormatError(
-            f"weights quantized by {str(method)[:40]!r} cannot be imported, only those of gptq, awq and "
-            "compressed-tensors; use the dense ones"
+            f"weights quantized by {str(method)[:40]!r} cannot be imported, only those of gptq, awq, "
+            "compressed-tensors and modelopt; use the dense ones"
         )
 
     def weight(self, layer: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -99,8 +99,9 @@ class Recipe:
         """The inverse of `to_dict`. Raises SchemeError for anything else, and for a newer version of the format."""
         if not isinstance(values, dict) or values.get("quant_method") != "afnext":
             raise SchemeError(
-                "the weights are quantized by another library; `afnext quantize` imports those of GPTQ, AWQ and "
-                "compressed-tensors, and those of bitsandbytes load as they are; for others use the dense ones"
+                "the weights are quantized by another library; `afnext quantize` imports those of GPTQ, AWQ, "
+                "compressed-tensors and ModelOpt, and those of bitsandbytes load as they are; for others use the dense "
+                "ones"
             )
         version, rules = values.get("version"), values.get("rules")
         name, source = values.get("recipe"), values.get("source", "")

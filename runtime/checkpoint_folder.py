@@ -11,6 +11,8 @@ from .files import parse_json_object, read_bytes
 
 MAX_SETTINGS_BYTES = 1 << 22
 MAX_TOKENIZER_BYTES = 1 << 26
+MODELOPT_FILE = "hf_quant_config.json"
+"""Where NVIDIA's ModelOpt describes its quantization, beside config.json or in place of its quantization_config."""
 DECODER_FOLDER = "llm"
 """The folder of the decoder, the tokenizer and its settings in NVIDIA's component layout."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ...quant.recipe import Recipe
-from ..checkpoint_folder import CheckpointFolder, EmbeddedFiles
+from ..checkpoint_folder import MODELOPT_FILE, CheckpointFolder, EmbeddedFiles
 from ..errors import CheckpointError, OutputError
 from ..files import open_regular, output_file, unwritable
 from ..model.component_config import COMPONENTS
@@ -98,7 +98,7 @@ def text_files(files: CheckpointFolder) -> list[str]:
     for part in ("", *COMPONENTS):
         for path in sorted({path for pattern in _TEXT_FILES for path in (source / part).glob(pattern)}):
             name = path.relative_to(source).as_posix()
-            if name == CONFIG or name.endswith(".safetensors.index.json") or path.is_dir():
+            if name in (CONFIG, MODELOPT_FILE) or name.endswith(".safetensors.index.json") or path.is_dir():
                 continue
             if not any(path.resolve().is_relative_to(root) for root in roots):
                 raise CheckpointError(

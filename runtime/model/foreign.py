@@ -1,35 +1,46 @@
-"""Checkpoints whose decoder another library quantized to 4 bits, in this runtime's layout: the same bits, reordered.
+"""Checkpoints whose layers another library quantized, in this runtime's layout: the decoder's in 4 bits, reordered, or
+any in e4m3, as they are.
 
 Either a whole Audio Flamingo Next, or only its Qwen2 backbone (`model.layers.0...`), with the encoder and adaptor from
-a dense checkpoint. See `quant.importers` for the formats.
+a dense checkpoint. See `quant.importers` and `quant.fp8_importer` for the formats.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ...quant.importers import PARTS, ForeignFormat, ImportFormatError
+from ...quant.fp8_importer import Fp8Format, foreign_format
+from ...quant.importers import ImportFormatError
 from ...quant.recipe import Recipe
-from ...quant.scheme import Int4, Packed, Scheme
-from ..checkpoint_folder import CheckpointFolder
+from ...quant.scheme import Fp8, Int4, Packed, Scheme
+from ..checkpoint_folder import MODELOPT_FILE, CheckpointFolder
 from ..errors import CheckpointError, ConfigError
 from .checkpoint import Checkpoint, weight_tensors
 from .checkpoint_files import first_five
 from .config import ModelConfig
 from .opened import LM_HEAD, open_checkpoint, with_stored_head
-from .parameters import expected_shapes
-from .quantized import WEIGHT_DTYPES, layer_schemes
+from .parameters import Shapes, expected_shapes
+from .quantized import WEIGHT_DTYPES, is_matrix, layer_schemes
 
 _SCALES = {"gptq": "scales", "gptq_v2": "scales", "awq": "scales", "compressed-tensors": "weight_scale"}
-_METHODS = ("gptq", "awq", "compressed-tensors")
+_METHODS = ("gptq", "awq", "compressed-tensors", "modelopt")
 
 
 def is_foreign(folder: Path) -> bool:
     """Whether the config.json in `folder` says that another library quantized the weights."""
-    stated = CheckpointFolder(folder).settings("config.json").get("quantization_config")
+    stated = _stated(CheckpointFolder(folder))
     return isinstance(stated, dict) and stated.get("quant_method") in _METHODS
+
+
+def _stated(texts: CheckpointFolder) -> Any:
+    """The quantization that config.json states, or ModelOpt's own file."""
+    stated = texts.settings("config.json").get("quantization_config")
+    if stated is None and isinstance(own := texts.settings(MODELOPT_FILE).get("quantization"), dict):
+        return {**own, "quant_method": "modelopt"}
+    return stated
 
 
 class ForeignCheckpoint:
@@ -41,8 +52,7 @@ class ForeignCheckpoint:
         Raises CheckpointError, ConfigError, or ImportFormatError for weights in an unsupported format.
         """
         texts = CheckpointFolder(folder)
-        settings = texts.settings("config.json")
-        self.format = ForeignFormat.from_config(settings.get("quantization_config"))
+        self.format = foreign_format(_stated(texts))
         self.folder = folder
         self.files = Checkpoint.open(folder)
         if dense is None:
@@ -70,7 +80,7 @@ class ForeignCheckpoint:
         """The dtype of the imported tensor `name`; None if the recipe decides. Scales and zeros keep their stored
         dtype."""
         layer, _, part = name.rpartition(".")
-        if layer in self.layers and part in ("weight_scales", "weight_zeros"):
+        if layer in self.layers and part in ("weight_scales", "weight_zeros") and not self._is_fp8:
             return self.files.dtype(f"{layer}.{_SCALES[self.format.method]}")
         source = self._source(name)
         return source.dtype(name) if name in source else None
@@ -94,7 +104,7 @@ class ForeignCheckpoint:
     def sizes(self) -> dict[str, int]:
         """Stored bytes of each parameter."""
         return {
-            name: sum(part.nbytes for part in self._parts(name.removesuffix(".weight")).values())
+            name: sum(map(self.files.stored_bytes, self._part_names(name.removesuffix(".weight")).values()))
             if self._is_imported(name)
             else self._source(name).tensor(name).nbytes
             for name in expected_shapes(self.config)
@@ -117,22 +127,33 @@ class ForeignCheckpoint:
 
     def _layers(self) -> tuple[str, ...]:
         """Canonical names of the layers that hold codes."""
-        first = PARTS[self.format.method][0]
-        found = tuple(name.removesuffix(f".{first}") for name in self.files.names if name.endswith(f".{first}"))
+        mark = self.format.mark
+        found = tuple(name.removesuffix(f".{mark}") for name in self.files.names if name.endswith(f".{mark}"))
         if not found:
-            raise ImportFormatError(f"{self.folder} says {self.format.method} but has no layer with .{first}")
+            raise ImportFormatError(f"{self.folder} says {self.format.method} but has no layer with .{mark}")
         return found
 
     def _check_names(self) -> None:
         shapes = expected_shapes(self.config)
-        parts = {f"{layer}.{part}" for layer in self.layers for part in PARTS[self.format.method]}
+        parts = {f"{layer}.{part}" for layer in self.layers for part in self.format.parts}
         unknown = [name for name in self.files.names if name not in parts and name not in shapes]
-        unknown += [layer for layer in self.layers if not _is_product(f"{layer}.weight")]
+        unknown += [layer for layer in self.layers if not self._may_be_imported(f"{layer}.weight", shapes)]
         if unknown:
             raise CheckpointError(
                 f"{self.folder} holds {len(unknown)} tensors that the model does not use ({first_five(unknown)}); "
                 "it belongs to another model, or was quantized in layers that cannot be imported"
             )
+        if self._is_fp8:
+            unscaled = [
+                name
+                for name in self.files.names
+                if name in shapes and self.files.stored_dtype(name).startswith("F8") and not self._is_imported(name)
+            ]
+            if unscaled:
+                raise CheckpointError(
+                    f"{self.folder} lacks the .{self.format.mark} of {len(unscaled)} weights in 8 bits "
+                    f"({first_five(unscaled)}); download it again"
+                )
         missing = [
             name
             for name in shapes
@@ -152,21 +173,35 @@ class ForeignCheckpoint:
     def _is_imported(self, name: str) -> bool:
         return name.endswith(".weight") and name.removesuffix(".weight") in self.layers
 
+    @property
+    def _is_fp8(self) -> bool:
+        return isinstance(self.format, Fp8Format)
+
+    def _may_be_imported(self, name: str, shapes: Shapes) -> bool:
+        """Whether the parameter may be quantized: in 4 bits the decoder's products, in e4m3 every matrix."""
+        if self._is_fp8:
+            return name in shapes and is_matrix(name, shapes[name])
+        return _is_product(name)
+
     def _may_come_from_rest(self, name: str) -> bool:
         """Whether a tensor may come from the dense checkpoint: not the decoder's, except the head of a tied
         backbone."""
         return self._rest is not None and name in self._rest and (name in LM_HEAD or not name.startswith("decoder."))
 
     def _shape(self, layer: str) -> tuple[int, int]:
-        return self.format.shape(layer, self.files.shape(f"{layer}.{PARTS[self.format.method][0]}"))
+        return self.format.shape(layer, self.files.shape(f"{layer}.{self.format.codes}"))
 
     def _source(self, name: str) -> Checkpoint:
         """The checkpoint that the dense parameter comes from."""
         return self.files if self._rest is None or name in self.files else self._rest
 
+    def _part_names(self, layer: str) -> dict[str, str]:
+        names = {part: f"{layer}.{part}" for part in self.format.parts}
+        return {part: name for part, name in names.items() if name in self.files}
+
     def _parts(self, layer: str) -> dict[str, torch.Tensor]:
-        names = {part: f"{layer}.{part}" for part in PARTS[self.format.method]}
-        return {part: self.files.tensor(name) for part, name in names.items() if name in self.files}
+        """The tensors of a layer by part, in the dtypes of the file."""
+        return {part: self.files.parameters[name].tensor() for part, name in self._part_names(layer).items()}
 
     def _packed(self, layer: str) -> Packed:
         parts = self._parts(layer)
@@ -175,7 +210,9 @@ class ForeignCheckpoint:
             self.files.release(f"{layer}.{part}")
         return packed
 
-    def _scheme(self, layer: str) -> Int4:
+    def _scheme(self, layer: str) -> Scheme:
+        if isinstance(self.format, Fp8Format):
+            return Fp8()
         group = self.format.stored_group(layer, self._shape(layer)[1])
         return Int4(group, self.format.is_symmetric(layer, self._parts(layer)))
 

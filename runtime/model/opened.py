@@ -6,7 +6,8 @@ from os import PathLike
 from pathlib import Path
 
 from ...quant.recipe import Recipe
-from ..checkpoint_folder import CheckpointFolder
+from ..checkpoint_folder import MODELOPT_FILE, CheckpointFolder
+from ..errors import ConfigError
 from .bitsandbytes_checkpoint import from_bitsandbytes, is_bitsandbytes
 from .checkpoint import Checkpoint
 from .config import ModelConfig
@@ -46,6 +47,11 @@ def open_checkpoint(path: str | PathLike[str]) -> OpenCheckpoint:
     weights = Checkpoint.open(path)
     if is_bitsandbytes(files):
         return _imported(files.without("config.json", "quantization_config"), *from_bitsandbytes(weights))
+    if files.has(MODELOPT_FILE) and "quantization_config" not in files.settings("config.json"):
+        raise ConfigError(
+            f"{path} has weights quantized by ModelOpt, as its {MODELOPT_FILE} says; `afnext quantize` imports those "
+            "in fp8, for others use the dense ones"
+        )
     return OpenCheckpoint(files, weights, with_stored_head(ModelConfig.from_folder(files), weights))
 
 

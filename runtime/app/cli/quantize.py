@@ -18,7 +18,8 @@ def quantize(
     source: Annotated[
         str,
         typer.Argument(
-            help="A dense checkpoint, or one in GGUF, GPTQ, AWQ or compressed-tensors: folder, file or Hub name."
+            help="A dense checkpoint, or one in GGUF, GPTQ, AWQ, compressed-tensors or ModelOpt's fp8: folder, file or "
+            "Hub name."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="A new folder.")],
@@ -39,7 +40,10 @@ def quantize(
         typer.Option(help='A rule LAYERS=SCHEME, applied first, as in "decoder.layers.0.*=dense"; repeat for more.'),
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option(help="Quantized Qwen2 (GPTQ, AWQ, compressed-tensors) to take the decoder from.")
+        str | None,
+        typer.Option(
+            help="Quantized Qwen2 (GPTQ, AWQ, compressed-tensors or ModelOpt's fp8) to take the decoder from."
+        ),
     ] = None,
     calibrate: Annotated[
         Path | None, typer.Option(help="Folder of recordings with their texts, for calibration.")
