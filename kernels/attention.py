@@ -58,8 +58,9 @@ def reference(
     v_scales: Tensor | None = None,
     rotation: Rotation | None = None,
     key_bias: KeyBias | None = None,
+    rounds: bool = False,
 ) -> Tensor:
-    """The specification: float64, one sequence and one query head at a time."""
+    """The specification: float64, one sequence and one query head at a time. rounds: changes nothing."""
     if rotation is not None:
         q = rotary_reference(q, rotation)
     out = torch.empty_like(q)
@@ -123,6 +124,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     HALF: tl.constexpr,
+    ROUNDS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -144,6 +146,12 @@ def _kernel(  # type: ignore[no-untyped-def]
     q_rows = (batch * q_batch + query.to(tl.int64) * q_token + head * q_head)[:, None]
     tokens = (batch * queries + query)[:, None]
     rows = _load_queries(q, cos, sin, q_rows, tokens, mask, PAIRS, HALF, BLOCK_D)
+    codes, row_scales = rows, scale
+    if ROUNDS:
+        wide = rows.to(tl.float32)
+        row_scales = tl.max(tl.abs(wide), 1)[:, None] / 127
+        wide = wide / tl.where(row_scales > 0, row_scales, 1.0)
+        codes = (wide + tl.where(wide < 0, -0.5, 0.5)).to(tl.int8)
 
     # Every row of the tile sees the keys before `whole`; no row sees keys from `end` on.
     last = tl.full((BLOCK_M,), length - 1, tl.int32)
@@ -191,7 +199,10 @@ def _kernel(  # type: ignore[no-untyped-def]
                     k_tile, v_tile = tl.load(k_at, mask=loaded, other=0), tl.load(v_at, mask=loaded, other=0)
                 else:
                     k_tile, v_tile = tl.load(k_at), tl.load(v_at)
-            scores = tl.dot(rows, tl.trans(k_tile.to(rows.dtype)), input_precision="ieee") * scale
+            if ROUNDS:
+                scores = tl.dot(codes, tl.trans(k_tile)).to(tl.float32) * (row_scales * scale)
+            else:
+                scores = tl.dot(rows, tl.trans(k_tile.to(rows.dtype)), input_precision="ieee") * scale
             scale_at = (page * PAGE_SIZE + slot.to(tl.int64)) * kv_heads + kv_head
             if k_scales is not None:
                 scores *= tl.load(k_scales + scale_at, mask=exists, other=0.0)[None, :]
@@ -286,6 +297,7 @@ def _triton(
     v_scales: Tensor | None = None,
     rotation: Rotation | None = None,
     key_bias: KeyBias | None = None,
+    rounds: bool = False,
 ) -> Tensor:
     q, k, v = map(with_unit_stride, (q, k, v))
     if page_table is not None and page_table.stride(-1) != 1:
@@ -306,7 +318,7 @@ def _triton(
         attend_int4(q, k, v, out, sums, lengths, table, k_scales, v_scales, key_bias, scale=scale, rows=rows)
         return out
     cos, sin = (None, None) if rotation is None else rotation.cos_sin
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(32 if rounds else 16, triton.next_power_of_2(head_dim))
     page_size = 0 if page_table is None else k.shape[1]
 
     fetched = q.element_size() == 2 and _fetchable(k) and _fetchable(v)
@@ -339,6 +351,7 @@ def _triton(
             HEAD_DIM=head_dim,
             PAIRS=0 if cos is None else cos.shape[-1],
             HALF=rotation is not None and rotation.pairing == "half",
+            ROUNDS=rounds,
             PAGE_SIZE=page_size,
             BLOCK_D=block_d,
             **config.options(),
@@ -351,7 +364,7 @@ def _triton(
         configs = _CROWDED
     elif block_d == 128 and fetched and page_size % 128 == 0:
         configs = _FETCHED
-    key = (str(q.dtype), str(k.dtype), head_dim, group, causal, page_size, rotation is not None, fetched)
+    key = (str(q.dtype), str(k.dtype), head_dim, group, causal, page_size, rotation is not None, fetched, rounds)
     launch(configs.on(q.device, key, launch))
     return out
 
@@ -369,6 +382,7 @@ def _native(
     v_scales: Tensor | None = None,
     rotation: Rotation | None = None,
     key_bias: KeyBias | None = None,
+    rounds: bool = False,
 ) -> Tensor:
     rows = q.shape[1] * q.shape[2] // k.shape[2]
     threads, heads = torch.get_num_threads(), q.shape[0] * k.shape[2]
@@ -388,6 +402,7 @@ def _native(
         rotation,
         key_bias,
         row_block=-(-rows // blocks),
+        rounds=rounds,
     )
 
 
@@ -404,6 +419,7 @@ def _torch(
     v_scales: Tensor | None = None,
     rotation: Rotation | None = None,
     key_bias: KeyBias | None = None,
+    rounds: bool = False,
 ) -> Tensor:
     if rotation is not None:
         q = rotary(q, rotation)

@@ -191,6 +191,7 @@ def flash_attention(
     v_scales: Tensor | None = None,
     rotation: Rotation | None = None,
     key_bias: KeyBias | None = None,
+    rounds: bool = False,
 ) -> Tensor:
     """`attention` by flash-attn, where `flash_misfit` returns None."""
     library = _library(_major(q.device))
@@ -233,6 +234,7 @@ def cudnn_attention(
     v_scales: Tensor | None = None,
     rotation: Rotation | None = None,
     key_bias: KeyBias | None = None,
+    rounds: bool = False,
 ) -> Tensor:
     """`attention` by cuDNN, where `cudnn_misfit` returns None. Raises RuntimeError if this build of torch lacks it."""
     if rotation is not None:

@@ -76,6 +76,9 @@ def stages(model: AudioFlamingo) -> Iterator[Stage]:
         for rows in ROWS:
             name = f"decode {rows} at {CONTEXT}{suffix}"
             yield Stage(name, CONTEXT + 1, partial(_decode, model, rows, dtype))
+    for start in (0, CONTEXT):
+        name, end = f"prefill {_OPTIONS.chunk_size} at {start}, int8 attention", start + _OPTIONS.chunk_size
+        yield Stage(name, end, partial(_prefill, model, start, end, torch.int8, rounds=True))
     for rows in ROWS:
         yield Stage(f"choose {rows}", 0, partial(_choose, rows, model.config.decoder.vocab_size))
     for name, product, pair in _SCHEMES:
@@ -88,8 +91,8 @@ def _encode(model: AudioFlamingo, windows: int) -> None:
     model.encode(mel, [WINDOW_SAMPLES] * windows, list(range(windows)))
 
 
-def _prefill(model: AudioFlamingo, start: int, end: int, dtype: torch.dtype) -> None:
-    cache = _cache(model, 1, dtype)
+def _prefill(model: AudioFlamingo, start: int, end: int, dtype: torch.dtype, *, rounds: bool = False) -> None:
+    cache = _cache(model, 1, dtype, rounds=rounds)
     table = page_table([cache.allocate(CONTEXT + NEW_TOKENS)], _META)
     positions = torch.arange(start, end, device=_META)[None]
     hidden = model.decoder(model.decoder.embed(positions), positions, cache.view(table, positions))
@@ -208,9 +211,16 @@ _SCHEMES = (
 )
 
 
-def _cache(model: AudioFlamingo, sequences: int, dtype: torch.dtype) -> KVCache:
+def _cache(model: AudioFlamingo, sequences: int, dtype: torch.dtype, *, rounds: bool = False) -> KVCache:
     pages = sequences * -(-(CONTEXT + NEW_TOKENS) // _OPTIONS.page_size)
-    return KVCache(model.config.decoder, pages=pages, page_size=_OPTIONS.page_size, device=_META, dtype=dtype)
+    return KVCache(
+        model.config.decoder,
+        pages=pages,
+        page_size=_OPTIONS.page_size,
+        device=_META,
+        dtype=dtype,
+        rounds_attention=rounds,
+    )
 
 
 def _float(*shape: int) -> Tensor:

@@ -37,8 +37,9 @@ from ..core.timing import Call, Samples, clock_for, compare_outputs, measure_int
 from ..core.tolerances import tolerance
 from .e2e import recording
 
-KV = {"+kv8": QUANTIZED["int8"], "+kv4": QUANTIZED["int4"]}
-"""What may stand after a scheme, and the dtype of the KV cache that it means."""
+ROUNDED = "+attention8"
+KV = {"+kv8": QUANTIZED["int8"], "+kv4": QUANTIZED["int4"], ROUNDED: QUANTIZED["int8"]}
+"""What may stand after a scheme, and the dtype of the KV cache that it means; ROUNDED also means attention="int8"."""
 STAGES = ("encode", "prefill", "decode")
 BASELINES = ("bf16", "fp32")
 """Those of SCHEMES whose dtype the reference can have."""
@@ -102,7 +103,14 @@ class Afnext:
         self._depth = len(keys[0])
         count, device = pages_for(self._depth + room, self._page_size), self.network.device
         config = self.network.config.decoder
-        self._cache = KVCache(config, pages=count, page_size=self._page_size, device=device, dtype=self._kv_dtype)
+        self._cache = KVCache(
+            config,
+            pages=count,
+            page_size=self._page_size,
+            device=device,
+            dtype=self._kv_dtype,
+            rounds_attention=self.name.endswith(ROUNDED),
+        )
         self._table = page_table([self._cache.allocate(self._depth + room)], device)
         self._layers = RepeatedCalls(self._decoder) if repeatable(device) else self._decoder
         pools = (self._cache.keys, self._cache.k_scales), (self._cache.values, self._cache.v_scales)

@@ -12,18 +12,12 @@
 #include <cmath>
 
 #include "attention_few.h"
-#include "attention_task.h"
+#include "attention_int8.h"
+#include "attention_rows.h"
 #include "int4_rows.h"
-#include "rows.h"
 
 namespace afnext {
 namespace {
-
-// Prefetches a row that is read soon: rows are too far apart for the hardware prefetcher.
-template <typename From>
-inline void prefetch(const From* row, int64_t count) {
-  for (int64_t d = 0; d < count; d += 64 / (int64_t)sizeof(From)) __builtin_prefetch(row + d);
-}
 
 template <typename Element, typename From>
 const Element* converted(const From* from, float scale, int64_t head_dim, int64_t depth, Element* staged) {
@@ -136,56 +130,14 @@ void load_queries(const Problem& p, const Task& task, Workspace<typename Product
   const Element* rows[kRows];
   for (int64_t tile = 0; tile < task.rows; tile += kRows) {
     for (int64_t i = 0; i < kRows; ++i) {
-      const int64_t row = std::min(task.first_row + tile + i, end), token = task.b * p.queries + row / p.group();
+      const int64_t row = std::min(task.first_row + tile + i, end);
       work.last[tile + i] = last_visible(p, task, row);
-      with_dtype(p.dtype, [&](auto zero) {
-        const auto* from = (const decltype(zero)*)p.q;
-        prefetch(from + query_offset(p, task, std::min(row + kRows, end)), p.head_dim);
-        convert(from + query_offset(p, task, row), p.head_dim, p.sign, wide);
-      });
-      if (p.cos) rotate(wide, p.cos + token * p.pairs, p.sin + token * p.pairs, p.pairs, p.half);
+      load_query(p, task, row, std::min(row + kRows, end), wide);
       rows[i] = narrow + i * depth;
       convert(wide, p.head_dim, 1.0f, narrow + i * depth);
       for (int64_t d = p.head_dim; d < depth; ++d) narrow[i * depth + d] = Element{};
     }
     Products::put_queries(rows, depth, work.queries + tile * depth);
-  }
-}
-
-// Writes the task's result: divided by the sums of its weights to `out`, or unnormalized to `parts`.
-template <typename Products>
-void finish(const Problem& p, const Task& task, const Workspace<typename Products::Element>& work) {
-  constexpr int kRows = Products::kRows;
-  const int64_t depth = p.depth(), group = p.group();
-  const int64_t parts = ((task.b * p.kv_heads + task.kv_head) * p.part_count() + task.part) * p.rows();
-  for (int64_t tile = 0; tile < task.rows; tile += kRows) {
-    const int64_t count = std::min<int64_t>(kRows, task.rows - tile);
-    const float* sums = work.sums + tile * depth;
-    for (int64_t d = 0; d < p.head_dim; d += 16) {
-      const uint32_t* from[16];
-      float turned[kRows * 16];
-      for (int i = 0; i < 16; ++i) from[i] = (const uint32_t*)(sums + (d + i) * kRows);
-      transpose<16>(from, kRows, (uint32_t*)turned);
-      const int64_t channels = std::min<int64_t>(16, p.head_dim - d);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = task.first_row + tile + i;
-        if (p.parts) {
-          std::memcpy(p.parts + (parts + row) * p.head_dim + d, turned + i * 16, channels * sizeof(float));
-          continue;
-        }
-        const float sum = work.row_sum[tile + i];
-        const int64_t token = task.b * p.queries + row / group;
-        const int64_t offset = (token * p.heads + task.kv_head * group + row % group) * p.head_dim + d;
-        with_dtype(p.dtype, [&](auto zero) {
-          convert(turned + i * 16, channels, sum > 0 ? 1 / sum : 0, (decltype(zero)*)p.out + offset);
-        });
-      }
-    }
-    for (int64_t i = 0; p.parts && i < count; ++i) {
-      float* statistics = p.statistics + (parts + task.first_row + tile + i) * 2;
-      statistics[0] = work.row_max[tile + i];
-      statistics[1] = work.row_sum[tile + i];
-    }
   }
 }
 
@@ -228,7 +180,7 @@ void attend(const Problem& p, const Task& task, float* memory) {
       Products::accumulate(work.values, work.weights, count, depth, sums, fetch);
     }
   }
-  finish<Products>(p, task, work);
+  finish<kRows>(p, task, depth, work);
 }
 
 // Uses tiles of one vector if all rows fit in one vector.
@@ -248,6 +200,9 @@ void run(const Problem& p, const Task& task, float* memory) {
     return attend_few<float>(p, task, memory);
 #endif
   }
+#endif
+#if defined(AFNEXT_INT8_ATTENTION)
+  if (takes_int8(p)) return attend_int8(p, task, memory);
 #endif
 #if defined(__AMX_BF16__)
   if (p.dtype == kBFloat16) return attend_narrow_or_wide<Tiles>(p, task, memory);
@@ -291,10 +246,10 @@ AFNEXT_EXPORT void afnext_attention(const char* q, const char* k, const char* v,
                                     float* parts, float* statistics, int64_t batch, int64_t queries, int64_t heads,
                                     int64_t kv_heads, int64_t head_dim, int64_t max_keys, int64_t page_size,
                                     int64_t table_row, int64_t turn_row, int64_t pairs, int64_t half, int64_t causal,
-                                    int64_t int4, int64_t q_batch, int64_t q_token, int64_t q_head, int64_t k_page,
-                                    int64_t k_slot, int64_t k_head, int64_t v_page, int64_t v_slot, int64_t v_head,
-                                    int64_t row_block, int64_t part_keys, int64_t workspace_row, double scale,
-                                    int64_t dtype, int64_t threads) {
+                                    int64_t int4, int64_t rounds, int64_t q_batch, int64_t q_token, int64_t q_head,
+                                    int64_t k_page, int64_t k_slot, int64_t k_head, int64_t v_page, int64_t v_slot,
+                                    int64_t v_head, int64_t row_block, int64_t part_keys, int64_t workspace_row,
+                                    double scale, int64_t dtype, int64_t threads) {
   using namespace afnext;
   Problem p{};
   p.q = q;
@@ -323,6 +278,7 @@ AFNEXT_EXPORT void afnext_attention(const char* q, const char* k, const char* v,
   p.pairs = pairs;
   p.half = half;
   p.causal = causal;
+  p.rounds = rounds;
   p.q_batch = q_batch;
   p.q_token = q_token;
   p.q_head = q_head;

@@ -40,6 +40,7 @@ def attend_natively(
     *,
     row_block: int,
     part_keys: int | None = None,
+    rounds: bool = False,
 ) -> Tensor:
     """Run the native kernel, in tasks of `row_block` rows of a KV head and, if given, of `part_keys` keys."""
     q, k, v = map(with_unit_stride, (q, k, v))
@@ -99,6 +100,7 @@ def attend_natively(
         rotation is not None and rotation.pairing == "half",
         causal,
         k.dtype == torch.uint8,  # int4 cache, two codes per byte
+        rounds,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
@@ -113,5 +115,5 @@ def attend_natively(
 
 def _workspace_floats(row_block: int, head_dim: int) -> int:
     """Workspace of a thread, in floats: queries and sums, their maxima, a block of keys and values, scores."""
-    depth, rows, block = -(-head_dim // 32) * 32, -(-row_block // 96) * 96, 256  # whole tiles of 8, 16, 24 or 32 rows
+    depth, rows, block = -(-head_dim // 64) * 64, -(-row_block // 96) * 96, 256  # whole tiles of 8, 16, 24 or 32 rows
     return 2 * rows * depth + 3 * rows + 2 * block * depth + 2 * block * 32 + 33 * depth + 16

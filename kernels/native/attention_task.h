@@ -30,6 +30,7 @@ struct Problem {
   float *parts, *statistics;       // [batch, kv_heads, part, rows, head_dim], and [.., 2]: maximum and sum of each row
   int64_t batch, queries, heads, kv_heads, head_dim, max_keys, page_size, table_row, turn_row, pairs;
   bool half, causal;
+  bool rounds;  // queries and weights may become bytes where that is faster, if the cache is int8
   int64_t q_batch, q_token, q_head;
   int64_t dtype, cache_dtype;
   int64_t row_block, part_keys;

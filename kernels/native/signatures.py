@@ -343,6 +343,7 @@ SIGNATURES = {
         half=SIZE,
         causal=SIZE,
         int4=SIZE,
+        rounds=SIZE,
         q_batch=SIZE,
         q_token=SIZE,
         q_head=SIZE,

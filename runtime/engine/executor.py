@@ -111,6 +111,7 @@ class LocalExecutor(Executor):
             device=model.device,
             dtype=options.cache_dtype(model.dtype),
             padded=runs_triton(model.device),
+            rounds_attention=options.attention == "int8",
         )
         self._steps = DecodeSteps(model, self.cache, options)
 

@@ -98,7 +98,7 @@ class KVCache:
     otherwise None. With int4, keys and values are [.., head_dim / 2], and `key_turns` are the cos and sin of the angles
     of each token of the longest sequence that fits; see `CacheView`. Raises ValueError if int4 does not support
     head_dim. With `padded` the tensors have one more page, `padding_page`, which belongs to no sequence: the padding of
-    a batch is written there, several rows to the same slots.
+    a batch is written there, several rows to the same slots. rounds_attention: of views, see `CacheView`.
     """
 
     def __init__(
@@ -110,6 +110,7 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
         padded: bool = False,
+        rounds_attention: bool = False,
     ):
         self._padding = int(padded)
         if dtype == INT4 and config.head_dim not in HEAD_DIMS:
@@ -123,6 +124,7 @@ class KVCache:
             return [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
 
         self.page_size = page_size
+        self.rounds_attention = rounds_attention
         self.resizes = 0
         self.pool = PagePool(pages)
         self.keys, self.values = pools(shape, dtype), pools(shape, dtype)
@@ -209,6 +211,7 @@ class KVCache:
             k_scales=self.k_scales,
             v_scales=self.v_scales,
             key_turns=self.key_turns,
+            rounds_attention=self.rounds_attention,
         )
 
     def allocate(self, tokens: int) -> list[int]:

@@ -8,6 +8,9 @@ import torch
 from ...kernels.decode_attention import MAX_NEW_TOKENS
 from .kv_cache import KV_STORAGE, QUANTIZED
 
+ATTENTION = ("auto", "int8")
+"""Values of `EngineOptions.attention`."""
+
 
 def default_chunk_size(memory: int, gpu: bool) -> int:
     """Tokens per step on a device with `memory` bytes. GPUs with more memory also have more multiprocessors to fill: at
@@ -32,7 +35,8 @@ class EngineOptions:
     draft_tokens: most speculative tokens that a step verifies per answer, 0 to 7; see `speculation.py`.
     batch_invariant: give each request the same tokens and scores, bit for bit, as if it ran alone; see docs/python.md
     for what that covers and costs. kv: format of keys and values, "auto" (the model's dtype), "int8" or "int4": half or
-    a quarter of the memory of 16 bits, and rounded.
+    a quarter of the memory of 16 bits, and rounded. attention: how prompts attend, "auto" (in the model's dtype)
+    or, with kv "int8", "int8": faster, and rounded; see docs/long-audio.md.
     Raises ValueError for values out of range.
     """
 
@@ -44,6 +48,7 @@ class EngineOptions:
     draft_tokens: int = 4
     batch_invariant: bool = False
     kv: str = "auto"
+    attention: str = "auto"
     max_kv_tokens: int | None = None
     release_encoder: bool = False
     prefix_cache_bytes: int = 1 << 30
@@ -61,6 +66,10 @@ class EngineOptions:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.kv not in KV_STORAGE:
             raise ValueError(f"kv must be one of {', '.join(KV_STORAGE)}, got {self.kv!r}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {self.attention!r}")
+        if self.attention == "int8" and self.kv != "int8":
+            raise ValueError(f'attention="int8" reads keys and values in int8: use kv="int8", not kv="{self.kv}"')
 
     @property
     def windows_at_once(self) -> int:

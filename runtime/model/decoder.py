@@ -6,14 +6,14 @@
 Source: Qwen2.5 technical report, arXiv:2412.15115.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 from torch import Tensor, nn
 
 from ...kernels.activation import swiglu
 from ...kernels.attention import attention
+from ...kernels.attention_int8 import attention_int8
 from ...kernels.decode_attention import MAX_NEW_TOKENS, decode_attention
 from ...kernels.int4_cache import KeyBias
 from ...kernels.kv_write import kv_write
@@ -34,6 +34,7 @@ class CacheView:
     k_scales, v_scales: for int8 and int4 pools one [pages, page_size, kv_heads] float32 per layer, otherwise None.
     key_turns: for int4 pools, which are [.., head_dim / 2] uint8, the cos and sin of the angles by which keys are
     rotated, each [tokens, head_dim / 2] float32, indexed by the token's position in its sequence.
+    rounds_attention: for int8 pools, whether prompts attend to them by `attention_int8`.
     """
 
     keys: list[Tensor]
@@ -44,6 +45,7 @@ class CacheView:
     k_scales: list[Tensor] | None = None
     v_scales: list[Tensor] | None = None
     key_turns: tuple[Tensor, Tensor] | None = None
+    rounds_attention: bool = False
 
     @classmethod
     def of(
@@ -56,10 +58,12 @@ class CacheView:
         k_scales: list[Tensor] | None = None,
         v_scales: list[Tensor] | None = None,
         key_turns: tuple[Tensor, Tensor] | None = None,
+        rounds_attention: bool = False,
     ) -> "CacheView":
         """The view for new tokens at the indices `positions`: [batch, time] int64, ascending by one in each row."""
         slots = page_slots(page_table, positions, keys[0].shape[1])
-        return cls(keys, values, page_table, positions[:, -1] + 1, slots, k_scales, v_scales, key_turns)
+        lengths = positions[:, -1] + 1
+        return cls(keys, values, page_table, lengths, slots, k_scales, v_scales, key_turns, rounds_attention)
 
     def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """The scales of a layer's keys and of its values."""
@@ -132,15 +136,29 @@ class DecoderAttention(nn.Module):
             v_scales=v_scales,
             k_bias=None if left_out is None else left_out.bias,
         )
-        attend: Callable[..., Tensor] = (
-            decode_attention if q.shape[1] <= MAX_NEW_TOKENS else partial(attention, causal=True)
-        )
-        return attend(
+        lengths, table = cache.key_lengths, cache.page_table
+        if q.shape[1] <= MAX_NEW_TOKENS:
+            return decode_attention(
+                q,
+                keys,
+                values,
+                key_lengths=lengths,
+                page_table=table,
+                k_scales=k_scales,
+                v_scales=v_scales,
+                key_bias=left_out,
+            )
+        if cache.rounds_attention and k_scales is not None and v_scales is not None:
+            return attention_int8(
+                q, keys, values, key_lengths=lengths, page_table=table, k_scales=k_scales, v_scales=v_scales
+            )
+        return attention(
             q,
             keys,
             values,
-            key_lengths=cache.key_lengths,
-            page_table=cache.page_table,
+            causal=True,
+            key_lengths=lengths,
+            page_table=table,
             k_scales=k_scales,
             v_scales=v_scales,
             key_bias=left_out,

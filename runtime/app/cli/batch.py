@@ -14,6 +14,7 @@ from ...errors import AudioError
 from ...files import read_bytes
 from .options import (
     DENSE,
+    Attention,
     FromOption,
     LoadOptions,
     OutputOptions,
@@ -111,6 +112,7 @@ def batch(
         quant=None if loading.quant == DENSE else loading.quant,
         kv=loading.kv.value,
         batch_invariant=loading.batch_invariant,
+        **({} if loading.attention == Attention.auto else {"attention": loading.attention.value}),
     )
     items = _planned(names, requests, work, identity)
     with open_rows(out) as rows:

@@ -32,6 +32,13 @@ class KV(str, Enum):
     int4 = "int4"
 
 
+class Attention(str, Enum):
+    """How prompts attend."""
+
+    auto = "auto"
+    int8 = "int8"
+
+
 class Format(str, Enum):
     """Formats of a transcript."""
 
@@ -163,6 +170,10 @@ class LoadOptions:
         ),
     ] = None
     kv: KVOption = KV.auto
+    attention: Annotated[
+        Attention,
+        typer.Option(help="With --kv int8: read prompts faster by products of 8 bits, rounded; auto keeps the dtype."),
+    ] = Attention.auto
     memory: Annotated[
         str | None,
         typer.Option(
@@ -225,6 +236,7 @@ class LoadOptions:
             dtype=self.dtype,
             quant=None if self.quant == DENSE else self.quant,
             kv=self.kv.value,
+            attention=self.attention.value,
             keep_packed=self.keep_packed,
             fit=False if self.fit is None else self.fit,
             memory=self.memory,

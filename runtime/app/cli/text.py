@@ -13,7 +13,7 @@ _NAMES = (
     "batch_invariant chunk_size draft_tokens encode_batch keep_packed max_new_tokens min_p page_size release_encoder "
     "repetition_penalty top_k top_p"
 )
-_WORDS = "device dtype kv memory quant revision seed stop temperature truncate"
+_WORDS = "attention device dtype kv memory quant revision seed stop temperature truncate"
 _OPTION = re.compile(
     rf"(?<![\w/\\.-])(?:(?P<name>{_NAMES.replace(' ', '|')})(?:=(?P<value>[\w.-]*\w))?"
     rf"|(?P<word>{_WORDS.replace(' ', '|')})=(?P<quote>\"?)(?P<other>[\w.-]*\w)(?P=quote))(?![\w/\\]|[.-]\w)"

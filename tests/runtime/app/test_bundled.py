@@ -118,14 +118,14 @@ def test_it_says_which_model_answers(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert (json.loads(quiet.stdout)["text"], quiet.stderr) == (done.stdout.strip(), "")
 
 
-@pytest.mark.parametrize("kv", ["auto", "int8", "int4"])
-def test_an_event_deep_in_a_recording_is_found(kv: str) -> None:
+@pytest.mark.parametrize(("kv", "attention"), [("auto", "auto"), ("int8", "auto"), ("int4", "auto"), ("int8", "int8")])
+def test_an_event_deep_in_a_recording_is_found(kv: str, attention: str) -> None:
     """Four windows of faint noise, three events in the third: their time comes from RoTE."""
     scene, rate = soundfile.read(RECORDING, dtype="float32")
     samples = np.random.default_rng(0).standard_normal(110 * rate).astype(np.float32) * 1e-4
     part = scene[round(5.7 * rate) : round(8.6 * rate)]
     samples[75 * rate : 75 * rate + len(part)] += part
-    answer = afnext.load(kv=kv).ask((samples, rate), "When does the beep occur?")
+    answer = afnext.load(kv=kv, attention=attention).ask((samples, rate), "When does the beep occur?")
     (time, _), *others = listed(f"[{answer.text}] beep")
     assert not others
     assert abs(time - 75.2) <= 0.15, answer.text
