@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .awq import Fold, scaled_source, scaled_target, search_scales
-from .gptq import gptq_int4, gptq_int8
-from .scheme import Int4, Int8, Packed, Scheme
+from .gptq import gptq_int3, gptq_int4, gptq_int8
+from .scheme import Int3, Int4, Int8, Packed, Scheme
 
 _ROWS = 4096  # of a weight at once
 _SEARCHED_CHANNELS = 512  # per layer, in the search for scales, which takes twenty times the work of rounding
@@ -173,17 +173,19 @@ def _quantized(
     """The packed weight, the error of its output, and whether it was rounded with feedback."""
     nearest = scheme.quantize(weight, inputs.mean_squares)
     error = _output_error(weight, nearest, scheme, inputs.rows)
-    if not options.feedback or not isinstance(scheme, Int4 | Int8):
+    if not options.feedback or not isinstance(scheme, Int3 | Int4 | Int8):
         return nearest, error, False
     fed_back = _with_feedback(weight, scheme, inputs.gram, options)
     error_fed_back = _output_error(weight, fed_back, scheme, inputs.rows)
     return (fed_back, error_fed_back, True) if error_fed_back < error else (nearest, error, False)
 
 
-def _with_feedback(weight: Tensor, scheme: Int4 | Int8, gram: Tensor, options: Calibration) -> Packed:
+def _with_feedback(weight: Tensor, scheme: Int3 | Int4 | Int8, gram: Tensor, options: Calibration) -> Packed:
     damping, order = options.damping, options.activation_order
     if isinstance(scheme, Int8):
         return Packed(*gptq_int8(weight, gram, damping=damping, activation_order=order))
+    if isinstance(scheme, Int3):
+        return Packed(*gptq_int3(weight, gram, scheme.group_size, damping=damping, activation_order=order))
     group, symmetric = scheme.group_size, scheme.symmetric
     return Packed(*gptq_int4(weight, gram, group, symmetric, damping=damping, activation_order=order))
 

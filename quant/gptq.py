@@ -9,7 +9,7 @@ the upper triangular U of H^-1 = U^T U, rounding column i to Q[:, i] changes the
 Columns are processed in blocks: one by one within a block, and the columns after it by one product at the block's end.
 Rows are independent and are processed some thousand at a time.
 
-The codes, scales and zeros are those of `int4` and `int8`. Groups of int4 are fitted to the updated weights when they
+The codes, scales and zeros are those of `int4`, `int3` and `int8`. Groups are fitted to the updated weights when they
 are rounded. With `activation_order` the columns with the largest inputs are rounded first, while all others can still
 compensate for their errors; groups remain neighbouring inputs, so they are fitted to the weights before any feedback.
 FLOPs: in^3 for U, and out * in^2 for the feedback; memory: four matrices [in, in].
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.linear_int4 import SYMMETRIC_ZERO
+from .int3 import STEP, fit_steps, pack_int3
 from .int4 import fit_int4, pack_int4, quantize_int4
 from .int8 import quantize_int8
 
@@ -49,39 +50,74 @@ def gptq_int4(
     packed, scales and zeros like these. Computed in float32, or float64 if the weight is. Raises their ValueErrors, and
     ValueError for a Gram matrix that does not fit, is not finite, or is not positive definite with this `damping`.
     """
+
+    def fit(rows: Tensor, importance: Tensor) -> tuple[Tensor, Tensor | None]:
+        if search:
+            return fit_int4(rows, group_size, symmetric, scale_dtype, importance)[1:]
+        return quantize_int4(rows, group_size, symmetric, scale_dtype)[1:]
+
+    codes, scales, zeros = _round_groups(weight, gram, group_size, fit, SYMMETRIC_ZERO, damping, activation_order)
+    return pack_int4(codes), scales, None if symmetric else zeros
+
+
+def gptq_int3(
+    weight: Tensor,
+    gram: Tensor,
+    group_size: int,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    *,
+    damping: float = 0.01,
+    activation_order: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Like `gptq_int4`, with the codes of `int3` and scales by `fit_int3`. Returns packed and scales."""
+
+    def fit(rows: Tensor, importance: Tensor) -> tuple[Tensor, Tensor | None]:
+        return fit_steps(rows, group_size, scale_dtype, importance)[1], None
+
+    zero = SYMMETRIC_ZERO // STEP
+    codes, steps, _ = _round_groups(weight, gram, group_size, fit, zero, damping, activation_order)
+    return pack_int3(STEP * codes), steps / STEP
+
+
+def _round_groups(
+    weight: Tensor,
+    gram: Tensor,
+    group_size: int,
+    fit: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    zero: int,
+    damping: float,
+    activation_order: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [out, in] uint8 of 0 .. 2 * zero - 1, scales and zeros of a weight in groups.
+
+    fit: scales, and zeros or None for `zero`, of whole groups of columns, given the importance of these columns.
+    """
     order, factor = _feedback(weight, gram, damping, activation_order)
     # The cost of a column's error after the best compensation by later columns.
     importance = torch.empty_like(factor[0])
     importance[order] = factor.diagonal().pow(-2)
 
-    def fitted(rows: Tensor, first: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Scales and zeros of the groups in the columns of the weight from `first` on."""
-        weights = importance[first : first + rows.shape[1]]
-        if search:
-            return fit_int4(rows, group_size, symmetric, scale_dtype, weights)[1:]
-        return quantize_int4(rows, group_size, symmetric, scale_dtype)[1:]
-
     def rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scales, found = fitted(rows)
-        zeros = torch.full_like(scales, SYMMETRIC_ZERO) if found is None else found
+        scales, found = fit(rows, importance)
+        zeros = torch.full_like(scales, zero) if found is None else found
 
         def grid(columns: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
             groups = columns // group_size
             if not activation_order:
-                group = groups[:1]
-                scale, zero = fitted(current, int(columns[0]))
+                first, group = int(columns[0]), groups[:1]
+                scale, shift = fit(current, importance[first : first + current.shape[1]])
                 scales[:, group] = scale
-                if zero is not None:
-                    zeros[:, group] = zero
+                if shift is not None:
+                    zeros[:, group] = shift
             return scales[:, groups], zeros[:, groups]
 
         # A group that is fitted when it is rounded needs all feedback of earlier columns.
         block = _BLOCK if activation_order else group_size
-        codes = _round(rows, order, factor, grid, (0, 15), block)
-        return pack_int4(codes.to(torch.uint8)), scales, zeros
+        codes = _round(rows, order, factor, grid, (0, 2 * zero - 1), block)
+        return codes.to(torch.uint8), scales, zeros
 
-    packed, scales, zeros = (torch.cat(parts) for parts in zip(*map(rounded, weight.split(_ROWS)), strict=True))
-    return packed, scales, None if symmetric else zeros
+    codes, scales, zeros = (torch.cat(parts) for parts in zip(*map(rounded, weight.split(_ROWS)), strict=True))
+    return codes, scales, zeros
 
 
 def gptq_int8(

@@ -16,12 +16,14 @@ is sum(h w c) / sum(h c^2), so a candidate only determines the codes. RMS error 
 64: 9.0 % of the weights' RMS after 5 candidates, as after 13, and 10.8 % by `quantize_int4`.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from ..kernels.linear_int4 import GROUP_SIZES, SYMMETRIC_ZERO, unpack_int4, unpacked
 
-__all__ = ["dequantize_int4", "fit_int4", "pack_int4", "quantize_int4", "unpack_int4"]
+__all__ = ["dequantize_int4", "fit_int4", "fit_symmetric", "pack_int4", "quantize_int4", "unpack_int4"]
 
 _DIVISORS = (7.0, 7.5, 8.0, 8.7, 9.5)  # candidates for a symmetric group's scale: its largest weight divided by these
 _SHARES = (1.0, 0.93, 0.86, 0.8)  # of an asymmetric group's range
@@ -67,29 +69,66 @@ def fit_int4(
     importance: [in], not negative, weights of each input channel's error, such as its mean square; equal by default.
     Raises the ValueErrors of `quantize_int4`, and ValueError for an importance that does not fit.
     """
+    if symmetric:
+        codes, scales = fit_symmetric(weight, group_size, SYMMETRIC_ZERO, _DIVISORS, scale_dtype, importance)
+        return pack_int4(codes), scales, None
+    codes, scales, zeros = _fitted(weight, group_size, _fit_asymmetric, 15, scale_dtype, importance)
+    return pack_int4(codes), scales, zeros.to(scale_dtype)
+
+
+def fit_symmetric(
+    weight: Tensor,
+    group_size: int,
+    zero: int,
+    divisors: Sequence[float],
+    scale_dtype: torch.dtype,
+    importance: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Codes [out, in] uint8 of 0 .. 2 * zero - 1, which represent scales * (codes - zero), and scales like `fit_int4`.
+
+    divisors: of a group's largest weight, for its candidates. Raises the ValueErrors of `fit_int4`.
+    """
+
+    def fit(groups: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        zeros = torch.full_like(largest, zero)
+        return _best(groups, weights, [(-largest / divisor, zeros) for divisor in divisors], 2 * zero - 1)
+
+    return _fitted(weight, group_size, fit, 2 * zero - 1, scale_dtype, importance)[:2]
+
+
+def _fitted(
+    weight: Tensor,
+    group_size: int,
+    fit: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
+    top: int,
+    scale_dtype: torch.dtype,
+    importance: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes up to `top`, scales, and zeros in float32, from `fit`: scales and zeros of groups and their importance."""
     _check(weight, group_size)
     if importance is not None and (importance.shape != weight.shape[1:] or not bool((importance >= 0).all())):
         raise ValueError(f"importance must be [{weight.shape[1]}], not negative, got {tuple(importance.shape)}")
-    channels = max(1, _CHUNK // weight.shape[1])
     parts = []
-    for rows in weight.split(channels):
+    for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
         groups = rows.float().unflatten(1, (-1, group_size))
         weights = None if importance is None else importance.to(groups).view(-1, group_size)
-        fit = _fit_symmetric if symmetric else _fit_asymmetric
         wide, zeros = fit(groups, weights)
         scales = wide.to(scale_dtype)
         _check_scales(scales, rows)
-        codes = _codes(groups, scales.float(), zeros).to(torch.uint8)
-        parts.append((pack_int4(codes.flatten(1)), scales, zeros.to(scale_dtype)))
-    packed, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return packed, scales, None if symmetric else zeros
+        codes = _codes(groups, scales.float(), zeros, top).to(torch.uint8)
+        parts.append((codes.flatten(1), scales, zeros))
+    codes, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return codes, scales, zeros
 
 
 def _check(weight: Tensor, group_size: int) -> None:
     if group_size not in GROUP_SIZES:
-        raise ValueError(f"int4 groups have one of {GROUP_SIZES} inputs, not {group_size}")
+        raise ValueError(f"groups have one of {GROUP_SIZES} inputs, not {group_size}")
     if weight.ndim != 2 or weight.shape[1] == 0 or not weight.is_floating_point():
-        raise ValueError(f"an int4 weight is made of a floating [out, in], got {weight.dtype} {tuple(weight.shape)}")
+        raise ValueError(
+            f"a weight in groups is made of a floating [out, in], got {weight.dtype} {tuple(weight.shape)}"
+        )
     if weight.shape[1] % group_size:
         raise ValueError(f"{weight.shape[1]} inputs are not divisible by the group of {group_size}")
     if not weight.isfinite().all():
@@ -101,14 +140,6 @@ def _check_scales(scales: Tensor, weight: Tensor) -> None:
         raise ValueError(f"weights up to {float(weight.abs().max()):.3g} need scales that {scales.dtype} cannot hold")
 
 
-def _fit_symmetric(groups: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The best scales of groups [out, groups, group_size], and 8 for all zeros."""
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    zeros = torch.full_like(largest, SYMMETRIC_ZERO)
-    candidates = [(-largest / divisor, zeros) for divisor in _DIVISORS]
-    return _best(groups, importance, candidates)
-
-
 def _fit_asymmetric(groups: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     lowest, highest = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
     # Divided before subtraction: the range of a group can exceed the largest float32.
@@ -118,11 +149,14 @@ def _fit_asymmetric(groups: Tensor, importance: Tensor | None) -> tuple[Tensor, 
         scales = share * full
         divisors = torch.where(scales > 0, scales, 1)
         candidates.append((scales, torch.round(-share * lowest / divisors).clamp(0, 15)))
-    return _best(groups, importance, candidates)
+    return _best(groups, importance, candidates, 15)
 
 
-def _best(groups: Tensor, importance: Tensor | None, candidates: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Scales and zeros [out, groups] of the candidate whose codes, with their best scale, have the least error.
+def _best(
+    groups: Tensor, importance: Tensor | None, candidates: list[tuple[Tensor, Tensor]], top: int
+) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [out, groups] of the candidate whose codes, at most `top`, have the least error with their best
+    scale.
 
     The error is sum(h w^2) - sum(h w c)^2 / sum(h c^2), with c = code - zero. Groups are divided by their largest
     weight, so that squares neither overflow nor underflow.
@@ -133,7 +167,7 @@ def _best(groups: Tensor, importance: Tensor | None, candidates: list[tuple[Tens
     best_scales, best_zeros = candidates[0]
     best_gain = torch.full_like(largest, -1)
     for scales, zeros in candidates:
-        steps = _codes(groups, scales, zeros) - zeros[..., None]
+        steps = _codes(groups, scales, zeros, top) - zeros[..., None]
         along = (weighted * steps).sum(-1)
         square = (steps.square() if importance is None else steps.square() * importance).sum(-1)
         found = square > 0
@@ -146,9 +180,9 @@ def _best(groups: Tensor, importance: Tensor | None, candidates: list[tuple[Tens
     return best_scales, best_zeros
 
 
-def _codes(groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+def _codes(groups: Tensor, scales: Tensor, zeros: Tensor, top: int) -> Tensor:
     divisors = torch.where(scales != 0, scales, 1)[..., None]
-    return torch.round(groups / divisors + zeros[..., None]).clamp_(0, 15)
+    return torch.round(groups / divisors + zeros[..., None]).clamp_(0, top)
 
 
 def pack_int4(codes: Tensor) -> Tensor:

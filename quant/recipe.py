@@ -12,11 +12,13 @@ layer applies, and a layer without a matching rule stays dense. Layer names are 
     int4-w4a8  int4-w4a8        int8                  int8      int8-w8a8
     nf4        nf4              int8                  int8      int8
     small      int4-g64         int4-g64              int8      int4-g64; attention int8
+    int3       int3-g64; attention int4-g64; the rest as in small
 
 Convolutions, norms, biases and the encoder's positions are always dense: together they are 0.2 % of the weights. The
-lm_head and the embeddings keep 8 bits, except in small: a row serves a single token, so no other row compensates for
-its error. Only the embedding rows that are looked up are read, so fewer bits save memory but no time. int4 in the
-encoder's attention costs afnext-tiny ten points of word error rate in noise; in the encoder's MLP it costs none.
+lm_head and the embeddings keep 8 bits, except in small and int3: a row serves a single token, so no other row
+compensates for its error. Only the embedding rows that are looked up are read, so fewer bits save memory but no time.
+int4 in the encoder's attention costs afnext-tiny ten points of word error rate in noise; in the encoder's MLP it costs
+none.
 """
 
 import re
@@ -25,18 +27,18 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .scheme import Int4, Scheme, SchemeError, parse_scheme
+from .scheme import Int3, Int4, Scheme, SchemeError, parse_scheme
 
 FORMAT_VERSION = 1
 MAX_RULES = 1024
 MAX_PATTERN = 200
 SMALL = "small"
-"""The recipe with the fewest bytes."""
-RECIPES = ("int8", "int8-w8a8", "fp8", "int4", "int4-w4a8", "nf4", SMALL)
+"""The recipe with the fewest bytes without int3."""
+RECIPES = ("int8", "int8-w8a8", "fp8", "int4", "int4-w4a8", "nf4", SMALL, "int3")
 _TOKENS = ("decoder.lm_head", "decoder.embed_tokens")
 _ADAPTOR, _ENCODER, _DECODER = "adaptor.*", "encoder.layers.*", "decoder.layers.*"
-_ENCODER_ATTENTION = "encoder.layers.*.self_attn.*"
-_DEFAULT_PATTERNS = {*_TOKENS, _ADAPTOR, _ENCODER_ATTENTION, _ENCODER, _DECODER}
+_ENCODER_ATTENTION, _DECODER_ATTENTION = "encoder.layers.*.self_attn.*", "decoder.layers.*.self_attn.*"
+_DEFAULT_PATTERNS = {*_TOKENS, _ADAPTOR, _ENCODER_ATTENTION, _ENCODER, _DECODER_ATTENTION, _DECODER}
 
 
 @dataclass(frozen=True)
@@ -148,12 +150,13 @@ def recipe(
     symmetric: bool = True,
     rules: Iterable[tuple[str, str]] = (),
 ) -> Recipe:
-    """A default recipe by name, one of `RECIPES`, or a scheme's spelling with a group ("int4-g32-zeros", "int8-g32").
+    """A default recipe by name, one of `RECIPES`, or a scheme's spelling with a group ("int4-g32-zeros", "int3-g128",
+    "int8-g32").
 
     group_size, symmetric: of int4. rules: pairs (pattern, scheme's spelling) that come before the recipe's own, such as
     ("decoder.layers.0.*", "dense"). Raises SchemeError for unknown names and for options that the recipe does not have.
     """
-    if name not in RECIPES and not name.startswith(("int4-", "int8-g")):
+    if name not in RECIPES and not name.startswith(("int4-", "int3-", "int8-g")):
         known = ", ".join(RECIPES)
         raise SchemeError(f"unknown recipe {name[:80]!r}; choose from {known}, or as in int4-g32-zeros-w4a8")
     scheme = parse_scheme("int4" if name == SMALL else name)
@@ -164,15 +167,18 @@ def recipe(
     elif group_size is not None or not symmetric:
         raise SchemeError(f"{name} has no group size or zero points to choose; only int4 and int4-w4a8 do")
     first = tuple((_check_pattern(pattern), parse_scheme(text)) for pattern, text in rules)
-    eight = parse_scheme("int8")
-    tokens = encoder = scheme if name == SMALL else eight
+    four, eight = parse_scheme("int4"), parse_scheme("int8")
+    few_bytes = name == SMALL or isinstance(scheme, Int3)
+    tokens = encoder = four if few_bytes else eight
     if name.endswith("a8"):
         encoder = parse_scheme("int8-w8a8")
     elif name == "fp8":
         encoder = scheme
     own = [*((pattern, tokens) for pattern in _TOKENS), (_ADAPTOR, eight)]
-    own += [(_ENCODER_ATTENTION, eight)] if name == SMALL else []
-    own += [(_ENCODER, encoder), (_DECODER, scheme)]
+    own += [(_ENCODER_ATTENTION, eight)] if few_bytes else []
+    own += [(_ENCODER, encoder)]
+    own += [(_DECODER_ATTENTION, four)] if isinstance(scheme, Int3) else []
+    own += [(_DECODER, scheme)]
     return Recipe(name if name == SMALL else _spelled(scheme), (*first, *own))
 
 

@@ -11,15 +11,16 @@
     int4, zeros   the same                 the same                    like scales         4 + 32 / group
     groups, f32   the same, with scales and zeros of 32 bits
     int4, w4a8    the same, with zeros or without; inputs of the product are rounded to int8 too, a scale a group
+    int3          [out, 3 in / 8] uint8    [out, in / group] 16 bits   none                3 + 16 / group
     nf4           [out, in / 2] uint8      [out, in / 64] float32      none                4.5
 
 On GPUs few rows of inputs are not rounded: they use the kernels of int8 and int4. fp8 rounds no few rows anywhere, and
 none on GPUs that cannot multiply e4m3.
 
-The byte layouts are in `int8`, `fp8`, `int4` and `nf4`. In a file the tensors of the layer X are X.weight_codes,
+The byte layouts are in `int8`, `fp8`, `int4`, `int3` and `nf4`. In a file a layer X has the tensors X.weight_codes,
 X.weight_scales and X.weight_zeros; X.bias is unchanged. A scheme is written as its name, followed by the group if it
 has one, "zeros" if there are zero points, "f32" if scales have 32 bits, and "w4a8": int4-g64, int4-g128-zeros,
-int4-g32-w4a8, int8-g32, int8-g16-f32.
+int4-g32-w4a8, int3-g64, int8-g32, int8-g16-f32.
 """
 
 import re
@@ -33,6 +34,8 @@ from torch import Tensor
 
 from ..kernels.errors import AfnextError
 from ..kernels.linear_fp8 import linear_fp8, linear_fp8_swiglu
+from ..kernels.linear_int3 import BLOCK_BYTES, linear_int3, linear_int3_swiglu
+from ..kernels.linear_int3 import BLOCK_SIZE as INT3_BLOCK_SIZE
 from ..kernels.linear_int4 import GROUP_SIZES, SYMMETRIC_ZERO, linear_int4, linear_int4_swiglu, prepare_int4
 from ..kernels.linear_int8 import linear_int8, linear_int8_swiglu
 from ..kernels.linear_int8_groups import GROUP_SIZES as INT8_GROUP_SIZES
@@ -42,6 +45,7 @@ from ..kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
 from ..kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
 from ..kernels.quantize_rows import E4M3
 from .fp8 import LARGEST_CODE, dequantize_fp8, quantize_fp8
+from .int3 import dequantize_int3, fit_int3
 from .int4 import dequantize_int4, fit_int4
 from .int8 import dequantize_int8, dequantize_int8_groups, quantize_int8, quantize_int8_groups
 from .nf4 import BLOCK_SIZE, dequantize_nf4, quantize_nf4
@@ -316,6 +320,50 @@ class Int4(Scheme):
 
 
 @dataclass(frozen=True)
+class Int3(Scheme):
+    """One scale for each `group_size` inputs of a channel, eight values."""
+
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.group_size not in GROUP_SIZES:
+            raise SchemeError(f"int3 has groups of {', '.join(map(str, GROUP_SIZES))} inputs, not {self.group_size}")
+
+    def __str__(self) -> str:
+        return f"int3-g{self.group_size}"
+
+    def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
+        """See `Scheme`."""
+        out, inner = _matrix(shape, self)
+        blocks, rest = divmod(inner, INT3_BLOCK_SIZE)
+        if rest:
+            raise SchemeError(f"{self} takes inputs in multiples of {INT3_BLOCK_SIZE}, not {inner}; choose int4")
+        return {
+            "weight_codes": Stored((out, blocks * BLOCK_BYTES), (torch.uint8,)),
+            "weight_scales": Stored((out, inner // self.group_size), (torch.bfloat16, torch.float16, torch.float32)),
+        }
+
+    def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """See `Scheme`."""
+        return dequantize_int3(packed.codes, packed.scales, dtype)
+
+    def largest_weight(self, scales: Tensor, zeros: Tensor | None) -> float:
+        """See `Scheme`."""
+        return _largest(scales) * SYMMETRIC_ZERO
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """See `Scheme`."""
+        return linear_int3(x, packed.codes, packed.scales, bias, residual)
+
+    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
+        """See `Scheme`."""
+        return linear_int3_swiglu(x, gate.codes, gate.scales, up.codes, up.scales)
+
+    def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
+        return Packed(*fit_int3(rows, self.group_size, importance=importance))
+
+
+@dataclass(frozen=True)
 class NF4(Scheme):
     """The codebook of bitsandbytes' nf4, one scale for each 64 inputs of a channel."""
 
@@ -356,7 +404,7 @@ class NF4(Scheme):
 
 
 def parse_scheme(text: str) -> Scheme | None:
-    """Parse a scheme, None for "dense": the inverse of str(scheme); int4 without a group means the default group.
+    """Parse a scheme, None for "dense": the inverse of str(scheme); int4 and int3 without a group have the default one.
 
     Raises SchemeError for anything else.
     """
@@ -367,17 +415,20 @@ def parse_scheme(text: str) -> Scheme | None:
         "fp8": Fp8(),
         "int4": Int4(),
         "int4-w4a8": Int4(int8_inputs=True),
+        "int3": Int3(),
         "nf4": NF4(),
     }
     if text in plain:
         return plain[text]
-    match = re.fullmatch(r"(int8|int4)-g(\d{1,4})(-zeros)?(-f32)?(-w4a8)?", text, re.ASCII)
-    if match is None or (match[1] == "int8" and match[5]):
+    match = re.fullmatch(r"(int8|int4|int3)-g(\d{1,4})(-zeros)?(-f32)?(-w4a8)?", text, re.ASCII)
+    if match is None or (match[1] == "int8" and match[5]) or (match[1] == "int3" and any(match.groups()[2:])):
         raise SchemeError(
-            f"unknown scheme {text[:80]!r}; choose from {', '.join(plain)}, or int4 or int8 with a group, as in "
-            "int4-g32, int4-g128-zeros or int8-g32"
+            f"unknown scheme {text[:80]!r}; choose from {', '.join(plain)}, or int3, int4 or int8 with a group, as in "
+            "int4-g32, int4-g128-zeros, int3-g128 or int8-g32"
         )
     group, symmetric, wide = int(match[2]), match[3] is None, match[4] is not None
+    if match[1] == "int3":
+        return Int3(group)
     if match[1] == "int8":
         return Int8Groups(group, symmetric, float32_scales=wide)
     return Int4(group, symmetric, int8_inputs=match[5] is not None, float32_scales=wide)

@@ -4,7 +4,7 @@
     prefill              a chunk of the prompt, at its start and behind 45 000 tokens
     decode               one step at 45 000 tokens, one and four sequences
     choose               the next token from the scores
-    W8A16, W8A8, FP8, W4A16, W4A8, NF4
+    W8A16, W8A8, FP8, W4A16, W4A8, W3A16, NF4
                          the decoder's matrix products with weights of that scheme, at the rows of decode and prefill
 
 each that touches the KV cache with a cache in bfloat16, in int8 and in int4.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...kernels.audio_format import WINDOW_SAMPLES
 from ...kernels.linear_fp8 import linear_fp8, linear_fp8_swiglu
+from ...kernels.linear_int3 import linear_int3, linear_int3_swiglu
 from ...kernels.linear_int4 import linear_int4, linear_int4_swiglu
 from ...kernels.linear_int8 import linear_int8, linear_int8_swiglu
 from ...kernels.linear_nf4 import BLOCK_SIZE, linear_nf4, linear_nf4_swiglu
@@ -188,6 +189,19 @@ def _w4a8_pair(x: Tensor, gate: Linear, up: Linear) -> None:
     linear_w4a8_swiglu(x, *_int4(gate), *_int4(up))
 
 
+def _int3(linear: Linear) -> tuple[Tensor, Tensor]:
+    codes, scales = _int4(linear)
+    return torch.empty(len(codes), codes.shape[1] // 4 * 3, dtype=torch.uint8, device=_META), scales
+
+
+def _w3a16(x: Tensor, linear: Linear) -> None:
+    linear_int3(x, *_int3(linear), bias=linear.bias)
+
+
+def _w3a16_pair(x: Tensor, gate: Linear, up: Linear) -> None:
+    linear_int3_swiglu(x, *_int3(gate), *_int3(up))
+
+
 def _nf4(linear: Linear) -> tuple[Tensor, Tensor]:
     outputs, inputs = linear.weight.shape
     return torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=_META), _float(outputs, inputs // BLOCK_SIZE)
@@ -207,6 +221,7 @@ _SCHEMES = (
     ("FP8", _fp8_product, _fp8_pair),
     ("W4A16", _w4a16, _w4a16_pair),
     ("W4A8", _w4a8, _w4a8_pair),
+    ("W3A16", _w3a16, _w3a16_pair),
     ("NF4", _nf4_product, _nf4_pair),
 )
 

@@ -248,6 +248,8 @@ _FORMULAS: dict[str, Callable[[Arguments, int], Work]] = {
     "linear_int4_swiglu": _linear_swiglu,
     "linear_w4a8": _linear_int8_inputs,
     "linear_w4a8_swiglu": _linear_int8_inputs_swiglu,
+    "linear_int3": _linear,
+    "linear_int3_swiglu": _linear_swiglu,
     "linear_nf4": _linear,
     "linear_nf4_swiglu": _linear_swiglu,
     "quantize_rows": _quantize_rows,

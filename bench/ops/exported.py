@@ -213,6 +213,14 @@ def int4_weight(codes: Tensor, scales: Tensor) -> Tensor:
     return ((both - 8).double().unflatten(1, (scales.shape[1], -1)) * scales.double()[..., None]).flatten(1)
 
 
+def int4_bytes(packed: Tensor) -> Tensor:
+    """The 64 bytes of int4 codes for each 48 of int3: the spare lowest bits of all codes are the codes of a quarter."""
+    blocks = packed.view(torch.uint8).unflatten(1, (-1, 3, 16)).int()
+    places = torch.tensor([2, 4, 8], device=packed.device)[:, None]
+    last = ((blocks & 0x11) * places).sum(2, keepdim=True)
+    return torch.cat((blocks & 0xEE, last), 2).flatten(1).byte()
+
+
 def nf4_weight(codes: Tensor, scales: Tensor) -> Tensor:
     """float64 weights of two codes a byte, the even input in the high half, with a scale for each 64 inputs."""
     levels = (
@@ -286,6 +294,16 @@ def linear_int4(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None =
 def linear_int4_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
     """`linear_swiglu` with int4 weights in groups."""
     return linear_swiglu(x, int4_weight(gate, gate_scales), int4_weight(up, up_scales))
+
+
+def linear_int3(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` with int3 weights in groups."""
+    return linear(x, int4_weight(int4_bytes(packed), scales), bias)
+
+
+def linear_int3_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
+    """`linear_swiglu` with int3 weights in groups."""
+    return linear_int4_swiglu(x, int4_bytes(gate), gate_scales, int4_bytes(up), up_scales)
 
 
 def linear_w4a8(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -222,10 +222,10 @@ def linear_swiglu(s: Shape, new: Draw) -> Arguments:
 
 
 def packed_linear(s: Shape, new: Draw, *, kind: str) -> Arguments:
-    """shape: as `linear`, and group for int4 and int8_groups. kind: a key of the table of packed weights."""
-    names = {"int8": "weight", "fp8": "weight", "int8_groups": "codes", "int4": "packed", "nf4": "codes"}
+    """shape: as `linear`, and group for int4, int3 and int8_groups. kind: a key of the table of packed weights."""
+    names = {"int8": "weight", "fp8": "weight", "int4": "packed", "int3": "packed"}
     codes, scales = _PACKED[kind](s, new)
-    arguments = {"x": new.normal(s["rows"], s["in_features"]), names[kind]: codes, "scales": scales}
+    arguments = {"x": new.normal(s["rows"], s["in_features"]), names.get(kind, "codes"): codes, "scales": scales}
     return _with_bias(arguments, s, new)
 
 
@@ -274,7 +274,13 @@ def _nf4(s: Shape, new: Draw) -> tuple[Tensor, Tensor]:
     return codes, new.uniform(outputs, inputs // BLOCK_SIZE, high=2 / inputs**0.5)
 
 
-_PACKED = {"int8": _int8, "fp8": _fp8, "int8_groups": _int8_groups, "int4": _int4, "nf4": _nf4}
+def _int3(s: Shape, new: Draw) -> tuple[Tensor, Tensor]:
+    outputs, inputs = s["out_features"], s["in_features"]
+    codes = new.integers(0, 256, outputs, 3 * inputs // 8, dtype=torch.uint8)
+    return codes, new.uniform(outputs, inputs // s["group"], high=1 / 8 / inputs**0.5, dtype=torch.bfloat16)
+
+
+_PACKED = {"int8": _int8, "fp8": _fp8, "int8_groups": _int8_groups, "int4": _int4, "int3": _int3, "nf4": _nf4}
 
 
 def quantize_rows(s: Shape, new: Draw) -> Arguments:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...kernels.linear_fp8 import rounds_inputs
+from ...kernels.linear_int3 import unpack_int3
 from ...kernels.linear_int4 import unpacked as unpacked_int4
 from ...kernels.linear_nf4 import unpacked as unpacked_nf4
 from ...kernels.log_mel import mel_filters
@@ -153,6 +154,8 @@ def dense_weight(arguments: dict[str, Any], dtype: torch.dtype, part: str = "") 
         return (by_group * scales.float().reshape(len(codes), -1, 1)).flatten(1).to(dtype)
     if scales.dtype == torch.float32:
         return unpacked_nf4(codes, scales).to(dtype)
+    if 8 * codes.shape[1] == 3 * arguments["x"].shape[1]:
+        codes = unpack_int3(codes)
     return unpacked_int4(codes, scales.float(), None).to(dtype)
 
 

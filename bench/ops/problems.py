@@ -26,7 +26,7 @@ from ...kernels.conv_stem import conv_length
 from ...kernels.log_mel import HOP_LENGTH
 from ...kernels.rote import pooled_length
 from ...quant.recipe import RECIPES, recipe
-from ...quant.scheme import Fp8, Int4, Int8, Int8Groups
+from ...quant.scheme import Fp8, Int3, Int4, Int8, Int8Groups
 from ..core.work import Work, work_of
 from .inputs import Arguments, Draw, Shape
 from .specs import Spec, spec
@@ -348,6 +348,8 @@ def _product(
     if isinstance(scheme, Int4):
         shape["group"] = scheme.group_size
         return f"linear_{'w4a8' if scheme.int8_inputs else 'int4'}{suffix}", shape, count
+    if isinstance(scheme, Int3):
+        return f"linear_int3{suffix}", {**shape, "group": scheme.group_size}, count
     return f"linear_nf4{suffix}", shape, count
 
 

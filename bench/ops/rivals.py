@@ -174,6 +174,7 @@ _PRODUCTS = (
     "linear_fp8",
     "linear_int4",
     "linear_w4a8",
+    "linear_int3",
     "linear_nf4",
 )
 _TORCH: Mapping[str, Callable[[Problem, Arguments], Any]] = {

@@ -17,6 +17,7 @@ from ...kernels.errors import AfnextError
 from ...kernels.kv_write import kv_write
 from ...kernels.linear import linear, linear_swiglu
 from ...kernels.linear_fp8 import linear_fp8, linear_fp8_swiglu
+from ...kernels.linear_int3 import linear_int3, linear_int3_swiglu
 from ...kernels.linear_int4 import linear_int4, linear_int4_swiglu
 from ...kernels.linear_int8 import linear_int8, linear_int8_swiglu
 from ...kernels.linear_int8_groups import linear_int8_groups, linear_int8_groups_swiglu
@@ -194,6 +195,7 @@ def _products() -> list[Spec]:
     pair = shapes((1, 64, 96, 0), (3, 192, 37, 0), (33, 160, 70, 0))
     eight = shapes((1, 64, 96, 0), (3, 192, 37, 1), (33, 128, 70, 1))
     four = (*shapes((1, 128, 96, 0), group=64), *shapes((3, 192, 37, 1), (33, 256, 70, 1), group=32))
+    three = (*shapes((1, 128, 96, 0), group=64), *shapes((3, 384, 37, 1), (33, 256, 70, 1), group=32))
     blocks = shapes((1, 128, 96, 0), (3, 192, 37, 1), (33, 256, 70, 1))
 
     def without_bias(sizes: tuple[dict[str, int], ...]) -> tuple[dict[str, int], ...]:
@@ -207,6 +209,7 @@ def _products() -> list[Spec]:
         ("int8", linear_int8, linear_int8_swiglu, eight),
         ("int8_groups", linear_int8_groups, linear_int8_groups_swiglu, four),
         ("int4", linear_int4, linear_int4_swiglu, four),
+        ("int3", linear_int3, linear_int3_swiglu, three),
         ("nf4", linear_nf4, linear_nf4_swiglu, blocks),
     )
     for kind, single, double, sizes in packed:

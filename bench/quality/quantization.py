@@ -36,7 +36,7 @@ METHODS: dict[str, Calibration | None] = {
     "both": Calibration(),
 }
 SCHEMES = (
-    *("int8", "int8-w8a8", "fp8", "nf4", "int4-g64-w4a8"),
+    *("int8", "int8-w8a8", "fp8", "nf4", "int4-g64-w4a8", "int3-g64", "int3-g128"),
     *(f"int4-g{group}{zeros}" for zeros in ("", "-zeros") for group in (32, 64, 128)),
 )
 HEADS = (Int8(), Int4(32, symmetric=False), Int4(64, symmetric=False), Int4(32))
@@ -84,7 +84,8 @@ def variants(schemes: Sequence[str] = SCHEMES) -> Iterator[tuple[str, str]]:
     """Every (scheme, method) in the order of the tables. nf4 and fp8 have no feedback, and int8 gains little."""
     for scheme in schemes:
         for method in METHODS:
-            if scheme.startswith("int4") or method in ("nearest", "scaling" if scheme in ("nf4", "fp8") else "both"):
+            few = "scaling" if scheme in ("nf4", "fp8") else "both"
+            if scheme.startswith(("int3", "int4")) or method in ("nearest", few):
                 yield scheme, method
 
 
@@ -153,7 +154,7 @@ def measure_layers(
 
 def _speech_runs(schemes: Sequence[str]) -> Iterator[tuple[str, str, str, dict[str, Scheme]]]:
     """The measurements on Whisper: case, name, method, and the scheme of each quantized part."""
-    from .quantized_whisper import EMBEDDINGS, HEAD, PARTS, recipe_parts
+    from .quantized_whisper import DECODER_ATTENTION, DECODER_MLP, EMBEDDINGS, HEAD, PARTS, recipe_parts
 
     yield "everything", "dense", "nearest", {}
     for name, method in variants(schemes):
@@ -166,6 +167,11 @@ def _speech_runs(schemes: Sequence[str]) -> Iterator[tuple[str, str, str, dict[s
         parts = recipe_parts(recipe(name))
         if len(set(parts.values())) > 1:
             yield "recipes", name, "nearest", parts
+    for mlp in ("int4-g64", "int3-g64", "int3-g128"):
+        scheme = parse_scheme(mlp)
+        assert scheme is not None
+        for method in ("nearest", "both"):
+            yield "decoder alone, attention int4-g64", mlp, method, {DECODER_ATTENTION: Int4(64), DECODER_MLP: scheme}
     if available("gguf") and available("xllamacpp"):
         from .q4_k import KIND, Q4K
 

@@ -27,7 +27,8 @@ from .whisper import LAYERS, model_weights
 WIDTH, HEADS, INNER, MEL_BINS, VOCABULARY = 384, 6, 1536, 80, 51864
 END, MOST_TOKENS = 50256, 120
 HEAD, EMBEDDINGS = "lm_head", "embeddings"
-PARTS = ("encoder attention", "encoder MLP", "decoder attention", "decoder MLP", HEAD, EMBEDDINGS)
+DECODER_ATTENTION, DECODER_MLP = "decoder attention", "decoder MLP"
+PARTS = ("encoder attention", "encoder MLP", DECODER_ATTENTION, DECODER_MLP, HEAD, EMBEDDINGS)
 
 DECODER_FOLDS = (
     Fold("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),

@@ -1,4 +1,5 @@
-// Products of few rows with 4-bit weights in groups of neighbouring inputs, read once from memory.
+// Products of few rows with 4-bit weights in groups of neighbouring inputs, read once from memory. A Packing says how
+// codes are stored: `Nibbles` or the denser `EvenNibbles` (even_nibbles.h).
 //
 //     y[c, r] = sum_k x[r, k] * scales[c, g] * (number[c, k] - (zeros[c, g] - offset))
 //
@@ -18,6 +19,19 @@ inline BitVec load_words(const uint8_t* p, int64_t left) {
   std::memcpy(&words, p, left < (int64_t)sizeof words ? left : sizeof words);
   return words;
 }
+
+// Codes as they are stored: two per byte.
+struct Nibbles {
+  static constexpr int kVectors = 1;             // of words in a block
+  static constexpr int kBytes = sizeof(BitVec);  // stored for a block
+  static constexpr int64_t stored(int64_t inputs) { return inputs / 2; }
+
+  // The words of a block, of which `left` bytes are stored.
+  static void load_block(const uint8_t* p, int64_t left, BitVec (&words)[kVectors]) { words[0] = load_words(p, left); }
+
+  // Two codes per byte from input `first` of the matrix on.
+  static const uint8_t* codes(const uint8_t* stored, int64_t first, int64_t, uint8_t*) { return stored + first / 2; }
+};
 
 // Gives each lane the value of its codes' group, from the values of neighbouring groups.
 template <bool ONE_GROUP>
@@ -139,11 +153,11 @@ Vec weigh_groups(const S* scales, const S* zeros, int64_t count, float offset, c
 }
 
 // y[c, r] for C outputs from n on and R rows from `row` on, y `pitch` apart; products: [C * R, padded] floats, finite.
-template <bool ONE_GROUP, int C, int R, typename Rows>
+template <typename Packing, bool ONE_GROUP, int C, int R, typename Rows>
 void dot(const Weight& weight, int64_t n, const Rows& x, int64_t row, int64_t count, int64_t group, float* products,
          float* y, int64_t pitch) {
   const Spread<ONE_GROUP> spread(group / 8);
-  const int64_t padded = x.groups.padded(), half = count * group / 2;
+  const int64_t padded = x.groups.padded(), stored = Packing::stored(count * group);
   Vec total[C][R];
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r)
@@ -154,29 +168,35 @@ void dot(const Weight& weight, int64_t n, const Rows& x, int64_t row, int64_t co
                                     Rows::kOffset, x.groups.scales(row + r), x.groups.sums(row + r),
                                     products + (c * R + r) * padded);
       });
-  const uint8_t* codes = weight.codes + n * half;
+  const uint8_t* codes = weight.codes + n * stored;
   const auto* activations = x.row(row);
   const int64_t pitch_x = x.pitch();
-  const auto add = [&](int64_t chunk, int64_t left) {
-    BitVec words[C];
-    for (int c = 0; c < C; ++c) words[c] = load_words(codes + c * half + chunk * kChunk / 2, left);
-    Vec sums[C][R];
-    Rows::template dot<C, R>(words, activations + chunk * Rows::kStep, pitch_x, sums);
-    for (int c = 0; c < C; ++c)
-      for (int r = 0; r < R; ++r) total[c][r] += sums[c][r] * spread(products + (c * R + r) * padded, chunk);
+  const auto add = [&](int64_t block, int64_t left) {
+    BitVec words[C][Packing::kVectors];
+    for (int c = 0; c < C; ++c) Packing::load_block(codes + c * stored + block * Packing::kBytes, left, words[c]);
+#pragma GCC unroll 4
+    for (int v = 0; v < Packing::kVectors; ++v) {
+      const int64_t chunk = block * Packing::kVectors + v;
+      BitVec of[C];
+      for (int c = 0; c < C; ++c) of[c] = words[c][v];
+      Vec sums[C][R];
+      Rows::template dot<C, R>(of, activations + chunk * Rows::kStep, pitch_x, sums);
+      for (int c = 0; c < C; ++c)
+        for (int r = 0; r < R; ++r) total[c][r] += sums[c][r] * spread(products + (c * R + r) * padded, chunk);
+    }
   };
-  const int64_t whole = 2 * half / kChunk, left = half - whole * kChunk / 2;
-  Ahead<C> ahead(codes, C * half);
-  for (int64_t chunk = 0; chunk < whole; ++chunk) {
-    ahead.read(C * kChunk / 2);
-    add(chunk, kChunk / 2);
+  const int64_t whole = stored / Packing::kBytes, left = stored - whole * Packing::kBytes;
+  Ahead<C> ahead(codes, C * stored);
+  for (int64_t block = 0; block < whole; ++block) {
+    ahead.read(C * Packing::kBytes);
+    add(block, Packing::kBytes);
   }
   if (left) add(whole, left);
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) y[c * pitch + r] = sum(total[c][r]);
 }
 
-template <typename Rows, typename T>
+template <typename Packing, typename Rows, typename T>
 void product(const Rows& x, const Weight& weight, const Weight& up, const Epilogue<T>& write, int64_t rows,
              int64_t inner, int64_t group, int64_t threads) {
   const int64_t count = inner / group, own = 8 * x.groups.padded(), block = kOutputBlock * rows;
@@ -186,7 +206,7 @@ void product(const Rows& x, const Weight& weight, const Weight& up, const Epilog
     const auto multiply = [&](const Weight& by, float* to) {
       for_tiles(outputs, rows, row_bytes, [&](auto width, auto height, int64_t i, int64_t row) {
         constexpr int C = decltype(width)::value, R = decltype(height)::value;
-        const auto run = group >= kChunk ? dot<true, C, R, Rows> : dot<false, C, R, Rows>;
+        const auto run = group >= kChunk ? dot<Packing, true, C, R, Rows> : dot<Packing, false, C, R, Rows>;
         run(by, n + i, x, row, count, group, scratch, to + i * rows + row, rows);
       });
     };
@@ -198,23 +218,29 @@ void product(const Rows& x, const Weight& weight, const Weight& up, const Epilog
 }
 
 #if defined(AFNEXT_PANELS)
+// For the codes of a stretch, two per byte, and of the blocks of 128 inputs that it begins and ends in.
+constexpr int64_t kStretchBytes = 16 * 64 / 2 + 128;
+
 // A matrix for products with floats: rounded to bfloat16 at levels with bfloat16 dot products.
-template <typename Codes, typename GroupOf>
+template <typename Packing, typename Codes, typename GroupOf>
 struct UnpackedMatrix {
   const Weight& weight;
   GroupOf group_of;
   int64_t inner, group;
 
-  Rows source() const { return {weight.codes, inner / 2, kNumbers / 2}; }
+  Rows source() const { return {weight.codes, Packing::stored(inner), Packing::stored(kNumbers)}; }
 
   void write(int64_t n, int64_t outputs, int64_t step, int64_t count, uint8_t* panel, int64_t at) const {
     for (int64_t i = 0; i < outputs; ++i) {
       const int64_t first = (n + i) * (inner / group);
       auto numbers = group_of(weight, first + step * kNumbers / group);
+      const int64_t start = step * kNumbers, inputs = std::min(count * kNumbers, inner - start);
+      alignas(64) uint8_t space[kStretchBytes];
+      const uint8_t* codes = Packing::codes(weight.codes, (n + i) * inner + start, inputs, space);
       for (int64_t s = 0; s < count; ++s) {
         const int64_t k = (step + s) * kNumbers;
         if (k % group == 0) numbers = group_of(weight, first + k / group);
-        write_step(weight.codes + ((n + i) * inner + k) / 2, numbers, panel + (s * 32 + at + i) * 64);
+        write_step(codes + s * kNumbers / 2, numbers, panel + (s * 32 + at + i) * 64);
       }
     }
   }
@@ -239,22 +265,22 @@ struct UnpackedMatrix {
 
 // Rows: activations for few rows; up: second weight of a SwiGLU pair, or nulls. group_of(weight, index), for output and
 // group: a function from codes in the lowest four bits of each lane to weights, with `one` for a single code.
-template <typename Codes, typename Rows, typename T, typename GroupOf>
+template <typename Packing, typename Codes, typename Rows, typename T, typename GroupOf>
 void multiply_4bit(const T* x, const Weight& weight, const Weight& up, GroupOf group_of, const Epilogue<T>& write,
                    int64_t rows, int64_t inner, int64_t group, int64_t threads) {
 #if defined(AFNEXT_PANELS)
   if constexpr (kPanelsTake<T>)
     if (takes_panels(rows, write.columns)) {
-      const UnpackedMatrix<Codes, GroupOf> matrices[2] = {{weight, group_of, inner, group},
-                                                          {up, group_of, inner, group}};
+      const UnpackedMatrix<Packing, Codes, GroupOf> matrices[2] = {{weight, group_of, inner, group},
+                                                                   {up, group_of, inner, group}};
       return for_panels(x, rows, inner, threads, matrices, Outputs(write), write);
     }
 #endif
-  product(Rows(x, rows, inner, group), weight, up, write, rows, inner, group, threads);
+  product<Packing>(Rows(x, rows, inner, group), weight, up, write, rows, inner, group, threads);
 }
 
 // Dequantizes the weights, [columns, inner], rounded once; group_of: see above.
-template <typename Codes, typename T, typename GroupOf>
+template <typename Packing, typename Codes, typename T, typename GroupOf>
 void unpack_4bit(const Weight& weight, GroupOf group_of, T* out, int64_t columns, int64_t inner, int64_t group,
                  int64_t threads) {
   const int64_t groups = inner / group;
@@ -262,7 +288,8 @@ void unpack_4bit(const Weight& weight, GroupOf group_of, T* out, int64_t columns
     for (int64_t g = n * groups; g < (n + outputs) * groups; ++g) {
       const auto numbers = group_of(weight, g);
       float wide[128];
-      const uint8_t* from = weight.codes + g * group / 2;
+      alignas(64) uint8_t space[128 / 2];
+      const uint8_t* from = Packing::codes(weight.codes, g * group, group, space);
       for (int64_t i = 0; i < group / 2; ++i) {
         wide[2 * i] = numbers.one(from[i] >> shift_of(0, Codes::kEven) & 15);
         wide[2 * i + 1] = numbers.one(from[i] >> shift_of(1, Codes::kEven) & 15);

@@ -1,8 +1,10 @@
-// Products with int4 weights in groups, scales[n, g] * (code[n, k] - zeros[n, g]); see linear_4bit.h.
+// Products with int4 weights in groups, scales[n, g] * (code[n, k] - zeros[n, g]); see linear_4bit.h. int3 weights are int4
+// weights whose codes are even; see even_nibbles.h.
 //
 // float32 and float16 activations, and all activations at the portable level: codes become float32. bfloat16
 // activations from AVX2 and NEON on: those of a group become integers, which are multiplied with the stored codes.
 
+#include "even_nibbles.h"
 #include "fixed_point.h"
 #include "group_panels.h"
 #include "int_dot.h"
@@ -200,27 +202,29 @@ inline void put_wide_codes(const uint8_t* packed, uint8_t* out) {
 }
 
 // A matrix in the form in which GroupUnit multiplies it with tokens of Code.
-template <typename Code>
+template <typename Packing, typename Code>
 struct GroupMatrix {
   static constexpr int64_t kInputs = 64 / sizeof(Code);
 
   const Weight& weight;
   int64_t inner, group;
 
-  Rows source() const { return {weight.codes, inner / 2, kInputs / 2}; }
+  Rows source() const { return {weight.codes, Packing::stored(inner), Packing::stored(kInputs)}; }
 
   void write(int64_t n, int64_t outputs, int64_t step, int64_t count, uint8_t* panel, int64_t at) const {
+    const int64_t start = step * kInputs, inputs = std::min(count * kInputs, inner - start);
     for (int64_t i = 0; i < outputs; ++i) {
+      alignas(64) uint8_t space[kStretchBytes];
+      const uint8_t* codes = Packing::codes(weight.codes, (n + i) * inner + start, inputs, space);
       for (int64_t s = 0; s < count; ++s) {
-        const int64_t k = (step + s) * kInputs;
-        const uint8_t* from = weight.codes + ((n + i) * inner + k) / 2;
+        const int64_t k = start + s * kInputs;
+        const uint8_t* from = codes + s * kInputs / 2;
         uint8_t* to = panel + (s * 32 + at + i) * 64;
         sizeof(Code) == 1 ? put_codes(from, std::min<int64_t>(32, (inner - k) / 2), to) : put_wide_codes(from, to);
       }
-      const int64_t first = step * kInputs;
-      for (int64_t k = first; k < (step + count) * kInputs; k += group) {
+      for (int64_t k = start; k < (step + count) * kInputs; k += group) {
         const Group by = k < inner ? group_of(weight, (n + i) * (inner / group) + k / group) : Group{0, 0};
-        float* scales = group_scales(panel, (k - first) / group) + at + i;
+        float* scales = group_scales(panel, (k - start) / group) + at + i;
         scales[0] = by.scale;
         scales[32] = by.scale * (by.zero - 8);
       }
@@ -229,11 +233,11 @@ struct GroupMatrix {
 };
 
 // x: for TokenGroups, besides its shape.
-template <typename Code, typename T, typename... X>
+template <typename Packing, typename Code, typename T, typename... X>
 void product_in_groups(const Weight& weight, const Weight& up, const Epilogue<T>& write, int64_t rows, int64_t inner,
                        int64_t group, int64_t threads, X... x) {
   const TokenGroups<Code> tokens(x..., rows, inner, group, threads);
-  const GroupMatrix<Code> matrices[2] = {{weight, inner, group}, {up, inner, group}};
+  const GroupMatrix<Packing, Code> matrices[2] = {{weight, inner, group}, {up, inner, group}};
   const auto multiply = [&](auto unit) {
     for_panels<Vec>(unit, tokens.codes, rows, inner, threads, matrices, Outputs(write), write);
   };
@@ -249,6 +253,28 @@ void product_in_groups(const Weight& weight, const Weight& up, const Epilogue<T>
 }
 #endif
 
+// The product of afnext_linear_int4.
+template <typename Packing>
+void multiply_groups(const void* x, const Weight& weight, const Weight& up, const float* bias, const void* residual,
+                     void* out, int64_t rows, int64_t columns, int64_t inner, int64_t group, int64_t dtype,
+                     int64_t threads) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+#if defined(AFNEXT_PANELS)
+    using Rows = std::conditional_t<std::is_same<T, bfloat16>::value, FixedRows, FloatRows<Integers>>;
+#else
+    using Rows = FloatRows<Integers>;
+#endif
+    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up.codes != nullptr};
+#if defined(AFNEXT_PANELS)
+    if constexpr (kFixedPoint<T>)
+      if (takes_panels(rows, columns))
+        return product_in_groups<Packing, int16_t>(weight, up, write, rows, inner, group, threads, (const T*)x);
+#endif
+    multiply_4bit<Packing, Integers, Rows>((const T*)x, weight, up, group_of, write, rows, inner, group, threads);
+  });
+}
+
 }  // namespace
 }  // namespace afnext
 
@@ -261,21 +287,17 @@ AFNEXT_EXPORT void afnext_linear_int4(const void* x, const uint8_t* weight, cons
                                       int64_t group, int64_t group_dtype, int64_t dtype, int64_t threads) {
   using namespace afnext;
   const Weight first{weight, scales, zeros, group_dtype}, second{up, up_scales, up_zeros, group_dtype};
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-#if defined(AFNEXT_PANELS)
-    using Rows = std::conditional_t<std::is_same<T, bfloat16>::value, FixedRows, FloatRows<Integers>>;
-#else
-    using Rows = FloatRows<Integers>;
-#endif
-    const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
-#if defined(AFNEXT_PANELS)
-    if constexpr (kFixedPoint<T>)
-      if (takes_panels(rows, columns))
-        return product_in_groups<int16_t>(first, second, write, rows, inner, group, threads, (const T*)x);
-#endif
-    multiply_4bit<Integers, Rows>((const T*)x, first, second, group_of, write, rows, inner, group, threads);
-  });
+  multiply_groups<Nibbles>(x, first, second, bias, residual, out, rows, columns, inner, group, dtype, threads);
+}
+
+// As afnext_linear_int4, with weights [columns, inner * 3 / 8]; inner: a multiple of 128.
+AFNEXT_EXPORT void afnext_linear_int3(const void* x, const uint8_t* weight, const void* scales, const void* zeros,
+                                      const uint8_t* up, const void* up_scales, const void* up_zeros, const float* bias,
+                                      const void* residual, void* out, int64_t rows, int64_t columns, int64_t inner,
+                                      int64_t group, int64_t group_dtype, int64_t dtype, int64_t threads) {
+  using namespace afnext;
+  const Weight first{weight, scales, zeros, group_dtype}, second{up, up_scales, up_zeros, group_dtype};
+  multiply_groups<EvenNibbles>(x, first, second, bias, residual, out, rows, columns, inner, group, dtype, threads);
 }
 
 // As afnext_linear_int4, with each group of the rows rounded to int8 first.
@@ -291,13 +313,14 @@ AFNEXT_EXPORT void afnext_linear_w4a8(const void* x, const uint8_t* weight, cons
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
 #if defined(AFNEXT_PANELS)
     if (takes_panels(rows, columns))
-      return product_in_groups<int8_t>(first, second, write, rows, inner, group, threads, (const int8_t*)by.codes,
-                                       (const float*)by.scales);
-    product(ByteRows(by.codes, by.scales, rows, inner, group), first, second, write, rows, inner, group, threads);
+      return product_in_groups<Nibbles, int8_t>(first, second, write, rows, inner, group, threads,
+                                                (const int8_t*)by.codes, (const float*)by.scales);
+    product<Nibbles>(ByteRows(by.codes, by.scales, rows, inner, group), first, second, write, rows, inner, group,
+                     threads);
 #else
     Scratch<float> wide(rows * inner);
     for (int64_t i = 0; i < rows * inner; ++i) wide[i] = by.codes[i] * by.scales[i / group];
-    product(FloatRows<Integers>((const float*)wide, rows, inner, group), first, second, write, rows, inner, group, threads);
+    product<Nibbles>(FloatRows<Integers>((const float*)wide, rows, inner, group), first, second, write, rows, inner, group, threads);
 #endif
   });
 }
@@ -309,6 +332,17 @@ AFNEXT_EXPORT void afnext_unpack_int4(const uint8_t* weight, const void* scales,
   using namespace afnext;
   const Weight packed{weight, scales, zeros, group_dtype};
   with_dtype(dtype, [&](auto zero) {
-    unpack_4bit<Integers>(packed, group_of, (decltype(zero)*)out, columns, inner, group, threads);
+    unpack_4bit<Nibbles, Integers>(packed, group_of, (decltype(zero)*)out, columns, inner, group, threads);
+  });
+}
+
+// The same for int3 weights, [columns, inner * 3 / 8].
+AFNEXT_EXPORT void afnext_unpack_int3(const uint8_t* weight, const void* scales, const void* zeros, void* out,
+                                      int64_t columns, int64_t inner, int64_t group, int64_t group_dtype, int64_t dtype,
+                                      int64_t threads) {
+  using namespace afnext;
+  const Weight packed{weight, scales, zeros, group_dtype};
+  with_dtype(dtype, [&](auto zero) {
+    unpack_4bit<EvenNibbles, Integers>(packed, group_of, (decltype(zero)*)out, columns, inner, group, threads);
   });
 }

@@ -129,7 +129,7 @@ AFNEXT_EXPORT void afnext_linear_nf4(const void* x, const uint8_t* weight, const
 #endif
     const Epilogue<T> write{bias, (const T*)residual, (T*)out, columns, up != nullptr};
     const Weight first{weight, scales, nullptr, kFloat32}, second{up, up_scales, nullptr, kFloat32};
-    multiply_4bit<Levels, Rows>((const T*)x, first, second, group_of, write, rows, inner, kGroup, threads);
+    multiply_4bit<Nibbles, Levels, Rows>((const T*)x, first, second, group_of, write, rows, inner, kGroup, threads);
   });
 }
 
@@ -139,6 +139,6 @@ AFNEXT_EXPORT void afnext_unpack_nf4(const uint8_t* weight, const float* scales,
   using namespace afnext;
   const Weight packed{weight, scales, nullptr, kFloat32};
   with_dtype(dtype, [&](auto zero) {
-    unpack_4bit<Levels>(packed, group_of, (decltype(zero)*)out, columns, inner, kGroup, threads);
+    unpack_4bit<Nibbles, Levels>(packed, group_of, (decltype(zero)*)out, columns, inner, kGroup, threads);
   });
 }

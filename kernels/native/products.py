@@ -1,7 +1,7 @@
 """Calls of the native products with packed weights: tensors in, tensors out.
 
-Arguments are those of `linear_int8`, `linear_int8_groups`, `linear_int4`, `linear_w4a8` and `linear_nf4`, already
-checked, with x as contiguous rows [rows, in]; results are [rows, out] in the dtype of x.
+Arguments are those of `linear_int8`, `linear_int8_groups`, `linear_int4`, `linear_int3`, `linear_w4a8` and
+`linear_nf4`, already checked, with x as contiguous rows [rows, in]; results are [rows, out] in the dtype of x.
 """
 
 import torch
@@ -16,6 +16,8 @@ NF4 = tuple[Tensor, Tensor]
 """codes, scales"""
 Int4 = tuple[Tensor, Tensor, Tensor | None]
 """packed, scales, zeros"""
+Int3 = tuple[Tensor, Tensor]
+"""packed, scales"""
 Int8Groups = tuple[Tensor, Tensor, Tensor | None]
 """codes, scales, zeros"""
 
@@ -113,6 +115,11 @@ def int4_product(x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, 
     return _grouped_product("linear_int4", x, weight, up, bias, residual)
 
 
+def int3_product(x: Tensor, weight: Int3, up: Int3 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """As `int8_product`."""
+    return _grouped_product("linear_int3", x, (*weight, None), up and (*up, None), bias, residual)
+
+
 def w4a8_product(x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """As `int8_product`, with each group of x rounded to int8 first."""
     return _grouped_product("linear_w4a8", x, weight, up, bias, residual)
@@ -156,6 +163,14 @@ def unpack_int4(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: tor
     columns, inner = len(packed), 2 * packed.shape[1]
     out = torch.empty(columns, inner, dtype=dtype)
     call("unpack_int4", packed, scales, zeros, out, columns, inner, inner // scales.shape[1], scales.dtype, dtype)
+    return out
+
+
+def unpack_int3(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """scales * (codes - 8), [out, in] in `dtype`, rounded once, for codes 0, 2 .. 14."""
+    columns, inner = len(packed), packed.shape[1] // 3 * 8
+    out = torch.empty(columns, inner, dtype=dtype)
+    call("unpack_int3", packed, scales, None, out, columns, inner, inner // scales.shape[1], scales.dtype, dtype)
     return out
 
 

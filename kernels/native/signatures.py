@@ -154,11 +154,12 @@ def _int8_product() -> Signature:
     )
 
 
-def _grouped_product(dtype: torch.dtype, width: str, sizes: str) -> Signature:
-    """The signature of a product with codes [columns, width] in groups of one of the sizes."""
+def _grouped_product(dtype: torch.dtype, width: str, sizes: str, multiple: str = "group") -> Signature:
+    """The signature of a product with codes [columns, width] in groups of one of the sizes; inner: a multiple of
+    `multiple`."""
     codes, groups = ("columns", width), ("columns", "inner // group")
     return Signature(
-        f"group in ({sizes}) and inner % group == 0",
+        f"group in ({sizes}) and inner % {multiple} == 0",
         x=_x(),
         weight=Array(dtype, codes),
         scales=Array("group_dtype", groups),
@@ -176,10 +177,10 @@ def _grouped_product(dtype: torch.dtype, width: str, sizes: str) -> Signature:
     )
 
 
-def _unpacking(dtype: torch.dtype, width: str, sizes: str) -> Signature:
+def _unpacking(dtype: torch.dtype, width: str, sizes: str, multiple: str = "group") -> Signature:
     """The signature that unpacks the weights of `_grouped_product`."""
     return Signature(
-        f"group in ({sizes}) and inner % group == 0",
+        f"group in ({sizes}) and inner % {multiple} == 0",
         weight=Array(dtype, ("columns", width)),
         scales=Array("group_dtype", ("columns", "inner // group")),
         zeros=Array("group_dtype", ("columns", "inner // group"), optional=True),
@@ -193,6 +194,7 @@ def _unpacking(dtype: torch.dtype, width: str, sizes: str) -> Signature:
 
 
 _INT4 = (torch.uint8, "inner // 2", "32, 64, 128")
+_INT3 = (torch.uint8, "inner // 8 * 3", "32, 64, 128", "128")
 _INT8_GROUPS = (torch.int8, "inner", "16, 32, 64, 128")
 
 
@@ -278,6 +280,8 @@ SIGNATURES = {
     "linear_int4": _grouped_product(*_INT4),
     "linear_w4a8": _grouped_product(*_INT4),
     "unpack_int4": _unpacking(*_INT4),
+    "linear_int3": _grouped_product(*_INT3),
+    "unpack_int3": _unpacking(*_INT3),
     "linear_int8_groups": _grouped_product(*_INT8_GROUPS),
     "unpack_int8_groups": _unpacking(*_INT8_GROUPS),
     "linear_nf4": Signature(

@@ -15,6 +15,7 @@ from afnext.kernels.dispatch import operations
 from afnext.kernels.kv_write import kv_write
 from afnext.kernels.linear import linear, linear_swiglu
 from afnext.kernels.linear_fp8 import linear_fp8, linear_fp8_swiglu
+from afnext.kernels.linear_int3 import linear_int3, linear_int3_swiglu
 from afnext.kernels.linear_int4 import linear_int4, linear_int4_swiglu
 from afnext.kernels.linear_int8 import linear_int8, linear_int8_swiglu
 from afnext.kernels.linear_int8_groups import linear_int8_groups, linear_int8_groups_swiglu
@@ -56,6 +57,13 @@ def int4(pair: bool) -> dict[str, Tensor]:
         return {"x": ones(2, 64), **weights, "gate_zeros": scales, "up_zeros": scales}
     rest = {"bias": ones(3), "residual": ones(2, 3)}
     return {"x": ones(2, 64), "packed": codes, "scales": scales, "zeros": scales, **rest}
+
+
+def int3(pair: bool) -> dict[str, Tensor]:
+    codes, scales = zeros(3, 48, dtype=U8), ones(3, 2)
+    if pair:
+        return {"x": ones(2, 128), "gate": codes, "gate_scales": scales, "up": codes, "up_scales": scales}
+    return {"x": ones(2, 128), "packed": codes, "scales": scales, "bias": ones(3), "residual": ones(2, 3)}
 
 
 def int8_groups(pair: bool) -> dict[str, Tensor]:
@@ -118,6 +126,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
     "linear_fp8_swiglu": (linear_fp8_swiglu, fp8(True)),
     "linear_int4": (linear_int4, int4(False)),
     "linear_int4_swiglu": (linear_int4_swiglu, int4(True)),
+    "linear_int3": (linear_int3, int3(False)),
+    "linear_int3_swiglu": (linear_int3_swiglu, int3(True)),
     "linear_w4a8": (linear_w4a8, int4(False)),
     "linear_w4a8_swiglu": (linear_w4a8_swiglu, int4(True)),
     "linear_int8_groups": (linear_int8_groups, int8_groups(False)),

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from afnext.quant.gptq import feedback_factor, gptq_int4, gptq_int8
+from afnext.quant.gptq import feedback_factor, gptq_int3, gptq_int4, gptq_int8
+from afnext.quant.int3 import dequantize_int3, fit_int3, pack_int3
 from afnext.quant.int4 import dequantize_int4, fit_int4, unpack_int4
 from afnext.quant.int8 import dequantize_int8, quantize_int8
 
@@ -99,6 +100,20 @@ def test_beats_nearest_rounding_on_held_out_activations(
     )
     errors = [(held_out @ (rounded - weight.double()).T).norm() for rounded in (nearest, fed_back)]
     assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("activation_order", [False, True])
+def test_int3_beats_nearest_rounding_on_held_out_activations(activation_order: bool, seed: int) -> None:
+    weight = torch.randn(48, 256)
+    x, mixing = correlated(2000, 256)
+    held_out, _ = correlated(500, 256, mixing)
+    nearest = dequantize_int3(*fit_int3(weight, 64), torch.float64)
+    packed, scales = gptq_int3(weight, x.T @ x, 64, activation_order=activation_order)
+    fed_back = dequantize_int3(packed, scales, torch.float64)
+    errors = [(held_out @ (rounded - weight.double()).T).norm() for rounded in (nearest, fed_back)]
+    assert errors[1] < 0.8 * errors[0]
+    codes = fed_back / scales.double().repeat_interleave(64, 1) + 8
+    assert torch.equal(pack_int3(codes.round().byte()), packed)
 
 
 def test_int8_beats_nearest_rounding_on_held_out_activations(seed: int) -> None:

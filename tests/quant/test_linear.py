@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from afnext.quant.linear import Embedding, Linear, joined
 from afnext.quant.scheme import Scheme, SchemeError, parse_scheme
 
-SPELLINGS = ("int8", "int8-w8a8", "int4-g32", "int4-g64-zeros", "int4-g32-w4a8", "nf4")
+SPELLINGS = ("int8", "int8-w8a8", "int4-g32", "int4-g64-zeros", "int4-g32-w4a8", "int3-g64", "nf4")
 
 
 def scheme_of(spelling: str) -> Scheme:
@@ -83,12 +83,12 @@ def test_layers_stored_differently_are_not_joined(seed: int) -> None:
 
 @pytest.mark.parametrize("spelling", ["dense", *SPELLINGS])
 def test_embedding(spelling: str, seed: int) -> None:
-    table = Embedding(50, 64)
-    weight = filled(table, torch.randn(50, 64), spelling)
+    table = Embedding(50, 128)
+    weight = filled(table, torch.randn(50, 128), spelling)
     ids = torch.randint(0, 50, (2, 7))
     torch.testing.assert_close(table(ids, torch.float32), weight[ids].float(), rtol=1e-6, atol=0)
-    assert table(ids[:0], torch.float32).shape == (0, 7, 64)
-    x = torch.randn(3, 64)
+    assert table(ids[:0], torch.float32).shape == (0, 7, 128)
+    x = torch.randn(3, 128)
     assert_near(table.scores(x), x.double() @ weight.T)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from afnext.quant.recipe import RECIPES, Recipe, fewest_rules, recipe
-from afnext.quant.scheme import NF4, Fp8, Int4, Int8, Int8Groups, SchemeError
+from afnext.quant.scheme import NF4, Fp8, Int3, Int4, Int8, Int8Groups, SchemeError
 
 MLP = "decoder.layers.11.mlp.up_proj"
 
@@ -21,9 +21,14 @@ def test_the_default_recipes() -> None:
     assert recipe("int4-w4a8").scheme(MLP) == Int4(64, int8_inputs=True)
     assert recipe("int4-w4a8", group_size=32).scheme(MLP) == Int4(32, int8_inputs=True)
     assert recipe("nf4").scheme(MLP) == NF4()
+    assert recipe("int3").scheme(MLP) == Int3(64)
+    assert recipe("int3-g128").scheme(MLP) == Int3(128)
+    assert recipe("int3").scheme("decoder.layers.0.self_attn.q_proj") == Int4(64)
+    for layer in ("encoder.layers.3.fc1", "encoder.layers.3.self_attn.q_proj"):
+        assert recipe("int3").scheme(layer) == recipe("small").scheme(layer)
     for name in RECIPES:
         for layer in ("decoder.lm_head", "decoder.embed_tokens"):
-            assert recipe(name).scheme(layer) == (Int4(64) if name == "small" else Int8())
+            assert recipe(name).scheme(layer) == (Int4(64) if name in ("small", "int3") else Int8())
         assert recipe(name).scheme("adaptor.linear_2") == Int8()
         for layer in ("encoder.conv1", "encoder.embed_positions", "decoder.norm"):
             assert recipe(name).scheme(layer) is None
@@ -63,7 +68,7 @@ def test_equal_rules_are_equal_recipes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "int3"}, "int3.*int8-w8a8"),
+        ({"name": "int2"}, "int2.*int8-w8a8"),
         ({"name": "int4-g7"}, "not 7"),
         ({"name": "int4", "group_size": 48}, "not 48"),
         ({"name": "int8", "group_size": 64}, "only int4"),

@@ -7,16 +7,24 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from afnext.quant import scheme as module
-from afnext.quant.scheme import Int4, Scheme, SchemeError, parse_scheme
+from afnext.quant.scheme import Int3, Int4, Scheme, SchemeError, parse_scheme
 
 SPELLINGS = (
-    *("int8", "int8-w8a8", "fp8", "nf4"),
+    *("int8", "int8-w8a8", "fp8", "nf4", "int3-g32", "int3-g64", "int3-g128"),
     *(f"int4-g{group}{zeros}" for group in (32, 64, 128) for zeros in ("", "-zeros")),
     *("int4-g32-w4a8", "int4-g64-zeros-w4a8", "int4-g32-zeros-f32", "int8-g16", "int8-g128"),
     *("int8-g32-zeros", "int8-g16-f32"),
 )
 # RMS of the error over that of normal weights, with room for small samples.
-ERRORS = {"int8": 0.012, "fp8": 0.03, "nf4": 0.11, "int4-g32": 0.09, "int4-g64": 0.10, "int4-g128": 0.11}
+ERRORS = {
+    "int8": 0.012,
+    "fp8": 0.03,
+    "nf4": 0.11,
+    "int3": 0.19,
+    "int4-g32": 0.09,
+    "int4-g64": 0.10,
+    "int4-g128": 0.11,
+}
 
 
 def scheme_of(spelling: str) -> Scheme:
@@ -33,6 +41,7 @@ def test_spelling_round_trip(spelling: str) -> None:
 def test_dense_and_defaults() -> None:
     assert parse_scheme("dense") is None
     assert parse_scheme("int4") == Int4()
+    assert parse_scheme("int3") == Int3(64)
     assert parse_scheme("int4-w4a8") == Int4(int8_inputs=True)
 
 
@@ -51,6 +60,9 @@ def test_dense_and_defaults() -> None:
         "int4-w4a8-g32",
         "int8-g8",
         "int8-g32-w8a8",
+        "int3-g48",
+        "int3-g64-zeros",
+        "int3-g64-w4a8",
     ],
 )
 def test_unknown_schemes_are_refused_by_name(spelling: str) -> None:
@@ -126,6 +138,7 @@ def assert_near(actual: torch.Tensor, exact: torch.Tensor, relative: float) -> N
     ("spelling", "shape", "message"),
     [
         ("int4-g64", (8, 96), "96 inputs are not divisible by groups of 64"),
+        ("int3-g64", (8, 192), "multiples of 128, not 192"),
         ("nf4", (8, 96), "96 inputs are not divisible"),
         ("int8", (8, 40), "multiples of 16, not 40"),
         ("fp8", (8, 40), "multiples of 16, not 40"),
