@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from ...kernels.errors import AfnextError
 from ...runtime.app.api import Model
 from ...runtime.engine.decode_graph import DecodeStep
+from ...runtime.engine.encoder_stream import Queued
 from ...runtime.engine.kv_cache import KVCache, pages_for
-from ...runtime.engine.prefill import PromptEmbeddings, prefill
+from ...runtime.engine.prefill import PlacedWindow, PromptEmbeddings, prefill
 from ...runtime.engine.timings import Timings
 from ...runtime.io.audio import windows
 from ...runtime.io.prompt import Prompt, build_prompt
@@ -173,7 +174,8 @@ class _Encoded(PromptEmbeddings):
     def __init__(self, subject: AfnextSubject):
         prompt, network = subject._prompt, subject._network
         super().__init__(network, prompt.token_ids, (), encode_batch=1, timings=Timings())
-        self._encoded.append((prompt.audio[0].position, subject._tokens))
+        whole = PlacedWindow(prompt.audio[0].position, len(subject._tokens), torch.empty(0), 0)
+        self._encoded.append(([whole], Queued([subject._tokens])))
 
 
 class TransformersSubject:

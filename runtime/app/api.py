@@ -20,7 +20,7 @@ from ...quant.recipe import Recipe, recipe
 from ..engine.engine import Engine
 from ..engine.executor import Executor, LocalExecutor
 from ..engine.memory import parse_bytes
-from ..engine.options import EngineOptions, default_chunk_size
+from ..engine.options import EngineOptions, default_chunk_size, encodes_ahead
 from ..engine.request import OnUpdate
 from ..errors import AudioError, ConfigError, PromptError
 from ..io.audio import Audio, AudioSource
@@ -71,6 +71,7 @@ def load(
     kv: str = "auto",
     attention: str = "auto",
     release_encoder: bool = False,
+    encode_ahead: bool | None = None,
     prefix_cache_bytes: int = 1 << 30,
     encoder_cache_bytes: int = 1 << 28,
     draft_tokens: int = 4,
@@ -90,19 +91,20 @@ def load(
     with the package and has a closed vocabulary. device: "auto" (a GPU if there is one), or a torch device other than
     "mps". dtype: "auto" (the checkpoint's; float16 on GPUs without bfloat16), "bfloat16", "float16" or "float32".
     page_size, chunk_size (None: 1024, on GPUs 2048 from 20 GB on and 4096 from 40 GB on), encode_batch, max_batch, kv,
-    attention, release_encoder, prefix_cache_bytes, encoder_cache_bytes, draft_tokens, batch_invariant: see
-    `EngineOptions`. memory: limit for the model and its requests, in bytes or as "8GB"; None for the device's free
-    memory. quant: pack dense weights while they are read, as "int8", "int8-w8a8", "fp8", "int4", "int4-w4a8", "nf4",
-    "small" or "int3", a variant such as "int4-g32-zeros", or a recipe. keep_packed: write the packed weights to
-    afnext's cache folder and load them from there, memory-mapped, now and the next time. fit: choose kv, chunk_size,
-    encode_batch, release_encoder and, for dense weights, quant so that `fit` seconds of audio fit into the memory
-    (True: the longest audio that the model accepts); changes that cost time are preferred to those that cost accuracy,
-    and the choice is logged. tp: number of processes, each with its own GPU, or its share of a CPU's threads, and with
-    a part of the decoder and of the KV cache (docs/scaling.md); `memory` is then that of each GPU. If a process fails
-    or is killed, all are ended, and every request raises EngineDeadError. sp: like tp, but each process holds the whole
-    weights, and long prompts are divided by tokens, with less traffic. warmup: on a GPU, allocate the whole KV cache
-    and record the decode steps of every size, so that requests do not wait for it. Kernels are always compiled, or
-    loaded from Triton's cache on disk.
+    attention, release_encoder, encode_ahead (None: on GPUs from 20 GB on), prefix_cache_bytes, encoder_cache_bytes,
+    draft_tokens, batch_invariant: see `EngineOptions`. encode_ahead needs the whole model on one device. memory: limit
+    for the model and its requests, in bytes or as "8GB"; None for the device's free memory. quant: pack dense weights
+    while they are read, as "int8", "int8-w8a8", "fp8", "int4", "int4-w4a8", "nf4", "small" or "int3", a variant such as
+    "int4-g32-zeros", or a recipe. keep_packed: write the packed weights to afnext's cache folder and load them from
+    there, memory-mapped, now and the next time. fit: choose kv, chunk_size, encode_batch, release_encoder, encode_ahead
+    and, for dense weights, quant so that `fit` seconds of audio fit into the memory (True: the longest audio that the
+    model accepts); changes that cost time are preferred to those that cost accuracy, and the choice is logged. tp:
+    number of processes, each with its own GPU, or its share of a CPU's threads, and with a part of the decoder and of
+    the KV cache (docs/scaling.md); `memory` is then that of each GPU. If a process fails or is killed, all are ended,
+    and every request raises EngineDeadError. sp: like tp, but each process holds the whole weights, and long prompts
+    are divided by tokens, with less traffic. warmup: on a GPU, allocate the whole KV cache and record the decode steps
+    of every size, so that requests do not wait for it. Kernels are always compiled, or loaded from Triton's cache on
+    disk.
 
     The memory plan (`afnext plan`) is made before loading, for the longest recording that fits, and it limits the KV
     cache. Raises MemoryPlanError with advice if not even a short question fits, ValueError for an option out of range,
@@ -111,17 +113,17 @@ def load(
     check_forced_operations()
     where, report = usable_device(device), progress or (lambda stage, done, total: None)
     available = parse_bytes(memory) if isinstance(memory, str) else memory
-    if chunk_size is None:
-        gpu = where.type == "cuda"
-        chunk_size = default_chunk_size((available or total_memory(where)) if gpu else 0, gpu)
+    gpu = where.type == "cuda"
+    size = (available or total_memory(where)) if gpu else 0
     options = EngineOptions(
         page_size=page_size,
-        chunk_size=chunk_size,
+        chunk_size=default_chunk_size(size, gpu) if chunk_size is None else chunk_size,
         encode_batch=encode_batch,
         max_batch=max_batch,
         kv=kv,
         attention=attention,
         release_encoder=release_encoder,
+        encode_ahead=encodes_ahead(encode_ahead, size, gpu, max(tp, sp)),
         prefix_cache_bytes=prefix_cache_bytes,
         encoder_cache_bytes=encoder_cache_bytes,
         draft_tokens=draft_tokens,

@@ -84,6 +84,7 @@ class NetworkSettings:
             chunk_size=fitting.chunk_size,
             encode_batch=fitting.encode_batch,
             release_encoder=fitting.release_encoder,
+            encode_ahead=fitting.encode_ahead,
         )
         return replace(self, options=options, quant=self.quant if fitting.scheme == DENSE else recipe(fitting.scheme))
 
@@ -114,6 +115,7 @@ class NetworkSettings:
             chunk_size=options.chunk_size,
             encode_batch=options.encode_batch,
             release_encoder=options.release_encoder,
+            encode_ahead=options.encode_ahead,
             mapped=device.type == "cpu" and as_stored and checkpoint.weights.is_mapped,
         )
 

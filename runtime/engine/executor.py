@@ -15,6 +15,7 @@ from ..errors import EngineDeadError
 from ..model.audio_flamingo import AudioFlamingo
 from ..model.fingerprint import model_fingerprint
 from .decode_steps import DecodeSteps
+from .encoder_stream import EncoderStream
 from .kv_cache import KVCache
 from .options import EngineOptions
 from .prefill import PlacedWindow, encode_windows, run_chunk
@@ -25,11 +26,12 @@ class Executor(ABC):
     """Computes for one engine. Only the engine's thread may call it; any thread may read `failure`.
 
     model: of this process; its `config` is that of the whole model. cache: of this process; page numbers are the same
-    in every process. size: number of processes.
+    in every process. encoder_stream: where `encode` should queue its work. size: number of processes.
     """
 
     model: AudioFlamingo
     cache: KVCache
+    encoder_stream: EncoderStream
     size: int = 1
 
     @property
@@ -112,6 +114,9 @@ class LocalExecutor(Executor):
             dtype=options.cache_dtype(model.dtype),
             padded=runs_triton(model.device),
             rounds_attention=options.attention == "int8",
+        )
+        self.encoder_stream = EncoderStream(
+            model.device, apart=options.encode_ahead and model.device.type == "cuda" and model.shard is None
         )
         self._steps = DecodeSteps(model, self.cache, options)
 

@@ -4,8 +4,9 @@
 
 Weights, table and pages are counted exactly, from the shapes that the config gives. The workspace is an upper bound of
 the temporary memory of encoding a batch of windows, prefilling a chunk or choosing a token; only the largest of the
-three counts, because they run one after another. The reserve covers the driver, the libraries, recorded decode steps
-and the allocator's rounding. Nothing here is measured: a plan for a device that is not present is a projection.
+three counts, because they run one after another, unless windows are encoded ahead, beside a chunk. The reserve covers
+the driver, the libraries, recorded decode steps and the allocator's rounding. Nothing here is measured: a plan for a
+device that is not present is a projection.
 """
 
 import logging
@@ -40,8 +41,9 @@ RESERVE = 500_000_000
 DENSE = "dense"
 SCHEMES = (DENSE, *RECIPES)
 _log = logging.getLogger("afnext.engine")
-# Changes that free memory, the mildest first: the first two cost time, the others precision.
+# Changes that free memory, the mildest first: the first three cost time, the others precision.
 CHANGES: Mapping[str, dict[str, Any]] = {
+    "encode_ahead=False": {"encode_ahead": False},
     "chunk_size=256, encode_batch=1": {"chunk_size": 256, "encode_batch": 1},
     "release_encoder": {"release_encoder": True},
     "kv=int8": {"kv": "int8"},
@@ -71,10 +73,10 @@ class MemoryPlan:
     gpu: whether the device is a GPU; on a CPU the slower torch implementations need more temporary memory. dtype: of
     the computation. scheme: "dense", or the recipe that dense weights are packed by, as in `load(quant=...)`; a
     quantization in `config` takes precedence.
-    kv, page_size, chunk_size, encode_batch, release_encoder: see `EngineOptions`. text_tokens, new_tokens: room for the
-    template with its system message and a question, and for the answer. mapped: the weights are read from the mapped
-    file and not copied. reserve: bytes that are not used. Raises MemoryPlanError for values out of range, and
-    SchemeError for a scheme that is unknown or does not fit a layer.
+    kv, page_size, chunk_size, encode_batch, release_encoder, encode_ahead: see `EngineOptions`. text_tokens,
+    new_tokens: room for the template with its system message and a question, and for the answer. mapped: the weights
+    are read from the mapped file and not copied. reserve: bytes that are not used. Raises MemoryPlanError for values
+    out of range, and SchemeError for a scheme that is unknown or does not fit a layer.
     """
 
     config: ModelConfig
@@ -88,6 +90,7 @@ class MemoryPlan:
     chunk_size: int = 1024
     encode_batch: int = 4
     release_encoder: bool = False
+    encode_ahead: bool = False
     text_tokens: int = 256
     new_tokens: int = 2048
     mapped: bool = False
@@ -156,12 +159,13 @@ class MemoryPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, ready for JSON."""
-        names = ("scheme", "kv", "page_size", "chunk_size", "encode_batch", "release_encoder", "audio_seconds")
+        names = ("scheme", "kv", "page_size", "chunk_size", "encode_batch", "release_encoder", "encode_ahead")
         return {
             "projected": True,
             "memory": self.memory,
             "dtype": str(self.dtype).removeprefix("torch."),
             **{name: getattr(self, name) for name in names},
+            "audio_seconds": self.audio_seconds,
             "tokens": self.tokens,
             "pages": self.pages,
             "page_bytes": self.page_bytes,
@@ -207,6 +211,11 @@ class MemoryPlan:
         """Whether the encoder's layers are kept in host memory."""
         return self.release_encoder and self.gpu
 
+    @property
+    def _encodes_ahead(self) -> bool:
+        """Whether windows are encoded while the decoder computes a chunk."""
+        return self.encode_ahead and self.gpu
+
     def _state(self) -> Iterator[Part]:
         table = rote_table_bytes(self.config, self.audio_seconds)
         if table:
@@ -224,9 +233,11 @@ class MemoryPlan:
     @property
     def stages(self) -> dict[str, int]:
         """Upper bounds of the temporary memory of each stage; the workspace is the largest."""
+        encoding = self._encoding() if self.audio_seconds else 0
+        beside = encoding if self._encodes_ahead else 0
         return {
-            f"encoding {self.encode_batch} windows": self._encoding() if self.audio_seconds else 0,
-            f"prefilling {self.chunk_size} tokens": self._prefilling(),
+            f"encoding {self.encode_batch} windows": encoding,
+            f"prefilling {self.chunk_size} tokens{' beside that' if beside else ''}": self._prefilling() + beside,
             "choosing a token": 80 * self.config.decoder.vocab_size,
             "growing the KV cache by a pool at a time": self.pages * self.page_bytes // (2 * self.config.decoder.layers)
             + 2 * self._turns,
@@ -257,8 +268,11 @@ class MemoryPlan:
         layer = itemsize * positions * max(6 * width + 2 * encoder.intermediate_size, 10 * width)
         pooled = positions * width * (itemsize + 4 * 4)
         window = max(log_mel, stem, layer, pooled)
-        # The previous batch may still wait for its chunk, and the chunk's embeddings exist.
+        # The previous batch may still wait for its chunk, and the chunk's embeddings exist. Ahead of the decoder, the
+        # windows of three chunks may exist: one that is computed, one that is queued, and the next.
         waiting = 2 * self.encode_batch * token_count(WINDOW_SAMPLES) + self.chunk_size
+        if self._encodes_ahead:
+            waiting += 3 * self.chunk_size + token_count(WINDOW_SAMPLES)
         held = itemsize * self.config.decoder.hidden_size * waiting
         layers, _ = weight_bytes(self.stored, self.dtype)["encoder", True]
         lent = 2 * layers // encoder.layers if self._lends else 0  # one computes, the next is copied

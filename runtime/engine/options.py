@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.decode_attention import MAX_NEW_TOKENS
+from ..errors import ConfigError
 from .kv_cache import KV_STORAGE, QUANTIZED
 
 ATTENTION = ("auto", "int8")
@@ -20,6 +21,16 @@ def default_chunk_size(memory: int, gpu: bool) -> int:
     return 4096 if memory >= 40 * 10**9 else 2048
 
 
+def encodes_ahead(wish: bool | None, memory: int, gpu: bool, ranks: int) -> bool:
+    """Whether to encode ahead on a device with `memory` bytes. By default (None) on GPUs with memory to spare.
+
+    Raises ConfigError if it is wished for a model on several devices.
+    """
+    if wish and ranks > 1:
+        raise ConfigError("encode_ahead is for a model on one device; leave it out with tp or sp.")
+    return gpu and ranks == 1 and memory >= 20 * 10**9 if wish is None else wish
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """Options that trade memory, speed and precision.
@@ -29,7 +40,9 @@ class EngineOptions:
     decode step once and repeat it, on a GPU as one CUDA graph, on a CPU as a list of native calls. None of these
     changes an answer.
     max_kv_tokens: largest size of the cache in tokens, None for as many as requests need. release_encoder: on a GPU,
-    keep the encoder's layers in host memory and copy each to the GPU when it is used.
+    keep the encoder's layers in host memory and copy each to the GPU when it is used. encode_ahead: on a GPU that
+    holds the whole model, encode the audio of the next chunk while the decoder computes a chunk, which needs the
+    working memory of both at once.
     prefix_cache_bytes: size limit of the prefix cache, within max_kv_tokens; encoder_cache_bytes: size limit of the
     cache of encoder outputs, in host memory. 0 for none.
     draft_tokens: most speculative tokens that a step verifies per answer, 0 to 7; see `speculation.py`.
@@ -51,6 +64,7 @@ class EngineOptions:
     attention: str = "auto"
     max_kv_tokens: int | None = None
     release_encoder: bool = False
+    encode_ahead: bool = False
     prefix_cache_bytes: int = 1 << 30
     encoder_cache_bytes: int = 1 << 28
 

@@ -42,6 +42,7 @@ class ParallelExecutor(Executor):
     def __init__(self, local: LocalExecutor, group: Group, links: Links):
         self.model = local.model
         self.cache = local.cache
+        self.encoder_stream = local.encoder_stream
         self.size = group.size
         self._local = local
         self._rank = Rank(local, group)

@@ -1,7 +1,8 @@
 """Chunked prefill: the decoder processes a prompt in chunks, and its audio is encoded just ahead of them.
 
 Only the activations of one chunk and the encoder outputs of one batch of windows are in memory at a time, so 30 minutes
-of audio (60 windows, 45 000 tokens) need no more working memory than 30 seconds.
+of audio (60 windows, 45 000 tokens) need no more working memory than 30 seconds. If the encoder has a stream of its
+own, the windows of the next chunk are encoded while the decoder computes a chunk; see `encoder_stream`.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..model import sequence_parallel
 from ..model.audio_flamingo import AudioFlamingo
 from ..model.encoder import token_count
+from .encoder_stream import EncoderStream, Queued
 from .kv_cache import KVCache, page_table
 from .timings import Timings
 
@@ -54,6 +56,11 @@ class PlacedWindow:
     waveform: Tensor
     index: int
 
+    @property
+    def stop(self) -> int:
+        """The token of the prompt after the window's last one."""
+        return self.start + self.tokens
+
     @cached_property
     def key(self) -> bytes:
         """A hash of all that the encoder output depends on: the samples, and the window's index in its audio."""
@@ -75,35 +82,41 @@ class PromptEmbeddings:
         start: int = 0,
         encode: "Encode | None" = None,
         embed: Callable[[Tensor], Tensor] | None = None,
+        stream: EncoderStream | None = None,
     ):
         """start: the first token that `piece` will be called for; audio that ends before it is not encoded. encode,
-        embed: compute the embeddings of audio and of token ids; by default the model in this process."""
+        embed: compute the embeddings of audio and of token ids; by default the model in this process. stream: where
+        `encode` queues its work; by default the current stream."""
         self._encode = encode or partial(encode_windows, model)
+        self._stream = stream or EncoderStream(model.device, apart=False)
         self._embed = embed or model.decoder.embed
         self._token_ids = torch.tensor(token_ids, device=model.device)
         self._encode_batch = encode_batch
         self._timings = timings
-        self._waiting = deque(window for window in placed_windows(audio) if window.start + window.tokens > start)
-        self._encoded: deque[tuple[int, Tensor]] = deque()
+        self._waiting = deque(window for window in placed_windows(audio) if window.stop > start)
+        self._encoded: deque[tuple[list[PlacedWindow], Queued]] = deque()
 
     def piece(self, start: int, stop: int) -> Tensor:
         """Embeddings of the prompt's tokens start .. stop - 1: [1, stop - start, hidden]. Pieces come in order."""
         x = self._embed(self._token_ids[start:stop])
-        self._encode_until(stop)
-        while self._encoded and self._encoded[0][0] < stop:
-            first, tokens = self._encoded[0]
-            begin, end = max(first, start), min(first + len(tokens), stop)
-            x[begin - start : end - start] = tokens[begin - first : end - first]
-            if end < first + len(tokens):
+        self.encode_until(stop)
+        for batch, queued in self._encoded:
+            if batch[0].start >= stop:
                 break
+            for window, tokens in zip(batch, self._stream.read(queued), strict=True):
+                begin, end = max(window.start, start), min(window.stop, stop)
+                if begin < end:
+                    x[begin - start : end - start] = tokens[begin - window.start : end - window.start]
+        while self._encoded and self._encoded[0][0][-1].stop <= stop:
             self._encoded.popleft()
         return x[None]
 
-    def _encode_until(self, stop: int) -> None:
+    def encode_until(self, stop: int) -> None:
+        """Queue the encoding of the windows that begin before token `stop`, except those that are queued already."""
         while self._waiting and self._waiting[0].start < stop:
             batch = [self._waiting.popleft() for _ in range(min(self._encode_batch, len(self._waiting)))]
-            tokens = self._encode(batch, self._timings)
-            self._encoded.extend((window.start, rows) for window, rows in zip(batch, tokens, strict=True))
+            queued = self._stream.queue(partial(self._encode, batch, self._timings))
+            self._encoded.append((batch, queued))
 
 
 Encode = Callable[[list[PlacedWindow], Timings], list[Tensor]]

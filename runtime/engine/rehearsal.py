@@ -58,7 +58,7 @@ def _works(executor: Executor, options: EngineOptions, pages: list[int]) -> Iter
 
 def _encode(executor: Executor, windows: int, samples: int) -> None:
     window = PlacedWindow(0, token_count(samples), torch.zeros(samples), 0)
-    executor.encode([window] * windows, Timings())
+    executor.encoder_stream.queue(partial(executor.encode, [window] * windows, Timings()))
 
 
 def _prefill(executor: Executor, pages: list[int], tokens: int) -> None:

@@ -225,6 +225,7 @@ class Steps:
             start=sequence.computed,
             encode=encode,
             embed=self.executor.embed,
+            stream=self.executor.encoder_stream,
         )
 
     def _prefill(self) -> None:
@@ -240,6 +241,15 @@ class Steps:
             if fits:
                 self._prefill_chunk(sequence, count)
                 budget -= count
+        if self.executor.encoder_stream.apart and self.scheduler.prefilling:
+            following = self.scheduler.prefilling[0]
+            self._guarded([following], partial(self._encode_ahead, following))
+
+    def _encode_ahead(self, sequence: SequenceState) -> None:
+        """Queue the encoding of the next step's first chunk, beside the chunks that this step has queued."""
+        assert sequence.embeddings is not None
+        with _forcing(sequence.backend):
+            sequence.embeddings.encode_until(sequence.computed + self._options.chunk_size)
 
     def _fixed_chunk(self, sequence: SequenceState) -> int:
         """Tokens of the next chunk, independent of other requests: for a prompt up to the next multiple of

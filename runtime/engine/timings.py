@@ -1,7 +1,7 @@
 """The time of each stage of a request."""
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 _AHEAD = 2
-"""Stages that may be queued on a GPU while the host continues: enough to keep the GPU busy, few enough that reported
-progress is nearly accurate."""
+"""Stages that may be queued on a stream of a GPU while the host continues: enough to keep the GPU busy, few enough that
+reported progress is nearly accurate."""
 
 
 @dataclass
@@ -19,7 +19,8 @@ class Timings:
     """Seconds spent in each stage of one request, and the times of its tokens.
 
     queue is the wait for pages and a place in the batch. first_token and total count from the start of the request,
-    including the wait for other requests of a batch; generate counts from the first token to the last.
+    including the wait for other requests of a batch; generate counts from the first token to the last. If the encoder
+    has a stream of its own, encode and prefill overlap.
     """
 
     load_audio: float = 0.0
@@ -33,36 +34,38 @@ class Timings:
     tokens_per_second: float = 0.0
     _start: float = field(default_factory=time.perf_counter, repr=False)
     _submitted: float = field(default=0.0, repr=False)
-    _queued: deque[tuple[str, Any, Any]] = field(default_factory=deque, repr=False)
+    _queued: dict[int, deque[tuple[str, Any, Any]]] = field(default_factory=lambda: defaultdict(deque), repr=False)
 
     @contextmanager
     def measure(self, stage: str, device: torch.device) -> Iterator[None]:
         """Add the time spent inside the block to `stage`; on a GPU, the time of the work queued inside it.
 
         A GPU's time is known when the work is done, at the latest after `settle`. Waits for earlier stages if many are
-        queued.
+        queued on the same stream.
         """
         if device.type != "cuda":
             start = time.perf_counter()
             yield
             setattr(self, stage, getattr(self, stage) + time.perf_counter() - start)
             return
-        while len(self._queued) >= _AHEAD:
-            self._settle_first()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         stream = torch.cuda.current_stream(device)
+        queued = self._queued[stream.cuda_stream]
+        while len(queued) >= _AHEAD:
+            self._settle_first(queued)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record(stream)
         yield
         end.record(stream)
-        self._queued.append((stage, begin, end))
+        queued.append((stage, begin, end))
 
     def settle(self) -> None:
         """Wait for the stages that are queued on a GPU, and add their time."""
-        while self._queued:
-            self._settle_first()
+        for queued in self._queued.values():
+            while queued:
+                self._settle_first(queued)
 
-    def _settle_first(self) -> None:
-        stage, begin, end = self._queued.popleft()
+    def _settle_first(self, queued: deque[tuple[str, Any, Any]]) -> None:
+        stage, begin, end = queued.popleft()
         end.synchronize()
         setattr(self, stage, getattr(self, stage) + begin.elapsed_time(end) / 1000)
 

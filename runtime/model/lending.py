@@ -27,6 +27,7 @@ class LentLayers:
         with current(device):
             self._copies = torch.cuda.Stream()
             self._places = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(_PLACES)]
+            self._copies.wait_stream(torch.cuda.current_stream())  # earlier work may still use the memory of the places
             self._ready = [torch.cuda.Event() for _ in range(_PLACES)]
             self._free = [torch.cuda.Event() for _ in range(_PLACES)]
         self._blocks = [_pin(layer, size) for layer, size in zip(layers, sizes, strict=True)]

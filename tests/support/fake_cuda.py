@@ -9,7 +9,8 @@ is what a GPU, or its driver, would refuse or get wrong:
 - grids and tensor descriptors are within the driver's limits;
 - operations do not mix devices;
 - a graph is captured on a stream of its own device, by one thread at a time, and nothing waits meanwhile;
-- what a graph reads and writes when it is replayed has not been freed.
+- what a graph reads and writes when it is replayed has not been freed;
+- what one stream uses and another has written is ordered by events, and freed no sooner (`fake_streams.py`).
 
 A violation raises `CudaFaultError`, and stays in `FakeCuda.faults`, as the runtime may recover from the exception.
 """
@@ -23,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.fake_streams import Known, StreamOrder
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -41,6 +43,7 @@ _MOST_BLOCKS = (2**31 - 1, 65535, 65535)
 _MOST_BOX = 256  # elements of one side of a tile that a tensor descriptor fetches
 _UNINITIALIZED = (torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty, Tensor.new_empty_strided)
 _WAITING = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu")
+_ON_THE_HOST = ("__get__", "__set__", "__len__", "size", "dim", "numel", "element_size", "stride")
 _BETWEEN_DEVICES = ("to", "copy_", "cpu", "cuda", "__getitem__", "__setitem__", "index_put_", "type")
 
 
@@ -70,34 +73,47 @@ class Stream:
 
     _handles = iter(range(1, 1_000_000))
 
-    def __init__(self, device: Any, *, default: bool = False):
+    def __init__(self, cuda: "FakeCuda", device: Any, *, default: bool = False):
+        self._order = cuda.order
         self.device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         self.device_index: int = self.device.index
         self.cuda_stream = 0 if default else next(self._handles)
+        self.key = self.device_index, self.cuda_stream
         self.graph: Graph | None = None
 
-    def wait_event(self, event: object) -> None:
-        """Work is done in order here."""
+    def wait_event(self, event: "Event") -> None:
+        """Later work waits for an event."""
+        self._order.wait(self.key, event.reached)
 
-    def wait_stream(self, stream: object) -> None:
-        """Work is done in order here."""
+    def wait_stream(self, stream: "Stream") -> None:
+        """Later work waits for what is queued in a stream."""
+        self._order.wait(self.key, self._order.until_now(stream.key))
+
+    def record_event(self) -> "Event":
+        """An event after what is queued."""
+        event = Event(self._order)
+        event.record(self)
+        return event
 
 
 class Event:
     """A point in a stream, reached at once."""
 
+    def __init__(self, order: StreamOrder):
+        self._order = order
+        self.reached: Known = {}
+
     def synchronize(self) -> None:
-        """Nothing is left to do."""
+        """The host waits for it."""
+        self._order.host_waits(self.reached)
 
     def elapsed_time(self, end: "Event") -> float:
         """Milliseconds until another event."""
         return 1.0
 
-    def record(self, stream: object = None) -> None:
-        """Work is done in order here."""
-
-    def wait(self, stream: object = None) -> None:
-        """Work is done in order here."""
+    def record(self, stream: Stream | None = None) -> None:
+        """Put it after what is queued in a stream."""
+        self.reached = self._order.until_now((stream or torch.cuda.current_stream()).key)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -158,6 +174,9 @@ class Graph:
         for storage, user in self.recorded.outside.items():
             if storage.expired():
                 self._cuda.fault(f"a graph is replayed whose {user} uses memory that was freed")
+        stream = self._cuda.current_stream(self.recorded.stream.device).key
+        self._cuda.order.use("a graph", stream, self.recorded.outside)
+        self._cuda.order.take("a graph", stream, self.recorded.pool)
         self._cuda.replays += 1
 
 
@@ -179,10 +198,11 @@ class FakeCuda:
         self.faults: list[str] = []
         self.fail_captures = 0
         self.capturing: dict[int, _Recorded] = {}
+        self.order = StreamOrder(self.fault)
         self._gpus = gpus
         self._capability = capability
         self._here = threading.local()
-        self._default_streams = [Stream(index, default=True) for index in range(gpus)]
+        self._default_streams = [Stream(self, index, default=True) for index in range(gpus)]
         self._kernels: set[JITFunction[Any]] = set()
         self._install(monkeypatch)
 
@@ -235,7 +255,7 @@ class FakeCuda:
 
     def synchronize(self, device: Any = None) -> None:
         """Wait for a GPU, which a capture in this thread does not allow."""
-        self._may_wait("synchronize")
+        self._may_wait("synchronize", device)
 
     def _index(self, device: Any) -> int:
         if device is None:
@@ -259,8 +279,8 @@ class FakeCuda:
             "default_stream": lambda device=None: self._default_streams[self._index(device)],
             "set_stream": self.set_stream,
             "stream": self.stream,
-            "Stream": lambda device=None, **_: Stream(self._index(device)),
-            "Event": lambda **_: Event(),
+            "Stream": lambda device=None, **_: Stream(self, self._index(device)),
+            "Event": lambda **_: Event(self.order),
             "CUDAGraph": lambda **_: Graph(self),
             "graph_pool_handle": lambda: next(pools),
             "is_current_stream_capturing": lambda: threading.get_ident() in self.capturing,
@@ -277,6 +297,7 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)  # the class itself is torch's own
         monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+        monkeypatch.setattr(Tensor, "record_stream", self._record_stream)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(driver, "_active", _Driver(self))
         monkeypatch.setattr(JITFunction, "_do_compile", lambda *arguments, **_: self._compiled(*arguments))
@@ -287,6 +308,10 @@ class FakeCuda:
                 run(worker, *arguments)
 
         monkeypatch.setattr(Worker, "_run", run_with_gpus)
+
+    @property
+    def _record_stream(self) -> Callable[[Tensor, Stream], None]:
+        return lambda tensor, stream: self.order.keep(StorageWeakRef(tensor.untyped_storage()), stream.key)
 
     @contextmanager
     def active(self) -> Iterator["FakeCuda"]:
@@ -348,6 +373,8 @@ class FakeCuda:
         """Note that something on `device` uses tensors. Returns the graph that it is recorded in, if any."""
         recorded = self.capturing.get(threading.get_ident())
         if recorded is None:
+            storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+            self.order.use(user, self.current_stream(device).key, storages)
             return None
         if self.fail_captures:
             self.fail_captures -= 1
@@ -362,9 +389,10 @@ class FakeCuda:
                 recorded.outside.setdefault(storage, user)
         return recorded
 
-    def _may_wait(self, what: str) -> None:
+    def _may_wait(self, what: str, device: Any = None) -> None:
         if threading.get_ident() in self.capturing:
             self.fault(f"{what} waits for the device during a capture")
+        self.order.host_waits(self.order.until_now(self.current_stream(device).key))
         self.waits.append(what)
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -379,7 +407,7 @@ class FakeCuda:
             target = on_gpus[0].device if on_gpus else None
         if name in _WAITING and on_gpus:
             self._may_wait(name)
-        if name not in ("__get__", "__set__"):
+        if name not in _ON_THE_HOST:
             self._check_devices(name, tensors, on_gpus, options)
         if name == "pin_memory":
             pinned = args[0].clone()
@@ -397,11 +425,14 @@ class FakeCuda:
                 result = function(*args, **options)
             if function in _UNINITIALIZED and target is not None and target.type == "cuda":
                 result.zero_()
+        is_view = bool(on_gpus) and _is_view(name, result, on_gpus)
+        if on_gpus and name not in _ON_THE_HOST and (not is_view or threading.get_ident() in self.capturing):
+            self.use(name, on_gpus[0].index, on_gpus)
         moved = bool(tensors) and target is not None and name in ("to", "cuda") and tensors[0].device != target
         made_here = function in (torch.tensor, torch.as_tensor) and target is not None and target.type == "cuda"
         if made_here or (moved and not _is_queued(tensors[0], options)):
             self._may_wait(name)
-        return self._placed(result, name, target, on_gpus, copy=moved or name == "cpu")
+        return self._placed(result, name, target, copy=moved or name == "cpu")
 
     def _asked_for(
         self, function: Any, name: str, args: tuple[Any, ...], options: dict[str, Any]
@@ -432,11 +463,9 @@ class FakeCuda:
             if not _is_queued(elsewhere[0], options):
                 self._may_wait(name)
 
-    def _placed(
-        self, result: Any, name: str, target: torch.device | None, inputs: list[GpuTensor], *, copy: bool
-    ) -> Any:
+    def _placed(self, result: Any, name: str, target: torch.device | None, *, copy: bool) -> Any:
         if isinstance(result, tuple | list) and not hasattr(result, "_fields") and not isinstance(result, torch.Size):
-            return type(result)(self._placed(one, name, target, inputs, copy=copy) for one in result)
+            return type(result)(self._placed(one, name, target, copy=copy) for one in result)
         if not isinstance(result, Tensor) or isinstance(result, GpuTensor):
             return result
         with torch._C.DisableTorchFunctionSubclass():
@@ -445,16 +474,18 @@ class FakeCuda:
                 return result
             placed = result.as_subclass(GpuTensor)
         placed.index = target.index
-        if name not in ("__get__", "__set__"):
-            self._note(name, placed, inputs)
+        if name not in _ON_THE_HOST:
+            self._note(name, placed)
         return placed
 
-    def _note(self, name: str, result: GpuTensor, inputs: list[GpuTensor]) -> None:
+    def _note(self, name: str, result: GpuTensor) -> None:
         """Note an operation of torch's in the graph that is being captured, and the memory that it allocated."""
-        recorded = self.use(name, result.index, inputs)
-        if recorded is None:
-            return
         storage = StorageWeakRef(result.untyped_storage())
+        if threading.get_ident() not in self.capturing:
+            self.order.allocate(self.current_stream(result.index).key, storage)
+            return
+        recorded = self.use(name, result.index, ())
+        assert recorded is not None
         if storage not in recorded.outside:
             recorded.owned.add(storage)
         recorded.operations.append(name)
@@ -500,6 +531,15 @@ class _Driver:
     def get_current_target(self) -> GPUTarget:
         """What kernels are specialized for."""
         return GPUTarget("cuda", 90, 32)
+
+
+def _is_view(name: str, result: Any, inputs: list[GpuTensor]) -> bool:
+    """Whether an operation on tensors of a GPU only returned parts of them, so that the GPU has nothing to do."""
+    if name.endswith("_") and name != "__getitem__":
+        return False
+    storages = {tensor.untyped_storage()._cdata for tensor in inputs}
+    parts = result if isinstance(result, tuple | list) else [result]
+    return all(isinstance(part, Tensor) and part.untyped_storage()._cdata in storages for part in parts)
 
 
 def _shape_of_product(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> tuple[int, ...]:

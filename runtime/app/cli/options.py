@@ -119,6 +119,14 @@ ReleaseOption = Annotated[
         help="Keep the encoder's layers off the GPU and copy them there as they compute.",
     ),
 ]
+AheadOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--encode-ahead/--no-encode-ahead",
+        help="On a GPU, encode the audio of the next chunk while a chunk is computed; needs more memory.",
+        show_default="on GPUs from 20 GB on",
+    ),
+]
 SystemOption = Annotated[str | None, typer.Option(help="Replaces the checkpoint's system message.")]
 TruncateOption = Annotated[bool, typer.Option("--truncate", help="Cut audio that is too long instead of refusing it.")]
 TaskOption = Annotated[
@@ -185,6 +193,7 @@ class LoadOptions:
     chunk_size: ChunkOption = None
     encode_batch: EncodeBatchOption = 4
     release_encoder: ReleaseOption = False
+    encode_ahead: AheadOption = None
     draft_tokens: Annotated[
         int,
         typer.Option(
@@ -243,6 +252,7 @@ class LoadOptions:
             chunk_size=self.chunk_size,
             encode_batch=self.encode_batch,
             release_encoder=self.release_encoder,
+            encode_ahead=self.encode_ahead,
             draft_tokens=self.draft_tokens,
             batch_invariant=self.batch_invariant,
             warmup=self.warmup,

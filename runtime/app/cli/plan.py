@@ -9,6 +9,7 @@ from .options import (
     DENSE,
     KV,
     RECIPES,
+    AheadOption,
     ChunkOption,
     DTypeOption,
     EncodeBatchOption,
@@ -48,6 +49,7 @@ def plan(
     chunk_size: ChunkOption = None,
     encode_batch: EncodeBatchOption = 4,
     release_encoder: ReleaseOption = False,
+    encode_ahead: AheadOption = None,
     tp: Annotated[int, typer.Option(help="GPUs that share the model; the plan is for each.", min=1)] = 1,
     fit: Annotated[bool, typer.Option("--fit", help="Choose the mildest settings with which it fits.")] = False,
     as_json: JsonOption = False,
@@ -59,7 +61,7 @@ def plan(
     import torch
 
     from ...engine.memory import MemoryPlan
-    from ...engine.options import default_chunk_size
+    from ...engine.options import default_chunk_size, encodes_ahead
     from ...model.sharding import shard_config
     from ..plan import Target, model_config, view
 
@@ -79,6 +81,7 @@ def plan(
         chunk_size=chunk_size or default_chunk_size(target.memory, target.gpu),
         encode_batch=encode_batch,
         release_encoder=release_encoder,
+        encode_ahead=encodes_ahead(encode_ahead, target.memory, target.gpu, tp),
         new_tokens=new_tokens,
         mapped=not target.gpu and scheme == DENSE and dtype in ("auto", config.dtype),
     )

@@ -10,8 +10,8 @@ _CONTROL_OR_DIRECTION = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u20
 
 # Names with an underscore can only be options; the others are also English words and need `=value`.
 _NAMES = (
-    "batch_invariant chunk_size draft_tokens encode_batch keep_packed max_new_tokens min_p page_size release_encoder "
-    "repetition_penalty top_k top_p"
+    "batch_invariant chunk_size draft_tokens encode_ahead encode_batch keep_packed max_new_tokens min_p page_size "
+    "release_encoder repetition_penalty top_k top_p"
 )
 _WORDS = "attention device dtype kv memory quant revision seed stop temperature truncate"
 _OPTION = re.compile(
@@ -68,6 +68,8 @@ def command_line_spelling(message: str) -> str:
 
 
 def _option(match: re.Match[str]) -> str:
-    flag = "--" + (match["name"] or match["word"]).replace("_", "-")
-    value = match["value"] or match["other"]
+    name = (match["name"] or match["word"]).replace("_", "-")
+    flag, value = f"--{name}", match["value"] or match["other"]
+    if value == "False":
+        return f"--no-{name}"
     return flag if value in (None, "True") else f"{flag} {value}"

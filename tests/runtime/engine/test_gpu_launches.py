@@ -2,7 +2,6 @@
 growing caches, recorded steps and captures that fail."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 
@@ -27,15 +26,6 @@ REHEARSE = Engine.rehearse
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_checkpoint(tmp_path_factory.mktemp("random"))
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    if torch.cuda.is_available():
-        pytest.skip("there is a real GPU")
-    monkeypatch.setattr(Engine, "rehearse", lambda engine, progress: None)
-    with FakeCuda(monkeypatch).active() as cuda:
-        yield cuda
 
 
 def load(folder: Path, gpu: int, **options: object) -> afnext.Model:

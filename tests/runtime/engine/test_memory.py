@@ -42,6 +42,7 @@ def plans(draw: st.DrawFn, configs: st.SearchStrategy[ModelConfig] | None = None
         chunk_size=draw(st.sampled_from([1, 256, 1024])),
         encode_batch=draw(st.integers(1, 5)),
         release_encoder=draw(st.booleans()),
+        encode_ahead=draw(st.booleans()),
         new_tokens=draw(st.integers(1, 4096)),
         reserve=draw(st.sampled_from([0, 500_000_000])),
     )
@@ -206,6 +207,15 @@ def test_thirty_minutes_on_a_card_of_six_gibibytes() -> None:
         match=r"1800 s of audio do not fit into 5\.00 GB .* kv=int4 and quant=small it holds \d+ s",
     ):
         replace(plan, memory=5 * 10**9).changes_to_fit()
+
+
+def test_encoding_ahead_takes_the_memory_of_both() -> None:
+    plan = MemoryPlan(FULL, 80 * 10**9, gpu=True, dtype=torch.bfloat16, audio_seconds=1800, chunk_size=4096)
+    ahead = replace(plan, encode_ahead=True)
+    encoding, prefilling, *_ = plan.stages.values()
+    assert encoding + prefilling <= part(ahead, "workspace") <= encoding + prefilling + 3 * 4096 * 3584 * 4
+    assert replace(ahead, gpu=False).total == replace(plan, gpu=False).total
+    assert replace(ahead, memory=plan.total).remedy() == ("encode_ahead=False",)
 
 
 SMALLER = ("dense", "int8", "int4-g32", "int4", "int4-g128", "small")

@@ -46,6 +46,7 @@ def test_every_encoding_can_hold_text_and_json(encoding: str) -> None:
         ("Use chunk_size=256, encode_batch=1, kv=int8.", "Use --chunk-size 256, --encode-batch 1, --kv int8."),
         ('load with memory="8GB" or quant=int4-w4a8', "load with --memory 8GB or --quant int4-w4a8"),
         ("top_p is 2; it must be above 0", "--top-p is 2; it must be above 0"),
+        ("It fits with encode_ahead=False", "It fits with --no-encode-ahead"),
         ("release_encoder frees 2 GB", "--release-encoder frees 2 GB"),
         ("the device has no memory, leave revision out", "the device has no memory, leave revision out"),
         ("a/max_new_tokens/top_k.wav is bad", "a/max_new_tokens/top_k.wav is bad"),
