@@ -176,7 +176,7 @@ def load(
     if runs_triton(where):
         made.engine.rehearse(lambda done, total: report("compiling kernels", done, total))
     if warmup:
-        made.engine.warm_up(lambda done, total: report("recording decode steps", done, total))
+        made.engine.warm_up(lambda done, total: report("recording CUDA graphs", done, total))
     return made
 
 

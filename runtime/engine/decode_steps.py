@@ -7,11 +7,13 @@ each change of the batch would need another recording. On a CPU padding costs ti
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 
 from ...kernels.dispatch import forced_backend
 from ...kernels.row_groups import row_invariant
 from ..model.audio_flamingo import AudioFlamingo
-from .decode_graph import DecodeStep, GraphMemory, capturable
+from .decode_graph import DecodeStep
+from .graphs import GraphMemory, capturable
 from .kv_cache import KVCache, pages_for
 from .options import EngineOptions
 
@@ -44,17 +46,15 @@ class DecodeSteps:
         self._steps.clear()
         self._memory = GraphMemory()
 
-    def warm_up(self, progress: Callable[[int, int], None]) -> None:
-        """Record the steps of every size, the largest first, so that smaller ones reuse the memory of larger ones.
-
-        progress: called with (done, total).
-        """
+    def works(self) -> list[Callable[[], object]]:
+        """Functions that record the steps of every size, the largest first, so that smaller ones reuse the memory of
+        larger ones."""
         sizes = sorted(set(self._sizes()), key=lambda size: -size[0] * size[1])
-        for done, (rows, time, width) in enumerate(sizes):
-            progress(done, len(sizes))
-            with row_invariant() if self._options.batch_invariant else nullcontext():
-                self.step(rows, time, width).warm_up()
-        progress(len(sizes), len(sizes))
+        return [partial(self._warm_up, *size) for size in sizes]
+
+    def _warm_up(self, rows: int, time: int, width: int) -> None:
+        with row_invariant() if self._options.batch_invariant else nullcontext():
+            self.step(rows, time, width).warm_up()
 
     def step(self, rows: int, time: int, pages: int) -> DecodeStep:
         """The step for `rows` sequences with `time` tokens each, the longest of `pages` pages."""

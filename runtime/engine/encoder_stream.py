@@ -9,7 +9,9 @@ stream wait for the windows that it reads. The allocator keeps their memory unti
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +42,15 @@ class EncoderStream:
         """Whether the encoder has a stream of its own."""
         return self._stream is not None
 
+    def current(self) -> AbstractContextManager[Any]:
+        """Makes it the current stream inside a `with` block."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
     def queue(self, encode: Callable[[], list[Tensor]]) -> Queued:
         """Call a function that queues the encoding of windows. Read its results with `read`."""
         if self._stream is None:
             return Queued(encode())
-        with torch.cuda.stream(self._stream):
+        with self.current():
             tokens = encode()
             return Queued(tokens, self._stream.record_event())
 

@@ -6,6 +6,7 @@ each with a shard of the model and of the cache. The engine alone manages reques
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -15,10 +16,11 @@ from ..errors import EngineDeadError
 from ..model.audio_flamingo import AudioFlamingo
 from ..model.fingerprint import model_fingerprint
 from .decode_steps import DecodeSteps
+from .encode_steps import EncodeSteps
 from .encoder_stream import EncoderStream
 from .kv_cache import KVCache
 from .options import EngineOptions
-from .prefill import PlacedWindow, encode_windows, run_chunk
+from .prefill import PlacedWindow, run_chunk
 from .timings import Timings
 
 
@@ -83,7 +85,7 @@ class Executor(ABC):
 
     @abstractmethod
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
-        """Record the decode steps of every size. progress: called with (done, total)."""
+        """Record the decode steps of every size, and batches of windows. progress: called with (done, total)."""
 
     @abstractmethod
     def read(self, index: int, pages: list[int]) -> Tensor:
@@ -118,6 +120,8 @@ class LocalExecutor(Executor):
         self.encoder_stream = EncoderStream(
             model.device, apart=options.encode_ahead and model.device.type == "cuda" and model.shard is None
         )
+        graphs = options.cuda_graphs and self.encoder_stream.apart and not options.release_encoder
+        self._encode = EncodeSteps(model, cuda_graphs=graphs, most_windows=options.windows_at_once)
         self._steps = DecodeSteps(model, self.cache, options)
 
     @property
@@ -146,7 +150,7 @@ class LocalExecutor(Executor):
 
     def encode(self, windows: list[PlacedWindow], timings: Timings) -> list[Tensor]:
         """See `Executor`."""
-        return encode_windows(self.model, windows, timings)
+        return self._encode(windows, timings)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """See `Executor`."""
@@ -166,7 +170,13 @@ class LocalExecutor(Executor):
 
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
         """See `Executor`."""
-        self._steps.warm_up(progress)
+        encoding, decoding = self._encode.works(), self._steps.works()
+        total = len(encoding) + len(decoding)
+        for done, record in enumerate((*encoding, *decoding)):
+            progress(done, total)
+            with self.encoder_stream.current() if done < len(encoding) else nullcontext():
+                record()
+        progress(total, total)
 
     def read(self, index: int, pages: list[int]) -> Tensor:
         """See `Executor`."""

@@ -139,7 +139,7 @@ class MemoryPlan:
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """Every part of the plan; `total` is the sum of all but those in host memory."""
-        return (*self._weights(), *self._copies(), *self._state(), self._workspace(), self._reserve())
+        return (*self._weights(), *self._copies(), *self._state(), *self._graphs(), self._workspace(), self._reserve())
 
     @property
     def total(self) -> int:
@@ -225,6 +225,11 @@ class MemoryPlan:
         yield Part("KV pages", self.pages * self.page_bytes, "device", detail)
         if self._turns:
             yield Part("key angles", self._turns, "device", "cos and sin for each token of an int4 cache, float32")
+
+    def _graphs(self) -> Iterator[Part]:
+        if self._encodes_ahead and not self._lends and self.audio_seconds:
+            detail = f"at most, to encode {self.encode_batch} whole windows"
+            yield Part("encoder's CUDA graphs", self._encoding(), "device", detail, exact=False)
 
     @property
     def _turns(self) -> int:

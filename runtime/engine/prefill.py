@@ -122,12 +122,21 @@ class PromptEmbeddings:
 Encode = Callable[[list[PlacedWindow], Timings], list[Tensor]]
 
 
-def encode_windows(model: AudioFlamingo, batch: list[PlacedWindow], timings: Timings) -> list[Tensor]:
-    """The audio embeddings of windows, as the decoder takes them: one [tokens, hidden] per window."""
+def encode_windows(
+    model: AudioFlamingo,
+    batch: list[PlacedWindow],
+    timings: Timings,
+    encode: Callable[[Tensor, list[int], list[int]], list[Tensor]] | None = None,
+) -> list[Tensor]:
+    """The audio embeddings of windows, as the decoder takes them: one [tokens, hidden] per window.
+
+    encode: computes what `model.encode` does.
+    """
+    encode = encode or model.encode
     with timings.measure("log_mel", model.device):
         mel = model.log_mel([window.waveform for window in batch])
     with timings.measure("encode", model.device):
-        return model.encode(mel, [window.waveform.numel() for window in batch], [window.index for window in batch])
+        return encode(mel, [window.waveform.numel() for window in batch], [window.index for window in batch])
 
 
 def placed_windows(audio: tuple[AudioInput, ...]) -> list[PlacedWindow]:

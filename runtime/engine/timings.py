@@ -1,7 +1,7 @@
 """The time of each stage of a request."""
 
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -34,7 +34,7 @@ class Timings:
     tokens_per_second: float = 0.0
     _start: float = field(default_factory=time.perf_counter, repr=False)
     _submitted: float = field(default=0.0, repr=False)
-    _queued: dict[int, deque[tuple[str, Any, Any]]] = field(default_factory=lambda: defaultdict(deque), repr=False)
+    _queued: dict[int, deque[tuple[str, Any, Any]]] = field(default_factory=dict, repr=False)
 
     @contextmanager
     def measure(self, stage: str, device: torch.device) -> Iterator[None]:
@@ -49,7 +49,7 @@ class Timings:
             setattr(self, stage, getattr(self, stage) + time.perf_counter() - start)
             return
         stream = torch.cuda.current_stream(device)
-        queued = self._queued[stream.cuda_stream]
+        queued = self._queued.setdefault(stream.cuda_stream, deque())
         while len(queued) >= _AHEAD:
             self._settle_first(queued)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

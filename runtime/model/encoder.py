@@ -7,6 +7,8 @@ as keys and dropped as outputs. Source: Radford et al. 2022; Goel et al. 2025,
 arXiv:2507.08128 (AF-Whisper).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -76,6 +78,17 @@ class EncoderLayer(nn.Module):
         return x.clamp(-_FLOAT16_LIMIT, _FLOAT16_LIMIT) if x.dtype == torch.float16 else x
 
 
+@dataclass(frozen=True)
+class Windows:
+    """What the encoder needs to know of a batch of windows. positions: of the longest window, before pooling;
+    key_lengths: positions of each, [batch] int64 on the device; angles, indices: for RoTE, see `pool_norm_rotate`."""
+
+    positions: int
+    key_lengths: Tensor
+    angles: Tensor | None
+    indices: Tensor | None
+
+
 class Encoder(nn.Module):
     """AF-Whisper with RoTE."""
 
@@ -105,18 +118,26 @@ class Encoder(nn.Module):
         that of `mel`, two at a time.
         Returns one [token_count(samples), hidden] tensor per window.
         """
+        x = self.tokens(mel, self.windows(samples, windows, mel.device))
+        return [row[: token_count(n)] for row, n in zip(x, samples, strict=True)]
+
+    def windows(self, samples: list[int], windows: list[int], device: torch.device) -> Windows:
+        """A batch of windows, as `forward` takes them, described for `tokens`."""
         lengths = [conv_length(valid_frames(n)) for n in samples]
-        stem = (self.conv1.weight, self.conv1.bias, self.conv2.weight, self.conv2.bias, self.embed_positions.weight)
-        x = conv_stem(mel, *stem)[:, : max(lengths)].contiguous()
-        key_lengths = sent(torch.tensor(lengths), x.device)
-        if x.device.type == "cuda" and x.device != next(self.layers.buffers()).device:
-            x = self._lent_to(x.device)(x, key_lengths)
-        else:
-            for layer in self.layers:
-                x = on_device(layer, x.device)(x, key_lengths)
         angles = indices = None
         if self.time_embedding is not None:
-            angles = self.time_embedding.table(max(windows) + 1, x.device)
-            indices = sent(torch.tensor(windows), x.device)
-        x = pool_norm_rotate(x, self.layer_norm.weight, self.layer_norm.bias, angles=angles, windows=indices)
-        return [row[: token_count(n)] for row, n in zip(x, samples, strict=True)]
+            angles = self.time_embedding.table(max(windows) + 1, device)
+            indices = sent(torch.tensor(windows), device)
+        return Windows(max(lengths), sent(torch.tensor(lengths), device), angles, indices)
+
+    def tokens(self, mel: Tensor, batch: Windows) -> Tensor:
+        """Encode windows as `forward` does. Returns [batch, tokens of the longest, hidden]."""
+        stem = (self.conv1.weight, self.conv1.bias, self.conv2.weight, self.conv2.bias, self.embed_positions.weight)
+        x = conv_stem(mel, *stem)[:, : batch.positions].contiguous()
+        if x.device.type == "cuda" and x.device != next(self.layers.buffers()).device:
+            x = self._lent_to(x.device)(x, batch.key_lengths)
+        else:
+            for layer in self.layers:
+                x = on_device(layer, x.device)(x, batch.key_lengths)
+        norm = self.layer_norm
+        return pool_norm_rotate(x, norm.weight, norm.bias, angles=batch.angles, windows=batch.indices)

@@ -9,7 +9,7 @@ import torch
 from afnext.kernels import device_state
 from afnext.kernels.dispatch import Operation
 from afnext.runtime.app import loading
-from afnext.runtime.engine.decode_graph import capturable
+from afnext.runtime.engine.graphs import capturable
 from afnext.runtime.errors import AfnextError
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from afnext.runtime.engine import decode_graph, executor
-from afnext.runtime.engine.decode_graph import GraphMemory
+from afnext.runtime.engine import executor, graphs
+from afnext.runtime.engine.graphs import GraphMemory
 
 
 class FakeGraphs:
@@ -17,9 +17,9 @@ class FakeGraphs:
         self.replays = 0
         handles = iter(range(1, 1_000_000))
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
-        monkeypatch.setattr(decode_graph, "captured", self._captured)
-        monkeypatch.setattr(decode_graph, "TRITON_AVAILABLE", True)
-        for module in (decode_graph, executor):
+        monkeypatch.setattr(graphs, "captured", self._captured)
+        monkeypatch.setattr(graphs, "TRITON_AVAILABLE", True)
+        for module in (graphs, executor):
             monkeypatch.setattr(module, "runs_triton", lambda device: True)
 
     def _captured(self, run: Callable[[], object], device: torch.device, memory: GraphMemory) -> "_Graph":

@@ -157,6 +157,6 @@ def test_warmup_records_what_requests_use(monkeypatch: pytest.MonkeyPatch) -> No
     options = {"max_batch": 1, "draft_tokens": 0, "memory": "600MB"}
     with afnext.load(**options, warmup=True, progress=lambda *report: seen.append(report)) as model:
         recorded = len(graphs.pools)
-        assert seen[-1] == ("recording decode steps", recorded, recorded)
+        assert seen[-1] == ("recording CUDA graphs", recorded, recorded)
         model.ask(None, "Hello?", max_new_tokens=3)
         assert len(graphs.pools) == recorded > 0

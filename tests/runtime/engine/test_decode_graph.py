@@ -8,8 +8,9 @@ from torch import Tensor
 
 from afnext import kernels
 from afnext.bench.core.random_checkpoint import write_random_checkpoint
-from afnext.runtime.engine import decode_graph
-from afnext.runtime.engine.decode_graph import DecodeStep, capturable
+from afnext.runtime.engine import decode_graph, graphs
+from afnext.runtime.engine.decode_graph import DecodeStep
+from afnext.runtime.engine.graphs import capturable
 from afnext.runtime.engine.kv_cache import QUANTIZED, KVCache, page_table, pages_for
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
 
@@ -70,7 +71,7 @@ def test_step_equals_plain_calls(backend: str, kv: str, model: AudioFlamingo, se
                 for i, newest in enumerate(tokens)
             ]
         )
-        assert (step._graph is not None) == (backend == "triton")
+        assert (step.recorded) == (backend == "triton")
     assert torch.equal(actual, expected)
     assert all(torch.equal(*pair) for pair in zip(copies(cache), written, strict=True))
 
@@ -142,13 +143,14 @@ def test_a_failed_capture_leaves_eager_steps_and_is_tried_again(
         attempts.append(at)
         raise torch.OutOfMemoryError("no memory for the graph")
 
-    monkeypatch.setattr(decode_graph, "captured", failing)
+    monkeypatch.setattr(graphs, "captured", failing)
+    monkeypatch.setattr(decode_graph, "capturable", lambda device: True)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(decode_graph, "_RETRY_CALLS", 3)
-    step = DecodeStep(model, cache, rows=len(LENGTHS), width=WIDTH, cuda_graph=False)
-    step._capturable = True
+    monkeypatch.setattr(graphs, "_RETRY_CALLS", 3)
+    step = DecodeStep(model, cache, rows=len(LENGTHS), width=WIDTH, cuda_graph=True)
     for at, newest in enumerate(tokens):
         actual = step(newest[:, None].tolist(), [n + at for n in LENGTHS], pages)[:, 0]
         torch.testing.assert_close(actual, expected[at], rtol=1e-4, atol=1e-4)
     assert attempts == [1, 4]
-    assert "without a CUDA graph, as capture failed: no memory for the graph" in caplog.text
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["decoding 3 sequences a step without a CUDA graph, as capture failed: no memory for the graph"]

@@ -14,10 +14,10 @@ import afnext
 from afnext.bench.core.random_checkpoint import write_random_checkpoint
 from afnext.kernels import dispatch
 from afnext.kernels.attention import attention
-from afnext.runtime.engine import decode_graph
-from afnext.runtime.engine.decode_graph import GraphMemory
+from afnext.runtime.engine import graphs
 from afnext.runtime.engine.decode_steps import DecodeSteps
 from afnext.runtime.engine.engine import Engine
+from afnext.runtime.engine.graphs import GraphMemory
 
 QUESTION = "What is said?"
 REHEARSE = Engine.rehearse
@@ -111,7 +111,7 @@ def test_the_host_goes_on_while_a_prompt_is_computed(folder: Path, cuda: FakeCud
 def test_a_failed_capture_is_noticed_and_tried_again(
     folder: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(decode_graph, "_RETRY_CALLS", 4)
+    monkeypatch.setattr(graphs, "_RETRY_CALLS", 4)
     cuda.fail_captures = 1
     with load(folder, 1) as model, caplog.at_level(logging.WARNING, "afnext.engine"):
         assert ask(model, tokens=10) == 10

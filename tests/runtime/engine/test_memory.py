@@ -214,6 +214,7 @@ def test_encoding_ahead_takes_the_memory_of_both() -> None:
     ahead = replace(plan, encode_ahead=True)
     encoding, prefilling, *_ = plan.stages.values()
     assert encoding + prefilling <= part(ahead, "workspace") <= encoding + prefilling + 3 * 4096 * 3584 * 4
+    assert part(ahead, "encoder's CUDA graphs") >= encoding
     assert replace(ahead, gpu=False).total == replace(plan, gpu=False).total
     assert replace(ahead, memory=plan.total).remedy() == ("encode_ahead=False",)
 
