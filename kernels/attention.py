@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from . import native
 from .arguments import FLOAT32, FLOATING, INTEGERS, check_tensors
 from .attention_int4 import attend_int4, unsupported_heads
-from .attention_libraries import cudnn_attention, cudnn_misfit, flash_attention, flash_misfit
+from .attention_libraries import TIMING, cudnn_attention, cudnn_misfit, flash_attention, flash_misfit
 from .configs import Config, Configs, family
 from .dispatch import Operation
 from .int4_cache import DTYPE as INT4
@@ -441,6 +441,7 @@ def _torch(
 
 _operation.implementation("flash_attn", flash_misfit)(flash_attention)
 _operation.implementation("cudnn", cudnn_misfit)(cudnn_attention)
+_operation.timed(TIMING)
 
 
 def _grouped_attention(

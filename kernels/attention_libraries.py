@@ -1,8 +1,8 @@
 """Attention of other libraries as a backend of `attention` and `decode_attention`: flash-attn and cuDNN.
 
-They run where `AFNEXT_BACKEND` names them, `attention=flash_attn` or `attention=cudnn+triton`, and only for what they
-cover: bfloat16 and float16, on NVIDIA's GPUs from compute capability 8.0 on. `afnext bench` measures whether they are
-faster on a machine.
+They run where `AFNEXT_BACKEND` names them, `attention=flash_attn` or `attention=cudnn+triton`, or where
+`AFNEXT_AUTOTUNE=1` times them and they are faster, and only for what they cover: bfloat16 and float16, on NVIDIA's GPUs
+from compute capability 8.0 on.
 
 flash-attn is three packages of one author. The GPU and the installed packages decide which one runs:
 
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .device_state import TRITON_FLOOR, capability
+from .dispatch import Timing
 from .int4_cache import KeyBias
 from .rotary import Rotation, rotary
 from .row_groups import is_row_invariant
@@ -44,9 +45,11 @@ Attend = Callable[[Tensor, Tensor, Tensor, bool, float, Tensor | None, Tensor | 
 
 @dataclass(frozen=True)
 class Package:
-    """One package. page_multiple: tokens per page must be a multiple of it; widest_head: largest head_dim."""
+    """One package. version: "unknown" if it states none; page_multiple: tokens per page must be a multiple of it;
+    widest_head: largest head_dim."""
 
     name: str
+    version: str
     attend: Attend
     page_multiple: int
     widest_head: int
@@ -129,13 +132,48 @@ def _library(major: int) -> Package | None:
     for name in _BY_MAJOR.get(major, ("flash-attn",)):
         module, adapted, *limits = _VERSIONS[name]
         try:
-            package = Package(name, adapted(import_module(module)), *limits)
+            imported = import_module(module)
+            package = Package(name, str(getattr(imported, "__version__", "unknown")), adapted(imported), *limits)
         except ImportError as error:
             _log.debug("%s cannot be imported: %s", name, error)
             continue
         _log.info("attention by flash_attn is that of %s", name)
         return package
     return None
+
+
+@cache
+def versions(device: torch.device) -> tuple[str, ...]:
+    """The versions of the libraries for attention on a GPU: torch with cuDNN, and flash-attn if it is installed."""
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    library = _library(_major(device))
+    return (
+        f"torch {torch.__version__}",
+        f"cuDNN {cudnn or 'missing'}",
+        "flash-attn missing" if library is None else f"{library.name} {library.version}",
+    )
+
+
+def shapes(q: Tensor, k: Tensor, causal: bool, page_table: Tensor | None) -> str:
+    """What the fastest library depends on. Sizes are rounded up to powers of two, so that few choices are timed."""
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1] if page_table is None else k.shape[1] * page_table.shape[1]
+    kind = f"{str(q.dtype).removeprefix('torch.')}, {heads} heads of {head_dim} on {k.shape[2]}"
+    sizes = f"{_power_of_two(batch)} x {_power_of_two(queries)} queries, {_power_of_two(keys)} keys"
+    pages = "" if page_table is None else f" in pages of {k.shape[1]}"
+    return f"{kind}, {sizes}{pages}{', causal' if causal else ''}"
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()
+
+
+def half_full(q: Tensor, k: Tensor, key_lengths: Tensor | None, page_table: Tensor | None) -> Tensor | None:
+    """Key lengths to time with: in pages, half of what they hold, as only the device knows how many keys there are."""
+    if key_lengths is None or page_table is None:
+        return key_lengths
+    room = k.shape[1] * page_table.shape[1]
+    return torch.full_like(key_lengths, min(room, max(q.shape[1], room // 2)))
 
 
 def _major(device: torch.device) -> int:
@@ -245,3 +283,22 @@ def cudnn_attention(
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+TIMING = Timing(
+    lambda q, k, v, causal, scale, key_lengths, page_table, *_: shapes(q, k, causal, page_table),
+    lambda q, k, v, causal, scale, key_lengths, page_table, *rest: (
+        *(q, k, v, causal, scale, half_full(q, k, key_lengths, page_table), page_table, *rest),
+    ),
+    versions,
+)
+"""How the backends of `attention` are timed."""
+
+DECODE_TIMING = Timing(
+    lambda q, k, v, scale, key_lengths, page_table, *_: shapes(q, k, True, page_table),
+    lambda q, k, v, scale, key_lengths, page_table, *rest: (
+        *(q, k, v, scale, half_full(q, k, key_lengths, page_table), page_table, *rest),
+    ),
+    versions,
+)
+"""How the backends of `decode_attention` are timed."""

@@ -5,24 +5,19 @@ Neither waits for the device. Tensors that are not on a GPU (CPU, meta, fake) co
 to `with targeting("sm86"):`, which allows kernels to be compiled ahead of time for chips that this machine lacks.
 
 The tables decide by default. With `AFNEXT_AUTOTUNE=1` a kernel that has candidates times them, once for each key of
-shapes, and stores the fastest in `afnext/autotune.json` under the user's cache folder (`XDG_CACHE_HOME`), by GPU,
-Triton version, kernel and key.
+shapes, and the fastest is kept in a file by GPU, Triton version, kernel and key (`autotune`).
 """
 
-import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 
+from . import autotune
 from .chips import CHIPS
 from .errors import BackendError
 from .triton_language import triton
@@ -49,18 +44,14 @@ def family(device: torch.device) -> str:
     """The key of `CHIPS` for the kernels' tables. Raises BackendError for a GPU before compute capability 8."""
     if (name := _target.get()) is not None:
         return name
-    return _family(_index(device)) if _has_chip(device) else DEFAULT_FAMILY
+    return _family(_index(device)) if autotune.has_chip(device) else DEFAULT_FAMILY
 
 
 def multiprocessors(device: torch.device) -> int:
     """Number of streaming multiprocessors (compute units): the chip's own count, or its family's typical one."""
-    if _target.get() is None and _has_chip(device):
+    if _target.get() is None and autotune.has_chip(device):
         return _multiprocessors(_index(device))
     return CHIPS[family(device)].multiprocessors
-
-
-def _has_chip(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_available()  # fake tensors say "cuda" on any machine
 
 
 def _index(device: torch.device) -> int:
@@ -134,28 +125,24 @@ class Configs:
         called repeatedly.
         """
         listed = self.by_family.get(family(device), self.default)
-        if launch is None or not self.candidates or not _may_tune(device):
+        here = _target.get() is None and autotune.has_chip(device)
+        if launch is None or not self.candidates or not (here and autotune.wanted()):
             return listed
-        name = f"{torch.cuda.get_device_name(device)} | triton {triton.__version__} | {self.kernel} | {key}"
-        return _fastest(name, (listed, *self.candidates), launch)
-
-
-def _may_tune(device: torch.device) -> bool:
-    return (
-        os.environ.get("AFNEXT_AUTOTUNE") == "1"
-        and _target.get() is None
-        and _has_chip(device)
-        and not torch.cuda.is_current_stream_capturing()
-    )
+        return _fastest(autotune.entry_name(device, self.kernel, key), (listed, *self.candidates), launch, device)
 
 
 _winners: dict[str, Config] = {}
 
 
-def _fastest(name: str, candidates: Sequence[Config], launch: Callable[[Config], object]) -> Config:
+def _fastest(
+    name: str, candidates: Sequence[Config], launch: Callable[[Config], object], device: torch.device
+) -> Config:
+    """The fastest of some configs; the first of them while a graph is captured, if nothing was chosen before."""
     if name not in _winners:
-        stored = _stored().get(name)
+        stored = autotune.stored().get(name)
         known = next((config for config in candidates if asdict(config) == stored), None)
+        if known is None and not autotune.may_time(device):
+            return candidates[0]
         _winners[name] = known or _timed(name, candidates, launch)
     return _winners[name]
 
@@ -164,46 +151,12 @@ def _timed(name: str, candidates: Sequence[Config], launch: Callable[[Config], o
     times: dict[int, float] = {}
     for i, config in enumerate(candidates):
         try:
-            times[i] = _milliseconds(lambda config=config: launch(config))  # type: ignore[misc]
+            times[i] = autotune.milliseconds(lambda config=config: launch(config))  # type: ignore[misc]
         except triton.runtime.errors.OutOfResources as error:
             _log.info("%s: %s does not fit: %s", name, config, error)
     if not times:
         raise BackendError(f"{name}: none of {len(candidates)} configs fits this GPU")
     winner = candidates[min(times, key=times.__getitem__)]
     _log.info("%s: %s is the fastest of %d", name, winner, len(times))
-    _store(name, winner)
+    autotune.store(name, asdict(winner))
     return winner
-
-
-def _milliseconds(function: Callable[[], object]) -> float:
-    return float(triton.testing.do_bench(function, return_mode="median"))
-
-
-def _path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afnext" / "autotune.json"
-
-
-def _stored() -> dict[str, Any]:
-    try:
-        stored = json.loads(_path().read_text())
-        if isinstance(stored, dict):
-            return stored
-        _log.warning("%s has no table of configs and is ignored", _path())
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        _log.warning("%s cannot be read and is ignored: %s", _path(), error)
-    return {}
-
-
-def _store(name: str, config: Config) -> None:
-    """Add one entry. The file is replaced atomically, so another process never reads half of it."""
-    path = _path()
-    table = {**_stored(), name: asdict(config)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(table, file, indent=1, sort_keys=True)
-        Path(file.name).replace(path)
-    except OSError as error:
-        _log.warning("%s cannot be written; the choice is kept for this process only: %s", path, error)

@@ -31,7 +31,7 @@ from . import native
 from .attention import check_attention, gathered, visible_keys
 from .attention import reference as attention_reference
 from .attention_int4 import attend_int4, unsupported_heads
-from .attention_libraries import flash_attention, flash_misfit
+from .attention_libraries import DECODE_TIMING, flash_attention, flash_misfit
 from .configs import Config, Configs, multiprocessors
 from .dispatch import Operation
 from .int4_cache import KeyBias, is_int4
@@ -361,6 +361,9 @@ def _flash_attn(
     key_bias: KeyBias | None = None,
 ) -> Tensor:
     return flash_attention(q, k, v, True, scale, key_lengths, page_table)
+
+
+_operation.timed(DECODE_TIMING)
 
 
 def decode_attention(

@@ -4,7 +4,8 @@ Every operation registers its implementations under a backend's name. The backen
 (CPU: native, then torch; CUDA or HIP: triton, then torch) unless one is forced for A/B runs, with the environment
 variable `AFNEXT_BACKEND` or, with precedence, `with kernels.backend("reference"):`. The variable may also name single
 operations, as in `AFNEXT_BACKEND=attention=torch,rms_norm=triton`, beside or instead of a backend for all, and several
-backends of one operation, best first: `attention=cudnn+triton`. `flash_attn` and `cudnn` run only where they are named.
+backends of one operation, best first: `attention=cudnn+triton`. `flash_attn` and `cudnn` run only where they are named,
+or where `AFNEXT_AUTOTUNE=1` times the backends of an operation and they are faster (`fastest.py`).
 An implementation may cover only some arguments; for others the next in order runs. Forced backends are never replaced:
 BackendError is raised if an operation has none of them, or none covers the arguments. Which implementation runs, and
 why another was skipped, is logged once, at INFO.
@@ -19,11 +20,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 
+from . import autotune, fastest
 from .device_state import launching, runs_triton
 from .errors import BackendError
 from .native import AVAILABLE as NATIVE_AVAILABLE
@@ -102,6 +106,16 @@ def on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How the backends of an operation are timed, by functions of its arguments. shapes: describes what the fastest
+    depends on; example: the arguments to time with; versions: takes a device and returns those of the libraries."""
+
+    shapes: Callable[..., str]
+    example: Callable[..., tuple[Any, ...]]
+    versions: Callable[[torch.device], tuple[str, ...]]
+
+
 class Operation(Generic[F]):
     """The implementations of one operation, and the choice among them.
 
@@ -117,6 +131,7 @@ class Operation(Generic[F]):
         self._rows = rows
         self._misfits: dict[str, Callable[..., str | None]] = {}
         self._groups: dict[str, Callable[..., Groups]] = {}
+        self._timing: Timing | None = None
         self._logged: set[tuple[str, str]] = set()
         _operations.add(self)
 
@@ -145,6 +160,10 @@ class Operation(Generic[F]):
             return function
 
         return register
+
+    def timed(self, timing: "Timing") -> None:
+        """Let `AFNEXT_AUTOTUNE=1` choose the fastest among Triton and the libraries on GPUs."""
+        self._timing = timing
 
     def candidates(self, device: torch.device) -> list[str]:
         """The backends to try on `device`, best first. Raises BackendError if the operation lacks a forced one."""
@@ -179,14 +198,33 @@ class Operation(Generic[F]):
         If implementations cover only some arguments, the choice among them is made when the result is called.
         """
         candidates = self.candidates(device)
+        timing = self._timing
+        if timing is not None and autotune.wanted() and autotune.has_chip(device) and not _forced_order(self.name):
+            return cast(F, lambda *args: self._fastest(timing, candidates, device, args)(*args))
         if candidates[0] in self._misfits:
             return cast(F, lambda *args, **options: self._covering(candidates, device, args, options)(*args, **options))
         return self._chosen(candidates[0], device)
 
+    def _fastest(self, timing: "Timing", candidates: list[str], device: torch.device, args: Any) -> F:
+        """The fastest of Triton and the libraries that cover these arguments, if there are several."""
+        possible = [name for name in candidates if name == "triton"] + [*LIBRARIES]
+        usable = [name for name in possible if name in self.implementations and not self._misfit(name, args)]
+        if len(usable) < 2:
+            return self._covering(candidates, device, args, {})
+
+        def run(name: str) -> object:
+            return launching(self.implementations[name], device)(*timing.example(*args))
+
+        shapes, versions = timing.shapes(*args), timing.versions(device)
+        return self._chosen(fastest.fastest(self.name, shapes, usable, device, versions, run), device)
+
+    def _misfit(self, name: str, args: Any, options: Any = MappingProxyType({})) -> str | None:
+        return self._misfits[name](*args, **options) if name in self._misfits else None
+
     def _covering(self, candidates: list[str], device: torch.device, args: Any, options: Any) -> F:
         """The first of the candidates that covers these arguments. Raises BackendError if none does."""
         for name in candidates:
-            misfit = self._misfits[name](*args, **options) if name in self._misfits else None
+            misfit = self._misfit(name, args, options)
             if misfit is None:
                 return self._chosen(name, device)
             self._log_once(name, misfit, f"{self.name} on {device.type}: {name} does not cover {misfit}")

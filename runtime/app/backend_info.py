@@ -1,4 +1,4 @@
-"""The implementation that each operation uses on this machine, and how it was built."""
+"""The implementation that each operation uses on this machine, why, and how it was built."""
 
 import importlib
 import pkgutil
@@ -8,7 +8,8 @@ import torch
 from rich.table import Table
 
 from ... import kernels
-from ...kernels import native
+from ...kernels import autotune, fastest, native
+from ...kernels.attention_libraries import versions
 from ...kernels.cpus import use_default_threads
 from ...kernels.dispatch import operations
 from ...kernels.errors import BackendError
@@ -16,8 +17,8 @@ from ...kernels.spread import reason_against
 
 
 def describe_backends(device: torch.device) -> dict[str, Any]:
-    """The backends tried for each operation on `device`, best first, and how the CPU's kernels were built, as plain
-    values.
+    """The backends tried for each operation on `device`, best first, those chosen by timing, and how the CPU's kernels
+    were built, as plain values.
 
     Raises BackendError if AFNEXT_BACKEND or AFNEXT_ISA names something that is not available.
     """
@@ -30,6 +31,19 @@ def describe_backends(device: torch.device) -> dict[str, Any]:
         if native.AVAILABLE
         else None,
         "operations": {operation.name: _tried(operation, device) for operation in operations()},
+        "timed": _timed(device) if autotune.has_chip(device) else None,
+    }
+
+
+def _timed(device: torch.device) -> dict[str, Any]:
+    """The backends that were chosen by timing on this machine. ignored: where others in the file were timed."""
+    ours, others = fastest.choices(device, versions(device))
+    names = ("operation", "shapes", "backend", "milliseconds")
+    return {
+        "used": autotune.wanted(),
+        "file": str(autotune.path()),
+        "choices": [{name: getattr(choice, name) for name in names} for choice in ours],
+        "ignored": sorted({choice.machine for choice in others}),
     }
 
 
@@ -69,4 +83,17 @@ def table(description: dict[str, Any]) -> Table:
     for name, tried in description["operations"].items():
         first, *others = tried or ["nothing: the forced backend lacks it"]
         rows.add_row(f"  {name}", first + (f" (else {', '.join(others)})" if others else ""))
+    if (timed := description["timed"]) is not None:
+        _add_timed(rows, timed)
     return rows
+
+
+def _add_timed(rows: Table, timed: dict[str, Any]) -> None:
+    state = "used" if timed["used"] else "not used: set AFNEXT_AUTOTUNE=1 to time backends and use the fastest"
+    rows.add_row("chosen by timing", state)
+    for choice in timed["choices"]:
+        times = sorted(choice["milliseconds"].items(), key=lambda item: item[1])
+        shown = ", ".join(f"{name} {time:.3g} ms" for name, time in times)
+        rows.add_row(f"  {choice['operation']}", f"{choice['backend']} for {choice['shapes']}: {shown}")
+    for machine in timed["ignored"]:
+        rows.add_row("  ignored", f"choices timed with {machine}")

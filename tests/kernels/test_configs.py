@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from afnext.kernels import configs
+from afnext.kernels import autotune, configs
 from afnext.kernels.configs import CHIPS, Config, Configs, family, multiprocessors, targeting
 from afnext.kernels.errors import BackendError
 
@@ -46,7 +46,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=72))
     errors = SimpleNamespace(errors=SimpleNamespace(OutOfResources=OutOfResourcesError))
     monkeypatch.setattr(configs, "triton", SimpleNamespace(__version__="3.7.1", runtime=errors))
-    monkeypatch.setattr(configs, "_milliseconds", milliseconds)
+    monkeypatch.setattr(autotune, "triton", configs.triton)
+    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
 
 
 @pytest.mark.parametrize("device", [CPU, META])
@@ -151,6 +152,10 @@ def test_the_fastest_is_found_once_and_remembered(monkeypatch: pytest.MonkeyPatc
     assert name == "NVIDIA A10 | triton 3.7.1 | example | (16, 'int4')"
     assert table.on(CUDA, (32, "int4"), launch) == FAST
     assert len(launched) == 6
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert table.on(CUDA, (16, "int4"), launch) == FAST, "also while a graph is captured"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     monkeypatch.setattr(configs, "_winners", {})
     without = Configs("example", SLOW, candidates=[HUGE])
