@@ -87,6 +87,11 @@ class Scheme(ABC):
 
     int8_inputs: bool = False
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the product rounds its inputs, to int8 or e4m3, where it has many rows."""
+        return self.int8_inputs
+
     @abstractmethod
     def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
         """The tensors stored for a weight of this shape, by the names of `PARTS`.
@@ -189,6 +194,11 @@ class Fp8(Scheme):
 
     def __str__(self) -> str:
         return "fp8"
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """See `Scheme`."""
+        return True
 
     def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
         """See `Scheme`."""

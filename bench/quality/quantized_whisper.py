@@ -213,13 +213,13 @@ def fitting(scheme: Scheme, layer: nn.Module) -> Scheme:
 
 
 def put(stage: nn.Module, name: str, value: Tensor | Packed, scheme: Scheme | None) -> None:
-    """Set a parameter of a layer of the stage; a layer with int8 inputs also gets the product that rounds them."""
+    """Set a parameter of a layer of the stage; a layer that rounds inputs also gets the product that does."""
     path, _, kind = name.rpartition(".")
     layer: Any = stage.get_submodule(path)
     if isinstance(value, Packed):
         assert scheme is not None
         packed = value
-        if scheme.int8_inputs:
+        if scheme.rounds_inputs:
             # The bias is read at the call, because calibration sets it later.
             layer.forward = lambda x: scheme.linear(x, packed, layer.bias)
         value = scheme.dequantize(packed, torch.float32)
