@@ -22,7 +22,18 @@ from afnext.quant.scheme import parse_scheme
 
 ROWS = (2, 3, 4, 5, 8, 9, 16, 33)
 FEW_ROWS = (2, 9)  # for the interpreter, which is slow
-SCHEMES = ("dense", "int8", "int8-w8a8", "fp8", "int8-g32", "int4-g64", "int4-g32-zeros", "int4-g64-w4a8", "nf4")
+SCHEMES = (
+    "dense",
+    "int8",
+    "int8-w8a8",
+    "fp8",
+    "int8-g32",
+    "int4-g64",
+    "int4-g32-zeros",
+    "int4-g64-w4a8",
+    "int3-g64",
+    "nf4",
+)
 ALL = backends(dense._operation, linear_int4._linear)
 
 
@@ -63,7 +74,7 @@ def test_products(backend: str, scheme: str, dtype: torch.dtype, seed: int, devi
     if scheme == "fp8" and backend.startswith("native"):
         pytest.skip("fp8 has no native kernels")
     # Divided among programs for few rows; a step takes no more than a group.
-    inner, columns = (256 if "g32" in scheme else 512, 40) if interpreted else (320, 77)
+    inner, columns = (256 if "g32" in scheme else 512, 40) if interpreted else (384 if "int3" in scheme else 320, 77)
     product = layer(scheme, inner, columns, dtype, device, bias=True)
     gate, up = (layer(scheme, inner, columns, dtype, device, bias=False) for _ in range(2))
     counts = (17, 66) if interpreted else ROWS  # 66: more than are divided otherwise
