@@ -83,7 +83,7 @@ def section(records: list[Record]) -> str:
     notes = dict.fromkeys(_text(record.values["note"]) for record in records if record.values.get("note"))
     parts += [f"{note[:1].upper()}{note[1:]}." for note in notes]
     parts += [
-        f"Warning: {_text(record.subject)}, {_text(record.name)}: {_text(record.values['warning'])}."
+        f"Warning: {_text(record.subject)}, {_row(record)}: {_text(record.values['warning'])}."
         for record in records
         if record.values.get("warning")
     ]

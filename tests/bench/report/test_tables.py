@@ -57,7 +57,7 @@ def test_text_of_records_is_no_markup(tmp_path: Path) -> None:
     text = filled(PAGE, tmp_path)
     assert r"a \| &lt;b&gt;\[x\](y)" in text
     assert r"Not \`compared\`." in text
-    assert r"Warning: a \| &lt;b&gt;\[x\](y), decode: slow \| by \`far\`." in text
+    assert r"Warning: a \| &lt;b&gt;\[x\](y), decode, 1 token after 0 (full): slow \| by \`far\`." in text
 
 
 def test_only_the_bench_that_is_named(tmp_path: Path) -> None:
