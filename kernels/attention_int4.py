@@ -11,13 +11,14 @@ and sines that all layers and heads share (512 bytes per token, from the L2 cach
     q . R_j b = (q1 b1 + q2 b2) . cos[j] + (q2 b1 - q1 b2) . sin[j]          for the halves 1 and 2 of the channels
 
 The two codes of a byte belong to the two halves, so each product is two products of half the width, and nothing is
-interleaved. A kernel of `decode_attention.py` merges the parts.
+interleaved. Parts are merged as in `merge_parts.py`.
 """
 
 from torch import Tensor
 
 from .configs import Config, Configs
 from .int4_cache import KeyBias, walsh_hadamard_rows
+from .merge_parts import merge_by_last
 from .online_softmax import weigh
 from .pages import locate_tokens
 from .triton_language import tl, triton
@@ -30,6 +31,8 @@ def _attend_int4(  # type: ignore[no-untyped-def]
     v,
     parts,
     log_sums,
+    out,
+    counters,
     key_lengths,
     page_table,
     k_scales,
@@ -57,7 +60,8 @@ def _attend_int4(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Attention over one part of the keys of a sequence, and the base-2 logarithm of the sum of its softmax.
+    """Attention over one part of the keys of a sequence, and the base-2 logarithm of the sum of its softmax. With
+    counters, the parts are also merged into `out`.
 
     HALF = 2^STAGES: half the channels of a head. SHARE: keys per part, 0 to divide them evenly.
     """
@@ -79,9 +83,6 @@ def _attend_int4(  # type: ignore[no-untyped-def]
     first = split * share
     # No row of the tile sees a key from `end` on.
     end = tl.minimum(length - queries + (first_row + ROWS - 1) // GROUP + 1, length)
-    if (first >= end) & (split > 0):  # part 0 is always written
-        tl.store(log_sums + part_row, tl.full((ROWS,), -float("inf"), tl.float32), mask=in_rows)
-        return
 
     # H of all channels is H of each half, then their sum and difference. DOWN, a power of two, keeps the transformed
     # queries as large as the given ones, within the range of float16.
@@ -146,6 +147,9 @@ def _attend_int4(  # type: ignore[no-untyped-def]
     part_at = parts + part_row[:, None] * (2 * HALF) + channels
     tl.store(part_at, (one + two).to(parts.dtype.element_ty), mask=in_rows[:, None])
     tl.store(part_at + HALF, (one - two).to(parts.dtype.element_ty), mask=in_rows[:, None])
+    if counters is not None:
+        rows = batches * queries * (KV_HEADS * GROUP)
+        merge_by_last(parts, log_sums, out, counters, q_row, in_rows, splits, rows, 2 * HALF, 2 * HALF)
 
 
 CONFIGS = Configs("attention_int4", Config({"BLOCK_N": 32}, num_warps=4, num_stages=2))
@@ -167,7 +171,7 @@ def attend_int4(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    parts: Tensor,
     log_sums: Tensor,
     key_lengths: Tensor,
     page_table: Tensor,
@@ -179,12 +183,14 @@ def attend_int4(
     rows: int,
     splits: int = 1,
     share: int = 0,
+    out: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> None:
-    """Causal attention over the pages of an int4 cache INTO `out`, like q, or its parts INTO [splits, *q.shape].
+    """Causal attention over the pages of an int4 cache INTO `parts`, [splits, *q.shape], or like q for one part.
 
-    out: float32 for parts; log_sums: the parts' logarithms, [splits, batch, queries, heads] float32, written. rows:
-    queries times heads of a program; share: keys per part, 0 to divide them evenly. q, key_lengths and page_table are
-    contiguous.
+    parts: float32 if there are several; log_sums: their logarithms, [splits, batch, queries, heads] float32, written.
+    rows: queries times heads of a program; share: keys per part, 0 to divide them evenly. counters: with which the
+    programs merge the parts INTO `out`, see `merge_parts.py`. q, key_lengths and page_table are contiguous.
     """
     batch, queries, heads, head_dim = q.shape
     page_size, kv_heads = k.shape[1:3]
@@ -194,8 +200,10 @@ def attend_int4(
         q,
         k,
         v,
-        out,
+        parts,
         log_sums,
+        out,
+        counters,
         key_lengths,
         page_table,
         k_scales,

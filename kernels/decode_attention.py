@@ -9,7 +9,7 @@ each token and KV head; int4 has its own Triton kernel for the parts (`attention
 
 Shapes as in `decode_attention` below. The keys of a sequence are divided among `splits` programs for each KV head, so
 that one sequence fills the device. A program computes the softmax of its part, and the logarithm of its sum, for the
-group * n rows that share the KV head, in one tensor-core tile; a second kernel weights the parts by those sums. The
+group * n rows that share the KV head, in one tensor-core tile; `merge_parts.py` weights the parts by those sums. The
 length of a part follows from key_lengths on the device, and the number of parts from the width of the page table, so a
 captured launch serves a growing sequence up to the capacity of its pages. Inside `row_invariant` the number of keys per
 part does not depend on the batch; there, several new tokens must be passed as sequences of one token each, because a
@@ -35,6 +35,7 @@ from .attention_libraries import DECODE_TIMING, flash_attention, flash_misfit
 from .configs import Config, Configs, multiprocessors
 from .dispatch import Operation
 from .int4_cache import KeyBias, is_int4
+from .merge_parts import Parts, merge_by_last
 from .native.attention import attend_natively
 from .online_softmax import weigh
 from .pages import locate_tokens
@@ -76,6 +77,8 @@ def _attend_part(  # type: ignore[no-untyped-def]
     v,
     parts,
     log_sums,
+    out,
+    counters,
     key_lengths,
     page_table,
     k_scales,
@@ -100,7 +103,8 @@ def _attend_part(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     SHARE: tl.constexpr,
 ):
-    """Attention over one part of the keys of a sequence, and the base-2 logarithm of the sum of its softmax."""
+    """Attention over one part of the keys of a sequence, and the base-2 logarithm of the sum of its softmax. With
+    counters, the parts are also merged into `out`."""
     kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     k += kv_head * k_head
@@ -117,9 +121,6 @@ def _attend_part(  # type: ignore[no-untyped-def]
     length = tl.load(key_lengths + batch).to(tl.int32)
     share = SHARE if SHARE > 0 else tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
     first = split * share
-    if (first >= length) & (split > 0):  # part 0 is always written, for a sequence without keys
-        tl.store(log_sums + part_row, tl.full((ROWS,), -float("inf"), tl.float32), mask=in_rows)
-        return
 
     rows = tl.load(q + q_row[:, None] * HEAD_DIM + channels, mask=mask, other=0.0)
     last = length - new_tokens + token
@@ -154,30 +155,9 @@ def _attend_part(  # type: ignore[no-untyped-def]
         row_sum *= 127
     acc /= tl.where(row_sum > 0, row_sum, 1.0)[:, None]
     tl.store(parts + part_row[:, None] * HEAD_DIM + channels, acc.to(parts.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _merge_parts(  # type: ignore[no-untyped-def]
-    parts, log_sums, out, splits, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """The mean of the parts of one row, each weighted by its share of the sum of the whole softmax."""
-    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    channels = tl.arange(0, BLOCK_D)
-    row_max = tl.full((1,), -3.4028234663852886e38, tl.float32)
-    row_sum = tl.zeros((1,), tl.float32)
-    acc = tl.zeros((1, BLOCK_D), tl.float32)
-    for start in tl.range(0, splits, BLOCK_S):
-        split = start + tl.arange(0, BLOCK_S)
-        part_row = split.to(tl.int64) * rows + row
-        log_sum = tl.load(log_sums + part_row, mask=split < splits, other=-float("inf"))
-        written = log_sum > -float("inf")
-        mask = written[:, None] & (channels < HEAD_DIM)[None, :]
-        part = tl.load(parts + part_row[:, None] * HEAD_DIM + channels[None, :], mask=mask, other=0.0)
-        weights, decay, row_max, row_sum = weigh(log_sum[None, :], row_max, row_sum)
-        acc = acc * decay[:, None] + tl.sum(part * tl.trans(weights), 0)[None, :]
-    acc /= tl.where(row_sum > 0, row_sum, 1.0)[:, None]
-    out_at = out + row * HEAD_DIM + channels[None, :]
-    tl.store(out_at, acc.to(out.dtype.element_ty), mask=(channels < HEAD_DIM)[None, :])
+    if counters is not None:
+        total = batches * new_tokens * (KV_HEADS * GROUP)
+        merge_by_last(parts, log_sums, out, counters, q_row, in_rows, splits, total, HEAD_DIM, BLOCK_D)
 
 
 # Stages include the load of a page's number before that of its keys: five keep two tiles of keys and values in flight.
@@ -188,7 +168,6 @@ _CONFIGS = Configs(
     {"sm86": _NARROW, "sm89": _NARROW, "sm120": _NARROW, "gfx942": Config({"BLOCK_N": 32}, num_warps=4, num_stages=2)},
 )
 _CONFIGS_OF_MANY_ROWS = Configs("decode_attention of many rows", _NARROW, {"gfx942": _CONFIGS.by_family["gfx942"]})
-_MERGE = Config({"BLOCK_S": 32}, num_warps=4, num_stages=1)
 
 
 @_operation.implementation("triton", lambda q, k, *_: unsupported_heads(k) if is_int4(k) else None)
@@ -218,16 +197,14 @@ def _triton(
         share, splits = FIXED_SHARE, triton.cdiv(most_keys, FIXED_SHARE)
     else:
         share, splits = 0, split_count(q.device, programs * batch, triton.cdiv(most_keys, config.blocks["BLOCK_N"]))
-    out = q.new_empty(q.shape)
-    parts = out if splits == 1 else q.new_empty((splits, *q.shape), dtype=torch.float32)
-    log_sums = q.new_empty((splits, batch, new_tokens, heads), dtype=torch.float32)
+    made = Parts(q, k, splits, programs * batch, rows)
     if is_int4(k):
         attend_int4(
             q,
             k,
             v,
-            parts,
-            log_sums,
+            made.parts,
+            made.log_sums,
             key_lengths,
             page_table,
             k_scales,
@@ -237,14 +214,18 @@ def _triton(
             rows=rows,
             splits=splits,
             share=share,
+            out=made.out,
+            counters=made.counters,
         )
-        return _merged(parts, log_sums, out)
+        return made.merged()
     _attend_part[(programs, splits, batch)](
         q,
         k,
         v,
-        parts,
-        log_sums,
+        made.parts,
+        made.log_sums,
+        made.out,
+        made.counters,
         key_lengths,
         page_table,
         k_scales,
@@ -265,17 +246,7 @@ def _triton(
         SHARE=share,
         **config.options(),
     )
-    return _merged(parts, log_sums, out)
-
-
-def _merged(parts: Tensor, log_sums: Tensor, out: Tensor) -> Tensor:
-    """Merge the parts into `out`; a single part is `out` already."""
-    splits, head_dim = len(log_sums), out.shape[-1]
-    if splits > 1:
-        block_d = max(16, triton.next_power_of_2(head_dim))
-        grid = (out.numel() // head_dim,)
-        _merge_parts[grid](parts, log_sums, out, splits, HEAD_DIM=head_dim, BLOCK_D=block_d, **_MERGE.options())
-    return out
+    return made.merged()
 
 
 def split_count(device: torch.device, programs: int, blocks: int) -> int:

@@ -134,7 +134,7 @@ _swiglu = Operation("linear_fp8_swiglu", linear_fp8_swiglu_reference, rows=(0,))
 @_linear.implementation("triton", groups=any_rows)
 def _linear_triton(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     if not rounds_inputs(x):
-        return w8a16_triton(x, (_readable(weight), scales), (None, None), bias, residual, owner=weight)
+        return w8a16_triton(x, (readable(weight), scales), (None, None), bias, residual, owner=weight)
     y = _product_triton(*quantize_rows(as_rows(x), E4M3), weight, scales, bias, residual, x.dtype)
     return y.view(*x.shape[:-1], len(weight))
 
@@ -142,7 +142,7 @@ def _linear_triton(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | Non
 @_swiglu.implementation("triton", groups=any_rows)
 def _swiglu_triton(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
     if not rounds_inputs(x):
-        pair = (_readable(gate), gate_scales), (_readable(up), up_scales)
+        pair = (readable(gate), gate_scales), (readable(up), up_scales)
         return w8a16_triton(x, *pair, None, None, owner=gate)
     rounded = quantize_rows(as_rows(x), E4M3)
     gated = _product_triton(*rounded, gate, gate_scales, None, None, x.dtype)
@@ -150,7 +150,7 @@ def _swiglu_triton(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_
     return activation.swiglu(gated, raised).view(*x.shape[:-1], len(gate))
 
 
-def _readable(weight: Tensor) -> Tensor:
+def readable(weight: Tensor) -> Tensor:
     """The codes as Triton can read them on this chip."""
     return weight.view(torch.uint8) if family(weight.device) in _NO_E4M3 else weight
 

@@ -30,6 +30,7 @@ from .few_rows import few_rows
 from .linear_int4 import GROUP_SIZES, unpacked
 from .native import misfit, products
 from .packed_product import (
+    AddNorm,
     NativeProduct,
     add_epilogue,
     block_of,
@@ -115,11 +116,13 @@ def _w3a16_kernel(  # type: ignore[no-untyped-def]
     out,
     partials,
     counters,
+    norm,
     rows,
     columns,
     inner,
     steps,
     GROUP: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -146,7 +149,7 @@ def _w3a16_kernel(  # type: ignore[no-untyped-def]
             acc = _add_quarter(acc, tokens, first, second, third, quarter, scales + group)
             if up_words is not None:
                 up_acc = _add_quarter(up_acc, tokens, up_first, up_second, up_third, quarter, up_scales + group)
-    store_product(acc, up_words, up_acc, out, partials, counters, bias, residual, m, n, rows, columns)
+    store_product(acc, up_words, up_acc, out, partials, counters, bias, residual, norm, m, n, rows, columns, ROW)
 
 
 # Keys: the largest number of rows of a config; the last config also serves more.
@@ -156,18 +159,21 @@ _W3A16 = {
 }
 
 
-def _triton(
+def w3a16_triton(
     x: Tensor,
     weight: tuple[Tensor, Tensor],
     up: tuple[Tensor, Tensor] | tuple[None, None],
     bias: Tensor | None,
     residual: Tensor | None,
+    norm: AddNorm | None = None,
 ) -> Tensor:
+    """The product on a GPU. weight, up: (packed, scales); norm: see `linear_norm`."""
     config = config_for(_W3A16, x.shape[:-1].numel(), x.device)
     group = x.shape[-1] // weight[1].shape[1]
     up_words = None if up[0] is None else _words(up[0])
     parts = (_words(weight[0]), weight[1]), (up_words, up[1])
-    return launch_product(_w3a16_kernel, x, *parts, bias, residual, config, owner=weight[0], GROUP=group)
+    kernel, owner = _w3a16_kernel, weight[0]
+    return launch_product(kernel, x, *parts, bias, residual, config, owner=owner, norm=norm, GROUP=group)
 
 
 def _words(packed: Tensor) -> Tensor:
@@ -181,12 +187,12 @@ _swiglu = Operation("linear_int3_swiglu", linear_int3_swiglu_reference, rows=(0,
 
 @_linear.implementation("triton", groups=any_rows)
 def _linear_triton(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return _triton(x, (packed, scales), (None, None), bias, residual)
+    return w3a16_triton(x, (packed, scales), (None, None), bias, residual)
 
 
 @_swiglu.implementation("triton", groups=any_rows)
 def _swiglu_triton(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    return _triton(x, (gate, gate_scales), (up, up_scales), None, None)
+    return w3a16_triton(x, (gate, gate_scales), (up, up_scales), None, None)
 
 
 _native = NativeProduct(products.int3_product, products.unpack_int3)
@@ -229,7 +235,7 @@ def linear_int3(
     bias: [out]; residual: [..., out] in the dtype of x. Returns [..., out] like x. Raises ValueError for shapes or
     dtypes that do not fit.
     """
-    _check(x, packed, scales)
+    check_int3(x, packed, scales)
     check_epilogue(x, len(packed), bias, residual)
     return _linear.on(x.device)(x, packed, scales, bias, residual)
 
@@ -239,13 +245,14 @@ def linear_int3_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor,
 
     Raises ValueError for shapes or dtypes that do not fit.
     """
-    _check(x, gate, gate_scales)
-    _check(x, up, up_scales)
+    check_int3(x, gate, gate_scales)
+    check_int3(x, up, up_scales)
     check_alike((gate, gate_scales), (up, up_scales))
     return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales)
 
 
-def _check(x: Tensor, packed: Tensor, scales: Tensor) -> None:
+def check_int3(x: Tensor, packed: Tensor, scales: Tensor) -> None:
+    """Raise ValueError unless x [..., in] and a weight are valid for `linear_int3`."""
     if packed.dtype != torch.uint8 or packed.ndim != 2 or not packed.is_contiguous():
         raise ValueError(f"packed must be contiguous uint8 [out, 3 * in / 8], got {packed.dtype} {tuple(packed.shape)}")
     blocks, rest = divmod(packed.shape[1], BLOCK_BYTES)

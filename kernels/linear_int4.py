@@ -38,6 +38,7 @@ from .dispatch import Operation, on_cpu
 from .few_rows import few_rows
 from .native import products
 from .packed_product import (
+    AddNorm,
     NativeProduct,
     add_epilogue,
     block_of,
@@ -216,12 +217,14 @@ def _w4a16_words_kernel(  # type: ignore[no-untyped-def]
     out,
     partials,
     counters,
+    norm,
     rows,
     columns,
     inner,
     steps,
     GROUP: tl.constexpr,
     PTX: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -243,7 +246,7 @@ def _w4a16_words_kernel(  # type: ignore[no-untyped-def]
         acc = _add_words(acc, tokens, words, scales, here, group, DTYPE, PTX)
         if up_words is not None:
             up_acc = _add_words(up_acc, tokens, up_words, up_scales, here, group, DTYPE, PTX)
-    store_product(acc, up_words, up_acc, out, partials, counters, bias, residual, m, n, rows, columns)
+    store_product(acc, up_words, up_acc, out, partials, counters, bias, residual, norm, m, n, rows, columns, ROW)
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
@@ -260,12 +263,14 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
     out,
     partials,
     counters,
+    norm,
     rows,
     columns,
     inner,
     steps,
     levels,
     GROUP: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -287,7 +292,7 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
         acc = _add_group(acc, tokens, codes, scales, zeros, levels, here, group, SCALE_WEIGHTS, DTYPE)
         if up is not None:
             up_acc = _add_group(up_acc, tokens, up, up_scales, up_zeros, levels, here, group, SCALE_WEIGHTS, DTYPE)
-    store_product(acc, up, up_acc, out, partials, counters, bias, residual, m, n, rows, columns)
+    store_product(acc, up, up_acc, out, partials, counters, bias, residual, norm, m, n, rows, columns, ROW)
 
 
 # Keys: the largest number of rows of a config; the last config also serves more. BLOCK_K is at most the group.
@@ -330,8 +335,9 @@ def w4a16_triton(
     bias: Tensor | None,
     residual: Tensor | None,
     levels: Tensor | None = None,
+    norm: AddNorm | None = None,
 ) -> Tensor:
-    """The product on a GPU. weight, up: (packed, scales, zeros); levels: see `linear_nf4`."""
+    """The product on a GPU. weight, up: (packed, scales, zeros); levels: see `linear_nf4`; norm: see `linear_norm`."""
     group = x.shape[-1] // weight[1].shape[1]
     config = config_of(x.shape[:-1].numel(), group, up[0] is not None, x.device)
     if config.blocks["BLOCK_M"] == 16 and x.element_size() == 2 and weight[2] is None and levels is None:
@@ -339,8 +345,8 @@ def w4a16_triton(
         words, up_words = _words(weight[0]), None if up[0] is None else _words(up[0])
         parts = (words, weight[1]), (up_words, up[1])
         kernel, owner = _w4a16_words_kernel, weight[0]
-        return launch_product(kernel, x, *parts, bias, residual, config, owner=owner, GROUP=group, PTX=ptx)
-    return launch_product(_w4a16_kernel, x, weight, up, bias, residual, config, levels=levels, GROUP=group)
+        return launch_product(kernel, x, *parts, bias, residual, config, owner=owner, norm=norm, GROUP=group, PTX=ptx)
+    return launch_product(_w4a16_kernel, x, weight, up, bias, residual, config, norm=norm, levels=levels, GROUP=group)
 
 
 _linear = Operation("linear_int4", linear_int4_reference, rows=(0, 5))

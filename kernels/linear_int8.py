@@ -31,6 +31,7 @@ from .few_rows import few_int8_rows
 from .native import products
 from .packed_product import (
     SMALL_MEMORY,
+    AddNorm,
     NativeProduct,
     add_epilogue,
     block_of,
@@ -88,6 +89,7 @@ def _w8a16_kernel(  # type: ignore[no-untyped-def]
     out,
     partials,
     counters,
+    norm,
     rows,
     columns,
     inner,
@@ -96,6 +98,7 @@ def _w8a16_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
+    ROW: tl.constexpr,
 ):
     m, n = block_of(rows, columns, BLOCK_M, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -125,7 +128,7 @@ def _w8a16_kernel(  # type: ignore[no-untyped-def]
         acc *= tl.load(scales + channel).to(tl.float32)[:, None]
     if up_scales is not None:
         up_acc *= tl.load(up_scales + channel).to(tl.float32)[:, None]
-    store_product(acc, up, up_acc, out, partials, counters, bias, residual, m, n, rows, columns)
+    store_product(acc, up, up_acc, out, partials, counters, bias, residual, norm, m, n, rows, columns, ROW)
 
 
 # Keys: the most rows that a config is for; the last also serves more.
@@ -143,6 +146,7 @@ _W8A16 = {
 _W8A16_PAIR = {
     **_W8A16,
     32: Configs("linear_int8_pair_32", tile_config(32, 64, 128, 4, 4), {"gfx942": tile_config(32, 64, 128, 4, 3)}),
+    64: Configs("linear_int8_pair_64", tile_config(64, 64, 128, 4, 3), {"sm86": tile_config(64, 64, 128, 8, 3)}),
     128: Configs(
         "linear_int8_pair_128",
         tile_config(128, 64, 64, 8, 3),
@@ -171,10 +175,12 @@ def w8a16_triton(
     bias: Tensor | None,
     residual: Tensor | None,
     owner: Tensor | None = None,
+    norm: AddNorm | None = None,
 ) -> Tensor:
     """The product on a GPU. weight, up: (codes, scales), or for a dense weight (weight, None).
 
-    Codes are int8 or e4m3; those of e4m3 may be given as uint8, and are not NaN. owner: see `launch_product`.
+    Codes are int8 or e4m3; those of e4m3 may be given as uint8, and are not NaN. owner: see `launch_product`; norm: see
+    `linear_norm`.
     """
     if up[0] is None:
         table = _DENSE if weight[1] is None else _W8A16
@@ -182,7 +188,7 @@ def w8a16_triton(
         table = _W8A16_PAIR if up[0].dtype == torch.int8 else _E4M3_PAIR
     config = config_for(table, x.shape[:-1].numel(), x.device)
     even = x.shape[-1] % config.blocks["BLOCK_K"] == 0
-    return launch_product(_w8a16_kernel, x, weight, up, bias, residual, config, owner=owner, EVEN=even)
+    return launch_product(_w8a16_kernel, x, weight, up, bias, residual, config, owner=owner, norm=norm, EVEN=even)
 
 
 _linear = Operation("linear_int8", linear_int8_reference, rows=(0, 4))

@@ -28,6 +28,7 @@ from .dispatch import Operation
 from .few_rows import few_rows
 from .native import products
 from .packed_product import (
+    AddNorm,
     NativeProduct,
     add_epilogue,
     block_of,
@@ -110,11 +111,13 @@ def _groups_kernel(  # type: ignore[no-untyped-def]
     out,
     partials,
     counters,
+    norm,
     rows,
     columns,
     inner,
     steps,
     GROUP: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -136,7 +139,7 @@ def _groups_kernel(  # type: ignore[no-untyped-def]
         acc = _add_group(acc, tokens, codes, scales, zeros, here, group, SCALE_WEIGHTS, DTYPE)
         if up is not None:
             up_acc = _add_group(up_acc, tokens, up, up_scales, up_zeros, here, group, SCALE_WEIGHTS, DTYPE)
-    store_product(acc, up, up_acc, out, partials, counters, bias, residual, m, n, rows, columns)
+    store_product(acc, up, up_acc, out, partials, counters, bias, residual, norm, m, n, rows, columns, ROW)
 
 
 # Keys: the most rows that a config is for; the last also serves more. BLOCK_K is cut to the group.
@@ -153,16 +156,18 @@ def _config_of(rows: int, group: int, pair: bool, device: torch.device) -> Confi
     return within_group(config_for(_GROUPS_PAIR if pair else _GROUPS, rows, device), group)
 
 
-def _triton(
+def groups_triton(
     x: Tensor,
     weight: tuple[Tensor, Tensor, Tensor | None],
     up: tuple[Tensor | None, Tensor | None, Tensor | None],
     bias: Tensor | None,
     residual: Tensor | None,
+    norm: AddNorm | None = None,
 ) -> Tensor:
+    """The product on a GPU. weight, up: (codes, scales, zeros); norm: see `linear_norm`."""
     group = x.shape[-1] // weight[1].shape[1]
     config = _config_of(x.shape[:-1].numel(), group, up[0] is not None, x.device)
-    return launch_product(_groups_kernel, x, weight, up, bias, residual, config, GROUP=group)
+    return launch_product(_groups_kernel, x, weight, up, bias, residual, config, norm=norm, GROUP=group)
 
 
 _linear = Operation("linear_int8_groups", linear_int8_groups_reference, rows=(0, 5))
@@ -173,7 +178,7 @@ _swiglu = Operation("linear_int8_groups_swiglu", linear_int8_groups_swiglu_refer
 def _linear_triton(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    return _triton(x, (codes, scales, zeros), (None, None, None), bias, residual)
+    return groups_triton(x, (codes, scales, zeros), (None, None, None), bias, residual)
 
 
 @_swiglu.implementation("triton", groups=any_rows)
@@ -186,7 +191,7 @@ def _swiglu_triton(
     gate_zeros: Tensor | None,
     up_zeros: Tensor | None,
 ) -> Tensor:
-    return _triton(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
+    return groups_triton(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
 
 
 _native = NativeProduct(products.int8_groups_product, products.unpack_int8_groups, panels=False)
@@ -246,7 +251,7 @@ def linear_int8_groups(
     or 128 inputs; bias: [out]; residual: [..., out] in the dtype of x. Returns [..., out] in the dtype of x.
     Raises ValueError for shapes or dtypes that do not fit.
     """
-    _check(x, codes, scales, zeros)
+    check_int8_groups(x, codes, scales, zeros)
     check_epilogue(x, len(codes), bias, residual)
     return _linear.on(x.device)(x, codes, scales, zeros, bias, residual)
 
@@ -264,13 +269,14 @@ def linear_int8_groups_swiglu(
 
     Either both have zeros or neither has. Raises ValueError otherwise.
     """
-    _check(x, gate, gate_scales, gate_zeros)
-    _check(x, up, up_scales, up_zeros)
+    check_int8_groups(x, gate, gate_scales, gate_zeros)
+    check_int8_groups(x, up, up_scales, up_zeros)
     check_alike((gate, gate_scales, gate_zeros), (up, up_scales, up_zeros))
     return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales, gate_zeros, up_zeros)
 
 
-def _check(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+def check_int8_groups(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+    """Raise ValueError unless x [..., in] and a weight in groups are valid for `linear_int8_groups`."""
     if codes.dtype != torch.int8 or codes.ndim != 2 or codes.shape[1] == 0 or not codes.is_contiguous():
         raise ValueError(f"codes must be contiguous int8 [out, in], got {codes.dtype} {tuple(codes.shape)}")
     inner = codes.shape[1]

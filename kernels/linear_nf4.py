@@ -50,13 +50,14 @@ LEVELS = (
 
 
 @cache
-def _levels(device: torch.device) -> Tensor:
+def codebook(device: torch.device) -> Tensor:
+    """LEVELS on a device: [16] float32."""
     return torch.tensor(LEVELS, dtype=torch.float32, device=device)
 
 
 def unpacked(codes: Tensor, scales: Tensor) -> Tensor:
     """The weights [out, in], in float32, or float64 if the scales are."""
-    levels = _levels(codes.device).to(scales.dtype)
+    levels = codebook(codes.device).to(scales.dtype)
     # Row b: the two values of the byte b. One lookup per byte keeps unpacking fast without a kernel.
     table = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), -1)
     pairs = table.index_select(0, codes.flatten().int()).view(len(codes), scales.shape[1], BLOCK_SIZE)
@@ -82,12 +83,12 @@ _swiglu = Operation("linear_nf4_swiglu", linear_nf4_swiglu_reference, rows=(0,))
 
 @_linear.implementation("triton", groups=any_rows)
 def _linear_triton(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return w4a16_triton(x, (codes, scales, None), (None, None, None), bias, residual, _levels(x.device))
+    return w4a16_triton(x, (codes, scales, None), (None, None, None), bias, residual, codebook(x.device))
 
 
 @_swiglu.implementation("triton", groups=any_rows)
 def _swiglu_triton(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    return w4a16_triton(x, (gate, gate_scales, None), (up, up_scales, None), None, None, _levels(x.device))
+    return w4a16_triton(x, (gate, gate_scales, None), (up, up_scales, None), None, None, codebook(x.device))
 
 
 _native = NativeProduct(products.nf4_product, products.unpack_nf4)
@@ -122,7 +123,7 @@ def linear_nf4(
     residual: [..., out] in the dtype of x. Returns [..., out] in the dtype of x. Raises ValueError when shapes or
     dtypes do not fit.
     """
-    scales = _checked(x, codes, scales)
+    scales = check_nf4(x, codes, scales)
     check_epilogue(x, len(codes), bias, residual)
     return _linear.on(x.device)(x, codes, scales, bias, residual)
 
@@ -132,14 +133,14 @@ def linear_nf4_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, 
 
     Raises ValueError when shapes or dtypes do not fit.
     """
-    gate_scales, up_scales = _checked(x, gate, gate_scales), _checked(x, up, up_scales)
+    gate_scales, up_scales = check_nf4(x, gate, gate_scales), check_nf4(x, up, up_scales)
     if gate.shape != up.shape:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
     return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales)
 
 
-def _checked(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """The scales, contiguous. Raises ValueError if the three do not fit."""
+def check_nf4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """The scales, contiguous. Raises ValueError unless x [..., in] and the weight are valid for `linear_nf4`."""
     if codes.dtype != torch.uint8 or codes.ndim != 2 or not codes.is_contiguous():
         raise ValueError(f"codes must be contiguous uint8 [out, in / 2], got {codes.dtype} {tuple(codes.shape)}")
     inner = 2 * codes.shape[1]

@@ -7,6 +7,9 @@ sums [BLOCK_N, BLOCK_M] by `store_product`, or by `store_block` if it has no Swi
 the inner dimension is split, too: each split writes float32 partial sums and increments a counter, and the last split
 to do so adds all of them in the order of the splits. That moves splits * rows * out * 8 bytes through L2.
 
+A product of a few rows may end with the residual sum and its RMSNorm (`AddNorm`): the last block of the launch to write
+its outputs reads all of them from L2 and normalizes them, a row after the other, in place of a launch of its own.
+
 Without a kernel, the weights are dequantized a tile of channels at a time (`linear_by_tiles`). The formats also share
 the specification of a SwiGLU pair, the native products (`NativeProduct`) and the checks of weights in groups.
 
@@ -19,12 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import activation, native
 from .arguments import FLOATING, check_tensors
 from .configs import Config, Configs, multiprocessors
+from .counters import counters_of, is_last
 from .native import products
+from .norm import normalize_row, row_blocks
 from .row_groups import is_row_invariant
 from .strides import as_rows
 from .triton_language import tl, triton
@@ -33,6 +37,8 @@ FEW_ROWS = 64  # up to here reading the weights bounds a product, and the inner 
 MOST_SPLITS = 32
 _LOADED_AT_ONCE = tl.constexpr(128)  # rows of partial sums; more would spill registers of large tiles
 BLOCKS_AT_ONCE = 4  # per multiprocessor: enough loads in flight; more splits only add partial sums
+NORMED_ROWS = 4  # up to here the last block normalizes the rows, one after the other, sooner than another launch
+NORM_WARPS = 4  # of the products of few rows; the norm's kernel must have as many, so that both sum in one order
 FEW_CPU_ROWS = 16  # up to here the native products read the weights once; for more rows dequantizing the weights pays
 SMALL_MEMORY = ("sm86", "sm89", "sm120", "gfx942")
 _TILE_BYTES = 128 << 20  # of weights dequantized at a time
@@ -63,28 +69,36 @@ def silu(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def store_block(acc, out, bias, residual, m, n, rows, columns):  # type: ignore[no-untyped-def]
-    """Write acc [BLOCK_N, BLOCK_M] + bias + residual."""
+def store_block(acc, out, bias, residual, m, n, rows, columns, ROUNDS: tl.constexpr = False):  # type: ignore[no-untyped-def]
+    """Write acc [BLOCK_N, BLOCK_M] + bias + residual. ROUNDS: round to the dtype of `out` before adding the residual,
+    too."""
     inside = (m[None, :] < rows) & (n[:, None] < columns)
     at = m[None, :].to(tl.int64) * columns + n[:, None]
     if bias is not None:
         acc += tl.load(bias + n, mask=n < columns, other=0).to(tl.float32)[:, None]
+    if ROUNDS:
+        acc = acc.to(out.dtype.element_ty).to(tl.float32)
     if residual is not None:
         acc += tl.load(residual + at, mask=inside, other=0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def store_product(acc, up, up_acc, out, partials, counters, bias, residual, m, n, rows, columns):  # type: ignore[no-untyped-def]
+def store_product(  # type: ignore[no-untyped-def]
+    acc, up, up_acc, out, partials, counters, bias, residual, norm, m, n, rows, columns, ROW: tl.constexpr
+):
     """Write the sums of a product or, with a second weight `up`, silu(acc) * up_acc of the SwiGLU pair.
 
     partials: float32 [splits, rows, columns], for a pair [2, splits, ...], or None if the inner dimension is not split;
-    counters: one per block of outputs, zero before and after.
+    counters: one for all blocks and one per block of outputs, zero before and after; norm: None, or the normed rows,
+    the norm's weight and its eps, with ROW = the next power of two of columns.
     """
     if partials is None:
         if up is not None:
             acc = silu(acc) * up_acc
-        store_block(acc, out, bias, residual, m, n, rows, columns)
+        store_block(acc, out, bias, residual, m, n, rows, columns, norm is not None)
+        if norm is not None:
+            _normalize_by_last(out, norm, counters, rows, columns, ROW)
     else:
         splits = tl.num_programs(1)
         size = rows.to(tl.int64) * columns
@@ -94,17 +108,32 @@ def store_product(acc, up, up_acc, out, partials, counters, bias, residual, m, n
         tl.store(mine, acc, mask=inside)
         if up is not None:
             tl.store(mine + splits * size, up_acc, mask=inside)
-        tl.debug_barrier()  # every thread's sums are written before one of them increments the counter
-        counter = counters + tl.program_id(0)
-        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1:
-            tl.store(counter, 0)
+        if is_last(counters + 1 + tl.program_id(0), splits):
             AT_ONCE: tl.constexpr = _LOADED_AT_ONCE // inside.shape[1]
             if up is None:
                 total = _added_up(sums, splits, size, inside, AT_ONCE)
             else:
                 total = silu(_added_up(sums, splits, size, inside, AT_ONCE // 2))
                 total *= _added_up(sums + splits * size, splits, size, inside, AT_ONCE // 2)
-            store_block(total, out, bias, residual, m, n, rows, columns)
+            store_block(total, out, bias, residual, m, n, rows, columns, norm is not None)
+            if norm is not None:
+                _normalize_by_last(out, norm, counters, rows, columns, ROW)
+
+
+@triton.jit
+def _normalize_by_last(out, norm, counter, rows, columns, ROW: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write the RMSNorm of `out`, if this block of outputs is the last one to be written, by the arithmetic of
+    `norm.py`."""
+    normed, weight, eps = norm
+    if is_last(counter, tl.num_programs(0)):
+        channel = tl.arange(0, ROW)
+        inside = channel < columns
+        for row in tl.range(0, rows):
+            at = row * columns + channel
+            values = tl.load(out + at, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+            values = normalize_row(values, inside, columns, eps, False)
+            values *= tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+            tl.store(normed + at, values.to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -159,22 +188,21 @@ def split_inner(config: Config, rows: int, columns: int, inner: int, device: tor
     return -(-total // steps), steps
 
 
-_counters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+@dataclass(frozen=True)
+class AddNorm:
+    """What follows a product of a few rows y: the sum h = residual + y, its result, and the RMSNorm of h, written INTO
+    `normed`. As in `add_rms_norm`, y and h are rounded to their dtype."""
 
+    residual: Tensor
+    weight: Tensor
+    eps: float
+    normed: Tensor
 
-def counters_of(weight: Tensor) -> Tensor:
-    """The counters of split products with this weight, int32 zeros on its device.
-
-    Each weight has its own, so that products of different weights may run at the same time. They live as long as the
-    weight, because CUDA graphs refer to them by address.
-    """
-    counters = _counters.get(weight)
-    if counters is None:
-        count = BLOCKS_AT_ONCE * multiprocessors(weight.device)  # more than the blocks of any split product
-        counters = torch.zeros(count, dtype=torch.int32, device=weight.device)
-        if not (weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            _counters[weight] = counters  # a capture writes the zeros only when the graph is replayed
-    return counters
+    @staticmethod
+    def covers(x: Tensor, columns: int) -> bool:
+        """Whether a product of x that has `columns` outputs may end with this."""
+        few = x.shape[:-1].numel() <= NORMED_ROWS and not is_row_invariant()
+        return few and row_blocks(columns)["num_warps"] == NORM_WARPS
 
 
 def launch_product(
@@ -187,14 +215,16 @@ def launch_product(
     config: Config,
     *,
     owner: Tensor | None = None,
+    norm: AddNorm | None = None,
     **constants: Any,
 ) -> Tensor:
     """Run a kernel that multiplies x with packed weights.
 
     weight: the tensors of the weight, codes first; up: those of the second weight of a SwiGLU pair, or as many None;
-    owner: the stored codes, if the codes in `weight` are a view made for this call.
+    owner: the stored codes, if the codes in `weight` are a view made for this call; norm: in place of a residual.
     """
     assert weight[0] is not None
+    residual = residual if norm is None else norm.residual
     tokens, residual = as_rows(x), None if residual is None else as_rows(residual)
     (rows, inner), columns = tokens.shape, len(weight[0])
     out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
@@ -205,7 +235,10 @@ def launch_product(
     if splits > 1:
         shape = (splits, rows, columns) if up[0] is None else (2, splits, rows, columns)
         partials = torch.empty(shape, dtype=torch.float32, device=x.device)
-        counters = counters_of(weight[0] if owner is None else owner)
+    if splits > 1 or norm is not None:
+        counters = counters_of(weight[0] if owner is None else owner, 1 + blocks(config, rows, columns))
+    if norm is not None:
+        assert config.num_warps == NORM_WARPS
     kernel[(blocks(config, rows, columns), splits)](
         tokens,
         *weight,
@@ -215,10 +248,12 @@ def launch_product(
         out,
         partials,
         counters,
+        None if norm is None else (norm.normed, norm.weight, norm.eps),
         rows,
         columns,
         inner,
         steps,
+        ROW=0 if norm is None else row_blocks(columns)["BLOCK"],
         **constants,
         **config.options(),
     )

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from ..kernels.activation import swiglu
 from ..kernels.linear import linear, linear_swiglu
+from ..kernels.norm import add_rms_norm
 from .scheme import PARTS, Packed, Scheme
 
 
@@ -68,6 +69,13 @@ class Linear(_Matrix):
         if self.scheme is None:
             return linear_swiglu(x, self.weight, up.weight)
         return self.scheme.swiglu(x, self.packed, up.packed)
+
+    def add_norm(self, x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """h = residual + x W^T, for a layer without bias. Returns (RMSNorm of h with the weight `norm`, h), both like
+        residual: [..., out_features] in the model's dtype."""
+        if self.scheme is None:
+            return add_rms_norm(self(x), residual, norm, eps)
+        return self.scheme.linear_norm(x, self.packed, residual, norm, eps)
 
 
 def joined(*layers: Linear) -> Linear | None:

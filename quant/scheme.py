@@ -41,6 +41,7 @@ from ..kernels.linear_int8 import linear_int8, linear_int8_swiglu
 from ..kernels.linear_int8_groups import GROUP_SIZES as INT8_GROUP_SIZES
 from ..kernels.linear_int8_groups import linear_int8_groups, linear_int8_groups_swiglu
 from ..kernels.linear_nf4 import linear_nf4, linear_nf4_swiglu
+from ..kernels.linear_norm import linear_norm
 from ..kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
 from ..kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
 from ..kernels.quantize_rows import E4M3
@@ -92,6 +93,11 @@ class Scheme(ABC):
         """Whether the product rounds its inputs, to int8 or e4m3, where it has many rows."""
         return self.int8_inputs
 
+    @property
+    @abstractmethod
+    def product(self) -> str:
+        """The operation that multiplies by the weights, a key of `linear_norm.PRODUCTS`."""
+
     @abstractmethod
     def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
         """The tensors stored for a weight of this shape, by the names of `PARTS`.
@@ -110,6 +116,12 @@ class Scheme(ABC):
     @abstractmethod
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """x W^T + bias + residual for x: [..., in] and residual: [..., out]. Returns [..., out] in the dtype of x."""
+
+    def linear_norm(
+        self, x: Tensor, packed: Packed, residual: Tensor, norm: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """h = residual + x W^T. Returns (RMSNorm of h, h), both like residual; see `kernels/linear_norm.py`."""
+        return linear_norm(self.product, x, *packed, residual, norm, eps)
 
     @abstractmethod
     def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
@@ -161,6 +173,11 @@ class Int8(Scheme):
     def __str__(self) -> str:
         return "int8-w8a8" if self.int8_inputs else "int8"
 
+    @property
+    def product(self) -> str:
+        """See `Scheme`."""
+        return "linear_w8a8" if self.int8_inputs else "linear_int8"
+
     def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
         """See `Scheme`."""
         return _by_channel(shape, self, torch.int8)
@@ -199,6 +216,11 @@ class Fp8(Scheme):
     def rounds_inputs(self) -> bool:
         """See `Scheme`."""
         return True
+
+    @property
+    def product(self) -> str:
+        """See `Scheme`."""
+        return "linear_fp8"
 
     def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
         """See `Scheme`."""
@@ -241,6 +263,11 @@ class Int8Groups(Scheme):
 
     def __str__(self) -> str:
         return f"int8-g{self.group_size}{_suffix(self)}"
+
+    @property
+    def product(self) -> str:
+        """See `Scheme`."""
+        return "linear_int8_groups"
 
     def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
         """See `Scheme`."""
@@ -290,6 +317,11 @@ class Int4(Scheme):
 
     def __str__(self) -> str:
         return f"int4-g{self.group_size}{_suffix(self)}{'-w4a8' if self.int8_inputs else ''}"
+
+    @property
+    def product(self) -> str:
+        """See `Scheme`."""
+        return "linear_w4a8" if self.int8_inputs else "linear_int4"
 
     def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
         """See `Scheme`."""
@@ -342,6 +374,11 @@ class Int3(Scheme):
     def __str__(self) -> str:
         return f"int3-g{self.group_size}"
 
+    @property
+    def product(self) -> str:
+        """See `Scheme`."""
+        return "linear_int3"
+
     def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
         """See `Scheme`."""
         out, inner = _matrix(shape, self)
@@ -379,6 +416,11 @@ class NF4(Scheme):
 
     def __str__(self) -> str:
         return "nf4"
+
+    @property
+    def product(self) -> str:
+        """See `Scheme`."""
+        return "linear_nf4"
 
     def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
         """See `Scheme`."""

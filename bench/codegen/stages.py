@@ -5,7 +5,8 @@
     decode               one step at 45 000 tokens, one and four sequences
     choose               the next token from the scores
     W8A16, W8A8, FP8, W4A16, W4A8, W3A16, NF4
-                         the decoder's matrix products with weights of that scheme, at the rows of decode and prefill
+                         the decoder's matrix products with weights of that scheme and the norms after them, at the rows
+                         of decode and prefill
 
 each that touches the KV cache with a cache in bfloat16, in int8 and in int4.
 """
@@ -19,13 +20,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.audio_format import WINDOW_SAMPLES
-from ...kernels.linear_fp8 import linear_fp8, linear_fp8_swiglu
-from ...kernels.linear_int3 import linear_int3, linear_int3_swiglu
-from ...kernels.linear_int4 import linear_int4, linear_int4_swiglu
-from ...kernels.linear_int8 import linear_int8, linear_int8_swiglu
-from ...kernels.linear_nf4 import BLOCK_SIZE, linear_nf4, linear_nf4_swiglu
-from ...kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
-from ...kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
+from ...kernels.linear_fp8 import linear_fp8_swiglu
+from ...kernels.linear_int3 import linear_int3_swiglu
+from ...kernels.linear_int4 import linear_int4_swiglu
+from ...kernels.linear_int8 import linear_int8_swiglu
+from ...kernels.linear_nf4 import BLOCK_SIZE, linear_nf4_swiglu
+from ...kernels.linear_norm import PRODUCTS, linear_norm
+from ...kernels.linear_w4a8 import linear_w4a8_swiglu
+from ...kernels.linear_w8a8 import linear_w8a8_swiglu
 from ...kernels.packed_product import FEW_ROWS
 from ...kernels.quantize_rows import E4M3
 from ...kernels.sampling import SamplingRows, greedy, penalize, sample
@@ -82,9 +84,9 @@ def stages(model: AudioFlamingo) -> Iterator[Stage]:
         yield Stage(name, end, partial(_prefill, model, start, end, torch.int8, rounds=True))
     for rows in ROWS:
         yield Stage(f"choose {rows}", 0, partial(_choose, rows, model.config.decoder.vocab_size))
-    for name, product, pair in _SCHEMES:
+    for name, scheme in _SCHEMES.items():
         for rows in PRODUCT_ROWS:
-            yield Stage(f"{name} products, {rows} rows", 0, partial(_products, model, rows, product, pair))
+            yield Stage(f"{name} products, {rows} rows", 0, partial(_products, model, rows, scheme))
 
 
 def _encode(model: AudioFlamingo, windows: int) -> None:
@@ -115,115 +117,68 @@ def _choose(rows: int, vocabulary: int) -> None:
     sample(logits, SamplingRows(_float(rows), top_k, _float(rows), _float(rows)), _float(rows))
 
 
-def _products(
-    model: AudioFlamingo,
-    rows: int,
-    product: Callable[[Tensor, Linear], object],
-    pair: Callable[[Tensor, Linear, Linear], object],
-) -> None:
-    """All products of the decoder's forward pass over `rows` tokens. Only the last one's scores are computed."""
+@dataclass(frozen=True)
+class _Scheme:
+    """product: the operation, a key of `PRODUCTS`; pair: that of a SwiGLU pair; weight: packed tensors for a layer."""
+
+    product: str
+    pair: Callable[..., Tensor]
+    weight: Callable[[Linear], tuple[Tensor, Tensor]]
+
+
+def _products(model: AudioFlamingo, rows: int, scheme: _Scheme) -> None:
+    """All products of the decoder's forward pass over `rows` tokens, and the norms after those that write to the
+    residual stream. Only the last token's scores are computed."""
+    product = PRODUCTS[scheme.product].linear
     for layer in model.decoder.layers:
         attention, mlp = cast(DecoderLayer, layer).self_attn, cast(DecoderLayer, layer).mlp
-        for linear in (*attention.projections, attention.o_proj, mlp.down_proj):
-            product(_inputs(linear, rows), linear)
-        pair(_inputs(mlp.gate_proj, rows), mlp.gate_proj, mlp.up_proj)
-    if model.decoder.lm_head is not None:
-        product(_inputs(model.decoder.lm_head, rows if rows <= FEW_ROWS else 1), model.decoder.lm_head)
+        for linear in attention.projections:
+            product(_inputs(linear, rows), *scheme.weight(linear), bias=linear.bias)
+        for linear in (attention.o_proj, mlp.down_proj):
+            x, residual = (_bfloat16(rows, size) for size in reversed(linear.weight.shape))
+            codes, scales = scheme.weight(linear)
+            linear_norm(scheme.product, x, codes, scales, None, residual, _bfloat16(len(codes)))
+        scheme.pair(_inputs(mlp.gate_proj, rows), *scheme.weight(mlp.gate_proj), *scheme.weight(mlp.up_proj))
+    if (head := model.decoder.lm_head) is not None:
+        product(_inputs(head, rows if rows <= FEW_ROWS else 1), *scheme.weight(head), bias=head.bias)
 
 
 def _inputs(linear: Linear, rows: int) -> Tensor:
-    return torch.empty(rows, linear.weight.shape[1], dtype=torch.bfloat16, device=_META)
+    return _bfloat16(rows, linear.weight.shape[1])
 
 
 def _int8(linear: Linear) -> tuple[Tensor, Tensor]:
     return torch.empty_like(linear.weight, dtype=torch.int8), _float(len(linear.weight))
 
 
-def _w8a16(x: Tensor, linear: Linear) -> None:
-    linear_int8(x, *_int8(linear), linear.bias)
-
-
-def _w8a16_pair(x: Tensor, gate: Linear, up: Linear) -> None:
-    linear_int8_swiglu(x, *_int8(gate), *_int8(up))
-
-
-def _w8a8(x: Tensor, linear: Linear) -> None:
-    linear_w8a8(x, *_int8(linear), linear.bias)
-
-
-def _w8a8_pair(x: Tensor, gate: Linear, up: Linear) -> None:
-    linear_w8a8_swiglu(x, *_int8(gate), *_int8(up))
-
-
 def _fp8(linear: Linear) -> tuple[Tensor, Tensor]:
     return torch.empty_like(linear.weight, dtype=E4M3), _float(len(linear.weight))
 
 
-def _fp8_product(x: Tensor, linear: Linear) -> None:
-    linear_fp8(x, *_fp8(linear), linear.bias)
-
-
-def _fp8_pair(x: Tensor, gate: Linear, up: Linear) -> None:
-    linear_fp8_swiglu(x, *_fp8(gate), *_fp8(up))
-
-
 def _int4(linear: Linear) -> tuple[Tensor, Tensor]:
     outputs, inputs = linear.weight.shape
-    scales = torch.empty(outputs, inputs // GROUP, dtype=torch.bfloat16, device=_META)
-    return torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=_META), scales
-
-
-def _w4a16(x: Tensor, linear: Linear) -> None:
-    linear_int4(x, *_int4(linear), bias=linear.bias)
-
-
-def _w4a16_pair(x: Tensor, gate: Linear, up: Linear) -> None:
-    linear_int4_swiglu(x, *_int4(gate), *_int4(up))
-
-
-def _w4a8(x: Tensor, linear: Linear) -> None:
-    linear_w4a8(x, *_int4(linear), bias=linear.bias)
-
-
-def _w4a8_pair(x: Tensor, gate: Linear, up: Linear) -> None:
-    linear_w4a8_swiglu(x, *_int4(gate), *_int4(up))
+    return _bytes(outputs, inputs // 2), _bfloat16(outputs, inputs // GROUP)
 
 
 def _int3(linear: Linear) -> tuple[Tensor, Tensor]:
     codes, scales = _int4(linear)
-    return torch.empty(len(codes), codes.shape[1] // 4 * 3, dtype=torch.uint8, device=_META), scales
-
-
-def _w3a16(x: Tensor, linear: Linear) -> None:
-    linear_int3(x, *_int3(linear), bias=linear.bias)
-
-
-def _w3a16_pair(x: Tensor, gate: Linear, up: Linear) -> None:
-    linear_int3_swiglu(x, *_int3(gate), *_int3(up))
+    return _bytes(len(codes), codes.shape[1] // 4 * 3), scales
 
 
 def _nf4(linear: Linear) -> tuple[Tensor, Tensor]:
     outputs, inputs = linear.weight.shape
-    return torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=_META), _float(outputs, inputs // BLOCK_SIZE)
+    return _bytes(outputs, inputs // 2), _float(outputs, inputs // BLOCK_SIZE)
 
 
-def _nf4_product(x: Tensor, linear: Linear) -> None:
-    linear_nf4(x, *_nf4(linear), bias=linear.bias)
-
-
-def _nf4_pair(x: Tensor, gate: Linear, up: Linear) -> None:
-    linear_nf4_swiglu(x, *_nf4(gate), *_nf4(up))
-
-
-_SCHEMES = (
-    ("W8A16", _w8a16, _w8a16_pair),
-    ("W8A8", _w8a8, _w8a8_pair),
-    ("FP8", _fp8_product, _fp8_pair),
-    ("W4A16", _w4a16, _w4a16_pair),
-    ("W4A8", _w4a8, _w4a8_pair),
-    ("W3A16", _w3a16, _w3a16_pair),
-    ("NF4", _nf4_product, _nf4_pair),
-)
+_SCHEMES = {
+    "W8A16": _Scheme("linear_int8", linear_int8_swiglu, _int8),
+    "W8A8": _Scheme("linear_w8a8", linear_w8a8_swiglu, _int8),
+    "FP8": _Scheme("linear_fp8", linear_fp8_swiglu, _fp8),
+    "W4A16": _Scheme("linear_int4", linear_int4_swiglu, _int4),
+    "W4A8": _Scheme("linear_w4a8", linear_w4a8_swiglu, _int4),
+    "W3A16": _Scheme("linear_int3", linear_int3_swiglu, _int3),
+    "NF4": _Scheme("linear_nf4", linear_nf4_swiglu, _nf4),
+}
 
 
 def _cache(model: AudioFlamingo, sequences: int, dtype: torch.dtype, *, rounds: bool = False) -> KVCache:
@@ -240,3 +195,11 @@ def _cache(model: AudioFlamingo, sequences: int, dtype: torch.dtype, *, rounds: 
 
 def _float(*shape: int) -> Tensor:
     return torch.empty(shape, device=_META)
+
+
+def _bfloat16(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device=_META)
+
+
+def _bytes(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8, device=_META)

@@ -165,6 +165,13 @@ def _linear_swiglu(arguments: Arguments, context: int) -> Work:
     return Work(products + 5 * rows * outputs, products, _dtype(x), written=rows * outputs * x.element_size())
 
 
+def _linear_norm(arguments: Arguments, context: int) -> Work:
+    x, outputs = arguments["x"], len(arguments["codes"])
+    sums = x.numel() // x.shape[-1] * outputs
+    products = 2 * x.numel() * outputs
+    return Work(products + 5 * sums, products, _dtype(x), written=2 * sums * x.element_size())
+
+
 def _linear_int8_inputs(arguments: Arguments, context: int) -> Work:
     work = _linear(arguments, context)
     return work if has_few_rows(arguments["x"]) else replace(work, dtype="int8")
@@ -236,6 +243,7 @@ _FORMULAS: dict[str, Callable[[Arguments, int], Work]] = {
     "decode_attention": _attention,
     "linear": _linear,
     "linear_swiglu": _linear_swiglu,
+    "linear_norm": _linear_norm,
     "linear_int8": _linear,
     "linear_int8_swiglu": _linear_swiglu,
     "linear_w8a8": _linear_int8_inputs,

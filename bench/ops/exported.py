@@ -306,6 +306,13 @@ def linear_int3_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor,
     return linear_int4_swiglu(x, int4_bytes(gate), gate_scales, int4_bytes(up), up_scales)
 
 
+def linear_norm(
+    x: Tensor, codes: Tensor, scales: Tensor, residual: Tensor, norm: Tensor, product: str, zeros: None
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of residual + `linear_int4`, rounded to the dtype of x before the norm, and that sum."""
+    return add_rms_norm(linear_int4(x, codes, scales), residual, norm)
+
+
 def linear_w4a8(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` with int4 weights of inputs rounded to int8 in the same groups."""
     return linear_int4(rounded_inputs(x, scales.shape[1]), packed, scales, bias).to(x.dtype)

@@ -236,6 +236,14 @@ def packed_swiglu(s: Shape, new: Draw, *, kind: str) -> Arguments:
     return {"x": x, "gate": gate[0], "gate_scales": gate[1], "up": up[0], "up_scales": up[1]}
 
 
+def linear_norm(s: Shape, new: Draw) -> Arguments:
+    """shape: as `packed_linear` of int4."""
+    codes, scales = _int4(s, new)
+    x, residual = new.normal(s["rows"], s["in_features"]), new.normal(s["rows"], s["out_features"])
+    weight = {"codes": codes, "scales": scales, "zeros": None}
+    return {"product": "linear_int4", "x": x, **weight, "residual": residual, "norm": 1 + 0.3 * new.normal(len(codes))}
+
+
 def _dense(s: Shape, new: Draw) -> Tensor:
     return new.normal(s["out_features"], s["in_features"], scale=s["in_features"] ** -0.5)
 

@@ -171,6 +171,11 @@ def packed_swiglu(**arguments: Any) -> Tensor:
     return linear_swiglu(x, *(dense_weight(arguments, x.dtype, part) for part in ("gate", "up")))
 
 
+def linear_norm(residual: Tensor, norm: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """`packed_linear`, then `add_rms_norm`."""
+    return add_rms_norm(packed_linear(**arguments), residual, norm)
+
+
 def rounded_linear(**arguments: Any) -> Tensor:
     """`packed_linear` of inputs rounded to int8, in groups where the scales have groups, and to the dtype of x."""
     return packed_linear(**{**arguments, "x": _rounded(arguments, "scales")})

@@ -309,8 +309,8 @@ def _decoder(stage: Stage, s: Sizes) -> Calls:
 
 
 def _joined(stage: Stage, s: Sizes) -> Calls:
-    """Products that a GPU makes in place of those of `_decoder`: queries, keys and values as one, dense gate and up as
-    one (`Decoder.join`)."""
+    """Operations of a GPU in place of those of `_decoder`: queries, keys and values as one product, dense gate and up
+    as one (`Decoder.join`), products with int4 weights with the norm after them."""
     if stage.kind not in ("prefill", "decode"):
         return
     layer, layers = "decoder.layers.0.mlp.up_proj", s.layers
@@ -318,6 +318,10 @@ def _joined(stage: Stage, s: Sizes) -> Calls:
     yield _product(stage, layer, stage.rows, s.hidden, qkv_width, 1, layers)
     if stage.scheme == "dense":
         yield _product(stage, layer, stage.rows, s.hidden, 2 * s.inner, 0, layers)
+    if stage.kind == "decode" and stage.scheme == "int4":
+        for inputs in (s.heads * s.head_dim, s.inner):
+            _, shape, count = _product(stage, layer, stage.rows, inputs, s.hidden, 0, layers)
+            yield "linear_norm", shape, count
 
 
 def _choose(stage: Stage, s: Sizes) -> Calls:

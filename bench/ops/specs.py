@@ -22,6 +22,7 @@ from ...kernels.linear_int4 import linear_int4, linear_int4_swiglu
 from ...kernels.linear_int8 import linear_int8, linear_int8_swiglu
 from ...kernels.linear_int8_groups import linear_int8_groups, linear_int8_groups_swiglu
 from ...kernels.linear_nf4 import linear_nf4, linear_nf4_swiglu
+from ...kernels.linear_norm import linear_norm
 from ...kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
 from ...kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
 from ...kernels.log_mel import log_mel
@@ -220,6 +221,7 @@ def _products() -> list[Spec]:
     found.append(Spec(linear_fp8, made, plain.fp8_linear, sizes))
     made = partial(inputs.packed_swiglu, kind="fp8")
     found.append(Spec(linear_fp8_swiglu, made, plain.fp8_swiglu, without_bias(sizes)))
+    found.append(Spec(linear_norm, inputs.linear_norm, plain.linear_norm, without_bias(four)))
     rounded = (
         ("int8", linear_w8a8, linear_w8a8_swiglu, eight, "linear_int8"),
         ("int4", linear_w4a8, linear_w4a8_swiglu, four, "linear_int4"),

@@ -202,8 +202,9 @@ class DecoderStage(Stage):
             part = x[None, start : start + _CHUNK]
             positions = torch.arange(start, start + part.shape[1], device=x.device)[None]
             rotation = Rotation(positions.float(), frequencies, "half")
-            out, residual = self.module(part, None, rotation, cache.view(table, positions), 0)
-            parts.append((out + residual)[0])
+            view, norm = cache.view(table, positions), self.module.get_buffer("input_layernorm.weight")
+            normed = rms_norm(part, norm, self._config.rms_norm_eps)
+            parts.append(self.module(normed, part, rotation, view, 0, norm)[1][0])  # the next layer's norm is unknown
         return torch.cat(parts)
 
 

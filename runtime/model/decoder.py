@@ -17,7 +17,7 @@ from ...kernels.attention_int8 import attention_int8
 from ...kernels.decode_attention import MAX_NEW_TOKENS, decode_attention
 from ...kernels.int4_cache import KeyBias
 from ...kernels.kv_write import kv_write
-from ...kernels.norm import add_rms_norm, rms_norm
+from ...kernels.norm import rms_norm
 from ...kernels.pages import page_slots
 from ...kernels.rotary import Rotation, rope_frequencies
 from ...quant.linear import Embedding, Linear, joined
@@ -97,8 +97,9 @@ class DecoderAttention(nn.Module):
         self._qkv = [] if qkv is None else [qkv]
 
     def forward(self, x: Tensor, rotation: Rotation, cache: CacheView, layer: int) -> Tensor:
-        """x: [batch, time, hidden]. Writes keys and values into the layer's cache. Returns a tensor like x."""
-        return self.o_proj(self.attend(*self.project(x), self.key_bias(), rotation, cache, layer).flatten(2))
+        """x: [batch, time, hidden]. Writes keys and values into the layer's cache. Returns the inputs of `o_proj`,
+        [batch, time, heads * head_dim]."""
+        return self.attend(*self.project(x), self.key_bias(), rotation, cache, layer).flatten(2)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x, [batch, time, heads or KV heads, head_dim]."""
@@ -181,16 +182,17 @@ class DecoderMLP(nn.Module):
         self._gate_up = [] if both is None else [both]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., hidden]. Returns a tensor like x."""
+        """x: [..., hidden]. Returns the inputs of `down_proj`, [..., inner]."""
         if self._gate_up:
-            return self.down_proj(swiglu(*self._gate_up[0](x).chunk(2, dim=-1)))
-        return self.down_proj(self.gate_proj(x, up=self.up_proj))
+            return swiglu(*self._gate_up[0](x).chunk(2, dim=-1))
+        return self.gate_proj(x, up=self.up_proj)
 
 
 class DecoderLayer(nn.Module):
     """One layer, between two states of the residual stream.
 
-    The next norm adds the last block's output to the stream, so a layer takes and returns both.
+    The products that write to the stream compute the following norm, too, so a layer takes and returns both the stream
+    and its norm.
     """
 
     def __init__(self, config: DecoderConfig):
@@ -202,16 +204,14 @@ class DecoderLayer(nn.Module):
         self.mlp = DecoderMLP(config)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, rotation: Rotation, cache: CacheView, layer: int
+        self, normed: Tensor, residual: Tensor, rotation: Rotation, cache: CacheView, layer: int, following: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """x, residual: [batch, time, hidden], or None for the first layer. Returns (block output, residual)."""
-        if residual is None:
-            normed, residual = rms_norm(x, self.input_layernorm.weight, self.eps), x
-        else:
-            normed, residual = add_rms_norm(x, residual, self.input_layernorm.weight, self.eps)
+        """normed: residual after `input_layernorm`; both [batch, time, hidden]; following: the weight of the norm after
+        this layer. Returns (normed, residual) after this layer."""
         attended = self.self_attn(normed, rotation, cache, layer)
-        normed, residual = add_rms_norm(attended, residual, self.post_attention_layernorm.weight, self.eps)
-        return self.mlp(normed), residual
+        norm = self.post_attention_layernorm.weight
+        normed, residual = self.self_attn.o_proj.add_norm(attended, residual, norm, self.eps)
+        return self.mlp.down_proj.add_norm(self.mlp(normed), residual, following, self.eps)
 
 
 class Decoder(nn.Module):
@@ -255,11 +255,11 @@ class Decoder(nn.Module):
 
     def transformed(self, x: Tensor, rotation: Rotation, cache: CacheView) -> Tensor:
         """Like `forward`, given the rotation of the positions."""
-        residual = None
+        norms = [layer.get_buffer("input_layernorm.weight") for layer in self.layers] + [self.norm.weight]
+        normed, residual = rms_norm(x, norms[0], self.config.rms_norm_eps), x
         for index, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, rotation, cache, index)
-        assert residual is not None
-        return add_rms_norm(x, residual, self.norm.weight, self.config.rms_norm_eps)[0]
+            normed, residual = layer(normed, residual, rotation, cache, index, norms[index + 1])
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token. hidden: [..., hidden], normed. Returns [..., vocab] float32."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.rotary import Rotation, rotary
+from ...quant.linear import Linear
 from .decoder import Decoder, DecoderAttention, DecoderLayer
 from .group import Group
 
@@ -53,11 +54,16 @@ class RingAttention(nn.Module):
         self.attention = attention
         self._group = group
 
+    @property
+    def o_proj(self) -> Linear:
+        """The product that follows."""
+        return self.attention.o_proj
+
     def forward(self, x: Tensor, rotation: Rotation, cache: None, layer: int) -> Tensor:
-        """x: [1, own tokens, hidden]; rotation: of these. Returns like x."""
+        """x: [1, own tokens, hidden]; rotation: of these. Returns the inputs of `o_proj`."""
         q, k, v = self.attention.project(x)
         attended = ring_attention(rotary(q, rotation)[0], rotary(k, rotation)[0], v[0], self._group)
-        return self.attention.o_proj(attended.flatten(1)[None])
+        return attended.flatten(1)[None]
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: Group) -> Tensor:

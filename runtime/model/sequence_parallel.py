@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.rotary import Rotation
+from ...quant.linear import Linear
 from .decoder import CacheView, Decoder, DecoderAttention, DecoderLayer
 from .group import Group
 
@@ -54,8 +55,13 @@ class UlyssesAttention(nn.Module):
         self.attention = attention
         self._group = group
 
+    @property
+    def o_proj(self) -> Linear:
+        """The product that follows."""
+        return self.attention.o_proj
+
     def forward(self, x: Tensor, rotation: Rotation, cache: CacheView, layer: int) -> Tensor:
-        """x: [1, own tokens, hidden]; rotation, cache: of all tokens. Returns like x."""
+        """x: [1, own tokens, hidden]; rotation, cache: of all tokens. Returns the inputs of `o_proj` for own tokens."""
         size, count = self._group.size, cache.slots.shape[1]
         projected = self.attention.project(x)
         heads = [part.shape[2] // size for part in projected]
@@ -67,4 +73,4 @@ class UlyssesAttention(nn.Module):
         attended = self.attention.attend(q, k, v, key_bias, rotation, cache, layer)[0]
         padded = F.pad(attended, (0, 0, 0, 0, 0, x.shape[1] * size - count)).unflatten(0, (size, -1))
         own = self._group.exchange(padded.contiguous()).transpose(0, 1)
-        return self.attention.o_proj(own.flatten(1)[None])
+        return own.flatten(1)[None]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...kernels.norm import add_rms_norm
 from ...quant.linear import Embedding, Linear
 from ...quant.scheme import PARTS, Fp8, Int8, SchemeError
 from ..errors import ConfigError
@@ -166,6 +167,10 @@ class RowParallel(Linear):
             largest = self._group.maximum(x.abs().amax(-1, keepdim=True))
             x = torch.cat([x, largest, x.new_zeros(*x.shape[:-1], _EIGHT_BIT_INPUTS - 1)], -1)
         return self._group.all_reduce(self._product(x, None))
+
+    def add_norm(self, x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See `Linear`."""
+        return add_rms_norm(self(x), residual, norm, eps)
 
 
 class VocabularyEmbedding(Embedding):

@@ -20,6 +20,7 @@ from afnext.kernels.linear_int4 import linear_int4, linear_int4_swiglu
 from afnext.kernels.linear_int8 import linear_int8, linear_int8_swiglu
 from afnext.kernels.linear_int8_groups import linear_int8_groups, linear_int8_groups_swiglu
 from afnext.kernels.linear_nf4 import linear_nf4, linear_nf4_swiglu
+from afnext.kernels.linear_norm import linear_norm
 from afnext.kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
 from afnext.kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
 from afnext.kernels.log_mel import log_mel
@@ -38,6 +39,10 @@ def sample_rows(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tenso
 
 def rotary_of(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
     return rotary(x, Rotation(positions, frequencies))
+
+
+def linear_norm_of(**tensors: Tensor) -> tuple[Tensor, Tensor]:
+    return linear_norm("linear_int4", **tensors)
 
 
 def kv_write_of(positions: Tensor, frequencies: Tensor, **tensors: Tensor) -> Tensor:
@@ -118,6 +123,17 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
     ),
     "linear": (linear, {"x": ones(2, 8), "weight": ones(3, 8), "bias": ones(3)}),
     "linear_swiglu": (linear_swiglu, {"x": ones(2, 8), "gate": ones(3, 8), "up": ones(3, 8)}),
+    "linear_norm": (
+        linear_norm_of,
+        {
+            "x": ones(2, 64),
+            "codes": zeros(3, 32, dtype=U8),
+            "scales": ones(3, 2),
+            "zeros": ones(3, 2),
+            "residual": ones(2, 3),
+            "norm": ones(3),
+        },
+    ),
     "linear_int8": (linear_int8, int8(False)),
     "linear_int8_swiglu": (linear_int8_swiglu, int8(True)),
     "linear_w8a8": (linear_w8a8, int8(False)),

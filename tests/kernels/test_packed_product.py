@@ -1,6 +1,4 @@
-"""Products whose inner dimension is split: the order of their sums, and the counters that find who adds them."""
-
-import gc
+"""Products whose inner dimension is split: the order of their sums, and of their accesses to memory."""
 
 import pytest
 import torch
@@ -9,14 +7,14 @@ pytest.importorskip("triton")
 
 import triton
 from support.accuracy import poisoned
-from support.fake_cuda import FakeCuda
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from afnext.bench.codegen.trace import recorded_launches
 from afnext.kernels import packed_product
-from afnext.kernels.configs import multiprocessors, targeting
+from afnext.kernels.configs import targeting
+from afnext.kernels.counters import counters_of
 from afnext.kernels.linear_int4 import config_of, linear_int4, linear_int4_swiglu
 
 ROWS, INNER, COLUMNS, GROUP = 3, 1024, 96, 64
@@ -54,8 +52,7 @@ def test_partial_sums_are_added_from_the_first_split_to_the_last(seed: int) -> N
         expected = added_in_order([linear_int4(part, *codes) for part in parts_of(x)]) + bias + residual
         for _ in range(2):  # the second time with the counters that the first one left
             assert torch.equal(linear_int4(x, *codes, None, bias, residual), expected)
-    counters = packed_product.counters_of(codes[0])
-    assert not counters.any()
+    assert not counters_of(codes[0], 1).any()
 
 
 def test_a_pair_is_added_before_it_is_gated(seed: int) -> None:
@@ -64,37 +61,6 @@ def test_a_pair_is_added_before_it_is_gated(seed: int) -> None:
         sums = [added_in_order([linear_int4(part, *codes) for part in parts_of(x)]) for codes in (gate, up)]
         actual = linear_int4_swiglu(x, *gate, *up)
     torch.testing.assert_close(actual, torch.nn.functional.silu(sums[0]) * sums[1], rtol=1e-6, atol=1e-7)
-
-
-def test_counters_are_those_of_one_weight_and_go_with_it(seed: int) -> None:
-    x, first, second = torch.randn(ROWS, INNER), weight(), weight()
-    gc.collect()
-    before = len(packed_product._counters)
-    with poisoned("triton"):
-        for _ in range(2):
-            linear_int4(x.half(), *first)
-            linear_int4(x.half(), *second)
-    assert len(packed_product._counters) == before + 2
-    counters = packed_product.counters_of(first[0])
-    assert counters.data_ptr() != packed_product.counters_of(second[0]).data_ptr()
-    del first
-    gc.collect()
-    assert len(packed_product._counters) == before + 1
-
-
-def test_counters_made_during_a_capture_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are zero when the graph is replayed, but not before."""
-    if torch.cuda.is_available():
-        pytest.skip("there is a real GPU")
-    with FakeCuda(monkeypatch).active():
-        codes = torch.zeros(8, 8, dtype=torch.uint8, device="cuda:1")
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        captured = packed_product.counters_of(codes)
-        assert packed_product.counters_of(codes) is not captured
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        kept = packed_product.counters_of(codes)
-        assert packed_product.counters_of(codes) is kept
-        assert kept.device == codes.device
 
 
 def test_partial_sums_are_written_before_they_are_counted_and_read_after() -> None:
@@ -112,14 +78,3 @@ def test_partial_sums_are_written_before_they_are_counted_and_read_after() -> No
     assert before.rindex("st.global") < before.rindex("bar.sync")
     assert 0 <= after.index("bar.sync") < after.index("ld.global.cg")
     assert "ld.global.cg" not in before
-
-
-@pytest.mark.parametrize("columns", [1, 64, 4608, 18_944, 152_064])
-@pytest.mark.parametrize("rows", [1, 17, 64, 65])
-def test_there_are_as_many_counters_as_blocks_that_are_split(rows: int, columns: int) -> None:
-    device = torch.device("cpu")
-    for group in (32, 128):
-        config = config_of(rows, group, False, device)
-        splits, _ = packed_product.split_inner(config, rows, columns, 18_944, device)
-        blocks = packed_product.blocks(config, rows, columns)
-        assert splits == 1 or blocks <= packed_product.BLOCKS_AT_ONCE * multiprocessors(device)
