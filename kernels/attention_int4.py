@@ -149,7 +149,7 @@ def _attend_int4(  # type: ignore[no-untyped-def]
     tl.store(part_at + HALF, (one - two).to(parts.dtype.element_ty), mask=in_rows[:, None])
     if counters is not None:
         rows = batches * queries * (KV_HEADS * GROUP)
-        merge_by_last(parts, log_sums, out, counters, q_row, in_rows, splits, rows, 2 * HALF, 2 * HALF)
+        merge_by_last(parts, log_sums, out, counters, q_row, in_rows, splits, rows, 2 * HALF, 2 * HALF, AT_ONCE=4)
 
 
 CONFIGS = Configs("attention_int4", Config({"BLOCK_N": 32}, num_warps=4, num_stages=2))

@@ -20,12 +20,22 @@ from .triton_language import tl, triton
 
 PARTS = 8  # merged by one program at a time
 _PARTS = tl.constexpr(PARTS)
-_AT_ONCE = tl.constexpr(4)  # parts that a program loads at once; more take more registers than attention does
 MERGED_ROWS = 16  # the most query rows of a program that merges
 
 
 @triton.jit
-def _merged_rows(parts, log_sums, first, count, row, rows, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+def _merged_rows(  # type: ignore[no-untyped-def]
+    parts,
+    log_sums,
+    first,
+    count,
+    row,
+    rows,
+    exists,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
     """The rows `row` of `count` parts from `first` on, merged: [ROWS, BLOCK_D] and the logarithms of their sums."""
     channels = tl.arange(0, BLOCK_D)[None, :]
     mask = exists[:, None] & (channels < HEAD_DIM)
@@ -34,7 +44,7 @@ def _merged_rows(parts, log_sums, first, count, row, rows, exists, HEAD_DIM: tl.
     row_sum = tl.zeros(row.shape, tl.float32)
     acc = tl.zeros((row.shape[0], BLOCK_D), tl.float32)
     at = first.to(tl.int64) * rows + row
-    for _ in tl.range(0, count, loop_unroll_factor=_AT_ONCE):
+    for _ in tl.range(0, count, loop_unroll_factor=AT_ONCE):
         log_sum = tl.load(log_sums + at, mask=exists, other=-float("inf"), cache_modifier=".cg")
         part = tl.load(parts + at[:, None] * HEAD_DIM + channels, mask=mask, other=0.0, cache_modifier=".cg")
         new_max = tl.maximum(row_max, log_sum)
@@ -49,12 +59,23 @@ def _merged_rows(parts, log_sums, first, count, row, rows, exists, HEAD_DIM: tl.
 
 @triton.jit
 def merge_by_last(  # type: ignore[no-untyped-def]
-    parts, log_sums, out, counters, row, exists, splits, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+    parts,
+    log_sums,
+    out,
+    counters,
+    row,
+    exists,
+    splits,
+    rows,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    AT_ONCE: tl.constexpr = PARTS,
 ):
     """Write the rows `row` of `out`, if this program is the last to have written its part of them.
 
     A grid of (tiles of rows, splits, sequences). parts: [splits + groups, rows, HEAD_DIM] float32, log_sums: [splits +
-    groups, rows], for groups of PARTS parts; counters: 1 + groups per tile; exists: which of `row` exist.
+    groups, rows], for groups of PARTS parts; counters: 1 + groups per tile; exists: which of `row` exist; AT_ONCE:
+    parts loaded at a time, which takes registers.
     """
     groups = tl.cdiv(splits, _PARTS)
     group = tl.program_id(1) // _PARTS
@@ -65,7 +86,7 @@ def merge_by_last(  # type: ignore[no-untyped-def]
     mask = exists[:, None] & (channels < HEAD_DIM)
     out_at = out + row[:, None].to(tl.int64) * HEAD_DIM + channels
     if is_last(counters + 1 + group, count):
-        merged, log_sum = _merged_rows(parts, log_sums, first, count, row, rows, exists, HEAD_DIM, BLOCK_D)
+        merged, log_sum = _merged_rows(parts, log_sums, first, count, row, rows, exists, HEAD_DIM, BLOCK_D, AT_ONCE)
         if groups == 1:
             tl.store(out_at, merged.to(out.dtype.element_ty), mask=mask)
         else:
@@ -73,7 +94,7 @@ def merge_by_last(  # type: ignore[no-untyped-def]
             tl.store(log_sums + at, log_sum, mask=exists)
             tl.store(parts + at[:, None] * HEAD_DIM + channels, merged, mask=mask)
             if is_last(counters, groups):
-                merged, _ = _merged_rows(parts, log_sums, splits, groups, row, rows, exists, HEAD_DIM, BLOCK_D)
+                merged, _ = _merged_rows(parts, log_sums, splits, groups, row, rows, exists, HEAD_DIM, BLOCK_D, AT_ONCE)
                 tl.store(out_at, merged.to(out.dtype.element_ty), mask=mask)
 
 
