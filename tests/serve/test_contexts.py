@@ -250,13 +250,16 @@ def test_half_an_hour_is_heard_once_and_asked_fifty_times(service: Running, seed
     questions = [f"How many words are spoken? {number}" for number in range(50)]
     with service.http() as client, service.model.listen((recording, rate)) as heard:
         client.timeout = None  # type: ignore[assignment]
+        start = time.perf_counter()
         context = listen(client, file.getvalue())
+        print(f"the context took {time.perf_counter() - start:.1f} s")
         assert context["seconds"] == pytest.approx(1800)
         assert context["tokens"] == heard.tokens
         for question in questions:
             answer = ask(client, context["id"], question, max_tokens=12).json()
             assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == context["tokens"]
             assert answer["choices"][0]["message"]["content"] == heard.ask(question, max_new_tokens=12).text
+            print(f"a question's first token took {answer['afnext']['timings']['first_token']:.3f} s")
         client.delete(f"/v1/contexts/{context['id']}")
 
 

@@ -180,6 +180,6 @@ def test_a_long_run_leaves_nothing_behind() -> None:
             print(json.dumps({"part": part, **measured[-1]}), flush=True)
     print("requests and sessions", next(done))
     memory = [rest["bytes"] for rest in measured]
-    assert max(memory[-2:]) <= 1.03 * max(memory[:3])
+    assert max(memory[-2:]) <= 1.05 * max(memory[:3])
     assert measured[-1]["descriptors"] <= measured[1]["descriptors"] + 8
     assert not any(rest["kv_pages"] for rest in measured)
