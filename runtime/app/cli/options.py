@@ -212,7 +212,7 @@ class LoadOptions:
         bool,
         typer.Option(
             "--warmup",
-            help="On a GPU: allocate the KV cache and record all decode steps before the first request.",
+            help="On a GPU: allocate the KV cache and record all CUDA graphs before the first request.",
         ),
     ] = False
     tp: Annotated[

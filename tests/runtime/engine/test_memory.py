@@ -227,8 +227,8 @@ def test_smaller_schemes_take_less_and_unknown_ones_are_refused() -> None:
     weights = [replace(plan, scheme=scheme).weights for scheme in SMALLER]
     assert weights == sorted(weights, reverse=True)
     assert len(set(weights)) == len(weights)
-    with pytest.raises(SchemeError, match="int3"):
-        replace(plan, scheme="int3")
+    with pytest.raises(SchemeError, match="int5"):
+        replace(plan, scheme="int5")
     on_cpu = replace(plan, gpu=False, scheme="int4")
     assert 3.2e9 < part(on_cpu, "int4 codes again") < 3.3e9
 
