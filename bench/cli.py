@@ -278,7 +278,7 @@ def http(
         float, typer.Option(help="Minutes of the whole run; what would not end in time is left out.", min=0.0)
     ] = 8.0,
     api_key: Annotated[str, typer.Option(help="API key of the server.", envvar="AFNEXT_API_KEY")] = "",
-    out: OutOption = Path("results.jsonl"),
+    out: Annotated[Path, typer.Option(help="File of results (JSON lines) to append to.")] = Path("results.jsonl"),
     as_json: JsonOption = False,
 ) -> None:
     """Load-test the HTTP server: against the direct API, during uploads, overloaded. At most `--minutes`."""
