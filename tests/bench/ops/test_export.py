@@ -18,7 +18,8 @@ INDICES = {
     *("key_lengths", "page_table", "slots", "windows", "seen", "rotation_positions", "rotation_frequencies"),
     *("rows_temperature", "rows_top_k", "rows_top_p", "rows_min_p", "penalty", "uniform"),
 }
-DTYPES = {"float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "bool"}  # of FlashInfer-Bench
+# Of FlashInfer-Bench's schema, those in use.
+DTYPES = {"float32", "float16", "bfloat16", "float8_e4m3fn", "int64", "int32", "int16", "int8", "bool"}
 
 
 def every_operation() -> list[Problem]:
