@@ -37,7 +37,7 @@ from .configs import Config, Configs, family
 from .dispatch import Operation
 from .int4_cache import DTYPE as INT4
 from .int4_cache import HEAD_DIMS, KeyBias, dequantize_int4, is_int4
-from .native.attention import attend_natively
+from .native.attention import BLOCK_VALUES, attend_natively
 from .online_softmax import weigh
 from .pages import gather_pages, locate_tokens, page_of
 from .rotary import Rotation, check_rotation, load_turned, load_turns, rotary
@@ -388,7 +388,7 @@ def _native(
     threads, heads = torch.get_num_threads(), q.shape[0] * k.shape[2]
     # Enough tasks to keep all threads busy until the end, each with enough rows to make laying out its keys cheap, and
     # no more than the L2 cache holds.
-    blocks = max(-(-rows * q.shape[3] // 131072), min(-(-4 * threads // heads), rows // 256))
+    blocks = max(-(-rows * q.shape[3] // BLOCK_VALUES), min(-(-4 * threads // heads), rows // 256))
     return attend_natively(
         q,
         k,

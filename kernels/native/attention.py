@@ -3,7 +3,8 @@
 A task is a block of rows (queries and the heads of one KV head) of one sequence and, if the keys are divided, one part
 of the keys. It converts and lays out a block of 256 keys and values once for all its rows; the softmax is online, in
 float32 and base 2. Rows are the lanes of its vectors, so there are no sums across lanes. bfloat16 is multiplied by AMX
-if the CPU has it, else in pairs by AVX512-BF16 if it has that; everything else is multiplied in float32.
+if the CPU has it, else in pairs by AVX512-BF16 if it has that, and an int8 cache by integers (`attention_int8.h`);
+everything else is multiplied in float32.
 The few rows of a decoded token read bfloat16, int8 and int4 keys in place. int4 keys and values (`int4_cache.py`) are
 transformed back during layout for many rows; for few, the queries and the sums of values are transformed instead.
 Parts of the keys are merged by the maxima and sums of their softmax (Flash-Decoding). Results do not depend on the
@@ -23,6 +24,9 @@ from .recording import current, scratch
 if TYPE_CHECKING:
     from ..int4_cache import KeyBias
     from ..rotary import Rotation
+
+BLOCK_VALUES = 131072
+"""The most values in the queries of a task of many rows, so that they fit in the L2 cache."""
 
 
 def attend_natively(
@@ -111,6 +115,11 @@ def attend_natively(
         q.dtype,
     )
     return out
+
+
+def workspace_bytes(rows: int, head_dim: int) -> int:
+    """The most that the workspace takes, for torch's number of threads and `rows` query rows per KV head."""
+    return 4 * torch.get_num_threads() * _workspace_floats(min(rows, BLOCK_VALUES // head_dim + 1), head_dim)
 
 
 def _workspace_floats(row_block: int, head_dim: int) -> int:

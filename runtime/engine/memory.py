@@ -25,6 +25,7 @@ from ...kernels.audio_format import SAMPLE_RATE, WINDOW_SAMPLES
 from ...kernels.conv_stem import conv_length
 from ...kernels.int4_cache import HEAD_DIMS
 from ...kernels.log_mel import N_FFT, valid_frames
+from ...kernels.native.attention import workspace_bytes
 from ...quant.recipe import RECIPES, recipe
 from ...quant.scheme import PARTS as PACKED_PARTS
 from ...quant.scheme import Int4, SchemeError
@@ -293,7 +294,8 @@ class MemoryPlan:
         norm = chunk * (itemsize * stream + 3 * 4 * decoder.hidden_size)
         attention = chunk * (itemsize * (stream + 4 * query + 2 * key) + 6 * query + 3 * 4 * key)
         if not self.gpu:
-            attention += self._gathered_attention(chunk)
+            native = workspace_bytes(chunk * decoder.heads // decoder.kv_heads, decoder.head_dim)
+            attention += max(native, self._gathered_attention(chunk))
         encoded = self.encode_batch * token_count(WINDOW_SAMPLES) if self.audio_seconds else 0
         return max(mlp, norm, attention) + itemsize * decoder.hidden_size * (encoded + chunk)
 

@@ -86,6 +86,8 @@ def test_the_numbers_are_those_of_separate_calls(
 ) -> None:
     """Twice, so that the second launch finds the counters that the first one left; inner dimensions with and without
     splits."""
+    if product == "linear_fp8" and backend.startswith("native"):
+        pytest.skip("fp8 has no native kernels")
     for inner in (128, 640):
         x, residual, norm = tensors(rows, inner, 70, dtype, device)
         weight = on(device, weights(70, inner))

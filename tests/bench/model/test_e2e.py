@@ -169,7 +169,7 @@ def test_first_layers_are_all_that_runs_and_come_back(measured: tuple[Path, list
     [
         ({"random": None}, "--model"),
         ({"model": "x"}, "--random"),
-        ({"schemes": ("int3",)}, "int3.*choose from fp32, bf16, fp16, int8"),
+        ({"schemes": ("int5",)}, "int5.*choose from fp32, bf16, fp16, int8"),
         ({"baseline": "llama"}, "llama"),
         ({"random": "huge"}, "unknown shape 'huge'"),
     ],

@@ -39,11 +39,11 @@ def test_stages_agree_with_the_reference(tmp_path: Path, baselines: list[str]) -
 
 
 def test_unknown_schemes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(AfnextError, match="int3"):
+    with pytest.raises(AfnextError, match="int5"):
         run_layers(
             tmp_path / "results.jsonl",
             shape="tiny",
-            schemes=["int3+kv8"],
+            schemes=["int5+kv8"],
             baselines=["bf16"],
             stages=["decode"],
             chunk=1,

@@ -206,7 +206,7 @@ def test_nothing_is_extrapolated_from_one_number_of_layers(tmp_path: Path) -> No
 
 def test_an_unknown_scheme_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AfnextError, match="unknown scheme"):
-        run_llama_cpp(tmp_path / "results.jsonl", shape="tiny", schemes=["int3"])
+        run_llama_cpp(tmp_path / "results.jsonl", shape="tiny", schemes=["int5"])
 
 
 def test_a_library_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -133,5 +133,5 @@ def test_a_translation_asks_with_the_cards_prompt_and_is_scored_by_bleu(
 def test_mistakes_are_named() -> None:
     with pytest.raises(AfnextError, match="choose from librispeech-clean"):
         run_card("mmmu", Path(), Path(), model="")
-    with pytest.raises(AfnextError, match="unknown scheme int3"):
-        run_card("mmau", Path(), Path(), model="", schemes=("int3",))
+    with pytest.raises(AfnextError, match="unknown scheme int5"):
+        run_card("mmau", Path(), Path(), model="", schemes=("int5",))

@@ -117,7 +117,7 @@ def test_a_gpu_that_is_not_there_is_explained(run: CommandLine) -> None:
         (("--gpu", "8"), "write 8GB"),
         (("--gpu", "rtx4060ti"), "or give an amount of memory, such as 16GB"),
         (("--gpu", "4070"), "unknown device '4070'"),
-        (("--gpu", "8GB", "--scheme", "int3"), "int3"),
+        (("--gpu", "8GB", "--scheme", "int5"), "int5"),
         (("--gpu", "8GB", "--audio", 9999), "9999 s"),
         (("--gpu", "8GB", "-m", "nowhere"), "nowhere"),
         (("--gpu", "8GB", "--tp", 3), "3 processes cannot share this model's 28 attention heads"),

@@ -44,6 +44,9 @@ class _Stream:
     def wait_event(self, event: "_Event") -> None:
         self.streams.asked.append((self.name, "wait", event))
 
+    def wait_stream(self, stream: "_Stream") -> None:
+        pass  # once, before any copy
+
 
 class _Event:
     def record(self, stream: _Stream) -> None:
