@@ -157,6 +157,8 @@ _W3A16 = {
     16: Configs("linear_int3_16", tile_config(16, 64, BLOCK_SIZE, 4, 3)),
     64: Configs("linear_int3_64", tile_config(64, 64, BLOCK_SIZE, 4, 2)),
 }
+# A pair has two sums for each output.
+_W3A16_PAIR = {**_W3A16, 64: Configs("linear_int3_pair_64", tile_config(32, 64, BLOCK_SIZE, 8, 2))}
 
 
 def w3a16_triton(
@@ -168,7 +170,7 @@ def w3a16_triton(
     norm: AddNorm | None = None,
 ) -> Tensor:
     """The product on a GPU. weight, up: (packed, scales); norm: see `linear_norm`."""
-    config = config_for(_W3A16, x.shape[:-1].numel(), x.device)
+    config = config_for(_W3A16 if up[0] is None else _W3A16_PAIR, x.shape[:-1].numel(), x.device)
     group = x.shape[-1] // weight[1].shape[1]
     up_words = None if up[0] is None else _words(up[0])
     parts = (_words(weight[0]), weight[1]), (up_words, up[1])

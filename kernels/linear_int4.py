@@ -309,6 +309,7 @@ _W4A16 = {
 # A pair has two sums per output, so registers hold half as many outputs.
 _W4A16_PAIR = {
     **_W4A16,
+    32: Configs("linear_int4_pair_32", tile_config(32, 64, 128, 4, 4), {"sm100": tile_config(32, 64, 128, 8, 4)}),
     128: Configs(
         "linear_int4_pair_128",
         tile_config(128, 64, 64, 8, 3),

@@ -155,6 +155,10 @@ _W8A16_PAIR = {
 }
 
 # Converting e4m3 takes more registers than converting int8.
+_E4M3 = {
+    **_W8A16,
+    16: Configs("linear_fp8_16", tile_config(16, 64, 128, 4, 4), {"sm89": tile_config(16, 64, 64, 4, 4)}),
+}
 _E4M3_PAIR = {
     **_W8A16_PAIR,
     64: Configs(
@@ -183,7 +187,8 @@ def w8a16_triton(
     `linear_norm`.
     """
     if up[0] is None:
-        table = _DENSE if weight[1] is None else _W8A16
+        scaled = _W8A16 if weight[0].dtype == torch.int8 else _E4M3
+        table = _DENSE if weight[1] is None else scaled
     else:
         table = _W8A16_PAIR if up[0].dtype == torch.int8 else _E4M3_PAIR
     config = config_for(table, x.shape[:-1].numel(), x.device)

@@ -87,6 +87,7 @@ class _Call:
     arguments: Mapping[str, Any]
     work: Work
     launched: list[JITFunction]
+    delegates: bool = False  # to other operations
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,9 @@ def recorded_launches(context: int = 0) -> Iterator[Recording]:
                 result = function(*args, **options)
             finally:
                 calls.pop()
-            if not call.launched:
+            if calls:
+                calls[-1].delegates = True
+            if not call.launched and not call.delegates:
                 recording.torch_operations.add(operation.name)
             return result
 
