@@ -1,4 +1,4 @@
-"""`afnext quantize`: a checkpoint with its weights packed in 8 or 4 bits."""
+"""`afnext quantize`: a checkpoint with its weights packed in 8, 4 or 3 bits."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -53,7 +53,7 @@ def quantize(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Pack the weights of a checkpoint in 8 or 4 bits.
+    """Pack the weights of a checkpoint in 8, 4 or 3 bits.
 
     The folder has everything needed to run the model, and a model card for the Hub. Layers packed by another library
     keep their values.
