@@ -19,7 +19,7 @@ from .native import AVAILABLE, portable
 _log = logging.getLogger("afnext.kernels")
 
 PLACEMENT_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
-"""Environment variables by which OpenMP itself places threads, or is told not to."""
+"""Environment variables that control how OpenMP places threads."""
 
 
 def spread(threads: int) -> None:

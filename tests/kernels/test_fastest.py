@@ -1,4 +1,4 @@
-"""The backend of attention that is chosen by timing: when, where it is kept, and what is told.
+"""The backend of attention that is chosen by timing: when, where it is kept, and what is logged.
 
 flash-attn is a stand-in, the GPUs are those of `support/fake_cuda.py`, and the clock says what a test wants.
 """
