@@ -38,9 +38,9 @@ from .packed_product import (
     SMALL_MEMORY,
     add_epilogue,
     block_of,
-    blocks,
     check_epilogue,
     has_few_rows,
+    launch_rounded_product,
     product_by_tiles,
     store_block,
     swiglu_of,
@@ -164,27 +164,13 @@ def _product_triton(
     residual: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    (rows, inner), columns = codes.shape, len(weight)
-    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
-    if out.numel() == 0:
-        return out
     config = _CONFIGS.on(codes.device)
-    _fp8_kernel[(blocks(config, rows, columns),)](
-        codes,
-        row_scales,
-        weight,
-        scales,
-        bias,
-        None if residual is None else as_rows(residual),
-        out,
-        rows,
-        columns,
-        inner,
-        EVEN=inner % config.blocks["BLOCK_K"] == 0,
-        PROMOTE=family(codes.device) not in _FLOAT32_SUMS,
-        **config.options(),
-    )
-    return out
+    options = {
+        "EVEN": codes.shape[1] % config.blocks["BLOCK_K"] == 0,
+        "PROMOTE": family(codes.device) not in _FLOAT32_SUMS,
+    }
+    weights = weight, scales
+    return launch_rounded_product(_fp8_kernel, codes, row_scales, weights, bias, residual, dtype, config, **options)
 
 
 @_linear.implementation("torch")

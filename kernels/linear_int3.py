@@ -27,7 +27,7 @@ from .arguments import FLOATING, check_tensors
 from .configs import Configs
 from .dispatch import Operation
 from .few_rows import few_rows
-from .linear_int4 import GROUP_SIZES, unpacked
+from .linear_int4 import GROUP_SIZES, as_words, unpacked
 from .native import misfit, products
 from .packed_product import (
     AddNorm,
@@ -172,15 +172,10 @@ def w3a16_triton(
     """The product on a GPU. weight, up: (packed, scales); norm: see `linear_norm`."""
     config = config_for(_W3A16 if up[0] is None else _W3A16_PAIR, x.shape[:-1].numel(), x.device)
     group = x.shape[-1] // weight[1].shape[1]
-    up_words = None if up[0] is None else _words(up[0])
-    parts = (_words(weight[0]), weight[1]), (up_words, up[1])
+    up_words = None if up[0] is None else as_words(up[0])
+    parts = (as_words(weight[0]), weight[1]), (up_words, up[1])
     kernel, owner = _w3a16_kernel, weight[0]
     return launch_product(kernel, x, *parts, bias, residual, config, owner=owner, norm=norm, GROUP=group)
-
-
-def _words(packed: Tensor) -> Tensor:
-    """The bytes as int32; a copy if they do not begin at a word boundary."""
-    return (packed.clone() if packed.storage_offset() % 4 else packed).view(torch.int32)
 
 
 _linear = Operation("linear_int3", linear_int3_reference, rows=(0, 4))

@@ -324,8 +324,8 @@ def config_of(rows: int, group: int, pair: bool, device: torch.device) -> Config
     return within_group(config, group)
 
 
-def _words(packed: Tensor) -> Tensor:
-    """The codes as int32 words of eight, [out, in / 8]; a copy if they do not begin at a word boundary."""
+def as_words(packed: Tensor) -> Tensor:
+    """The bytes [out, bytes] as int32 words, [out, bytes / 4]; a copy if they do not begin at a word boundary."""
     return (packed.clone() if packed.storage_offset() % 4 else packed).view(torch.int32)
 
 
@@ -343,7 +343,7 @@ def w4a16_triton(
     config = config_of(x.shape[:-1].numel(), group, up[0] is not None, x.device)
     if config.blocks["BLOCK_M"] == 16 and x.element_size() == 2 and weight[2] is None and levels is None:
         ptx = x.device.type != "cpu" and family(x.device).startswith("sm")
-        words, up_words = _words(weight[0]), None if up[0] is None else _words(up[0])
+        words, up_words = as_words(weight[0]), None if up[0] is None else as_words(up[0])
         parts = (words, weight[1]), (up_words, up[1])
         kernel, owner = _w4a16_words_kernel, weight[0]
         return launch_product(kernel, x, *parts, bias, residual, config, owner=owner, norm=norm, GROUP=group, PTX=ptx)

@@ -42,11 +42,11 @@ from .packed_product import (
     FEW_CPU_ROWS,
     add_epilogue,
     block_of,
-    blocks,
     check_epilogue,
     grouped_misfit,
     grouped_pair_misfit,
     has_few_rows,
+    launch_rounded_product,
     store_block,
     swiglu_of,
     swiglu_reference_of,
@@ -170,28 +170,10 @@ def _product_triton(
     residual: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    (rows, inner), columns = codes.shape, packed.shape[0]
-    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
-    if out.numel() == 0:
-        return out
-    group = inner // scales.shape[1]
+    group = codes.shape[1] // scales.shape[1]
     config = within_group(_CONFIGS.on(codes.device), group)
-    _w4a8_kernel[(blocks(config, rows, columns),)](
-        codes,
-        x_scales,
-        packed,
-        scales,
-        zeros,
-        bias,
-        None if residual is None else as_rows(residual),
-        out,
-        rows,
-        columns,
-        inner,
-        GROUP=group,
-        **config.options(),
-    )
-    return out
+    weights = packed, scales, zeros
+    return launch_rounded_product(_w4a8_kernel, codes, x_scales, weights, bias, residual, dtype, config, GROUP=group)
 
 
 @_linear.implementation("native", grouped_misfit, few_rows)

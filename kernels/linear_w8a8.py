@@ -33,9 +33,9 @@ from .packed_product import (
     SMALL_MEMORY,
     add_epilogue,
     block_of,
-    blocks,
     check_epilogue,
     has_few_rows,
+    launch_rounded_product,
     misfit,
     store_block,
     swiglu_reference_of,
@@ -133,26 +133,10 @@ def _product_triton(
     residual: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    (rows, inner), columns = codes.shape, len(weight)
-    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
-    if out.numel() == 0:
-        return out
     config = _CONFIGS.on(codes.device)
-    _w8a8_kernel[(blocks(config, rows, columns),)](
-        codes,
-        row_scales,
-        weight,
-        scales,
-        bias,
-        None if residual is None else as_rows(residual),
-        out,
-        rows,
-        columns,
-        inner,
-        EVEN=inner % config.blocks["BLOCK_K"] == 0,
-        **config.options(),
-    )
-    return out
+    even = codes.shape[1] % config.blocks["BLOCK_K"] == 0
+    weights = weight, scales
+    return launch_rounded_product(_w8a8_kernel, codes, row_scales, weights, bias, residual, dtype, config, EVEN=even)
 
 
 @_linear.implementation("native", misfit, few_rows)

@@ -8,7 +8,7 @@ the inner dimension is split, too: each split writes float32 partial sums and in
 to do so adds all of them in the order of the splits. That moves splits * rows * out * 8 bytes through L2.
 
 A product of a few rows may end with the residual sum and its RMSNorm (`AddNorm`): the last block of the launch to write
-its outputs reads all of them from L2 and normalizes them, a row after the other, in place of a launch of its own.
+its outputs reads all of them from L2 and normalizes them, one row after the other, in place of a launch of its own.
 
 Without a kernel, the weights are dequantized a tile of channels at a time (`linear_by_tiles`). The formats also share
 the specification of a SwiGLU pair, the native products (`NativeProduct`) and the checks of weights in groups.
@@ -254,6 +254,41 @@ def launch_product(
         inner,
         steps,
         ROW=0 if norm is None else row_blocks(columns)["BLOCK"],
+        **constants,
+        **config.options(),
+    )
+    return out
+
+
+def launch_rounded_product(
+    kernel: Any,
+    codes: Tensor,
+    row_scales: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    config: Config,
+    **constants: Any,
+) -> Tensor:
+    """Run a kernel that multiplies rounded inputs with packed weights: [rows, out] in `dtype`.
+
+    codes: [rows, in], and row_scales: the rounded inputs; weight: the tensors of the weight, codes first.
+    """
+    (rows, inner), columns = codes.shape, len(weight[0])
+    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    if out.numel() == 0:
+        return out
+    kernel[(blocks(config, rows, columns),)](
+        codes,
+        row_scales,
+        *weight,
+        bias,
+        None if residual is None else as_rows(residual),
+        out,
+        rows,
+        columns,
+        inner,
         **constants,
         **config.options(),
     )

@@ -17,8 +17,6 @@ from ..kernels.linear_int8 import dequantized
 from ..kernels.quantize_rows import E4M3
 from ..kernels.quantize_rows import reference as quantize_rows
 
-LARGEST_CODE = torch.finfo(E4M3).max
-
 
 def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round a weight [out, in] of any floating dtype to the nearest codes. Returns codes float8_e4m3fn, scales [out]

@@ -1,23 +1,23 @@
 """The named schemes: the tensors stored for a weight [out, in], and the product that reads them.
 
-    scheme        codes                    scales                      zeros               bits a weight
+    scheme        codes                    scales                      zeros               bits per weight
     int8          [out, in] int8           [out] float32               none                8
-    int8-w8a8     the same; inputs of the product are rounded to int8 too, a scale a token
+    int8-w8a8     the same; inputs of the product are rounded to int8 too, one scale per token
     fp8           [out, in] e4m3           [out] float32               none                8
-                  inputs of the product are rounded to e4m3 too, a scale a token
+                  inputs of the product are rounded to e4m3 too, one scale per token
     int8, groups  [out, in] int8           [out, in / group] 16 bits   none                8 + 16 / group
     with zeros    the same                 the same                    like scales         8 + 32 / group
     int4          [out, in / 2] uint8      [out, in / group] 16 bits   none                4 + 16 / group
     int4, zeros   the same                 the same                    like scales         4 + 32 / group
     groups, f32   the same, with scales and zeros of 32 bits
-    int4, w4a8    the same, with zeros or without; inputs of the product are rounded to int8 too, a scale a group
+    int4, w4a8    the same, with zeros or without; inputs of the product are rounded to int8 too, one per group
     int3          [out, 3 in / 8] uint8    [out, in / group] 16 bits   none                3 + 16 / group
     nf4           [out, in / 2] uint8      [out, in / 64] float32      none                4.5
 
 On GPUs few rows of inputs are not rounded: they use the kernels of int8 and int4. fp8 rounds no few rows anywhere, and
 none on GPUs that cannot multiply e4m3.
 
-The byte layouts are in `int8`, `fp8`, `int4`, `int3` and `nf4`. In a file a layer X has the tensors X.weight_codes,
+The byte layouts are in `int8`, `fp8`, `int4`, `int3` and `nf4`. In a file, the layer X has the tensors X.weight_codes,
 X.weight_scales and X.weight_zeros; X.bias is unchanged. A scheme is written as its name, followed by the group if it
 has one, "zeros" if there are zero points, "f32" if scales have 32 bits, and "w4a8": int4-g64, int4-g128-zeros,
 int4-g32-w4a8, int3-g64, int8-g32, int8-g16-f32.
@@ -44,8 +44,8 @@ from ..kernels.linear_nf4 import linear_nf4, linear_nf4_swiglu
 from ..kernels.linear_norm import linear_norm
 from ..kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
 from ..kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
-from ..kernels.quantize_rows import E4M3
-from .fp8 import LARGEST_CODE, dequantize_fp8, quantize_fp8
+from ..kernels.quantize_rows import E4M3, LARGEST
+from .fp8 import dequantize_fp8, quantize_fp8
 from .int3 import dequantize_int3, fit_int3
 from .int4 import dequantize_int4, fit_int4
 from .int8 import dequantize_int8, dequantize_int8_groups, quantize_int8, quantize_int8_groups
@@ -232,7 +232,7 @@ class Fp8(Scheme):
 
     def largest_weight(self, scales: Tensor, zeros: Tensor | None) -> float:
         """See `Scheme`."""
-        return LARGEST_CODE * _largest(scales)
+        return LARGEST[E4M3] * _largest(scales)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """See `Scheme`."""

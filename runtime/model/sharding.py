@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ...kernels.norm import add_rms_norm
 from ...quant.linear import Embedding, Linear
-from ...quant.scheme import PARTS, Fp8, Int8, SchemeError
+from ...quant.scheme import PARTS, SchemeError
 from ..errors import ConfigError
 from .config import ModelConfig
 from .decoder import Decoder, DecoderLayer
@@ -150,7 +150,7 @@ class RowParallel(Linear):
     @property
     def _rounds_rows(self) -> bool:
         """Whether the product rounds each row of inputs with one scale."""
-        return isinstance(self.scheme, Fp8) or (isinstance(self.scheme, Int8) and self.scheme.int8_inputs)
+        return self.scheme is not None and self.scheme.rounds_inputs and self.packed.scales.ndim == 1
 
     def prepare(self, dtype: torch.dtype) -> None:
         """See `Linear`. If inputs are rounded with one scale per row, an extra input with weight zero holds the largest
