@@ -429,10 +429,11 @@ def quantization(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the loss of each scheme: layer errors, and word error rates of Whisper and of a checkpoint."""
+    from ..quant.recipe import SMALL
     from .quality import quantization as measured
 
     results = measured.Results(out / "quantization.json")
-    schemes = tuple(scheme or measured.SCHEMES)
+    schemes = measured.SCHEMES if not scheme else tuple(name for name in scheme if name != SMALL)
     measured.measure_layers(results, schemes)
     if model or whisper:
         if data is None or calibrate is None:
@@ -441,7 +442,8 @@ def quantization(
             if whisper is not None:
                 measured.measure_speech(results, whisper, data, calibrate, schemes, progress=report)
             if model is not None:
-                measured.measure_model(results, model, data, calibrate, schemes, progress=report)
+                recipes = tuple(scheme or measured.MODEL_RECIPES)
+                measured.measure_model(results, model, data, calibrate, recipes, progress=report)
     text = measured.tables(results.rows)
     (out / "quantization.md").write_text(text, encoding="utf-8")
     print(json.dumps([asdict(row) for row in results.rows]) if as_json else text)

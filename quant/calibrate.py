@@ -24,6 +24,9 @@ from .awq import Fold, scaled_source, scaled_target, search_scales
 from .gptq import gptq_int3, gptq_int4, gptq_int8
 from .scheme import Int3, Int4, Int8, Packed, Scheme
 
+WITH_FEEDBACK = (Int3, Int4, Int8)
+"""Schemes that are rounded with feedback; others are rounded to the nearest value."""
+
 _ROWS = 4096  # of a weight at once
 _SEARCHED_CHANNELS = 512  # per layer, in the search for scales, which takes twenty times the work of rounding
 
@@ -173,7 +176,7 @@ def _quantized(
     """The packed weight, the error of its output, and whether it was rounded with feedback."""
     nearest = scheme.quantize(weight, inputs.mean_squares)
     error = _output_error(weight, nearest, scheme, inputs.rows)
-    if not options.feedback or not isinstance(scheme, Int3 | Int4 | Int8):
+    if not options.feedback or not isinstance(scheme, WITH_FEEDBACK):
         return nearest, error, False
     fed_back = _with_feedback(weight, scheme, inputs.gram, options)
     error_fed_back = _output_error(weight, fed_back, scheme, inputs.rows)

@@ -10,15 +10,16 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import soundfile
 import typer
 from rich.console import Console
 
-from afnext.quant.recipe import recipe
+from afnext.quant.recipe import RECIPES, recipe
 from afnext.runtime.app.api import Model, load
 from afnext.runtime.app.calibration import calibrate
 
@@ -42,11 +43,9 @@ class Storage:
         return f"{self.scheme}{', calibrated' if self.calibrated else ''}{kv}"
 
 
-NEAREST = (
-    *("dense", "int8", "int8-w8a8", "fp8", "int4-g32", "int4-g64", "int4-g128"),
-    *("int4-g64-zeros", "int4-g64-w4a8", "nf4", "small"),
-)
-CALIBRATED = ("int8", "int4-g32", "int4-g64", "int4-g128", "small")
+NEAREST = ("dense", *(recipe(name).name for name in RECIPES), "int4-g32", "int4-g128", "int4-g64-zeros")
+"""All recipes, by the names that stored weights have, and other groups."""
+CALIBRATED = ("int8", "int4-g32", "int4-g64", "int4-g128", "small", "int3-g64")
 SHORT = (
     *map(Storage, NEAREST),
     *(Storage(kv=kv) for kv in ("int8", "int4")),
@@ -62,6 +61,7 @@ LONG = (
 )
 """What is asked about recordings of 30 minutes."""
 _SHOWN = ("words, clean", "words, 10 dB noise", "words with times", "sounds with times", "counting sounds")
+_LIST = "F1 of the list"
 _QUESTIONS = ("transcribe", "transcribe_times", "sounds_times", "describe", "count_sound")
 
 
@@ -81,18 +81,46 @@ def score(model: Model, bank: VoiceBank, count: int) -> list[Row]:
     return [test.run(model, bank, count) for test in TESTS if test.name in _SHOWN]
 
 
-def table(results: Mapping[str, list[Row]]) -> str:
-    """The results in Markdown, a line per scheme."""
+def long_scores(model: Model, bank: VoiceBank, count: int) -> list[Row]:
+    """A row for each of `count` recordings of 30 minutes: times of events that occur once, and one list of all."""
+    return [long_row(f"recording {number}", [heard]) for number, heard in enumerate(hear_long(model, bank, count))]
+
+
+def table(results: Mapping[Storage, list[Row]]) -> str:
+    """The results in Markdown, a line per storage."""
     first = next(iter(results.values()))
     columns = [(row.name, name) for row in first for name in row.values if name != "90th percentile, s"]
     lines = ["| scheme | " + " | ".join(f"{row}: {name}" for row, name in columns) + " | ended by itself |"]
     lines.append("| --- " * (len(columns) + 2) + "|")
-    for scheme, rows in results.items():
+    for storage, rows in results.items():
         values = {(row.name, name): value for row in rows for name, value in row.values.items()}
         cells = [f"{100 * values[c]:.1f} %" if "rate" in c[1] else f"{values[c]:.3f}" for c in columns]
         ended = sum(row.stopped for row in rows) / sum(row.clips for row in rows)
-        lines.append(f"| {scheme} | {' | '.join(cells)} | {100 * ended:.1f} % |")
+        lines.append(f"| {storage.name} | {' | '.join(cells)} | {100 * ended:.1f} % |")
     return "\n".join(lines) + "\n"
+
+
+def long_table(results: Mapping[Storage, list[Row]]) -> str:
+    """The results of `long_scores` in Markdown, a line per storage. An int4 KV cache is compared with int8 for the same
+    weights, recording by recording; mean and standard error."""
+    lines = ["| scheme | recordings | right times | F1 of the list | F1, difference to int8 KV |"]
+    lines.append("| --- " * 5 + "|")
+    for storage, rows in results.items():
+        f1 = [row.values[_LIST] for row in rows]
+        compared = results.get(replace(storage, kv="int8"), []) if storage.kv == "int4" else []
+        gains = [at - row.values[_LIST] for at, row in zip(f1, compared, strict=bool(compared))]
+        right = sum(round(row.values.get("accuracy", 0.0) * row.clips) for row in rows)
+        times = f"{right} of {sum(row.clips for row in rows)}"
+        lines.append(f"| {storage.name} | {len(rows)} | {times} | {_mean(f1)} | {_mean(gains, '+')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean(values: list[float], sign: str = "") -> str:
+    """Mean and standard error; empty without values."""
+    if not values:
+        return ""
+    error = f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.3f}{error}"
 
 
 class Stored:
@@ -135,10 +163,9 @@ class Results:
                 self._parts[part][storage.name] = [row.to_dict() for row in measure(storage)]
                 self._path.write_text(json.dumps(self._parts, indent=1) + "\n", encoding="utf-8")
 
-    def table(self, part: str, storages: Iterable[Storage]) -> str:
-        """A part in Markdown, in this order."""
-        rows = self._parts[part]
-        return table({each.name: list(map(Row.from_dict, rows[each.name])) for each in storages})
+    def rows(self, part: str, storages: Iterable[Storage]) -> dict[Storage, list[Row]]:
+        """The rows of a part, in this order."""
+        return {each: list(map(Row.from_dict, self._parts[part][each.name])) for each in storages}
 
 
 def main(folder: Path, count: int = 100, recordings: int = 3) -> None:
@@ -149,10 +176,8 @@ def main(folder: Path, count: int = 100, recordings: int = 3) -> None:
     with tempfile.TemporaryDirectory() as work:
         stored = Stored(folder, Path(work))
         results.complete("10 s", SHORT, lambda storage: score(stored.load(storage), held_out, count))
-        results.complete(
-            "30 minutes", LONG, lambda s: [long_row("when", hear_long(stored.load(s), held_out, recordings))]
-        )
-    text = f"{results.table('10 s', SHORT)}\n{results.table('30 minutes', LONG)}"
+        results.complete("30 minutes", LONG, lambda storage: long_scores(stored.load(storage), held_out, recordings))
+    text = f"{table(results.rows('10 s', SHORT))}\n{long_table(results.rows('30 minutes', LONG))}"
     print(text)
     (folder / "schemes.md").write_text(text, encoding="utf-8")
 

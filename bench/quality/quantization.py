@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...quant.awq import Fold
-from ...quant.calibrate import Calibration, InputStatistics, quantize_stage
+from ...quant.calibrate import WITH_FEEDBACK, Calibration, InputStatistics, quantize_stage
 from ...quant.recipe import RECIPES, recipe
 from ...quant.scheme import Int4, Int8, Packed, Scheme, parse_scheme
 from ...runtime.app.api import load
@@ -35,10 +35,19 @@ METHODS: dict[str, Calibration | None] = {
     "feedback": Calibration(scaling=False),
     "both": Calibration(),
 }
-SCHEMES = (
-    *("int8", "int8-w8a8", "fp8", "nf4", "int4-g64-w4a8", "int3-g64", "int3-g128"),
-    *(f"int4-g{group}{zeros}" for zeros in ("", "-zeros") for group in (32, 64, 128)),
+DECODER_LAYER = "decoder.layers.0.mlp.up_proj"
+SCHEMES = tuple(
+    dict.fromkeys(
+        (
+            *(str(recipe(name).scheme(DECODER_LAYER)) for name in RECIPES),
+            *("int8-g32", "int3-g128"),
+            *(f"int4-g{group}{zeros}" for zeros in ("", "-zeros") for group in (32, 64, 128)),
+        )
+    )
 )
+"""That of the decoder's MLPs in every recipe, and other groups."""
+MODEL_RECIPES = tuple(dict.fromkeys((*(recipe(name).name for name in RECIPES), *SCHEMES)))
+"""What a checkpoint is quantized by."""
 HEADS = (Int8(), Int4(32, symmetric=False), Int4(64, symmetric=False), Int4(32))
 """What else the head of Whisper is rounded to, alone."""
 _LAYER = Fold("norm", ("layer",))
@@ -81,11 +90,12 @@ class Results:
 
 
 def variants(schemes: Sequence[str] = SCHEMES) -> Iterator[tuple[str, str]]:
-    """Every (scheme, method) in the order of the tables. nf4 and fp8 have no feedback, and int8 gains little."""
+    """Every (scheme, method) in the order of the tables. Without feedback there is nothing but scaling, and int8 gains
+    little from either alone."""
     for scheme in schemes:
+        most = "both" if isinstance(parse_scheme(scheme), WITH_FEEDBACK) else "scaling"
         for method in METHODS:
-            few = "scaling" if scheme in ("nf4", "fp8") else "both"
-            if scheme.startswith(("int3", "int4")) or method in ("nearest", few):
+            if scheme.startswith(("int3", "int4")) or method in ("nearest", most):
                 yield scheme, method
 
 
@@ -275,6 +285,6 @@ def _bits(name: str) -> str:
     """Bits per weight in the decoder's layers, for a scheme, a recipe or a format of GGUF files."""
     if name == "Q4_K":
         return "4.5"
-    scheme = recipe(name).scheme("decoder.layers.0.mlp.up_proj") if name in RECIPES else parse_scheme(name)
+    scheme = recipe(name).scheme(DECODER_LAYER) if name in RECIPES else parse_scheme(name)
     assert scheme is not None
     return f"{bits_of(scheme):.3g}"

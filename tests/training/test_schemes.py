@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
+from afnext.quant.recipe import RECIPES, recipe
 from afnext.runtime.app.calibration import read_examples
 from training.evaluate import Row
-from training.schemes import Results, Storage, table, write_calibration_set
+from training.schemes import NEAREST, Results, Storage, long_table, table, write_calibration_set
 from training.voices import VoiceBank
 
 
@@ -13,10 +16,34 @@ def test_the_table_has_a_line_a_scheme() -> None:
         words = Row("words, clean", 4, {"word error rate": rate}, stopped=4)
         return [words, Row("words with times", 4, {"F1": f1, "90th percentile, s": 0.1}, stopped=3)]
 
-    text = table({"dense": rows(0.125, 0.9), "int8": rows(0.25, 0.8)})
+    text = table({Storage(): rows(0.125, 0.9), Storage("int8"): rows(0.25, 0.8)})
     lines = text.splitlines()
     assert lines[0] == "| scheme | words, clean: word error rate | words with times: F1 | ended by itself |"
     assert lines[2:] == ["| dense | 12.5 % | 0.900 | 87.5 % |", "| int8 | 25.0 % | 0.800 | 87.5 % |"]
+
+
+def test_long_recordings_are_compared_one_by_one() -> None:
+    def rows(*f1: float) -> list[Row]:
+        return [Row("recording", 8, {"accuracy": 0.75, "F1 of the list": each}, stopped=8) for each in f1]
+
+    results = {
+        Storage("int4-g64"): rows(0.5),
+        Storage("int4-g64", kv="int8"): rows(0.2, 0.6, 0.7),
+        Storage("int4-g64", kv="int4"): rows(0.1, 0.5, 0.9),
+        Storage(kv="int4"): rows(0.1, 0.5, 0.9),
+    }
+    cells = [[cell.strip() for cell in line.split("|")[2:-1]] for line in long_table(results).splitlines()[2:]]
+    assert cells == [
+        ["1", "6 of 8", "0.500", ""],
+        ["3", "18 of 24", "0.500 ± 0.153", ""],
+        ["3", "18 of 24", "0.500 ± 0.231", "+0.000 ± 0.100"],
+        ["3", "18 of 24", "0.500 ± 0.231", ""],
+    ]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_a_line(name: str) -> None:
+    assert recipe(name) in [recipe(each) for each in NEAREST if each != "dense"]
 
 
 def test_calibration_reads_what_is_written_for_it(bank: VoiceBank, tmp_path: Path) -> None:
@@ -39,5 +66,5 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path: Path) -> None:
     results = Results(tmp_path / "schemes.json")
     results.complete("10 s", storages, measure)
     assert measured == list(storages)
-    lines = results.table("10 s", storages).splitlines()
+    lines = table(results.rows("10 s", storages)).splitlines()
     assert lines[2:] == ["| dense | 12.5 % | 100.0 % |", f"| {storages[1].name} | 25.0 % | 100.0 % |"]

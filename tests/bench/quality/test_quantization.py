@@ -10,6 +10,8 @@ from support.command_line import CommandLine
 
 from afnext.bench.core.random_checkpoint import write_random_checkpoint
 from afnext.bench.quality.quantization import (
+    MODEL_RECIPES,
+    SCHEMES,
     Results,
     Row,
     bits_of,
@@ -21,7 +23,8 @@ from afnext.bench.quality.quantization import (
     variants,
 )
 from afnext.quant.int4 import dequantize_int4, fit_int4
-from afnext.quant.scheme import Int4, Int8
+from afnext.quant.recipe import RECIPES, recipe
+from afnext.quant.scheme import Int4, Int8, Scheme, parse_scheme
 
 
 def test_the_error_is_that_of_the_output() -> None:
@@ -65,6 +68,24 @@ def test_only_what_a_scheme_has_is_measured() -> None:
     assert set(variants(("int4-g32",))) == {
         ("int4-g32", method) for method in ("nearest", "scaling", "feedback", "both")
     }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_measured(name: str) -> None:
+    asked = recipe(name)
+    assert any(recipe(measured) == asked for measured in MODEL_RECIPES)
+    assert {str(asked.scheme(layer)) for layer in ("decoder.layers.0.mlp.up_proj", "decoder.lm_head")} <= {*SCHEMES}
+
+
+def test_every_scheme_is_measured() -> None:
+    kinds = {kind for kind in Scheme.__subclasses__() if kind.__module__ == Scheme.__module__}
+    assert {type(parse_scheme(name)) for name in SCHEMES} == kinds
+
+
+def test_the_committed_tables_are_current() -> None:
+    committed = Path(__file__).parents[3] / "bench" / "results" / "quantization"
+    text = tables(Results(committed.with_suffix(".json")).rows)
+    assert committed.with_suffix(".md").read_text(encoding="utf-8") == text
 
 
 def test_the_tables_show_every_row() -> None:
