@@ -46,6 +46,9 @@ def test_settings_are_chosen_so_that_it_fits(run: CommandLine) -> None:
     refused = run("plan", "--gpu", "4GB", "--audio", 300, "--fit")
     assert refused.returncode != 0
     assert "300 s of audio do not fit into 4.00 GB with any settings" in refused.stderr
+    suggested = run("plan", "--gpu", "4GiB", "--audio", 300, "--fit")
+    assert suggested.returncode != 0
+    assert "It fits with --quant int3 and --chunk-size 256" in " ".join(suggested.stderr.split())
 
 
 def test_load_chooses_settings_that_fit(folder: Path) -> None:

@@ -16,6 +16,7 @@ from support.memory import allocated_at_most
 import afnext
 from afnext.bench.core.random_checkpoint import write_random_checkpoint
 from afnext.kernels import rote
+from afnext.quant.recipe import recipe
 from afnext.quant.scheme import SchemeError
 from afnext.runtime.engine.kv_cache import KVCache, page_table
 from afnext.runtime.engine.memory import CHANGES, MemoryPlan, parse_bytes
@@ -204,9 +205,28 @@ def test_thirty_minutes_on_a_card_of_six_gibibytes() -> None:
     assert roomy.changed(roomy.changes_to_fit()) == roomy
     with pytest.raises(
         MemoryPlanError,
-        match=r"1800 s of audio do not fit into 5\.00 GB .* kv=int4 and quant=small it holds \d+ s",
+        match=r"1800 s of audio do not fit into 4\.80 GB .* kv=int4 and quant=small it holds \d+ s",
     ):
-        replace(plan, memory=5 * 10**9).changes_to_fit()
+        replace(plan, memory=48 * 10**8).changes_to_fit()
+
+
+def test_int3_is_suggested_and_not_chosen() -> None:
+    plan = MemoryPlan(FULL, 4 << 30, gpu=True, dtype=torch.bfloat16, audio_seconds=300)
+    assert not plan.remedy()
+    changes = plan.last_resort()
+    fitted = plan.changed(changes)
+    assert changes[0] == "quant=int3"
+    assert fitted.fits
+    assert (fitted.scheme, fitted.kv) == ("int3", "int8")
+    assert not any(plan.changed([other for other in changes if other != change]).fits for change in changes)
+    with pytest.raises(MemoryPlanError, match=r"quant=int3 and .* kv=int8 \(.* to spare\)\. int3 .* --calibrate"):
+        plan.changes_to_fit()
+    assert replace(plan, memory=8 * 10**9).changes_to_fit() == replace(plan, memory=8 * 10**9).remedy()
+    assert "with quant=int3." in replace(plan, memory=4 * 10**9).advice()
+    # Weights that are packed already cannot be packed again.
+    stored = replace(plan, config=replace(FULL, quantization=recipe("int8")))
+    assert not stored.last_resort()
+    assert "int3" not in stored.advice()
 
 
 def test_encoding_ahead_takes_the_memory_of_both() -> None:
