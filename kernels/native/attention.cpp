@@ -6,8 +6,6 @@
 // Keys and values of a block are converted and laid out once for all rows of the task. If the keys are divided into
 // parts, each task writes its unnormalized sums, and a second pass merges the parts.
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 
@@ -15,6 +13,7 @@
 #include "attention_int8.h"
 #include "attention_rows.h"
 #include "int4_rows.h"
+#include "shared_loop.h"
 
 namespace afnext {
 namespace {
@@ -291,16 +290,14 @@ AFNEXT_EXPORT void afnext_attention(const char* q, const char* k, const char* v,
 
   const int64_t part_count = p.part_count(), blocks = (p.rows() + row_block - 1) / row_block;
   const int64_t tasks = batch * part_count * blocks * kv_heads;
+  SharedLoop loop(tasks / kv_heads, 1, threads);
 #pragma omp parallel num_threads(threads) if (tasks > 1)
   {
 #if defined(__AMX_BF16__)
     TileConfiguration tiles;
 #endif
     float* memory = workspace + omp_get_thread_num() * workspace_row;
-    // With parts, a thread has neighbouring parts and prefetches the next while it computes one.
-    const int64_t together = parts ? (tasks / kv_heads + threads - 1) / threads * kv_heads : 1;
-#pragma omp for schedule(dynamic, together)
-    for (int64_t i = 0; i < tasks; ++i) {
+    const auto compute = [&](int64_t i) {
       Task task;
       task.kv_head = i % kv_heads;
       // Later rows have more keys. The longest tasks run first, so that the last tasks are short.
@@ -311,8 +308,16 @@ AFNEXT_EXPORT void afnext_attention(const char* q, const char* k, const char* v,
       task.first_key = task.part * part_keys;
       task.end_key = part_keys ? std::min(p.length(task.b), task.first_key + part_keys) : p.length(task.b);
       run(p, task, memory);
-    }
-    if (parts) {
+    };
+    if (!parts) {
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < tasks; ++i) compute(i);
+    } else {
+      // A thread has neighbouring parts and prefetches the next while it computes one.
+      loop.run([&](int64_t first, int64_t end) {
+        for (int64_t i = first * kv_heads; i < end * kv_heads; ++i) compute(i);
+      });
+#pragma omp barrier
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < batch * kv_heads * p.rows(); ++i) {
         merge(p, i / p.rows() / kv_heads, i / p.rows() % kv_heads, i % p.rows(), memory);

@@ -12,6 +12,8 @@
 #include <cstring>
 
 #define AFNEXT_EXPORT extern "C" __attribute__((visibility("default")))
+// For the body of a hot loop: a call would spill the loop's vectors to the stack.
+#define AFNEXT_ALWAYS_INLINE __attribute__((always_inline))
 
 namespace afnext {
 

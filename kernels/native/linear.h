@@ -3,13 +3,11 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <type_traits>
 
 #include "exponential.h"
-#include "memory.h"
+#include "shared_loop.h"
 
 namespace afnext {
 
@@ -129,23 +127,22 @@ inline void dot(const T* weight, const float* x, int64_t inner, float* y, int64_
 
 constexpr int kOutputBlock = 4;
 
-// Calls body(n, count, scratch) for blocks of up to kOutputBlock outputs from n on. Each thread has a contiguous range,
-// so that its weights are one stream, and its own scratch of `scratch` floats, initially zero. work: total
-// multiplications.
+// Calls body(n, count, scratch) for blocks of up to kOutputBlock outputs from n on, each thread with its own scratch of
+// `scratch` floats, initially zero. work: total multiplications.
 template <typename Body>
 inline void for_outputs(int64_t columns, int64_t work, int64_t scratch, int64_t threads, Body body) {
-  constexpr int64_t kWorthAThread = 1 << 15;
+  constexpr int64_t kWorthAThread = 1 << 15, kChunk = 1 << 18;  // multiplications; a chunk takes 10 to 50 us
   const int64_t blocks = (columns + kOutputBlock - 1) / kOutputBlock;
   const int count = (int)std::max<int64_t>(1, std::min({threads, blocks, work / kWorthAThread}));
+  SharedLoop loop(blocks, std::max<int64_t>(1, blocks * kChunk / std::max<int64_t>(1, work)), count);
 #pragma omp parallel num_threads(count)
   {
     Scratch<float> own(scratch);
     std::memset(own, 0, scratch * sizeof(float));
-#pragma omp for schedule(static) nowait
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t n = block * kOutputBlock;
-      body(n, std::min<int64_t>(kOutputBlock, columns - n), (float*)own);
-    }
+    loop.run([&](int64_t first, int64_t end) {
+      for (int64_t n = first * kOutputBlock; n < std::min(columns, end * kOutputBlock); n += kOutputBlock)
+        body(n, std::min<int64_t>(kOutputBlock, columns - n), (float*)own);
+    });
   }
 }
 

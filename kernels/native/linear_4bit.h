@@ -109,7 +109,7 @@ class FloatRows {
 
   // sums[c][r] = codes * x in each lane, for the words of C outputs and a chunk of R rows `pitch` apart.
   template <int C, int R>
-  static void dot(const BitVec* words, const float* x, int64_t pitch, Vec (*sums)[R]) {
+  static AFNEXT_ALWAYS_INLINE void dot(const BitVec* words, const float* x, int64_t pitch, Vec (*sums)[R]) {
     for (int c = 0; c < C; ++c)
       for (int r = 0; r < R; ++r) sums[c][r] = Vec{};
 #pragma GCC unroll 8
@@ -171,7 +171,7 @@ void dot(const Weight& weight, int64_t n, const Rows& x, int64_t row, int64_t co
   const uint8_t* codes = weight.codes + n * stored;
   const auto* activations = x.row(row);
   const int64_t pitch_x = x.pitch();
-  const auto add = [&](int64_t block, int64_t left) {
+  const auto add = [&](int64_t block, int64_t left) AFNEXT_ALWAYS_INLINE {
     BitVec words[C][Packing::kVectors];
     for (int c = 0; c < C; ++c) Packing::load_block(codes + c * stored + block * Packing::kBytes, left, words[c]);
 #pragma GCC unroll 4

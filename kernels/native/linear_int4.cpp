@@ -41,7 +41,7 @@ class FixedRows {
   int64_t pitch() const { return pitch_; }
 
   template <int C, int R>
-  static void dot(const BitVec* words, const int8_t* x, int64_t pitch, Vec (*sums)[R]) {
+  static AFNEXT_ALWAYS_INLINE void dot(const BitVec* words, const int8_t* x, int64_t pitch, Vec (*sums)[R]) {
     UBytes even[C], odd[C];
     for (int c = 0; c < C; ++c) {
       even[c] = (UBytes)(words[c] & 0x0F0F0F0F);
@@ -116,7 +116,7 @@ class ByteRows {
   int64_t pitch() const { return pitch_; }
 
   template <int C, int R>
-  static void dot(const BitVec* words, const int8_t* x, int64_t pitch, Vec (*sums)[R]) {
+  static AFNEXT_ALWAYS_INLINE void dot(const BitVec* words, const int8_t* x, int64_t pitch, Vec (*sums)[R]) {
     for (int r = 0; r < R; ++r) {
       const Bytes even = (Bytes)load_bytes(x + r * pitch), odd = (Bytes)load_bytes(x + r * pitch + kBytes);
       for (int c = 0; c < C; ++c) {
