@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .compilation import is_collecting
 from .triton_language import triton
 
 _SEPARATOR = " | "
@@ -27,8 +28,11 @@ def wanted() -> bool:
 
 
 def may_time(device: torch.device) -> bool:
-    """Whether choices may be timed on `device` now: they are wanted, it is a GPU, and no graph is being captured."""
-    return wanted() and has_chip(device) and not torch.cuda.is_current_stream_capturing()
+    """Whether choices may be timed on `device` now: they are wanted, it is a GPU, and launches run at once, neither
+    captured into a graph nor collected for the compiler."""
+    if not wanted() or not has_chip(device) or is_collecting():
+        return False
+    return not torch.cuda.is_current_stream_capturing()
 
 
 def has_chip(device: torch.device) -> bool:

@@ -19,6 +19,7 @@ import torch
 
 from . import autotune
 from .chips import CHIPS
+from .compilation import is_collecting
 from .errors import BackendError
 from .triton_language import triton
 
@@ -137,10 +138,16 @@ _winners: dict[str, Config] = {}
 def _fastest(
     name: str, candidates: Sequence[Config], launch: Callable[[Config], object], device: torch.device
 ) -> Config:
-    """The fastest of some configs; the first of them while a graph is captured, if nothing was chosen before."""
+    """The fastest of some configs; the first of them while nothing can be timed, if nothing was chosen before.
+
+    While kernels are collected, those of all configs are, as timing will need them.
+    """
     if name not in _winners:
         stored = autotune.stored().get(name)
         known = next((config for config in candidates if asdict(config) == stored), None)
+        if known is None and is_collecting():
+            for config in candidates:
+                launch(config)
         if known is None and not autotune.may_time(device):
             return candidates[0]
         _winners[name] = known or _timed(name, candidates, launch)

@@ -174,7 +174,7 @@ def load(
     prompts = Prompts.from_folder(checkpoint.files)
     made = Model(network, tokenizer, template, options, defaults, prompts, executor)
     if runs_triton(where):
-        made.engine.rehearse(lambda done, total: report("compiling kernels", done, total))
+        made.engine.rehearse(report)
     if warmup:
         made.engine.warm_up(lambda done, total: report("recording CUDA graphs", done, total))
     return made

@@ -240,10 +240,10 @@ class Engine:
         after half a minute without work."""
         self._between_steps(self._steps.pages.trim)
 
-    def rehearse(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Do every kind of work once, so that a GPU's kernels are compiled; see `rehearsal.py`.
+    def rehearse(self, progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> None:
+        """Compile a GPU's kernels, several at a time, and do every kind of work once; see `rehearsal.py`.
 
-        progress: called in the engine's thread with (done, total) kinds. Raises what a step raises.
+        progress: called in the engine's thread with (stage, done, total). Raises what a step or the compiler raises.
         """
         self._between_steps(lambda: self._steps.rehearse(progress))
 

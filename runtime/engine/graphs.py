@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.compilation import is_collecting
 from ...kernels.device_state import current, runs_triton
 from ...kernels.dispatch import forced_backend
 from ...kernels.triton_language import AVAILABLE as TRITON_AVAILABLE
@@ -81,6 +82,8 @@ class RepeatedWork:
 
     def __call__(self, run: Callable[[], Tensor]) -> Tensor:
         """What `run` computes, valid until the next call of work that shares the memory."""
+        if is_collecting():
+            return run()  # its kernels have not run, and will not before the next call
         if self._result is not None and self._calls >= self._capture_at:
             self.capture(run)
         self._calls += 1

@@ -1,10 +1,12 @@
 """Runs every kind of work once, on silence and zeros, so that no request waits for kernels to compile.
 
 The kernel that an operation launches depends on its dtypes and number of rows, but not on the length of a recording or
-prompt. So a few sizes of each kind of work launch every kernel. Triton caches compiled kernels on disk, by chip,
-version and source: the next process only loads them.
+prompt. So a few sizes of each kind of work launch every kernel. They run twice: first to collect the kernels, which are
+then compiled in parallel (`kernels/compilation.py`), then to launch them. Triton caches compiled kernels on disk, by
+chip, version and source: the next process only loads them.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -12,7 +14,11 @@ from functools import partial
 import torch
 
 from ...kernels.audio_format import WINDOW_SAMPLES
+from ...kernels.compilation import collecting, compile_all
+from ...kernels.device_state import runs_triton
+from ...kernels.dispatch import forced_backend
 from ...kernels.row_groups import row_invariant
+from ...kernels.triton_language import AVAILABLE as TRITON_AVAILABLE
 from ..model.encoder import token_count
 from .decode_steps import MAX_SPECULATING
 from .executor import Executor
@@ -27,15 +33,26 @@ _SAMPLES_PER_POSITION = 320  # of the encoder
 
 @torch.inference_mode()
 def rehearse(
-    executor: Executor, options: EngineOptions, pages: list[int], progress: Callable[[int, int], None]
+    executor: Executor, options: EngineOptions, pages: list[int], progress: Callable[[str, int, int], None]
 ) -> None:
-    """Run each kind of work. pages: enough pages of the cache for a chunk, or all there are; they are overwritten.
-    progress: called with (done, total)."""
+    """Compile the kernels of each kind of work, and run it. pages: enough pages of the cache for a chunk, or all there
+    are; they are overwritten. progress: called with (stage, done, total): kernels, then kinds of work."""
     works = list(_works(executor, options, pages))
+    if _compiles_ahead(executor):
+        with collecting() as kernels:
+            for work in works:
+                work()
+        compile_all(kernels, partial(progress, "compiling kernels"))
     for done, work in enumerate(works):
-        progress(done, len(works))
+        progress("running kernels", done, len(works))
         work()
-    progress(len(works), len(works))
+    progress("running kernels", len(works), len(works))
+
+
+def _compiles_ahead(executor: Executor) -> bool:
+    """Whether the work launches kernels that Triton compiles, in this process only."""
+    compiled = TRITON_AVAILABLE and os.environ.get("TRITON_INTERPRET") != "1" and forced_backend() in (None, "triton")
+    return compiled and runs_triton(executor.model.device) and executor.size == 1
 
 
 def _works(executor: Executor, options: EngineOptions, pages: list[int]) -> Iterator[Callable[[], object]]:

@@ -123,7 +123,7 @@ class Steps:
         """Release KV memory that nothing uses."""
         self._run(self.pages.trim)
 
-    def rehearse(self, progress: Callable[[int, int], None]) -> None:
+    def rehearse(self, progress: Callable[[str, int, int], None]) -> None:
         """See `Engine.rehearse`. Called between two steps."""
         count = min(self.pages.limit, pages_for(self._options.chunk_size, self._options.page_size))
         if not self.pages.make_free(count, count, retry=True):

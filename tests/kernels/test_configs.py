@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from afnext.kernels import autotune, configs
+from afnext.kernels.compilation import collecting
 from afnext.kernels.configs import CHIPS, Config, Configs, family, multiprocessors, targeting
 from afnext.kernels.errors import BackendError
 
@@ -160,6 +161,23 @@ def test_the_fastest_is_found_once_and_remembered(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(configs, "_winners", {})
     without = Configs("example", SLOW, candidates=[HUGE])
     assert without.on(CUDA, (16, "int4"), launch) == SLOW, "what is stored is no candidate any more"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_collecting_launches_every_candidate_and_times_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AFNEXT_AUTOTUNE", "1")
+    table = Configs("example", SLOW, candidates=[HUGE, FAST])
+    launched: list[Config] = []
+    with monkeypatch.context() as timing:
+        timing.delattr(autotune, "milliseconds")
+        with collecting():
+            assert table.on(CUDA, (), launched.append) == SLOW
+    assert launched == [SLOW, HUGE, FAST]
+    assert list(tmp_path.iterdir()) == []
+    assert table.on(CUDA, (), lambda config: config) == FAST
+    with collecting():
+        assert table.on(CUDA, (), launched.append) == FAST
+    assert len(launched) == 3
 
 
 @pytest.mark.usefixtures("gpu")

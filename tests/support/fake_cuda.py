@@ -17,18 +17,20 @@ A violation raises `CudaFaultError`, and stays in `FakeCuda.faults`, as the runt
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton
 from support.fake_streams import Known, StreamOrder
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -184,14 +186,15 @@ class FakeCuda:
     """GPUs like an H100, from the beginning to the end of the test that it is given the monkeypatch of.
 
     launches: all so far, those that graphs repeat once, when they were captured; compiled: the kernels for which
-    Triton's compiler would have been called; graphs: captured; replays: their
-    number; waits: operations for which the host waits until all queued work is done; faults: what would not have worked
-    on a GPU. fail_captures: how many of the next captures fail, for want of memory.
+    Triton's compiler has been called, and with what; compiling: called before each with the kernel's name, may raise;
+    graphs: captured; replays: their number; waits: operations for which the host waits until all queued work is done;
+    faults: what would not have worked on a GPU. fail_captures: how many of the next captures fail, for want of memory.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, gpus: int = 2, capability: tuple[int, int] = (9, 0)):
         self.launches: list[Launch] = []
         self.compiled: list[str] = []
+        self.compiling: Callable[[str], object] = lambda name: None
         self.graphs: list[Graph] = []
         self.replays = 0
         self.waits: list[str] = []
@@ -300,11 +303,17 @@ class FakeCuda:
         monkeypatch.setattr(Tensor, "record_stream", self._record_stream)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(driver, "_active", _Driver(self))
-        monkeypatch.setattr(JITFunction, "_do_compile", lambda *arguments, **_: self._compiled(*arguments))
-        run = Worker._run
+        monkeypatch.setattr(triton.compiler, "compile", self._compiled)
+        compile_kernel, run = JITFunction._do_compile, Worker._run
+
+        def compile_noted(kernel: "JITFunction[Any]", *arguments: Any, **options: Any) -> Any:
+            self._kernels.add(kernel)
+            return compile_kernel(kernel, *arguments, **options)
+
+        monkeypatch.setattr(JITFunction, "_do_compile", compile_noted)
 
         def run_with_gpus(worker: Worker, *arguments: Any) -> None:
-            with _OnGpus(self):
+            with self.in_this_thread():
                 run(worker, *arguments)
 
         monkeypatch.setattr(Worker, "_run", run_with_gpus)
@@ -320,7 +329,7 @@ class FakeCuda:
         for answer in answered_once:
             answer.cache_clear()
         try:
-            with _OnGpus(self):
+            with self.in_this_thread():
                 yield self
         finally:
             for answer in answered_once:
@@ -329,13 +338,17 @@ class FakeCuda:
                 kernel.device_caches.clear()
         assert not self.faults, self.faults
 
+    def in_this_thread(self) -> AbstractContextManager[Any]:
+        """The GPUs in this thread, while they are active in another."""
+        return _OnGpus(self)
+
     # Launches.
 
-    def _compiled(self, kernel: Any, key: Any, _signature: Any, device: int, *_: Any) -> "_Kernel":
-        self._kernels.add(kernel)
-        self.compiled.append(f"{kernel.__name__} {key}")
-        compiled = kernel.device_caches[device][0][key] = _Kernel(self, f"{kernel.__module__}.{kernel.__name__}")
-        return compiled
+    def _compiled(self, source: ASTSource, options: Any = None, **_: Any) -> "_Kernel":
+        kernel = source.fn
+        self.compiling(kernel.__name__)
+        self.compiled.append(f"{kernel.__name__} {source.hash()} {sorted(options.items())}")
+        return _Kernel(self, f"{kernel.__module__}.{kernel.__name__}")
 
     def launched(self, kernel: str, grid: tuple[int, int, int], stream: int, arguments: Iterable[Any]) -> None:
         """Check a launch, and note it."""

@@ -16,11 +16,9 @@ from afnext.kernels import dispatch
 from afnext.kernels.attention import attention
 from afnext.runtime.engine import graphs
 from afnext.runtime.engine.decode_steps import DecodeSteps
-from afnext.runtime.engine.engine import Engine
 from afnext.runtime.engine.graphs import GraphMemory
 
 QUESTION = "What is said?"
-REHEARSE = Engine.rehearse
 
 
 @pytest.fixture(scope="module")
@@ -119,26 +117,6 @@ def test_a_failed_capture_is_noticed_and_tried_again(
     assert len(cuda.graphs) == 1
     assert 1 <= cuda.replays < 9
     assert not cuda.capturing
-
-
-@pytest.mark.parametrize(("quant", "kv"), [pytest.param(None, "auto", marks=pytest.mark.slow), ("int4-g32", "int8")])
-def test_requests_compile_nothing_that_loading_has_not(
-    folder: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, quant: str | None, kv: str
-) -> None:
-    monkeypatch.setattr(Engine, "rehearse", REHEARSE)
-    reports: list[tuple[str, int, int]] = []
-    options = {"quant": quant, "kv": kv, "draft_tokens": 2, "max_batch": 4, "chunk_size": 200}
-    with load(folder, 1, progress=lambda *report: reports.append(report), **options) as model:
-        compiled = list(cuda.compiled)
-        assert compiled
-        for seconds in (0.4, 7.3):
-            ask(model, seconds)
-        ask(model, 0, temperature=0.7, top_k=5, repetition_penalty=1.2)
-        model.chat([[{"role": "user", "content": "a" * length}] for length in (1, 20, 77)], max_new_tokens=5)
-    assert cuda.compiled == compiled
-    stages = [report for report in reports if report[0] == "compiling kernels"]
-    assert stages[0][1] == 0
-    assert stages[-1][1] == stages[-1][2]
 
 
 def test_wide_heads_are_fetched_by_descriptors(cuda: FakeCuda) -> None:
