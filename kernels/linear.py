@@ -26,7 +26,7 @@ from . import activation, native
 from .arguments import FLOATING, check_tensors
 from .dispatch import Operation, forced_backend
 from .few_rows import few_rows_in_tiles
-from .linear_int8 import w8a16_triton
+from .linear_int8 import dense_triton
 from .native import products
 from .row_groups import any_rows, is_row_invariant
 from .strides import as_rows
@@ -88,7 +88,7 @@ def _swiglu_native(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 @_operation.implementation("triton", groups=any_rows)
 def _triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if is_row_invariant():  # cuBLAS is not: it chooses a kernel by the number of rows
-        return w8a16_triton(x, (weight.contiguous(), None), (None, None), bias, None)
+        return dense_triton(x, weight.contiguous(), bias)
     return F.linear(x, weight, bias)
 
 

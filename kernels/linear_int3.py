@@ -3,7 +3,7 @@
     y[m, n] = sum_k x[m, k] * scales[n, g] * (code[n, k] - 8) + bias[n] + residual[m, n],    g = k // group
     SwiGLU: y = silu(gate(x)) * up(x), two such products of one x
 
-x: [rows, in] float16, bfloat16 or float32, in a multiple of 128; packed: [out, 3 * in / 8] uint8; scales: [out, in /
+x: [rows, in] float16, bfloat16 or float32, in a multiple of 128; codes: [out, 3 * in / 8] uint8; scales: [out, in /
 group], groups of 32, 64 or 128 inputs. The codes are even, 0, 2 .. 14: int3 weights are int4 weights (`linear_int4`),
 stored denser. Sums and epilogues are float32 and are rounded to the dtype of x once.
 
@@ -25,26 +25,24 @@ from torch import Tensor
 
 from .arguments import FLOATING, check_tensors
 from .configs import Configs
-from .dispatch import Operation
 from .few_rows import few_rows
-from .linear_int4 import GROUP_SIZES, as_words, unpacked
-from .native import misfit, products
+from .linear_int4 import GROUP_SIZES, in_words
+from .linear_int4 import unpacked as unpacked_int4
 from .packed_product import (
     AddNorm,
     NativeProduct,
+    PackedProduct,
     add_epilogue,
     block_of,
-    check_alike,
-    check_epilogue,
+    by_tiles,
     check_groups,
     config_for,
+    grouped_misfit,
     launch_product,
-    linear_by_tiles,
     store_product,
-    swiglu_of,
-    swiglu_reference_of,
     tile_config,
 )
+from .packed_weight import Packed
 from .row_groups import any_rows
 from .triton_language import tl, triton
 
@@ -61,21 +59,14 @@ def unpack_int3(packed: Tensor) -> Tensor:
     return torch.cat((quarters & 0xEE, last[:, :, None]), 2).flatten(1)
 
 
-def _dense(packed: Tensor, scales: Tensor) -> Tensor:
-    return unpacked(unpack_int3(packed), scales, None)
+def unpacked(weight: Packed) -> Tensor:
+    """The weights [out, in], in float32, or float64 if the scales are."""
+    return unpacked_int4(weight._replace(codes=unpack_int3(weight.codes)))
 
 
-def linear_int3_reference(
-    x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
+def linear_int3_reference(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """The specification of `linear_int3`, in float64."""
-    y = x.double() @ _dense(packed, scales.double()).T
-    return add_epilogue(y, bias, residual).to(x.dtype)
-
-
-def linear_int3_swiglu_reference(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    """The specification of `linear_int3_swiglu`, in float64."""
-    return swiglu_reference_of(linear_int3_reference, x, (gate, gate_scales), (up, up_scales))
+    return add_epilogue(x.double() @ unpacked(weight.wide()).T, bias, residual).to(x.dtype)
 
 
 @triton.jit
@@ -163,104 +154,57 @@ _W3A16_PAIR = {**_W3A16, 64: Configs("linear_int3_pair_64", tile_config(32, 64, 
 
 def w3a16_triton(
     x: Tensor,
-    weight: tuple[Tensor, Tensor],
-    up: tuple[Tensor, Tensor] | tuple[None, None],
+    weight: Packed,
+    up: Packed | None,
     bias: Tensor | None,
     residual: Tensor | None,
     norm: AddNorm | None = None,
 ) -> Tensor:
-    """The product on a GPU. weight, up: (packed, scales); norm: see `linear_norm`."""
-    config = config_for(_W3A16 if up[0] is None else _W3A16_PAIR, x.shape[:-1].numel(), x.device)
-    group = x.shape[-1] // weight[1].shape[1]
-    up_words = None if up[0] is None else as_words(up[0])
-    parts = (as_words(weight[0]), weight[1]), (up_words, up[1])
-    kernel, owner = _w3a16_kernel, weight[0]
+    """The product on a GPU. norm: see `linear_norm`."""
+    config = config_for(_W3A16 if up is None else _W3A16_PAIR, x.shape[:-1].numel(), x.device)
+    group = x.shape[-1] // weight.scales.shape[1]
+    kernel, owner, parts = _w3a16_kernel, weight.codes, (in_words(weight), up and in_words(up))
     return launch_product(kernel, x, *parts, bias, residual, config, owner=owner, norm=norm, GROUP=group)
 
 
-_linear = Operation("linear_int3", linear_int3_reference, rows=(0, 4))
-_swiglu = Operation("linear_int3_swiglu", linear_int3_swiglu_reference, rows=(0,))
+def check_int3(x: Tensor, weight: Packed) -> None:
+    """Raise ValueError unless x [..., in] and a weight are valid for `linear_int3`."""
+    codes, scales, _ = weight
+    if codes.dtype != torch.uint8 or codes.ndim != 2 or not codes.is_contiguous():
+        raise ValueError(f"packed must be contiguous uint8 [out, 3 * in / 8], got {codes.dtype} {tuple(codes.shape)}")
+    blocks, rest = divmod(codes.shape[1], BLOCK_BYTES)
+    if rest or blocks == 0:
+        raise ValueError(
+            f"{BLOCK_SIZE} inputs take {BLOCK_BYTES} bytes; packed {tuple(codes.shape)} has a part of them"
+        )
+    if not x.is_floating_point() or x.shape[-1:] != (blocks * BLOCK_SIZE,):
+        raise ValueError(
+            f"x is {x.dtype} {tuple(x.shape)}; a packed weight {tuple(codes.shape)} takes [..., {blocks * BLOCK_SIZE}]"
+        )
+    check_groups(len(codes), blocks * BLOCK_SIZE, scales, None, GROUP_SIZES)
+    check_tensors(x, (torch.uint8,), packed=codes)
+    check_tensors(x, FLOATING, x=x, scales=scales)
 
 
-@_linear.implementation("triton", groups=any_rows)
-def _linear_triton(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return w3a16_triton(x, (packed, scales), (None, None), bias, residual)
+INT3 = PackedProduct("linear_int3", linear_int3_reference, check_int3, w3a16_triton)
+INT3.implementation("triton", groups=any_rows)(w3a16_triton)
+INT3.implementation("native", grouped_misfit, few_rows)(NativeProduct("int3", grouped=True))
+INT3.implementation("torch")(by_tiles(unpacked))
 
 
-@_swiglu.implementation("triton", groups=any_rows)
-def _swiglu_triton(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    return w3a16_triton(x, (gate, gate_scales), (up, up_scales), None, None)
-
-
-_native = NativeProduct(products.int3_product, products.unpack_int3)
-
-
-def _misfit(x: Tensor, _codes: Tensor, scales: Tensor, *_others: Tensor | None) -> str | None:
-    return misfit(x) or misfit(scales)
-
-
-def _pair_misfit(x: Tensor, _gate: Tensor, gate_scales: Tensor, _up: Tensor, up_scales: Tensor) -> str | None:
-    return misfit(x) or misfit(gate_scales, up_scales)
-
-
-@_linear.implementation("native", _misfit, few_rows)
-def _linear_native(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return _native.linear(x, (packed, scales), bias, residual)
-
-
-@_swiglu.implementation("native", _pair_misfit, few_rows)
-def _swiglu_native(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    return _native.swiglu(x, (gate, gate_scales), (up, up_scales))
-
-
-@_linear.implementation("torch")
-def _linear_torch(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return linear_by_tiles(x, (packed, scales), lambda *tile: _dense(*tile).to(x.dtype), bias, residual)
-
-
-@_swiglu.implementation("torch")
-def _swiglu_torch(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    return swiglu_of(_linear_torch, x, (gate, gate_scales), (up, up_scales))
-
-
-def linear_int3(
-    x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
+def linear_int3(x: Tensor, weight: Packed, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x W^T + bias + residual with int3 weights in groups, W[n, k] = scales[n, g] * (code[n, k] - 8), codes 0, 2 .. 14.
 
-    x: [..., in] floating; packed: [out, 3 * in / 8] uint8; scales: [out, in / group] floating, group 32, 64 or 128;
-    bias: [out]; residual: [..., out] in the dtype of x. Returns [..., out] like x. Raises ValueError for shapes or
+    x: [..., in] floating; weight: codes [out, 3 * in / 8] uint8, scales [out, in / group] floating, group 32, 64 or
+    128; bias: [out]; residual: [..., out] in the dtype of x. Returns [..., out] like x. Raises ValueError for shapes or
     dtypes that do not fit.
     """
-    check_int3(x, packed, scales)
-    check_epilogue(x, len(packed), bias, residual)
-    return _linear.on(x.device)(x, packed, scales, bias, residual)
+    return INT3.linear(x, weight, bias, residual)
 
 
-def linear_int3_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
+def linear_int3_swiglu(x: Tensor, gate: Packed, up: Packed) -> Tensor:
     """silu(x G^T) * (x U^T), x read once; gate and up are packed weights of one shape and group as in `linear_int3`.
 
     Raises ValueError for shapes or dtypes that do not fit.
     """
-    check_int3(x, gate, gate_scales)
-    check_int3(x, up, up_scales)
-    check_alike((gate, gate_scales), (up, up_scales))
-    return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales)
-
-
-def check_int3(x: Tensor, packed: Tensor, scales: Tensor) -> None:
-    """Raise ValueError unless x [..., in] and a weight are valid for `linear_int3`."""
-    if packed.dtype != torch.uint8 or packed.ndim != 2 or not packed.is_contiguous():
-        raise ValueError(f"packed must be contiguous uint8 [out, 3 * in / 8], got {packed.dtype} {tuple(packed.shape)}")
-    blocks, rest = divmod(packed.shape[1], BLOCK_BYTES)
-    if rest or blocks == 0:
-        raise ValueError(
-            f"{BLOCK_SIZE} inputs take {BLOCK_BYTES} bytes; packed {tuple(packed.shape)} has a part of them"
-        )
-    if not x.is_floating_point() or x.shape[-1:] != (blocks * BLOCK_SIZE,):
-        raise ValueError(
-            f"x is {x.dtype} {tuple(x.shape)}; a packed weight {tuple(packed.shape)} takes [..., {blocks * BLOCK_SIZE}]"
-        )
-    check_groups(len(packed), blocks * BLOCK_SIZE, scales, None, GROUP_SIZES)
-    check_tensors(x, (torch.uint8,), packed=packed)
-    check_tensors(x, FLOATING, x=x, scales=scales)
+    return INT3.swiglu(x, gate, up)

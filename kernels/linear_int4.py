@@ -3,7 +3,7 @@
     y[m, n] = sum_k x[m, k] * scales[n, g] * (code[n, k] - zeros[n, g]) + bias[n] + residual[m, n],    g = k // group
     SwiGLU: y = silu(gate(x)) * up(x), two such products of one x
 
-x: [rows, in] float16, bfloat16 or float32; packed: [out, in / 2] uint8, the even input in a byte's low four bits;
+x: [rows, in] float16, bfloat16 or float32; codes: [out, in / 2] uint8, the even input in a byte's low four bits;
 scales, zeros: [out, in / group], zeros absent where all are 8. Groups of 32, 64 or 128 inputs. Sums and epilogues are
 float32 and are rounded to the dtype of x once.
 
@@ -28,34 +28,33 @@ arithmetic: the activations of a group become 15-bit integers with one scale. Mo
 Source: Frantar et al. 2022, arXiv:2210.17323 (groups); Kim et al. 2022, arXiv:2211.10017 (codes in the mantissa).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .arguments import FLOATING, check_tensors
 from .configs import Config, Configs, family
-from .dispatch import Operation, on_cpu
+from .dispatch import on_cpu
 from .few_rows import few_rows
-from .native import products
 from .packed_product import (
     AddNorm,
     NativeProduct,
+    PackedProduct,
     add_epilogue,
     block_of,
-    check_alike,
-    check_epilogue,
     check_groups,
     config_for,
     grouped_misfit,
-    grouped_pair_misfit,
     launch_product,
     product_by_tiles,
     store_product,
-    swiglu_of,
-    swiglu_reference_of,
     tile_config,
+    two_products,
     within_group,
 )
+from .packed_weight import Packed
 from .row_groups import any_rows
 from .strides import as_rows
 from .triton_language import tl, triton
@@ -72,34 +71,18 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
-def unpacked(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+def unpacked(weight: Packed) -> Tensor:
     """The weights [out, in], in float32, or float64 if the scales are."""
+    packed, scales, zeros = weight
     dtype = torch.promote_types(scales.dtype, torch.float32)
     codes = unpack_int4(packed).to(dtype).unflatten(1, (scales.shape[1], -1))
     zero = SYMMETRIC_ZERO if zeros is None else zeros.to(dtype)[..., None]
     return ((codes - zero) * scales.to(dtype)[..., None]).flatten(1)
 
 
-def linear_int4_reference(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
+def linear_int4_reference(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """The specification of `linear_int4`, in float64."""
-    y = x.double() @ unpacked(packed, scales.double(), zeros).T
-    return add_epilogue(y, bias, residual).to(x.dtype)
-
-
-def linear_int4_swiglu_reference(
-    x: Tensor,
-    gate: Tensor,
-    gate_scales: Tensor,
-    up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None,
-    up_zeros: Tensor | None,
-) -> Tensor:
-    """The specification of `linear_int4_swiglu`, in float64."""
-    weights = (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros)
-    return swiglu_reference_of(linear_int4_reference, x, *weights)
+    return add_epilogue(x.double() @ unpacked(weight.wide()).T, bias, residual).to(x.dtype)
 
 
 @triton.jit
@@ -324,101 +307,71 @@ def config_of(rows: int, group: int, pair: bool, device: torch.device) -> Config
     return within_group(config, group)
 
 
-def as_words(packed: Tensor) -> Tensor:
-    """The bytes [out, bytes] as int32 words, [out, bytes / 4]; a copy if they do not begin at a word boundary."""
-    return (packed.clone() if packed.storage_offset() % 4 else packed).view(torch.int32)
-
-
 def w4a16_triton(
     x: Tensor,
-    weight: tuple[Tensor, Tensor, Tensor | None],
-    up: tuple[Tensor | None, Tensor | None, Tensor | None],
+    weight: Packed,
+    up: Packed | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    levels: Tensor | None = None,
     norm: AddNorm | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
-    """The product on a GPU. weight, up: (packed, scales, zeros); levels: see `linear_nf4`; norm: see `linear_norm`."""
-    group = x.shape[-1] // weight[1].shape[1]
-    config = config_of(x.shape[:-1].numel(), group, up[0] is not None, x.device)
-    if config.blocks["BLOCK_M"] == 16 and x.element_size() == 2 and weight[2] is None and levels is None:
+    """The product on a GPU. norm: see `linear_norm`; levels: see `linear_nf4`."""
+    group = x.shape[-1] // weight.scales.shape[1]
+    config = config_of(x.shape[:-1].numel(), group, up is not None, x.device)
+    options: dict[str, Any] = {"owner": weight.codes, "norm": norm, "GROUP": group}
+    if config.blocks["BLOCK_M"] == 16 and x.element_size() == 2 and weight.zeros is None and levels is None:
         ptx = x.device.type != "cpu" and family(x.device).startswith("sm")
-        words, up_words = as_words(weight[0]), None if up[0] is None else as_words(up[0])
-        parts = (words, weight[1]), (up_words, up[1])
-        kernel, owner = _w4a16_words_kernel, weight[0]
-        return launch_product(kernel, x, *parts, bias, residual, config, owner=owner, norm=norm, GROUP=group, PTX=ptx)
-    return launch_product(_w4a16_kernel, x, weight, up, bias, residual, config, norm=norm, levels=levels, GROUP=group)
+        parts = in_words(weight), up and in_words(up)
+        return launch_product(_w4a16_words_kernel, x, *parts, bias, residual, config, PTX=ptx, **options)
+    return launch_product(_w4a16_kernel, x, weight, up, bias, residual, config, levels=levels, **options)
 
 
-_linear = Operation("linear_int4", linear_int4_reference, rows=(0, 5))
-_swiglu = Operation("linear_int4_swiglu", linear_int4_swiglu_reference, rows=(0,))
+def in_words(weight: Packed) -> tuple[Tensor, Tensor]:
+    """The bytes as int32 words, [out, bytes / 4], a copy if they do not begin at a word boundary, and the scales."""
+    codes = weight.codes
+    return (codes.clone() if codes.storage_offset() % 4 else codes).view(torch.int32), weight.scales
 
 
-@_linear.implementation("triton", groups=any_rows)
-def _linear_triton(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
-    return w4a16_triton(x, (packed, scales, zeros), (None, None, None), bias, residual)
+def check_int4(x: Tensor, weight: Packed) -> None:
+    """Raise ValueError unless x [..., in] and a weight packed in groups fit."""
+    codes, scales, zeros = weight
+    if codes.dtype != torch.uint8 or codes.ndim != 2 or not codes.is_contiguous():
+        raise ValueError(f"packed must be contiguous uint8 [out, in / 2], got {codes.dtype} {tuple(codes.shape)}")
+    inner = 2 * codes.shape[1]
+    if not x.is_floating_point() or x.shape[-1:] != (inner,):
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; a packed weight {tuple(codes.shape)} takes [..., {inner}]")
+    check_groups(len(codes), inner, scales, zeros, GROUP_SIZES)
+    check_tensors(x, (torch.uint8,), packed=codes)
+    check_tensors(x, FLOATING, x=x, scales=scales, zeros=zeros)
 
 
-@_swiglu.implementation("triton", groups=any_rows)
-def _swiglu_triton(
-    x: Tensor,
-    gate: Tensor,
-    gate_scales: Tensor,
-    up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None,
-    up_zeros: Tensor | None,
-) -> Tensor:
-    return w4a16_triton(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
+INT4 = PackedProduct("linear_int4", linear_int4_reference, check_int4, w4a16_triton, zeros=True)
+INT4.implementation("triton", groups=any_rows)(w4a16_triton)
+int4_native = INT4.implementation("native", grouped_misfit, few_rows)(NativeProduct("int4", grouped=True))
 
 
-_native = NativeProduct(products.int4_product, products.unpack_int4)
-
-
-@_linear.implementation("native", grouped_misfit, few_rows)
-def linear_int4_native(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
-    """The product by the native kernels, for the arguments that they support."""
-    return _native.linear(x, (packed, scales, zeros), bias, residual)
-
-
-@_swiglu.implementation("native", grouped_pair_misfit, few_rows)
-def _swiglu_native(
-    x: Tensor,
-    gate: Tensor,
-    gate_scales: Tensor,
-    up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None,
-    up_zeros: Tensor | None,
-) -> Tensor:
-    return _native.swiglu(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros))
-
-
-@_linear.implementation("torch")
-def linear_int4_torch(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
+@INT4.implementation("torch")
+@two_products
+def int4_torch(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """The product by torch's operations."""
-    rows, columns = as_rows(x), packed.shape[0]
-    copy = _copies.get(packed) if rows.shape[0] <= MOST_ROWS_INTERLEAVED else None
+    rows, columns = as_rows(x), len(weight.codes)
+    copy = _copies.get(weight.codes) if rows.shape[0] <= MOST_ROWS_INTERLEAVED else None
     if copy is not None and copy[1].dtype == x.dtype:
-        group = x.shape[-1] // scales.shape[1]
+        group = x.shape[-1] // weight.scales.shape[1]
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, copy[0], group, copy[1])
     else:
         halves = rows.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
-        y = product_by_tiles(halves, columns, lambda tile: _unpacked_halves(packed, scales, zeros, tile, x.dtype))
+        y = product_by_tiles(halves, columns, lambda tile: _unpacked_halves(weight.rows(tile), x.dtype))
     return add_epilogue(y.view(*x.shape[:-1], columns), bias, residual)
 
 
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _interleaved(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _interleaved(weight: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The codes in the layout of torch's CPU kernel, and [in / group, out, 2] scales and values of code 8."""
+    packed, scales, zeros = weight
     blocks = torch.empty_like(packed)
     for codes, part in zip(packed.split(_PACKED_AT_ONCE), blocks.split(_PACKED_AT_ONCE), strict=True):
         part.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_int4(codes).int(), 1))
@@ -427,95 +380,44 @@ def _interleaved(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: to
     return blocks, torch.stack((wide, middle), -1).transpose(0, 1).contiguous().to(dtype)
 
 
-def _unpacked_halves(packed: Tensor, scales: Tensor, zeros: Tensor | None, tile: slice, dtype: torch.dtype) -> Tensor:
-    """The weights of the channels in `tile`, in `dtype`: [channels, in], all even inputs before all odd ones."""
-    codes, scales = packed[tile], scales[tile].to(dtype)
+def _unpacked_halves(weight: Packed, dtype: torch.dtype) -> Tensor:
+    """The weights in `dtype`, [channels, in], all even inputs before all odd ones."""
+    codes, scales, zeros = weight
     if codes.storage_offset() % 8:
         codes = codes.clone()
     words = codes.view(torch.int64)  # eight bytes at once: torch has no vectorized shift of bytes
-    weight = torch.empty(len(codes), 2, codes.shape[1], dtype=dtype, device=codes.device)
+    halves = torch.empty(len(codes), 2, codes.shape[1], dtype=dtype, device=codes.device)
     for half, shift in enumerate((0, 4)):
-        weight[:, half] = (words >> shift).bitwise_and_(0x0F0F0F0F0F0F0F0F).view(torch.uint8)
-    grouped = weight.view(len(codes), 2, scales.shape[1], -1)
-    grouped -= SYMMETRIC_ZERO if zeros is None else zeros[tile].to(dtype)[:, None, :, None]
-    grouped *= scales[:, None, :, None]
-    return weight.flatten(1)
+        halves[:, half] = (words >> shift).bitwise_and_(0x0F0F0F0F0F0F0F0F).view(torch.uint8)
+    grouped = halves.view(len(codes), 2, scales.shape[1], -1)
+    grouped -= SYMMETRIC_ZERO if zeros is None else zeros.to(dtype)[:, None, :, None]
+    grouped *= scales.to(dtype)[:, None, :, None]
+    return halves.flatten(1)
 
 
-@_swiglu.implementation("torch")
-def _swiglu_torch(
-    x: Tensor,
-    gate: Tensor,
-    gate_scales: Tensor,
-    up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None,
-    up_zeros: Tensor | None,
-) -> Tensor:
-    return swiglu_of(linear_int4_torch, x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros))
-
-
-def prepare_int4(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> None:
+def prepare_int4(weight: Packed, dtype: torch.dtype) -> None:
     """Prepare a weight for products with x in `dtype`, as the selected implementation needs.
 
-    Makes a copy as large as `packed` if torch multiplies on a CPU, and nothing otherwise.
+    Makes a copy as large as the codes if torch multiplies on a CPU, and nothing otherwise.
     """
-    if _linear.on(packed.device) is linear_int4_torch and on_cpu(packed) and packed.shape[0] % 16 == 0:
-        _copies[packed] = _interleaved(packed, scales, zeros, dtype)
+    codes = weight.codes
+    if INT4.single.candidates(codes.device)[0] == "torch" and on_cpu(codes) and len(codes) % 16 == 0:
+        _copies[codes] = _interleaved(weight, dtype)
 
 
-def linear_int4(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
+def linear_int4(x: Tensor, weight: Packed, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x W^T + bias + residual with int4 weights in groups, W[n, k] = scales[n, g] * (code[n, k] - zeros[n, g]).
 
-    x: [..., in] floating; packed: [out, in / 2] uint8; scales: [out, in / group] floating, group 32, 64 or 128; zeros:
-    like scales, or None for 8; bias: [out]; residual: [..., out] in the dtype of x. Returns [..., out] like x.
+    x: [..., in] floating; weight: codes [out, in / 2] uint8, scales [out, in / group] floating, group 32, 64 or 128,
+    zeros like scales, or None for 8; bias: [out]; residual: [..., out] in the dtype of x. Returns [..., out] like x.
     Raises ValueError for shapes or dtypes that do not fit.
     """
-    check_int4(x, packed, scales, zeros)
-    check_epilogue(x, packed.shape[0], bias, residual)
-    return _linear.on(x.device)(x, packed, scales, zeros, bias, residual)
+    return INT4.linear(x, weight, bias, residual)
 
 
-def linear_int4_swiglu(
-    x: Tensor,
-    gate: Tensor,
-    gate_scales: Tensor,
-    up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None = None,
-    up_zeros: Tensor | None = None,
-) -> Tensor:
+def linear_int4_swiglu(x: Tensor, gate: Packed, up: Packed) -> Tensor:
     """silu(x G^T) * (x U^T), x read once; gate and up are packed weights of one shape and group as in `linear_int4`.
 
     Both have zeros or neither. Raises ValueError otherwise.
     """
-    check_int4_pair(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros))
-    return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales, gate_zeros, up_zeros)
-
-
-def check_int4(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
-    """Raise ValueError unless x [..., in] and a weight packed in groups fit."""
-    if packed.dtype != torch.uint8 or packed.ndim != 2 or not packed.is_contiguous():
-        raise ValueError(f"packed must be contiguous uint8 [out, in / 2], got {packed.dtype} {tuple(packed.shape)}")
-    inner = 2 * packed.shape[1]
-    if not x.is_floating_point() or x.shape[-1:] != (inner,):
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; a packed weight {tuple(packed.shape)} takes [..., {inner}]")
-    check_groups(len(packed), inner, scales, zeros, GROUP_SIZES)
-    check_tensors(x, (torch.uint8,), packed=packed)
-    check_tensors(x, FLOATING, x=x, scales=scales, zeros=zeros)
-
-
-def check_int4_pair(
-    x: Tensor, gate: tuple[Tensor, Tensor, Tensor | None], up: tuple[Tensor, Tensor, Tensor | None]
-) -> None:
-    """Raise ValueError unless x and both weights (packed, scales, zeros) are valid for `linear_int4_swiglu`."""
-    check_int4(x, *gate)
-    check_int4(x, *up)
-    check_alike(gate, up)
+    return INT4.swiglu(x, gate, up)

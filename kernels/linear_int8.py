@@ -1,10 +1,10 @@
 """Linear layers with int8 weights: W8A16, alone or as a SwiGLU pair.
 
-    W8A16    y[m, n] = scales[n] * sum_k x[m, k] * weight[n, k] + bias[n] + residual[m, n]
+    W8A16    y[m, n] = scales[n] * sum_k x[m, k] * codes[n, k] + bias[n] + residual[m, n]
     SwiGLU   y       = silu(gate(x)) * up(x), two W8A16 products of one x
 
-x: [rows, in] float16, bfloat16 or float32; weight: [out, in] int8; scales: [out]. Sums and epilogues are float32 and
-are rounded to the dtype of x once.
+x: [rows, in] float16, bfloat16 or float32; weight: codes [out, in] int8, scales [out]. Sums and epilogues are float32
+and are rounded to the dtype of x once.
 
 W8A16 is bound by memory up to about 100 rows. A launch reads out * in bytes of weights (half those of 16 bits) once for
 every BLOCK_M rows, that is once up to 64 rows; every block of outputs reads x from L2. The int8 weights are converted
@@ -25,42 +25,34 @@ import torch
 from torch import Tensor
 
 from .arguments import FLOATING, check_tensors
-from .configs import Configs
-from .dispatch import Operation
+from .configs import Configs, family
 from .few_rows import few_int8_rows
-from .native import products
 from .packed_product import (
     SMALL_MEMORY,
     AddNorm,
     NativeProduct,
+    PackedProduct,
     add_epilogue,
     block_of,
-    check_epilogue,
     config_for,
     launch_product,
+    linear_by_tiles,
     misfit,
     product_by_tiles,
     store_product,
-    swiglu_of,
-    swiglu_reference_of,
     tile_config,
+    two_products,
 )
+from .packed_weight import Packed
 from .row_groups import any_rows
 from .strides import as_rows
 from .triton_language import tl, triton
 
 
-def linear_int8_reference(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
+def linear_int8_reference(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """The specification of `linear_int8`, in float64."""
-    y = x.double() @ (weight.double() * scales.double()[:, None]).T
+    y = x.double() @ (weight.codes.double() * weight.scales.double()[:, None]).T
     return add_epilogue(y, bias, residual).to(x.dtype)
-
-
-def linear_int8_swiglu_reference(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    """The specification of `linear_int8_swiglu`, in float64."""
-    return swiglu_reference_of(linear_int8_reference, x, (gate, gate_scales), (up, up_scales))
 
 
 @triton.jit
@@ -171,78 +163,83 @@ _E4M3_PAIR = {
 # A float32 weight takes four times the shared memory of an int8 one.
 _DENSE = {16: Configs("linear_few", tile_config(16, 64, 64, 4, 4))}
 
+_NO_E4M3 = ("sm80", "sm86")  # for which Triton has no e4m3 type
+
 
 def w8a16_triton(
     x: Tensor,
-    weight: tuple[Tensor, Tensor | None],
-    up: tuple[Tensor | None, Tensor | None],
+    weight: Packed,
+    up: Packed | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    owner: Tensor | None = None,
     norm: AddNorm | None = None,
 ) -> Tensor:
-    """The product on a GPU. weight, up: (codes, scales), or for a dense weight (weight, None).
-
-    Codes are int8 or e4m3; those of e4m3 may be given as uint8, and are not NaN. owner: see `launch_product`; norm: see
-    `linear_norm`.
-    """
-    if up[0] is None:
-        scaled = _W8A16 if weight[0].dtype == torch.int8 else _E4M3
-        table = _DENSE if weight[1] is None else scaled
+    """The product on a GPU, with codes in int8 or in e4m3 that are not NaN. norm: see `linear_norm`."""
+    if weight.codes.dtype == torch.int8:
+        table = _W8A16 if up is None else _W8A16_PAIR
     else:
-        table = _W8A16_PAIR if up[0].dtype == torch.int8 else _E4M3_PAIR
-    config = config_for(table, x.shape[:-1].numel(), x.device)
+        table = _E4M3 if up is None else _E4M3_PAIR
+    config, parts = config_for(table, x.shape[:-1].numel(), x.device), (_readable(weight), up and _readable(up))
     even = x.shape[-1] % config.blocks["BLOCK_K"] == 0
-    return launch_product(_w8a16_kernel, x, weight, up, bias, residual, config, owner=owner, norm=norm, EVEN=even)
+    kernel, owner = _w8a16_kernel, weight.codes
+    return launch_product(kernel, x, *parts, bias, residual, config, owner=owner, norm=norm, EVEN=even)
 
 
-_linear = Operation("linear_int8", linear_int8_reference, rows=(0, 4))
-_swiglu = Operation("linear_int8_swiglu", linear_int8_swiglu_reference, rows=(0,))
+def _readable(weight: Packed) -> tuple[Tensor, Tensor]:
+    """The codes as Triton can read them on this chip, and the scales."""
+    codes, scales, _ = weight
+    as_bits = codes.dtype != torch.int8 and family(codes.device) in _NO_E4M3
+    return codes.view(torch.uint8) if as_bits else codes, scales
 
 
-@_linear.implementation("triton", groups=any_rows)
-def _linear_triton(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return w8a16_triton(x, (weight, scales), (None, None), bias, residual)
+def dense_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias on a GPU, with a dense weight in the dtype of x, by the same kernel."""
+    config = config_for(_DENSE, x.shape[:-1].numel(), x.device)
+    even = x.shape[-1] % config.blocks["BLOCK_K"] == 0
+    return launch_product(_w8a16_kernel, x, (weight, None), None, bias, None, config, owner=weight, EVEN=even)
 
 
-@_swiglu.implementation("triton", groups=any_rows)
-def _swiglu_triton(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    return w8a16_triton(x, (gate, gate_scales), (up, up_scales), None, None)
+INPUT_MULTIPLE = 16
+"""Products with one scale per channel take inputs in multiples of this."""
 
 
-_native = NativeProduct(products.int8_product, products.unpack_int8)
+def check_int8(x: Tensor, weight: Packed, dtype: torch.dtype = torch.int8) -> None:
+    """Raise ValueError unless x [..., in], a weight with codes [out, in] in `dtype`, and its scales [out] fit."""
+    codes, scales, _ = weight
+    if codes.dtype != dtype or codes.ndim != 2 or not codes.is_contiguous():
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f"the weight must be contiguous {kind} [out, in], got {codes.dtype} {tuple(codes.shape)}")
+    if not x.is_floating_point() or x.shape[-1:] != codes.shape[1:]:
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; a weight {tuple(codes.shape)} takes [..., in] floating")
+    if codes.shape[1] % INPUT_MULTIPLE or codes.shape[1] == 0:
+        raise ValueError(f"weights of 8 bits need a multiple of {INPUT_MULTIPLE} inputs, got {codes.shape[1]}")
+    if scales.shape != codes.shape[:1] or not scales.is_floating_point() or not scales.is_contiguous():
+        raise ValueError(f"scales must be contiguous floating [{len(codes)}], got {scales.dtype} {tuple(scales.shape)}")
+    check_tensors(x, (dtype,), weight=codes)
+    check_tensors(x, FLOATING, x=x, scales=scales)
 
 
-@_linear.implementation("native", misfit, few_int8_rows)
-def _linear_native(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return _native.linear(x, (weight, scales), bias, residual)
-
-
-@_swiglu.implementation("native", misfit, few_int8_rows)
-def _swiglu_native(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    return _native.swiglu(x, (gate, gate_scales), (up, up_scales))
-
+INT8 = PackedProduct("linear_int8", linear_int8_reference, check_int8, w8a16_triton)
+INT8.implementation("triton", groups=any_rows)(w8a16_triton)
+INT8.implementation("native", misfit, few_int8_rows)(NativeProduct("int8", grouped=False))
 
 # torch on a CPU: up to here its int8 kernel is faster than widening the weights for a dense product
 # (docs/quantization.md).
 MOST_ROWS_INT8 = 32
 
 
-@_linear.implementation("torch")
-def _linear_torch(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    rows, columns = as_rows(x), len(weight)
+@INT8.implementation("torch")
+@two_products
+def _torch(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    rows, (codes, scales, _) = as_rows(x), weight
     if x.dtype == torch.float16:  # sums of 127 * x overflow float16
-        y = product_by_tiles(rows, columns, lambda tile: dequantized(weight[tile], scales[tile], x.dtype))
-    elif x.dtype == torch.bfloat16 and rows.shape[0] <= MOST_ROWS_INT8:
-        y = torch._weight_int8pack_mm(rows, weight, torch.ones_like(scales, dtype=x.dtype)).float() * scales.float()
+        return linear_by_tiles(x, weight, lambda tile: dequantized(tile.codes, tile.scales, x.dtype), bias, residual)
+    if x.dtype == torch.bfloat16 and rows.shape[0] <= MOST_ROWS_INT8:
+        y = torch._weight_int8pack_mm(rows, codes, torch.ones_like(scales, dtype=x.dtype))
     else:
-        y = product_by_tiles(rows, columns, lambda tile: weight[tile].to(x.dtype)).float() * scales.float()
-    return add_epilogue(y.view(*x.shape[:-1], columns), bias, residual).to(x.dtype)
-
-
-@_swiglu.implementation("torch")
-def _swiglu_torch(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    return swiglu_of(_linear_torch, x, (gate, gate_scales), (up, up_scales))
+        y = product_by_tiles(rows, len(codes), lambda tile: codes[tile].to(x.dtype))
+    y = (y.float() * scales.float()).view(*x.shape[:-1], len(codes))
+    return add_epilogue(y, bias, residual).to(x.dtype)
 
 
 def dequantized(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -250,48 +247,16 @@ def dequantized(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (weight.float() * scales.float()[:, None]).to(dtype)
 
 
-def linear_int8(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """x W^T + bias + residual with int8 weights, W[n, k] = scales[n] * weight[n, k] (W8A16).
+def linear_int8(x: Tensor, weight: Packed, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x W^T + bias + residual with int8 weights, W[n, k] = scales[n] * codes[n, k] (W8A16).
 
-    x: [..., in] floating, in a multiple of 16; weight: [out, in] int8; scales: [out]; bias: [out]; residual: [..., out]
-    in the dtype of x. Returns [..., out] in the dtype of x.
+    x: [..., in] floating, in a multiple of 16; weight: codes [out, in] int8, scales [out]; bias: [out]; residual:
+    [..., out] in the dtype of x. Returns [..., out] in the dtype of x.
     Raises ValueError when shapes or dtypes do not fit, as all linear operations here do.
     """
-    check_weight(x, weight, scales)
-    check_epilogue(x, len(weight), bias, residual)
-    return _linear.on(x.device)(x, weight, scales, bias, residual)
+    return INT8.linear(x, weight, bias, residual)
 
 
-def linear_int8_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
+def linear_int8_swiglu(x: Tensor, gate: Packed, up: Packed) -> Tensor:
     """silu(x G^T) * (x U^T) with int8 weights, x read once. gate, up: same shape; all else as in `linear_int8`."""
-    check_pair(x, gate, gate_scales, up, up_scales)
-    return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales)
-
-
-def check_weight(x: Tensor, weight: Tensor, scales: Tensor, dtype: torch.dtype = torch.int8) -> None:
-    """Raise ValueError unless x [..., in], a weight [out, in] with codes in `dtype`, and its scales [out] fit."""
-    if weight.dtype != dtype or weight.ndim != 2 or not weight.is_contiguous():
-        kind = str(dtype).removeprefix("torch.")
-        raise ValueError(f"the weight must be contiguous {kind} [out, in], got {weight.dtype} {tuple(weight.shape)}")
-    if not x.is_floating_point() or x.shape[-1:] != weight.shape[1:]:
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; a weight {tuple(weight.shape)} takes [..., in] floating")
-    if weight.shape[1] % 16 or weight.shape[1] == 0:
-        raise ValueError(f"weights of 8 bits need a multiple of 16 inputs, got {weight.shape[1]}")
-    if scales.shape != weight.shape[:1] or not scales.is_floating_point() or not scales.is_contiguous():
-        raise ValueError(
-            f"scales must be contiguous floating [{len(weight)}], got {scales.dtype} {tuple(scales.shape)}"
-        )
-    check_tensors(x, (dtype,), weight=weight)
-    check_tensors(x, FLOATING, x=x, scales=scales)
-
-
-def check_pair(
-    x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor, dtype: torch.dtype = torch.int8
-) -> None:
-    """Raise ValueError unless x and both weights, with codes in `dtype`, fit."""
-    check_weight(x, gate, gate_scales, dtype)
-    check_weight(x, up, up_scales, dtype)
-    if gate.shape != up.shape:
-        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
+    return INT8.swiglu(x, gate, up)

@@ -24,36 +24,32 @@ from torch import Tensor
 
 from .arguments import FLOATING, check_tensors
 from .configs import Config, Configs
-from .dispatch import Operation
 from .few_rows import few_rows
-from .native import products
 from .packed_product import (
     AddNorm,
     NativeProduct,
+    PackedProduct,
     add_epilogue,
     block_of,
-    check_alike,
-    check_epilogue,
+    by_tiles,
     check_groups,
     config_for,
     grouped_misfit,
-    grouped_pair_misfit,
     launch_product,
-    linear_by_tiles,
     store_product,
-    swiglu_of,
-    swiglu_reference_of,
     tile_config,
     within_group,
 )
+from .packed_weight import Packed
 from .row_groups import any_rows
 from .triton_language import tl, triton
 
 GROUP_SIZES = (16, 32, 64, 128)
 
 
-def unpacked(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+def unpacked(weight: Packed) -> Tensor:
     """The weights [out, in], in float32, or float64 if the scales are."""
+    codes, scales, zeros = weight
     dtype = torch.promote_types(scales.dtype, torch.float32)
     weights = codes.to(dtype).unflatten(1, (scales.shape[1], -1))
     if zeros is not None:
@@ -61,26 +57,9 @@ def unpacked(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     return (weights * scales.to(dtype)[..., None]).flatten(1)
 
 
-def linear_int8_groups_reference(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
+def linear_int8_groups_reference(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """The specification of `linear_int8_groups`, in float64."""
-    y = x.double() @ unpacked(codes, scales.double(), zeros).T
-    return add_epilogue(y, bias, residual).to(x.dtype)
-
-
-def linear_int8_groups_swiglu_reference(
-    x: Tensor,
-    gate: Tensor,
-    gate_scales: Tensor,
-    up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None,
-    up_zeros: Tensor | None,
-) -> Tensor:
-    """The specification of `linear_int8_groups_swiglu`, in float64."""
-    weights = (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros)
-    return swiglu_reference_of(linear_int8_groups_reference, x, *weights)
+    return add_epilogue(x.double() @ unpacked(weight.wide()).T, bias, residual).to(x.dtype)
 
 
 @triton.jit
@@ -158,125 +137,21 @@ def _config_of(rows: int, group: int, pair: bool, device: torch.device) -> Confi
 
 def groups_triton(
     x: Tensor,
-    weight: tuple[Tensor, Tensor, Tensor | None],
-    up: tuple[Tensor | None, Tensor | None, Tensor | None],
+    weight: Packed,
+    up: Packed | None,
     bias: Tensor | None,
     residual: Tensor | None,
     norm: AddNorm | None = None,
 ) -> Tensor:
-    """The product on a GPU. weight, up: (codes, scales, zeros); norm: see `linear_norm`."""
-    group = x.shape[-1] // weight[1].shape[1]
-    config = _config_of(x.shape[:-1].numel(), group, up[0] is not None, x.device)
-    return launch_product(_groups_kernel, x, weight, up, bias, residual, config, norm=norm, GROUP=group)
+    """The product on a GPU. norm: see `linear_norm`."""
+    group = x.shape[-1] // weight.scales.shape[1]
+    config, owner = _config_of(x.shape[:-1].numel(), group, up is not None, x.device), weight.codes
+    return launch_product(_groups_kernel, x, weight, up, bias, residual, config, owner=owner, norm=norm, GROUP=group)
 
 
-_linear = Operation("linear_int8_groups", linear_int8_groups_reference, rows=(0, 5))
-_swiglu = Operation("linear_int8_groups_swiglu", linear_int8_groups_swiglu_reference, rows=(0,))
-
-
-@_linear.implementation("triton", groups=any_rows)
-def _linear_triton(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
-    return groups_triton(x, (codes, scales, zeros), (None, None, None), bias, residual)
-
-
-@_swiglu.implementation("triton", groups=any_rows)
-def _swiglu_triton(
-    x: Tensor,
-    gate: Tensor,
-    gate_scales: Tensor,
-    up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None,
-    up_zeros: Tensor | None,
-) -> Tensor:
-    return groups_triton(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
-
-
-_native = NativeProduct(products.int8_groups_product, products.unpack_int8_groups, panels=False)
-
-
-@_linear.implementation("native", grouped_misfit, few_rows)
-def _linear_native(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
-    return _native.linear(x, (codes, scales, zeros), bias, residual)
-
-
-@_swiglu.implementation("native", grouped_pair_misfit, few_rows)
-def _swiglu_native(
-    x: Tensor,
-    gate: Tensor,
-    gate_scales: Tensor,
-    up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None,
-    up_zeros: Tensor | None,
-) -> Tensor:
-    return _native.swiglu(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros))
-
-
-@_linear.implementation("torch")
-def _linear_torch(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
-    return linear_by_tiles(x, (codes, scales, zeros), lambda *tile: unpacked(*tile).to(x.dtype), bias, residual)
-
-
-@_swiglu.implementation("torch")
-def _swiglu_torch(
-    x: Tensor,
-    gate: Tensor,
-    gate_scales: Tensor,
-    up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None,
-    up_zeros: Tensor | None,
-) -> Tensor:
-    return swiglu_of(_linear_torch, x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros))
-
-
-def linear_int8_groups(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """x W^T + bias + residual with int8 weights in groups, W[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g]).
-
-    x: [..., in] floating; codes: [out, in] int8; scales and zeros: [out, in / group] floating, of groups of 16, 32, 64
-    or 128 inputs; bias: [out]; residual: [..., out] in the dtype of x. Returns [..., out] in the dtype of x.
-    Raises ValueError for shapes or dtypes that do not fit.
-    """
-    check_int8_groups(x, codes, scales, zeros)
-    check_epilogue(x, len(codes), bias, residual)
-    return _linear.on(x.device)(x, codes, scales, zeros, bias, residual)
-
-
-def linear_int8_groups_swiglu(
-    x: Tensor,
-    gate: Tensor,
-    gate_scales: Tensor,
-    up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None = None,
-    up_zeros: Tensor | None = None,
-) -> Tensor:
-    """silu(x G^T) * (x U^T), x read once; gate and up are weights of one shape and group as in `linear_int8_groups`.
-
-    Either both have zeros or neither has. Raises ValueError otherwise.
-    """
-    check_int8_groups(x, gate, gate_scales, gate_zeros)
-    check_int8_groups(x, up, up_scales, up_zeros)
-    check_alike((gate, gate_scales, gate_zeros), (up, up_scales, up_zeros))
-    return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales, gate_zeros, up_zeros)
-
-
-def check_int8_groups(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+def check_int8_groups(x: Tensor, weight: Packed) -> None:
     """Raise ValueError unless x [..., in] and a weight in groups are valid for `linear_int8_groups`."""
+    codes, scales, zeros = weight
     if codes.dtype != torch.int8 or codes.ndim != 2 or codes.shape[1] == 0 or not codes.is_contiguous():
         raise ValueError(f"codes must be contiguous int8 [out, in], got {codes.dtype} {tuple(codes.shape)}")
     inner = codes.shape[1]
@@ -287,3 +162,29 @@ def check_int8_groups(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | 
     check_groups(len(codes), inner, scales, zeros, GROUP_SIZES)
     check_tensors(x, (torch.int8,), codes=codes)
     check_tensors(x, FLOATING, x=x, scales=scales, zeros=zeros)
+
+
+INT8_GROUPS = PackedProduct(
+    "linear_int8_groups", linear_int8_groups_reference, check_int8_groups, groups_triton, zeros=True
+)
+INT8_GROUPS.implementation("triton", groups=any_rows)(groups_triton)
+INT8_GROUPS.implementation("native", grouped_misfit, few_rows)(NativeProduct("int8_groups", grouped=True, panels=False))
+INT8_GROUPS.implementation("torch")(by_tiles(unpacked))
+
+
+def linear_int8_groups(x: Tensor, weight: Packed, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x W^T + bias + residual with int8 weights in groups, W[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g]).
+
+    x: [..., in] floating; weight: codes [out, in] int8, scales and zeros [out, in / group] floating, of groups of 16,
+    32, 64 or 128 inputs; bias: [out]; residual: [..., out] in the dtype of x. Returns [..., out] in the dtype of x.
+    Raises ValueError for shapes or dtypes that do not fit.
+    """
+    return INT8_GROUPS.linear(x, weight, bias, residual)
+
+
+def linear_int8_groups_swiglu(x: Tensor, gate: Packed, up: Packed) -> Tensor:
+    """silu(x G^T) * (x U^T), x read once; gate and up are weights of one shape and group as in `linear_int8_groups`.
+
+    Either both have zeros or neither has. Raises ValueError otherwise.
+    """
+    return INT8_GROUPS.swiglu(x, gate, up)

@@ -25,19 +25,10 @@ import torch
 from torch import Tensor
 
 from .arguments import FLOATING, check_tensors
-from .dispatch import Operation
 from .few_rows import few_rows
 from .linear_int4 import w4a16_triton
-from .native import products
-from .packed_product import (
-    NativeProduct,
-    add_epilogue,
-    check_epilogue,
-    linear_by_tiles,
-    misfit,
-    swiglu_of,
-    swiglu_reference_of,
-)
+from .packed_product import AddNorm, NativeProduct, PackedProduct, add_epilogue, by_tiles, misfit
+from .packed_weight import Packed
 from .row_groups import any_rows
 
 BLOCK_SIZE = 64
@@ -55,8 +46,9 @@ def codebook(device: torch.device) -> Tensor:
     return torch.tensor(LEVELS, dtype=torch.float32, device=device)
 
 
-def unpacked(codes: Tensor, scales: Tensor) -> Tensor:
+def unpacked(weight: Packed) -> Tensor:
     """The weights [out, in], in float32, or float64 if the scales are."""
+    codes, scales, _ = weight
     levels = codebook(codes.device).to(scales.dtype)
     # Row b: the two values of the byte b. One lookup per byte keeps unpacking fast without a kernel.
     table = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), -1)
@@ -64,83 +56,30 @@ def unpacked(codes: Tensor, scales: Tensor) -> Tensor:
     return (pairs * scales[..., None]).flatten(1)
 
 
-def linear_nf4_reference(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
+def linear_nf4_reference(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """The specification of `linear_nf4`, in float64."""
-    y = x.double() @ unpacked(codes, scales.double()).T
-    return add_epilogue(y, bias, residual).to(x.dtype)
+    return add_epilogue(x.double() @ unpacked(weight.wide()).T, bias, residual).to(x.dtype)
 
 
-def linear_nf4_swiglu_reference(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    """The specification of `linear_nf4_swiglu`, in float64."""
-    return swiglu_reference_of(linear_nf4_reference, x, (gate, gate_scales), (up, up_scales))
-
-
-_linear = Operation("linear_nf4", linear_nf4_reference, rows=(0, 4))
-_swiglu = Operation("linear_nf4_swiglu", linear_nf4_swiglu_reference, rows=(0,))
-
-
-@_linear.implementation("triton", groups=any_rows)
-def _linear_triton(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return w4a16_triton(x, (codes, scales, None), (None, None, None), bias, residual, codebook(x.device))
-
-
-@_swiglu.implementation("triton", groups=any_rows)
-def _swiglu_triton(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    return w4a16_triton(x, (gate, gate_scales, None), (up, up_scales, None), None, None, codebook(x.device))
-
-
-_native = NativeProduct(products.nf4_product, products.unpack_nf4)
-
-
-@_linear.implementation("native", misfit, few_rows)
-def _linear_native(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return _native.linear(x, (codes, scales), bias, residual)
-
-
-@_swiglu.implementation("native", misfit, few_rows)
-def _swiglu_native(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    return _native.swiglu(x, (gate, gate_scales), (up, up_scales))
-
-
-@_linear.implementation("torch")
-def _linear_torch(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return linear_by_tiles(x, (codes, scales), lambda *tile: unpacked(*tile).to(x.dtype), bias, residual)
-
-
-@_swiglu.implementation("torch")
-def _swiglu_torch(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    return swiglu_of(_linear_torch, x, (gate, gate_scales), (up, up_scales))
-
-
-def linear_nf4(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+def nf4_triton(
+    x: Tensor,
+    weight: Packed,
+    up: Packed | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm: AddNorm | None = None,
 ) -> Tensor:
-    """x W^T + bias + residual with nf4 weights, W[n, k] = scales[n, k // 64] * LEVELS[code[n, k]].
-
-    x: [..., in] floating, in a multiple of 64; codes: [out, in / 2] uint8; scales: [out, in / 64] float32; bias: [out];
-    residual: [..., out] in the dtype of x. Returns [..., out] in the dtype of x. Raises ValueError when shapes or
-    dtypes do not fit.
-    """
-    scales = check_nf4(x, codes, scales)
-    check_epilogue(x, len(codes), bias, residual)
-    return _linear.on(x.device)(x, codes, scales, bias, residual)
+    """The product on a GPU. norm: see `linear_norm`."""
+    return w4a16_triton(x, _contiguous(weight), up and _contiguous(up), bias, residual, norm, codebook(x.device))
 
 
-def linear_nf4_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    """silu(x G^T) * (x U^T), x read once; gate and up are packed weights of one shape as in `linear_nf4`.
-
-    Raises ValueError when shapes or dtypes do not fit.
-    """
-    gate_scales, up_scales = check_nf4(x, gate, gate_scales), check_nf4(x, up, up_scales)
-    if gate.shape != up.shape:
-        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
-    return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales)
+def _contiguous(weight: Packed) -> Packed:
+    return weight._replace(scales=weight.scales.contiguous())
 
 
-def check_nf4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """The scales, contiguous. Raises ValueError unless x [..., in] and the weight are valid for `linear_nf4`."""
+def check_nf4(x: Tensor, weight: Packed) -> None:
+    """Raise ValueError unless x [..., in] and the weight are valid for `linear_nf4`."""
+    codes, scales, _ = weight
     if codes.dtype != torch.uint8 or codes.ndim != 2 or not codes.is_contiguous():
         raise ValueError(f"codes must be contiguous uint8 [out, in / 2], got {codes.dtype} {tuple(codes.shape)}")
     inner = 2 * codes.shape[1]
@@ -154,4 +93,27 @@ def check_nf4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         )
     check_tensors(x, (torch.uint8,), codes=codes)
     check_tensors(x, FLOATING, x=x, scales=scales)
-    return scales.contiguous()
+
+
+NF4 = PackedProduct("linear_nf4", linear_nf4_reference, check_nf4, nf4_triton)
+NF4.implementation("triton", groups=any_rows)(nf4_triton)
+NF4.implementation("native", misfit, few_rows)(NativeProduct("nf4", grouped=False))
+NF4.implementation("torch")(by_tiles(unpacked))
+
+
+def linear_nf4(x: Tensor, weight: Packed, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x W^T + bias + residual with nf4 weights, W[n, k] = scales[n, k // 64] * LEVELS[code[n, k]].
+
+    x: [..., in] floating, in a multiple of 64; weight: codes [out, in / 2] uint8, scales [out, in / 64] float32; bias:
+    [out]; residual: [..., out] in the dtype of x. Returns [..., out] in the dtype of x. Raises ValueError when shapes
+    or dtypes do not fit.
+    """
+    return NF4.linear(x, weight, bias, residual)
+
+
+def linear_nf4_swiglu(x: Tensor, gate: Packed, up: Packed) -> Tensor:
+    """silu(x G^T) * (x U^T), x read once; gate and up are packed weights of one shape as in `linear_nf4`.
+
+    Raises ValueError when shapes or dtypes do not fit.
+    """
+    return NF4.swiglu(x, gate, up)

@@ -5,7 +5,7 @@
               + bias[n] + residual[m, n]
     SwiGLU: y = silu(gate(x)) * up(x), two such products of one q
 
-packed, scales, zeros: as in `linear_int4`; x: [rows, in] float16, bfloat16 or float32. Products within a group are
+weight: as in `linear_int4`; x: [rows, in] float16, bfloat16 or float32. Products within a group are
 exact in int32, all else is float32 and is rounded to the dtype of x once. Rounding x adds a relative error of 0.6 % if
 the activations of a group are normally distributed, and more if a group has outliers;
 llama.cpp's Q4_0 does the same in groups of 32.
@@ -22,37 +22,26 @@ tiles and splits the inner dimension and does not round x.
 Source: Lin et al. 2024, arXiv:2405.04532 (W4A8).
 """
 
-import torch
 from torch import Tensor
 
-from . import activation
 from .configs import Configs
-from .dispatch import Operation
 from .few_rows import few_rows
-from .linear_int4 import (
-    check_int4,
-    check_int4_pair,
-    linear_int4_native,
-    linear_int4_reference,
-    linear_int4_torch,
-    w4a16_triton,
-)
+from .linear_int4 import check_int4, int4_native, int4_torch, linear_int4_reference, w4a16_triton
 from .native import products
 from .packed_product import (
     FEW_CPU_ROWS,
+    PackedProduct,
     add_epilogue,
     block_of,
-    check_epilogue,
     grouped_misfit,
-    grouped_pair_misfit,
     has_few_rows,
     launch_rounded_product,
     store_block,
-    swiglu_of,
-    swiglu_reference_of,
     tile_config,
+    two_products,
     within_group,
 )
+from .packed_weight import Packed
 from .quantize_rows import quantize_rows
 from .quantize_rows import reference as quantize_rows_reference
 from .row_groups import any_rows
@@ -60,28 +49,11 @@ from .strides import as_rows
 from .triton_language import tl, triton
 
 
-def linear_w4a8_reference(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
+def linear_w4a8_reference(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """The specification of `linear_w4a8`: groups of x rounded as by `quantize_rows`, the rest in float64."""
-    codes, group_scales = quantize_rows_reference(x.unflatten(-1, (scales.shape[1], -1)))
+    codes, group_scales = quantize_rows_reference(x.unflatten(-1, (weight.scales.shape[1], -1)))
     rounded = (codes.double() * group_scales.double()[..., None]).flatten(-2)
-    y = linear_int4_reference(rounded, packed, scales, zeros, None, None)
-    return add_epilogue(y, bias, residual).to(x.dtype)
-
-
-def linear_w4a8_swiglu_reference(
-    x: Tensor,
-    gate: Tensor,
-    gate_scales: Tensor,
-    up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None,
-    up_zeros: Tensor | None,
-) -> Tensor:
-    """The specification of `linear_w4a8_swiglu`: two products of `linear_w4a8`, rounded to the dtype of x once."""
-    weights = (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros)
-    return swiglu_reference_of(linear_w4a8_reference, x, *weights)
+    return add_epilogue(linear_int4_reference(rounded, weight, None, None), bias, residual).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -128,103 +100,35 @@ def _w4a8_kernel(  # type: ignore[no-untyped-def]
 
 _CONFIGS = Configs("linear_w4a8", tile_config(64, 128, 128, 8, 3))  # BLOCK_K is cut to the group
 
-_linear = Operation("linear_w4a8", linear_w4a8_reference, rows=(0, 5))
-_swiglu = Operation("linear_w4a8_swiglu", linear_w4a8_swiglu_reference, rows=(0,))
+W4A8 = PackedProduct("linear_w4a8", linear_w4a8_reference, check_int4, w4a16_triton, zeros=True)
 
 
-@_linear.implementation("triton", groups=any_rows)
-def _linear_triton(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
+@W4A8.implementation("triton", groups=any_rows)
+def _triton(x: Tensor, weight: Packed, up: Packed | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     if has_few_rows(x):
-        return w4a16_triton(x, (packed, scales, zeros), (None, None, None), bias, residual)
-    y = _product_triton(*_rounded(x, scales.shape[1]), packed, scales, zeros, bias, residual, x.dtype)
-    return y.view(*x.shape[:-1], packed.shape[0])
+        return w4a16_triton(x, weight, up, bias, residual)
+    groups = weight.scales.shape[1]
+    rounded, group = _rounded(x, groups), x.shape[-1] // groups
+    config = within_group(_CONFIGS.on(x.device), group)
+
+    def linear(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        return launch_rounded_product(_w4a8_kernel, x, rounded, weight, bias, residual, config, GROUP=group)
+
+    return two_products(linear)(x, weight, up, bias, residual)
 
 
-@_swiglu.implementation("triton", groups=any_rows)
-def _swiglu_triton(
-    x: Tensor,
-    gate: Tensor,
-    gate_scales: Tensor,
-    up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None,
-    up_zeros: Tensor | None,
-) -> Tensor:
-    if has_few_rows(x):
-        return w4a16_triton(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros), None, None)
-    rounded = _rounded(x, gate_scales.shape[1])
-    gated = _product_triton(*rounded, gate, gate_scales, gate_zeros, None, None, x.dtype)
-    raised = _product_triton(*rounded, up, up_scales, up_zeros, None, None, x.dtype)
-    return activation.swiglu(gated, raised).view(*x.shape[:-1], len(gate))
-
-
-def _product_triton(
-    codes: Tensor,
-    x_scales: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    group = codes.shape[1] // scales.shape[1]
-    config = within_group(_CONFIGS.on(codes.device), group)
-    weights = packed, scales, zeros
-    return launch_rounded_product(_w4a8_kernel, codes, x_scales, weights, bias, residual, dtype, config, GROUP=group)
-
-
-@_linear.implementation("native", grouped_misfit, few_rows)
-def _linear_native(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
+@W4A8.implementation("native", grouped_misfit, few_rows)
+def _native(x: Tensor, weight: Packed, up: Packed | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     rows = as_rows(x)
-    if len(rows) <= FEW_CPU_ROWS or products.has_panels():
-        y = products.w4a8_product(rows, (packed, scales, zeros), None, bias, residual)
-        return y.view(*x.shape[:-1], packed.shape[0])
-    return linear_int4_native(_restored(x, scales.shape[1]), packed, scales, zeros, bias, residual)
+    if len(rows) > FEW_CPU_ROWS and not products.has_panels():
+        return int4_native(_restored(x, weight), weight, up, bias, residual)
+    y = products.grouped_product("linear_w4a8", rows, weight, up, bias, residual)
+    return y.view(*x.shape[:-1], len(weight.codes))
 
 
-@_swiglu.implementation("native", grouped_pair_misfit, few_rows)
-def _swiglu_native(
-    x: Tensor,
-    gate: Tensor,
-    gate_scales: Tensor,
-    up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None,
-    up_zeros: Tensor | None,
-) -> Tensor:
-    rows, weights = as_rows(x), ((gate, gate_scales, gate_zeros), (up, up_scales, up_zeros))
-    if len(rows) <= FEW_CPU_ROWS or products.has_panels():
-        return products.w4a8_product(rows, *weights, None, None).view(*x.shape[:-1], len(gate))
-    restored = _restored(x, gate_scales.shape[1])
-    return swiglu_of(linear_int4_native, restored, *weights)
-
-
-@_linear.implementation("torch")
-def _linear_torch(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
-    rounded = _restored(x, scales.shape[1])
-    return linear_int4_torch(rounded, packed, scales, zeros, bias, residual)
-
-
-@_swiglu.implementation("torch")
-def _swiglu_torch(
-    x: Tensor,
-    gate: Tensor,
-    gate_scales: Tensor,
-    up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None,
-    up_zeros: Tensor | None,
-) -> Tensor:
-    rounded = _restored(x, gate_scales.shape[1])
-    weights = (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros)
-    return swiglu_of(linear_int4_torch, rounded, *weights)
+@W4A8.implementation("torch")
+def _torch(x: Tensor, weight: Packed, up: Packed | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return int4_torch(_restored(x, weight), weight, up, bias, residual)
 
 
 def _rounded(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -234,39 +138,22 @@ def _rounded(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return codes.view_as(rows), scales
 
 
-def _restored(x: Tensor, groups: int) -> Tensor:
-    """x rounded in groups and dequantized: a tensor like x."""
+def _restored(x: Tensor, weight: Packed) -> Tensor:
+    """x rounded in the groups of the weight and dequantized: a tensor like x."""
+    groups = weight.scales.shape[1]
     codes, scales = _rounded(x, groups)
     return (codes.unflatten(-1, (groups, -1)) * scales[..., None]).view(x.shape).to(x.dtype)
 
 
-def linear_w4a8(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
+def linear_w4a8(x: Tensor, weight: Packed, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Like `linear_int4`, with each group of x rounded to int8 (W4A8): faster for many rows, less exact.
 
     On GPUs the kernel of `linear_int4` multiplies up to 64 rows, without rounding x.
     """
-    check_int4(x, packed, scales, zeros)
-    check_epilogue(x, packed.shape[0], bias, residual)
-    return _linear.on(x.device)(x, packed, scales, zeros, bias, residual)
+    return W4A8.linear(x, weight, bias, residual)
 
 
-def linear_w4a8_swiglu(
-    x: Tensor,
-    gate: Tensor,
-    gate_scales: Tensor,
-    up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None = None,
-    up_zeros: Tensor | None = None,
-) -> Tensor:
+def linear_w4a8_swiglu(x: Tensor, gate: Packed, up: Packed) -> Tensor:
     """silu(x G^T) * (x U^T), each group of x rounded to int8 once. gate, up: same layout; all else as in
     `linear_w4a8`."""
-    check_int4_pair(x, (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros))
-    return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales, gate_zeros, up_zeros)
+    return W4A8.swiglu(x, gate, up)

@@ -1,10 +1,10 @@
 """Linear layers with int8 weights and int8 activations (W8A8), alone or as a SwiGLU pair.
 
     q[m], s[m] = x[m] rounded to int8 with one scale per token (`quantize_rows`)
-    y[m, n] = scales[n] * s[m] * sum_k q[m, k] * weight[n, k] + bias[n] + residual[m, n]    the sum exact, in int32
+    y[m, n] = scales[n] * s[m] * sum_k q[m, k] * codes[n, k] + bias[n] + residual[m, n]    the sum exact, in int32
     SwiGLU    y = silu(gate(x)) * up(x), two such products of one q
 
-weight, scales: as in `linear_int8`; x: [rows, in] float16, bfloat16 or float32. The epilogue is float32 and is rounded
+weight: as in `linear_int8`; x: [rows, in] float16, bfloat16 or float32. The epilogue is float32 and is rounded
 to the dtype of x once. For a pair, gate and up are rounded, too, where no kernel computes both at once.
 
 2 * rows * out * in int8 operations, at twice the 16-bit rate. Bytes: out * in of the weight, rows * in of the codes.
@@ -22,25 +22,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import activation
 from .configs import Configs
-from .dispatch import Operation
 from .few_rows import few_rows
-from .linear_int8 import check_pair, check_weight, w8a16_triton
+from .linear_int8 import check_int8, w8a16_triton
 from .native import products
 from .packed_product import (
     FEW_CPU_ROWS,
     SMALL_MEMORY,
+    PackedProduct,
     add_epilogue,
     block_of,
-    check_epilogue,
     has_few_rows,
     launch_rounded_product,
     misfit,
     store_block,
-    swiglu_reference_of,
     tile_config,
+    two_products,
 )
+from .packed_weight import Packed
 from .quantize_rows import quantize_rows
 from .quantize_rows import reference as quantize_rows_reference
 from .row_groups import any_rows
@@ -48,18 +47,11 @@ from .strides import as_rows
 from .triton_language import tl, triton
 
 
-def linear_w8a8_reference(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
+def linear_w8a8_reference(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """The specification of `linear_w8a8`: tokens quantized as by `quantize_rows`, the rest in float64."""
     codes, row_scales = quantize_rows_reference(x)
-    y = (codes.double() @ weight.double().T) * row_scales.double()[..., None] * scales.double()
+    y = (codes.double() @ weight.codes.double().T) * row_scales.double()[..., None] * weight.scales.double()
     return add_epilogue(y, bias, residual).to(x.dtype)
-
-
-def linear_w8a8_swiglu_reference(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    """The specification of `linear_w8a8_swiglu`: two products of `linear_w8a8`, rounded to the dtype of x once."""
-    return swiglu_reference_of(linear_w8a8_reference, x, (gate, gate_scales), (up, up_scales))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -102,77 +94,40 @@ _CONFIGS = Configs(
     tile_config(128, 128, 128, 8, 4),
     {chip: tile_config(128, 128, 64, 8, 4) for chip in SMALL_MEMORY},
 )
-_linear = Operation("linear_w8a8", linear_w8a8_reference, rows=(0, 4))
-_swiglu = Operation("linear_w8a8_swiglu", linear_w8a8_swiglu_reference, rows=(0,))
+W8A8 = PackedProduct("linear_w8a8", linear_w8a8_reference, check_int8, w8a16_triton)
 
 
-@_linear.implementation("triton", groups=any_rows)
-def _linear_triton(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+@W8A8.implementation("triton", groups=any_rows)
+def _triton(x: Tensor, weight: Packed, up: Packed | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     if has_few_rows(x):
-        return w8a16_triton(x, (weight, scales), (None, None), bias, residual)
-    y = _product_triton(*quantize_rows(as_rows(x)), weight, scales, bias, residual, x.dtype)
-    return y.view(*x.shape[:-1], len(weight))
+        return w8a16_triton(x, weight, up, bias, residual)
+    rounded, config = quantize_rows(as_rows(x)), _CONFIGS.on(x.device)
+    even = x.shape[-1] % config.blocks["BLOCK_K"] == 0
+
+    def linear(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        return launch_rounded_product(_w8a8_kernel, x, rounded, weight[:2], bias, residual, config, EVEN=even)
+
+    return two_products(linear)(x, weight, up, bias, residual)
 
 
-@_swiglu.implementation("triton", groups=any_rows)
-def _swiglu_triton(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    if has_few_rows(x):
-        return w8a16_triton(x, (gate, gate_scales), (up, up_scales), None, None)
-    rounded = quantize_rows(as_rows(x))
-    gated = _product_triton(*rounded, gate, gate_scales, None, None, x.dtype)
-    raised = _product_triton(*rounded, up, up_scales, None, None, x.dtype)
-    return activation.swiglu(gated, raised).view(*x.shape[:-1], len(gate))
-
-
-def _product_triton(
-    codes: Tensor,
-    row_scales: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    config = _CONFIGS.on(codes.device)
-    even = codes.shape[1] % config.blocks["BLOCK_K"] == 0
-    weights = weight, scales
-    return launch_rounded_product(_w8a8_kernel, codes, row_scales, weights, bias, residual, dtype, config, EVEN=even)
-
-
-@_linear.implementation("native", misfit, few_rows)
-def _linear_native(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+@W8A8.implementation("native", misfit, few_rows)
+def _native(x: Tensor, weight: Packed, up: Packed | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     rows = as_rows(x)
     if rows.shape[0] > FEW_CPU_ROWS and not products.has_panels():
-        return _linear_torch(x, weight, scales, bias, residual)
-    return products.w8a8_product(rows, (weight, scales), None, bias, residual).view(*x.shape[:-1], len(weight))
+        return _torch(x, weight, up, bias, residual)
+    y = products.product("linear_w8a8", rows, weight, up, bias, residual)
+    return y.view(*x.shape[:-1], len(weight.codes))
 
 
-@_swiglu.implementation("native", misfit, few_rows)
-def _swiglu_native(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    rows = as_rows(x)
-    if rows.shape[0] > FEW_CPU_ROWS and not products.has_panels():
-        return _swiglu_torch(x, gate, gate_scales, up, up_scales)
-    y = products.w8a8_product(rows, (gate, gate_scales), (up, up_scales), None, None)
-    return y.view(*x.shape[:-1], len(gate))
+@W8A8.implementation("torch")
+def _torch(x: Tensor, weight: Packed, up: Packed | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    codes, row_scales = quantize_rows(as_rows(x))
 
+    def linear(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        y = _int_product(codes, weight.codes).float() * row_scales[:, None] * weight.scales.float()
+        return add_epilogue(y.view(*x.shape[:-1], len(weight.codes)), bias, residual).to(x.dtype)
 
-@_linear.implementation("torch")
-def _linear_torch(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    y = _scaled_product(*quantize_rows(as_rows(x)), weight, scales)
-    return add_epilogue(y.view(*x.shape[:-1], len(weight)), bias, residual).to(x.dtype)
-
-
-@_swiglu.implementation("torch")
-def _swiglu_torch(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
-    rounded = quantize_rows(as_rows(x))
-    gated, raised = (
-        _scaled_product(*rounded, w, scales).to(x.dtype) for w, scales in ((gate, gate_scales), (up, up_scales))
-    )
-    return activation.swiglu(gated, raised).view(*x.shape[:-1], len(gate))
-
-
-def _scaled_product(codes: Tensor, row_scales: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    return _int_product(codes, weight).float() * row_scales[:, None] * scales.float()
+    return two_products(linear)(x, weight, up, bias, residual)
 
 
 def _int_product(a: Tensor, b: Tensor) -> Tensor:
@@ -185,19 +140,14 @@ def _int_product(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b.T)[:rows]
 
 
-def linear_w8a8(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
+def linear_w8a8(x: Tensor, weight: Packed, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Like `linear_int8`, with each token of x rounded to int8 (W8A8): faster for many rows, less exact.
 
     On GPUs the kernel of `linear_int8` multiplies up to 64 rows, without rounding x.
     """
-    check_weight(x, weight, scales)
-    check_epilogue(x, len(weight), bias, residual)
-    return _linear.on(x.device)(x, weight, scales, bias, residual)
+    return W8A8.linear(x, weight, bias, residual)
 
 
-def linear_w8a8_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
+def linear_w8a8_swiglu(x: Tensor, gate: Packed, up: Packed) -> Tensor:
     """silu(x G^T) * (x U^T), with x rounded to int8 once. gate, up: same shape; all else as in `linear_w8a8`."""
-    check_pair(x, gate, gate_scales, up, up_scales)
-    return _swiglu.on(x.device)(x, gate, gate_scales, up, up_scales)
+    return W8A8.swiglu(x, gate, up)

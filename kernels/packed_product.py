@@ -10,15 +10,15 @@ to do so adds all of them in the order of the splits. That moves splits * rows *
 A product of a few rows may end with the residual sum and its RMSNorm (`AddNorm`): the last block of the launch to write
 its outputs reads all of them from L2 and normalizes them, one row after the other, in place of a launch of its own.
 
-Without a kernel, the weights are dequantized a tile of channels at a time (`linear_by_tiles`). The formats also share
-the specification of a SwiGLU pair, the native products (`NativeProduct`) and the checks of weights in groups.
+Without a kernel, the weights are dequantized a tile of channels at a time (`by_tiles`). The formats also share their
+operations (`PackedProduct`), the native products (`NativeProduct`) and the checks of weights.
 
 Source: Osama et al. 2023, arXiv:2301.03598 (split-K).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,9 +27,11 @@ from . import activation, native
 from .arguments import FLOATING, check_tensors
 from .configs import Config, Configs, multiprocessors
 from .counters import counters_of, is_last
+from .dispatch import Operation
 from .native import products
 from .norm import normalize_row, row_blocks
-from .row_groups import is_row_invariant
+from .packed_weight import Packed
+from .row_groups import Groups, is_row_invariant
 from .strides import as_rows
 from .triton_language import tl, triton
 
@@ -43,10 +45,11 @@ FEW_CPU_ROWS = 16  # up to here the native products read the weights once; for m
 SMALL_MEMORY = ("sm86", "sm89", "sm120", "gfx942")
 _TILE_BYTES = 128 << 20  # of weights dequantized at a time
 
-Weight = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
-"""The tensors of one weight, each with a row per output: codes, scales and, in formats that have them, zeros."""
-Linear = Callable[..., Tensor]
-"""A product of x with one weight: (x, codes, scales[, zeros], bias, residual)."""
+Linear = Callable[[Tensor, Packed, Tensor | None, Tensor | None], Tensor]
+"""x W^T + bias + residual of (x, weight, bias, residual)."""
+Product = Callable[[Tensor, Packed, Packed | None, Tensor | None, Tensor | None], Tensor]
+"""x W^T + bias + residual, or silu(x W^T) * (x U^T) with `up`, of (x, weight, up, bias, residual)."""
+P = TypeVar("P", bound=Product)
 
 
 @triton.jit
@@ -209,40 +212,39 @@ def launch_product(
     kernel: Any,
     x: Tensor,
     weight: tuple[Tensor | None, ...],
-    up: tuple[Tensor | None, ...],
+    up: tuple[Tensor | None, ...] | None,
     bias: Tensor | None,
     residual: Tensor | None,
     config: Config,
     *,
-    owner: Tensor | None = None,
+    owner: Tensor,
     norm: AddNorm | None = None,
     **constants: Any,
 ) -> Tensor:
     """Run a kernel that multiplies x with packed weights.
 
-    weight: the tensors of the weight, codes first; up: those of the second weight of a SwiGLU pair, or as many None;
-    owner: the stored codes, if the codes in `weight` are a view made for this call; norm: in place of a residual.
+    weight: the tensors of the weight as the kernel takes them, codes first; up: those of the second weight of a SwiGLU
+    pair; owner: the stored codes, of which `weight` may have a view made for this call; norm: in place of a residual.
     """
-    assert weight[0] is not None
     residual = residual if norm is None else norm.residual
     tokens, residual = as_rows(x), None if residual is None else as_rows(residual)
-    (rows, inner), columns = tokens.shape, len(weight[0])
+    (rows, inner), columns = tokens.shape, len(owner)
     out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     splits, steps = split_inner(config, rows, columns, inner, x.device)
     partials = counters = None
     if splits > 1:
-        shape = (splits, rows, columns) if up[0] is None else (2, splits, rows, columns)
+        shape = (splits, rows, columns) if up is None else (2, splits, rows, columns)
         partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     if splits > 1 or norm is not None:
-        counters = counters_of(weight[0] if owner is None else owner, 1 + blocks(config, rows, columns))
+        counters = counters_of(owner, 1 + blocks(config, rows, columns))
     if norm is not None:
         assert config.num_warps == NORM_WARPS
     kernel[(blocks(config, rows, columns), splits)](
         tokens,
         *weight,
-        *up,
+        *(up or (None,) * len(weight)),
         bias,
         residual,
         out,
@@ -262,26 +264,27 @@ def launch_product(
 
 def launch_rounded_product(
     kernel: Any,
-    codes: Tensor,
-    row_scales: Tensor,
-    weight: Weight,
+    x: Tensor,
+    rounded: tuple[Tensor, Tensor],
+    weight: tuple[Tensor | None, ...],
     bias: Tensor | None,
     residual: Tensor | None,
-    dtype: torch.dtype,
     config: Config,
     **constants: Any,
 ) -> Tensor:
-    """Run a kernel that multiplies rounded inputs with packed weights: [rows, out] in `dtype`.
+    """Run a kernel that multiplies rounded inputs with packed weights: [..., out] in the dtype of x.
 
-    codes: [rows, in], and row_scales: the rounded inputs; weight: the tensors of the weight, codes first.
+    rounded: codes of x, [rows, in], and their scales; weight: the tensors of the weight as the kernel takes them, codes
+    first.
     """
-    (rows, inner), columns = codes.shape, len(weight[0])
-    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    assert weight[0] is not None
+    columns = len(weight[0])
+    out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
+    rows, inner = rounded[0].shape
     kernel[(blocks(config, rows, columns),)](
-        codes,
-        row_scales,
+        *rounded,
         *weight,
         bias,
         None if residual is None else as_rows(residual),
@@ -306,87 +309,137 @@ def product_by_tiles(rows: Tensor, columns: int, weight: Callable[[slice], Tenso
 
 
 def linear_by_tiles(
-    x: Tensor, weight: Weight, dense: Callable[..., Tensor], bias: Tensor | None, residual: Tensor | None
+    x: Tensor, weight: Packed, dense: Callable[[Packed], Tensor], bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """x W^T + bias + residual; `dense` makes a tile of W, in the dtype of x, from that tile of the weight's tensors."""
-    columns = len(weight[0])
-
-    def tile_of(tile: slice) -> Tensor:
-        return dense(*(None if part is None else part[tile] for part in weight))
-
-    y = product_by_tiles(as_rows(x), columns, tile_of)
+    """x W^T + bias + residual; `dense` dequantizes a tile of W."""
+    columns = len(weight.codes)
+    y = product_by_tiles(as_rows(x), columns, lambda tile: dense(weight.rows(tile)).to(x.dtype))
     return add_epilogue(y.view(*x.shape[:-1], columns), bias, residual)
 
 
-def swiglu_of(linear: Linear, x: Tensor, gate: Weight, up: Weight) -> Tensor:
-    """silu(x G^T) * (x U^T) by two products."""
-    return activation.swiglu(*(linear(x, *weight, None, None) for weight in (gate, up)))
+def by_tiles(dense: Callable[[Packed], Tensor]) -> Product:
+    """The product in torch of weights that `dense` dequantizes a tile at a time."""
+    return two_products(lambda x, weight, bias, residual: linear_by_tiles(x, weight, dense, bias, residual))
 
 
-def swiglu_reference_of(linear_reference: Linear, x: Tensor, gate: Weight, up: Weight) -> Tensor:
-    """The specification of a pair, in float64: two products, rounded to the dtype of x once."""
-    gated, raised = (linear_reference(x.double(), *weight, None, None) for weight in (gate, up))
-    return activation.swiglu_reference(gated, raised).to(x.dtype)
+def two_products(linear: Linear) -> Product:
+    """The product that computes a SwiGLU pair by two calls of `linear`."""
+
+    def product(x: Tensor, weight: Packed, up: Packed | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        if up is None:
+            return linear(x, weight, bias, residual)
+        return activation.swiglu(linear(x, weight, None, None), linear(x, up, None, None))
+
+    return product
 
 
 @dataclass(frozen=True)
 class NativeProduct:
-    """The native functions of one weight format.
+    """The product by the native functions linear_`format`, which reads the weights once, and unpack_`format`, which
+    dequantizes them.
 
-    product: x W^T + bias + residual, or silu(x W^T) * (x U^T), of (x, weight, up or None, bias, residual), which reads
-    the weights once; unpack: dequantizes weights, given their tensors and a dtype; panels: whether `product` also
-    serves many rows, at levels that have panels. Other products use the weights from `unpack`.
+    grouped: whether scales have groups and any floating dtype; panels: whether linear_`format` also serves many rows,
+    at levels that have panels.
     """
 
-    product: Callable[..., Tensor]
-    unpack: Callable[..., Tensor]
+    format: str
+    grouped: bool
     panels: bool = True
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        """x W^T + bias + residual, [..., out]."""
-        if self._reads_once(x, weight):
-            return self._once(x, weight, None, bias, residual)
-        return linear_by_tiles(x, weight, lambda *parts: self.unpack(*parts, x.dtype), bias, residual)
-
-    def swiglu(self, x: Tensor, gate: Weight, up: Weight) -> Tensor:
-        """silu(x G^T) * (x U^T), [..., out]."""
-        if self._reads_once(x, gate):
-            return self._once(x, gate, up, None, None)
-        return activation.swiglu(*(self.linear(x, weight, None, None) for weight in (gate, up)))
-
-    def _reads_once(self, x: Tensor, weight: Weight) -> bool:
-        rows = as_rows(x)
-        return len(rows) <= FEW_CPU_ROWS or (self.panels and products.in_panels(rows, len(weight[0])))
-
-    def _once(
-        self, x: Tensor, weight: Weight, up: Weight | None, bias: Tensor | None, residual: Tensor | None
+    def __call__(
+        self, x: Tensor, weight: Packed, up: Packed | None, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
-        return self.product(as_rows(x), weight, up, bias, residual).view(*x.shape[:-1], len(weight[0]))
+        """See `Product`."""
+        rows, columns = as_rows(x), len(weight.codes)
+        if len(rows) <= FEW_CPU_ROWS or (self.panels and products.in_panels(rows, columns)):
+            product = products.grouped_product if self.grouped else products.product
+            y = product(f"linear_{self.format}", rows, weight, up, bias, residual)
+            return y.view(*x.shape[:-1], columns)
+        unpack = products.unpack_groups if self.grouped else products.unpack
+
+        def dense(tile: Packed) -> Tensor:
+            return unpack(f"unpack_{self.format}", tile, x.shape[-1], x.dtype)
+
+        return by_tiles(dense)(x, weight, up, bias, residual)
 
 
-def misfit(x: Tensor, *_others: Tensor | None) -> str | None:
+class PackedProduct:
+    """The operations of one format of weights: `single`, called `name`, and `pair`, the SwiGLU pair `name`_swiglu."""
+
+    def __init__(
+        self,
+        name: str,
+        reference: Linear,
+        check: Callable[[Tensor, Packed], None],
+        few_rows: Callable[..., Tensor],
+        *,
+        zeros: bool = False,
+    ):
+        """reference: the specification of `single`; check: raises ValueError unless x [..., in] and a weight fit;
+        few_rows: a `Product` by Triton for few rows, which also takes `norm`, an `AddNorm`; zeros: whether weights may
+        have zeros."""
+
+        def swiglu_reference(x: Tensor, gate: Packed, up: Packed) -> Tensor:
+            # Two products, rounded to the dtype of x once.
+            gated, raised = (reference(x.double(), weight, None, None) for weight in (gate, up))
+            return activation.swiglu_reference(gated, raised).to(x.dtype)
+
+        self.single = Operation(name, reference, rows=(0, 3))
+        self.pair = Operation(f"{name}_swiglu", swiglu_reference, rows=(0,))
+        self.few_rows = few_rows
+        self._check = check
+        self._zeros = zeros
+
+    def implementation(
+        self,
+        name: str,
+        misfit: Callable[..., str | None] | None = None,
+        groups: Callable[..., Groups] | None = None,
+    ) -> Callable[[P], P]:
+        """Register the decorated `Product` for both operations. See `Operation.implementation`."""
+
+        def register(product: P) -> P:
+            def linear(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+                return product(x, weight, None, bias, residual)
+
+            def swiglu(x: Tensor, gate: Packed, up: Packed) -> Tensor:
+                return product(x, gate, up, None, None)
+
+            self.single.implementation(name, misfit, groups)(linear)
+            self.pair.implementation(name, misfit, groups)(swiglu)
+            return product
+
+        return register
+
+    def check(self, x: Tensor, weight: Packed) -> None:
+        """Raise ValueError unless x [..., in] and the weight fit."""
+        if weight.zeros is not None and not self._zeros:
+            raise ValueError(f"{self.single.name} takes weights without zeros")
+        self._check(x, weight)
+
+    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        """x W^T + bias + residual, [..., out] in the dtype of x. Raises ValueError if arguments do not fit."""
+        self.check(x, weight)
+        check_epilogue(x, len(weight.codes), bias, residual)
+        return self.single.on(x.device)(x, weight, bias, residual)
+
+    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
+        """silu(x G^T) * (x U^T), [..., out] in the dtype of x. Raises ValueError if arguments do not fit."""
+        self.check(x, gate)
+        self.check(x, up)
+        check_alike(gate, up)
+        return self.pair.on(x.device)(x, gate, up)
+
+
+def misfit(x: Tensor, *_others: object) -> str | None:
     """Why the native products of a format with float32 scales do not support x, or None."""
     return native.misfit(x)
 
 
-def grouped_misfit(
-    x: Tensor, _codes: Tensor, scales: Tensor, zeros: Tensor | None, *_others: Tensor | None
-) -> str | None:
-    """Why the native products do not support x and a weight in groups, or None."""
-    return native.misfit(x) or native.misfit(scales, zeros)
-
-
-def grouped_pair_misfit(
-    x: Tensor,
-    _gate: Tensor,
-    gate_scales: Tensor,
-    _up: Tensor,
-    up_scales: Tensor,
-    gate_zeros: Tensor | None,
-    up_zeros: Tensor | None,
-) -> str | None:
-    """The same for a pair of weights."""
-    return native.misfit(x) or native.misfit(gate_scales, gate_zeros, up_scales, up_zeros)
+def grouped_misfit(x: Tensor, *others: Packed | Tensor | None) -> str | None:
+    """Why the native products do not support x and the weights in groups among the other arguments, or None."""
+    weights = [weight for weight in others if isinstance(weight, Packed)]
+    return native.misfit(x) or native.misfit(*(part for weight in weights for part in weight[1:]))
 
 
 def add_epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -424,11 +477,12 @@ def check_groups(columns: int, inner: int, scales: Tensor, zeros: Tensor | None,
         raise ValueError(f"zeros must be like scales, {tuple(scales.shape)}, got {zeros.dtype} {tuple(zeros.shape)}")
 
 
-def check_alike(gate: Weight, up: Weight) -> None:
+def check_alike(gate: Packed, up: Packed) -> None:
     """Raise ValueError unless both weights of a pair have one shape and group, and both or neither have zeros."""
-    zeros = [part for part in (*gate[2:], *up[2:]) if part is not None]
-    if gate[0].shape != up[0].shape or gate[1].shape != up[1].shape or len(zeros) == 1:
+    if gate.codes.shape != up.codes.shape:
+        raise ValueError(f"gate {tuple(gate.codes.shape)} and up {tuple(up.codes.shape)} must have one shape")
+    if gate.scales.shape != up.scales.shape or (gate.zeros is None) != (up.zeros is None):
         raise ValueError(
-            f"gate {tuple(gate[0].shape)} with scales {tuple(gate[1].shape)} and up {tuple(up[0].shape)} with scales "
-            f"{tuple(up[1].shape)} must have one shape and group, and both or neither zeros"
+            f"gate {tuple(gate.codes.shape)} with scales {tuple(gate.scales.shape)} and up {tuple(up.codes.shape)} "
+            f"with scales {tuple(up.scales.shape)} must have one shape and group, and both or neither zeros"
         )

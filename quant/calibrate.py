@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..kernels.packed_weight import Packed
 from .awq import Fold, scaled_source, scaled_target, search_scales
 from .gptq import gptq_int3, gptq_int4, gptq_int8
-from .scheme import Int3, Int4, Int8, Packed, Scheme
+from .scheme import Int3, Int4, Int8, Scheme
 
 WITH_FEEDBACK = (Int3, Int4, Int8)
 """Schemes that are rounded with feedback; others are rounded to the nearest value."""
@@ -197,7 +198,7 @@ def _output_error(weight: Tensor, packed: Packed, scheme: Scheme, inputs: Tensor
     error = size = 0.0
     for start in range(0, len(weight), _ROWS):
         dense = weight[start : start + _ROWS].float()
-        part = Packed(*(tensor[start : start + _ROWS] for tensor in packed if tensor is not None))
+        part = packed.rows(slice(start, start + _ROWS))
         error += float((inputs @ (scheme.dequantize(part, torch.float32) - dense).T).square().sum())
         size += float((inputs @ dense.T).square().sum())
     return (error / size) ** 0.5 if size else 0.0

@@ -14,8 +14,9 @@ have an error of 16.1 %, groups of 64 with zero points 17.6 %.
 import torch
 from torch import Tensor
 
-from ..kernels.linear_int3 import BLOCK_SIZE, unpack_int3
-from ..kernels.linear_int4 import SYMMETRIC_ZERO, unpacked
+from ..kernels.linear_int3 import BLOCK_SIZE, unpack_int3, unpacked
+from ..kernels.linear_int4 import SYMMETRIC_ZERO
+from ..kernels.packed_weight import Packed
 from .int4 import fit_symmetric, pack_int4
 
 __all__ = ["dequantize_int3", "fit_int3", "fit_steps", "pack_int3", "unpack_int3"]
@@ -59,4 +60,4 @@ def pack_int3(codes: Tensor) -> Tensor:
 
 def dequantize_int3(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """scales * (codes - 8), [out, in] in `dtype`, rounded once."""
-    return unpacked(unpack_int3(packed), scales, None).to(dtype)
+    return unpacked(Packed(packed, scales)).to(dtype)

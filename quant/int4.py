@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.linear_int4 import GROUP_SIZES, SYMMETRIC_ZERO, unpack_int4, unpacked
+from ..kernels.packed_weight import Packed
 
 __all__ = ["dequantize_int4", "fit_int4", "fit_symmetric", "pack_int4", "quantize_int4", "unpack_int4"]
 
@@ -196,4 +197,4 @@ def dequantize_int4(
     packed: Tensor, scales: Tensor, zeros: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """scales * (codes - zeros), [out, in] in `dtype`, rounded once."""
-    return unpacked(packed, scales, zeros).to(dtype)
+    return unpacked(Packed(packed, scales, zeros)).to(dtype)

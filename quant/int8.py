@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..kernels.linear_int8 import dequantized
 from ..kernels.linear_int8_groups import unpacked
+from ..kernels.packed_weight import Packed
 from ..kernels.quantize_rows import reference as quantize_rows
 
 
@@ -65,4 +66,4 @@ def dequantize_int8_groups(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """scales * (codes - zeros), [out, in] in `dtype`, rounded once."""
-    return unpacked(codes, scales, zeros).to(dtype)
+    return unpacked(Packed(codes, scales, zeros)).to(dtype)

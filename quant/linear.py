@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from ..kernels.activation import swiglu
 from ..kernels.linear import linear, linear_swiglu
 from ..kernels.norm import add_rms_norm
-from .scheme import PARTS, Packed, Scheme
+from ..kernels.packed_weight import Packed
+from .scheme import PARTS, Scheme
 
 
 class _Matrix(nn.Module):
@@ -105,8 +106,7 @@ class Embedding(_Matrix):
         """The vectors of ids: [...] int64 to [..., channels] in `dtype`; only these rows are unpacked."""
         if self.scheme is None:
             return F.embedding(ids, self.weight)
-        rows = Packed(*(part[ids.flatten()] for part in self.packed if part is not None))
-        return self.scheme.dequantize(rows, dtype).unflatten(0, ids.shape)
+        return self.scheme.dequantize(self.packed.rows(ids.flatten()), dtype).unflatten(0, ids.shape)
 
     def scores(self, x: Tensor) -> Tensor:
         """x W^T for x: [..., channels], the head of models with tied embeddings."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.linear_nf4 import BLOCK_SIZE, LEVELS, unpacked
+from ..kernels.packed_weight import Packed
 
 __all__ = ["BLOCK_SIZE", "LEVELS", "dequantize_nf4", "quantize_nf4"]
 
@@ -44,4 +45,4 @@ def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """scales * LEVELS[codes], [out, in] in `dtype`, rounded once."""
-    return unpacked(codes, scales).to(dtype)
+    return unpacked(Packed(codes, scales)).to(dtype)

@@ -33,17 +33,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.errors import AfnextError
-from ..kernels.linear_fp8 import linear_fp8, linear_fp8_swiglu
-from ..kernels.linear_int3 import BLOCK_BYTES, linear_int3, linear_int3_swiglu
+from ..kernels.linear_int3 import BLOCK_BYTES
 from ..kernels.linear_int3 import BLOCK_SIZE as INT3_BLOCK_SIZE
-from ..kernels.linear_int4 import GROUP_SIZES, SYMMETRIC_ZERO, linear_int4, linear_int4_swiglu, prepare_int4
-from ..kernels.linear_int8 import linear_int8, linear_int8_swiglu
+from ..kernels.linear_int4 import GROUP_SIZES, SYMMETRIC_ZERO, prepare_int4
+from ..kernels.linear_int8 import INPUT_MULTIPLE
 from ..kernels.linear_int8_groups import GROUP_SIZES as INT8_GROUP_SIZES
-from ..kernels.linear_int8_groups import linear_int8_groups, linear_int8_groups_swiglu
-from ..kernels.linear_nf4 import linear_nf4, linear_nf4_swiglu
-from ..kernels.linear_norm import linear_norm
-from ..kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
-from ..kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
+from ..kernels.linear_norm import PRODUCTS, linear_norm
+from ..kernels.packed_weight import Packed
 from ..kernels.quantize_rows import E4M3, LARGEST
 from .fp8 import dequantize_fp8, quantize_fp8
 from .int3 import dequantize_int3, fit_int3
@@ -53,24 +49,10 @@ from .nf4 import BLOCK_SIZE, dequantize_nf4, quantize_nf4
 
 PARTS = ("weight_codes", "weight_scales", "weight_zeros")
 _CHUNK = 1 << 20  # weights quantized at a time: intermediate results take some 30 MB
-_EIGHT_BIT_INPUTS = 16  # the products with one scale per channel take inputs in multiples of this
 
 
 class SchemeError(AfnextError):
     """A scheme is unknown, does not fit a layer, or the tensors stored for it are damaged."""
-
-
-class Packed(NamedTuple):
-    """A quantized weight. See the module for the shapes and dtypes of each scheme."""
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None = None
-
-    def named(self, weight: str = "weight") -> dict[str, Tensor]:
-        """The tensors by name: those of `PARTS`, with the prefix of `weight`."""
-        prefix = weight.removesuffix("weight")
-        return {prefix + part: tensor for part, tensor in zip(PARTS, self, strict=True) if tensor is not None}
 
 
 class Stored(NamedTuple):
@@ -113,19 +95,19 @@ class Scheme(ABC):
     def largest_weight(self, scales: Tensor, zeros: Tensor | None) -> float:
         """A bound on the absolute value of every weight with these finite scales and zero points."""
 
-    @abstractmethod
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """x W^T + bias + residual for x: [..., in] and residual: [..., out]. Returns [..., out] in the dtype of x."""
+        return PRODUCTS[self.product].linear(x, packed, bias, residual)
 
     def linear_norm(
         self, x: Tensor, packed: Packed, residual: Tensor, norm: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """h = residual + x W^T. Returns (RMSNorm of h, h), both like residual; see `kernels/linear_norm.py`."""
-        return linear_norm(self.product, x, *packed, residual, norm, eps)
+        return linear_norm(self.product, x, packed, residual, norm, eps)
 
-    @abstractmethod
     def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
         """silu(x G^T) * (x U^T) for x: [..., in]. Returns [..., out] in the dtype of x."""
+        return PRODUCTS[self.product].swiglu(x, gate, up)
 
     def prepare(self, packed: Packed, dtype: torch.dtype) -> None:  # noqa: B027 - most schemes have nothing to prepare
         """Let the product precompute, before its first call with x in `dtype`, the data that it keeps beside the
@@ -190,16 +172,6 @@ class Int8(Scheme):
         """See `Scheme`."""
         return 128 * _largest(scales)
 
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        """See `Scheme`."""
-        product = linear_w8a8 if self.int8_inputs else linear_int8
-        return product(x, packed.codes, packed.scales, bias, residual)
-
-    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
-        """See `Scheme`."""
-        product = linear_w8a8_swiglu if self.int8_inputs else linear_int8_swiglu
-        return product(x, gate.codes, gate.scales, up.codes, up.scales)
-
     def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
         return Packed(*quantize_int8(rows))
 
@@ -233,14 +205,6 @@ class Fp8(Scheme):
     def largest_weight(self, scales: Tensor, zeros: Tensor | None) -> float:
         """See `Scheme`."""
         return LARGEST[E4M3] * _largest(scales)
-
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        """See `Scheme`."""
-        return linear_fp8(x, packed.codes, packed.scales, bias, residual)
-
-    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
-        """See `Scheme`."""
-        return linear_fp8_swiglu(x, gate.codes, gate.scales, up.codes, up.scales)
 
     def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
         return Packed(*quantize_fp8(rows))
@@ -289,14 +253,6 @@ class Int8Groups(Scheme):
         """See `Scheme`."""
         return _largest(scales) * (128 + (0 if zeros is None else _largest(zeros)))
 
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        """See `Scheme`."""
-        return linear_int8_groups(x, *packed, bias, residual)
-
-    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
-        """See `Scheme`."""
-        return linear_int8_groups_swiglu(x, gate.codes, gate.scales, up.codes, up.scales, gate.zeros, up.zeros)
-
     def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
         return Packed(*quantize_int8_groups(rows, self.group_size, self.symmetric, _scale_dtype(self)))
 
@@ -343,19 +299,9 @@ class Int4(Scheme):
         """See `Scheme`."""
         return _largest(scales) * (SYMMETRIC_ZERO if zeros is None else 15 + _largest(zeros))
 
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        """See `Scheme`."""
-        product = linear_w4a8 if self.int8_inputs else linear_int4
-        return product(x, *packed, bias, residual)
-
-    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
-        """See `Scheme`."""
-        product = linear_w4a8_swiglu if self.int8_inputs else linear_int4_swiglu
-        return product(x, gate.codes, gate.scales, up.codes, up.scales, gate.zeros, up.zeros)
-
     def prepare(self, packed: Packed, dtype: torch.dtype) -> None:
         """See `Scheme`."""
-        prepare_int4(*packed, dtype)
+        prepare_int4(packed, dtype)
 
     def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
         return Packed(*fit_int4(rows, self.group_size, self.symmetric, _scale_dtype(self), importance))
@@ -398,14 +344,6 @@ class Int3(Scheme):
         """See `Scheme`."""
         return _largest(scales) * SYMMETRIC_ZERO
 
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        """See `Scheme`."""
-        return linear_int3(x, packed.codes, packed.scales, bias, residual)
-
-    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
-        """See `Scheme`."""
-        return linear_int3_swiglu(x, gate.codes, gate.scales, up.codes, up.scales)
-
     def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
         return Packed(*fit_int3(rows, self.group_size, importance=importance))
 
@@ -442,14 +380,6 @@ class NF4(Scheme):
     def largest_weight(self, scales: Tensor, zeros: Tensor | None) -> float:
         """See `Scheme`."""
         return _largest(scales)
-
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        """See `Scheme`."""
-        return linear_nf4(x, packed.codes, packed.scales, bias, residual)
-
-    def swiglu(self, x: Tensor, gate: Packed, up: Packed) -> Tensor:
-        """See `Scheme`."""
-        return linear_nf4_swiglu(x, gate.codes, gate.scales, up.codes, up.scales)
 
     def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
         return Packed(*quantize_nf4(rows))
@@ -498,10 +428,8 @@ def _scale_dtype(scheme: Int4 | Int8Groups) -> torch.dtype:
 def _by_channel(shape: tuple[int, ...], scheme: Scheme, codes: torch.dtype) -> dict[str, Stored]:
     """Codes of 8 bits and a scale for each channel."""
     out, inner = _matrix(shape, scheme)
-    if inner % _EIGHT_BIT_INPUTS:
-        raise SchemeError(
-            f"{scheme} takes inputs in multiples of {_EIGHT_BIT_INPUTS}, not {inner}; keep the layer dense"
-        )
+    if inner % INPUT_MULTIPLE:
+        raise SchemeError(f"{scheme} takes inputs in multiples of {INPUT_MULTIPLE}, not {inner}; keep the layer dense")
     return {"weight_codes": Stored((out, inner), (codes,)), "weight_scales": Stored((out,), (torch.float32,))}
 
 

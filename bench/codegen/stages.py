@@ -20,15 +20,10 @@ import torch
 from torch import Tensor
 
 from ...kernels.audio_format import WINDOW_SAMPLES
-from ...kernels.linear_fp8 import linear_fp8_swiglu
-from ...kernels.linear_int3 import linear_int3_swiglu
-from ...kernels.linear_int4 import linear_int4_swiglu
-from ...kernels.linear_int8 import linear_int8_swiglu
-from ...kernels.linear_nf4 import BLOCK_SIZE, linear_nf4_swiglu
+from ...kernels.linear_nf4 import BLOCK_SIZE
 from ...kernels.linear_norm import PRODUCTS, linear_norm
-from ...kernels.linear_w4a8 import linear_w4a8_swiglu
-from ...kernels.linear_w8a8 import linear_w8a8_swiglu
 from ...kernels.packed_product import FEW_ROWS
+from ...kernels.packed_weight import Packed
 from ...kernels.quantize_rows import E4M3
 from ...kernels.sampling import SamplingRows, greedy, penalize, sample
 from ...quant.linear import Linear
@@ -119,65 +114,63 @@ def _choose(rows: int, vocabulary: int) -> None:
 
 @dataclass(frozen=True)
 class _Scheme:
-    """product: the operation, a key of `PRODUCTS`; pair: that of a SwiGLU pair; weight: packed tensors for a layer."""
+    """product: the operation, a key of `PRODUCTS`; weight: a packed weight for a layer."""
 
     product: str
-    pair: Callable[..., Tensor]
-    weight: Callable[[Linear], tuple[Tensor, Tensor]]
+    weight: Callable[[Linear], Packed]
 
 
 def _products(model: AudioFlamingo, rows: int, scheme: _Scheme) -> None:
     """All products of the decoder's forward pass over `rows` tokens, and the norms after those that write to the
     residual stream. Only the last token's scores are computed."""
-    product = PRODUCTS[scheme.product].linear
+    product = PRODUCTS[scheme.product]
     for layer in model.decoder.layers:
         attention, mlp = cast(DecoderLayer, layer).self_attn, cast(DecoderLayer, layer).mlp
         for linear in attention.projections:
-            product(_inputs(linear, rows), *scheme.weight(linear), bias=linear.bias)
+            product.linear(_inputs(linear, rows), scheme.weight(linear), linear.bias, None)
         for linear in (attention.o_proj, mlp.down_proj):
             x, residual = (_bfloat16(rows, size) for size in reversed(linear.weight.shape))
-            codes, scales = scheme.weight(linear)
-            linear_norm(scheme.product, x, codes, scales, None, residual, _bfloat16(len(codes)))
-        scheme.pair(_inputs(mlp.gate_proj, rows), *scheme.weight(mlp.gate_proj), *scheme.weight(mlp.up_proj))
+            linear_norm(scheme.product, x, scheme.weight(linear), residual, _bfloat16(len(linear.weight)))
+        product.swiglu(_inputs(mlp.gate_proj, rows), scheme.weight(mlp.gate_proj), scheme.weight(mlp.up_proj))
     if (head := model.decoder.lm_head) is not None:
-        product(_inputs(head, rows if rows <= FEW_ROWS else 1), *scheme.weight(head), bias=head.bias)
+        product.linear(_inputs(head, rows if rows <= FEW_ROWS else 1), scheme.weight(head), head.bias, None)
 
 
 def _inputs(linear: Linear, rows: int) -> Tensor:
     return _bfloat16(rows, linear.weight.shape[1])
 
 
-def _int8(linear: Linear) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(linear.weight, dtype=torch.int8), _float(len(linear.weight))
+def _int8(linear: Linear) -> Packed:
+    return Packed(torch.empty_like(linear.weight, dtype=torch.int8), _float(len(linear.weight)))
 
 
-def _fp8(linear: Linear) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(linear.weight, dtype=E4M3), _float(len(linear.weight))
+def _fp8(linear: Linear) -> Packed:
+    return Packed(torch.empty_like(linear.weight, dtype=E4M3), _float(len(linear.weight)))
 
 
-def _int4(linear: Linear) -> tuple[Tensor, Tensor]:
+def _int4(linear: Linear) -> Packed:
     outputs, inputs = linear.weight.shape
-    return _bytes(outputs, inputs // 2), _bfloat16(outputs, inputs // GROUP)
+    return Packed(_bytes(outputs, inputs // 2), _bfloat16(outputs, inputs // GROUP))
 
 
-def _int3(linear: Linear) -> tuple[Tensor, Tensor]:
-    codes, scales = _int4(linear)
-    return _bytes(len(codes), codes.shape[1] // 4 * 3), scales
-
-
-def _nf4(linear: Linear) -> tuple[Tensor, Tensor]:
+def _int3(linear: Linear) -> Packed:
     outputs, inputs = linear.weight.shape
-    return _bytes(outputs, inputs // 2), _float(outputs, inputs // BLOCK_SIZE)
+    return Packed(_bytes(outputs, inputs // 8 * 3), _bfloat16(outputs, inputs // GROUP))
+
+
+def _nf4(linear: Linear) -> Packed:
+    outputs, inputs = linear.weight.shape
+    return Packed(_bytes(outputs, inputs // 2), _float(outputs, inputs // BLOCK_SIZE))
 
 
 _SCHEMES = {
-    "W8A16": _Scheme("linear_int8", linear_int8_swiglu, _int8),
-    "W8A8": _Scheme("linear_w8a8", linear_w8a8_swiglu, _int8),
-    "FP8": _Scheme("linear_fp8", linear_fp8_swiglu, _fp8),
-    "W4A16": _Scheme("linear_int4", linear_int4_swiglu, _int4),
-    "W4A8": _Scheme("linear_w4a8", linear_w4a8_swiglu, _int4),
-    "W3A16": _Scheme("linear_int3", linear_int3_swiglu, _int3),
-    "NF4": _Scheme("linear_nf4", linear_nf4_swiglu, _nf4),
+    "W8A16": _Scheme("linear_int8", _int8),
+    "W8A8": _Scheme("linear_w8a8", _int8),
+    "FP8": _Scheme("linear_fp8", _fp8),
+    "W4A16": _Scheme("linear_int4", _int4),
+    "W4A8": _Scheme("linear_w4a8", _int4),
+    "W3A16": _Scheme("linear_int3", _int3),
+    "NF4": _Scheme("linear_nf4", _nf4),
 }
 
 

@@ -20,6 +20,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from ...kernels.dispatch import Operation
+from ...kernels.packed_weight import Packed
 from ..core.work import Work, distinct_bytes, work_of
 
 # The address of meta tensors for Triton's test of alignment: allocators align to more than 16 bytes.
@@ -209,5 +210,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _described(arguments: Mapping[str, Any]) -> Iterator[str]:
     for name, value in arguments.items():
+        if isinstance(value, Packed):
+            yield from _described(value.named(name))
+            continue
         for tensor in _tensors(_pointed(value)):
             yield f"{name} {str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.shape))}]"

@@ -19,6 +19,7 @@ from ...kernels.conv_stem import conv_length
 from ...kernels.linear_fp8 import rounds_inputs
 from ...kernels.log_mel import N_FFT, frame_count
 from ...kernels.packed_product import has_few_rows
+from ...kernels.packed_weight import Packed
 from ...kernels.rotary import Rotation
 from ...kernels.rote import pooled_length
 
@@ -70,6 +71,8 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
+        elif isinstance(value, Packed):
+            yield from _tensors(value)
         elif hasattr(value, "__dataclass_fields__") and not isinstance(value, Rotation):
             yield from _tensors(vars(value).values())
 
@@ -151,22 +154,26 @@ def _pool_norm_rotate(arguments: Arguments, context: int) -> Work:
     return Work(flops, 0, _dtype(x), touched, written=tokens * channels * x.element_size())
 
 
+def _outputs(weight: Tensor | Packed) -> int:
+    return len(weight.codes) if isinstance(weight, Packed) else len(weight)
+
+
 def _linear(arguments: Arguments, context: int) -> Work:
     x = arguments["x"]
-    outputs = len(next(arguments[name] for name in ("packed", "codes", "weight") if name in arguments))
+    outputs = _outputs(arguments["weight"])
     flops = 2 * x.numel() * outputs
     return Work(flops, flops, _dtype(x), written=x.numel() // x.shape[-1] * outputs * x.element_size())
 
 
 def _linear_swiglu(arguments: Arguments, context: int) -> Work:
-    x, outputs = arguments["x"], len(arguments["gate"])
+    x, outputs = arguments["x"], _outputs(arguments["gate"])
     rows = x.numel() // x.shape[-1]
     products = 4 * x.numel() * outputs
     return Work(products + 5 * rows * outputs, products, _dtype(x), written=rows * outputs * x.element_size())
 
 
 def _linear_norm(arguments: Arguments, context: int) -> Work:
-    x, outputs = arguments["x"], len(arguments["codes"])
+    x, outputs = arguments["x"], _outputs(arguments["weight"])
     sums = x.numel() // x.shape[-1] * outputs
     products = 2 * x.numel() * outputs
     return Work(products + 5 * sums, products, _dtype(x), written=2 * sums * x.element_size())

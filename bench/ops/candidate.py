@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ...kernels.dispatch import Operation
 from ...kernels.errors import AfnextError
+from ...kernels.packed_weight import Packed
 from .guarded import guarded
+from .inputs import parts_of
 from .specs import Spec
 
 GROUP = "afnext.kernels"
@@ -79,19 +81,20 @@ def within_guards(function: Callable[..., Any], spec: Spec) -> Callable[..., Any
     """`function` on copies of CPU tensors before a guard page: an access past the end crashes the process."""
 
     def call(**arguments: Any) -> Any:
-        copies = {
-            name: guarded(value)
-            if isinstance(value, Tensor) and value.numel() and value.device.type == "cpu"
-            else value
-            for name, value in arguments.items()
-        }
+        copies = {name: _copied(value) for name, value in arguments.items()}
         returned = function(**copies)
         for name, copy in copies.items():
-            if isinstance(copy, Tensor):
-                arguments[name].copy_(copy)
+            for tensor, part in zip(parts_of(arguments[name]), parts_of(copy), strict=True):
+                tensor.copy_(part)
         return returned
 
     return call
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Packed):
+        return Packed(*map(_copied, value))
+    return guarded(value) if isinstance(value, Tensor) and value.numel() and value.device.type == "cpu" else value
 
 
 def implementation(function: Callable[..., Any], spec: Spec) -> Callable[..., Any]:

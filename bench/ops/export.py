@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...kernels.conv_stem import conv_length
+from ...kernels.packed_weight import Packed
 from ...kernels.rote import pooled_length
 from . import exported
 from .problems import Problem, problems
@@ -72,6 +73,8 @@ def flat(arguments: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             tensors[name] = value.view(torch.int8) if value.dtype == torch.uint8 else value
+        elif isinstance(value, Packed):
+            tensors |= flat(value.named(name))[0]
         elif is_dataclass(value):
             parts, numbers = flat(vars(value))
             tensors |= {f"{name}_{key}": part for key, part in parts.items() if key != "cos_sin"}

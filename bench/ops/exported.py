@@ -240,29 +240,33 @@ def rounded_inputs(x: Tensor, groups: int) -> Tensor:
     return (codes.double() * scales.double()[..., None]).flatten(-2)
 
 
-def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_int8(x: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` with int8 weights."""
-    return linear(x, int8_weight(weight, scales), bias)
+    return linear(x, int8_weight(weight_codes, weight_scales), bias)
 
 
-def linear_int8_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
+def linear_int8_swiglu(
+    x: Tensor, gate_codes: Tensor, gate_scales: Tensor, up_codes: Tensor, up_scales: Tensor
+) -> Tensor:
     """`linear_swiglu` with int8 weights."""
-    return linear_swiglu(x, int8_weight(gate, gate_scales), int8_weight(up, up_scales))
+    return linear_swiglu(x, int8_weight(gate_codes, gate_scales), int8_weight(up_codes, up_scales))
 
 
-def linear_int8_groups(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_int8_groups(x: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` with int8 weights in groups."""
-    return linear(x, int8_weight(codes, scales), bias)
+    return linear(x, int8_weight(weight_codes, weight_scales), bias)
 
 
-def linear_w8a8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_w8a8(x: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` with int8 weights of inputs rounded to int8."""
-    return linear(rounded_inputs(x, 1), int8_weight(weight, scales), bias).to(x.dtype)
+    return linear(rounded_inputs(x, 1), int8_weight(weight_codes, weight_scales), bias).to(x.dtype)
 
 
-def linear_w8a8_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
+def linear_w8a8_swiglu(
+    x: Tensor, gate_codes: Tensor, gate_scales: Tensor, up_codes: Tensor, up_scales: Tensor
+) -> Tensor:
     """`linear_swiglu` with int8 weights of inputs rounded to int8."""
-    return linear_int8_swiglu(rounded_inputs(x, 1), gate, gate_scales, up, up_scales).to(x.dtype)
+    return linear_int8_swiglu(rounded_inputs(x, 1), gate_codes, gate_scales, up_codes, up_scales).to(x.dtype)
 
 
 def fp8_inputs(x: Tensor) -> Tensor:
@@ -275,63 +279,73 @@ def fp8_inputs(x: Tensor) -> Tensor:
     return codes.double() * scales.double()
 
 
-def linear_fp8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_fp8(x: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` with e4m3 weights; more than 64 rows of inputs are rounded to e4m3, too."""
-    return linear(fp8_inputs(x), int8_weight(weight, scales), bias).to(x.dtype)
+    return linear(fp8_inputs(x), int8_weight(weight_codes, weight_scales), bias).to(x.dtype)
 
 
-def linear_fp8_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
+def linear_fp8_swiglu(
+    x: Tensor, gate_codes: Tensor, gate_scales: Tensor, up_codes: Tensor, up_scales: Tensor
+) -> Tensor:
     """`linear_swiglu` with e4m3 weights; more than 64 rows of inputs are rounded to e4m3, too."""
-    weights = int8_weight(gate, gate_scales), int8_weight(up, up_scales)
+    weights = int8_weight(gate_codes, gate_scales), int8_weight(up_codes, up_scales)
     return linear_swiglu(fp8_inputs(x), *weights).to(x.dtype)
 
 
-def linear_int4(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_int4(x: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` with int4 weights in groups."""
-    return linear(x, int4_weight(packed, scales), bias)
+    return linear(x, int4_weight(weight_codes, weight_scales), bias)
 
 
-def linear_int4_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
+def linear_int4_swiglu(
+    x: Tensor, gate_codes: Tensor, gate_scales: Tensor, up_codes: Tensor, up_scales: Tensor
+) -> Tensor:
     """`linear_swiglu` with int4 weights in groups."""
-    return linear_swiglu(x, int4_weight(gate, gate_scales), int4_weight(up, up_scales))
+    return linear_swiglu(x, int4_weight(gate_codes, gate_scales), int4_weight(up_codes, up_scales))
 
 
-def linear_int3(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_int3(x: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` with int3 weights in groups."""
-    return linear(x, int4_weight(int4_bytes(packed), scales), bias)
+    return linear(x, int4_weight(int4_bytes(weight_codes), weight_scales), bias)
 
 
-def linear_int3_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
+def linear_int3_swiglu(
+    x: Tensor, gate_codes: Tensor, gate_scales: Tensor, up_codes: Tensor, up_scales: Tensor
+) -> Tensor:
     """`linear_swiglu` with int3 weights in groups."""
-    return linear_int4_swiglu(x, int4_bytes(gate), gate_scales, int4_bytes(up), up_scales)
+    return linear_int4_swiglu(x, int4_bytes(gate_codes), gate_scales, int4_bytes(up_codes), up_scales)
 
 
 def linear_norm(
-    x: Tensor, codes: Tensor, scales: Tensor, residual: Tensor, norm: Tensor, product: str, zeros: None
+    x: Tensor, weight_codes: Tensor, weight_scales: Tensor, residual: Tensor, norm: Tensor, product: str
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm of residual + `linear_int4`, rounded to the dtype of x before the norm, and that sum."""
-    return add_rms_norm(linear_int4(x, codes, scales), residual, norm)
+    return add_rms_norm(linear_int4(x, weight_codes, weight_scales), residual, norm)
 
 
-def linear_w4a8(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_w4a8(x: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` with int4 weights of inputs rounded to int8 in the same groups."""
-    return linear_int4(rounded_inputs(x, scales.shape[1]), packed, scales, bias).to(x.dtype)
+    return linear_int4(rounded_inputs(x, weight_scales.shape[1]), weight_codes, weight_scales, bias).to(x.dtype)
 
 
-def linear_w4a8_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
+def linear_w4a8_swiglu(
+    x: Tensor, gate_codes: Tensor, gate_scales: Tensor, up_codes: Tensor, up_scales: Tensor
+) -> Tensor:
     """`linear_swiglu` with int4 weights of inputs rounded to int8 in the same groups."""
     rounded = rounded_inputs(x, gate_scales.shape[1])
-    return linear_int4_swiglu(rounded, gate, gate_scales, up, up_scales).to(x.dtype)
+    return linear_int4_swiglu(rounded, gate_codes, gate_scales, up_codes, up_scales).to(x.dtype)
 
 
-def linear_nf4(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_nf4(x: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` with nf4 weights."""
-    return linear(x, nf4_weight(codes, scales), bias)
+    return linear(x, nf4_weight(weight_codes, weight_scales), bias)
 
 
-def linear_nf4_swiglu(x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor) -> Tensor:
+def linear_nf4_swiglu(
+    x: Tensor, gate_codes: Tensor, gate_scales: Tensor, up_codes: Tensor, up_scales: Tensor
+) -> Tensor:
     """`linear_swiglu` with nf4 weights."""
-    return linear_swiglu(x, nf4_weight(gate, gate_scales), nf4_weight(up, up_scales))
+    return linear_swiglu(x, nf4_weight(gate_codes, gate_scales), nf4_weight(up_codes, up_scales))
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:

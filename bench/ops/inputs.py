@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...kernels.conv_stem import conv_length
 from ...kernels.linear_nf4 import BLOCK_SIZE
+from ...kernels.packed_weight import Packed
 from ...kernels.pages import page_slots
 from ...kernels.quantize_rows import E4M3
 from ...kernels.rotary import Pairing, Rotation, rope_frequencies
@@ -66,6 +67,11 @@ class Draw:
         count = math.prod(shape)
         block = numbers(min(count, _BLOCK)).to(device=self.device, dtype=dtype)
         return block.repeat(-(-count // max(1, block.numel())))[:count].view(shape)
+
+
+def parts_of(argument: Any) -> list[Tensor]:
+    """The tensors of an argument: itself, or those of a packed weight."""
+    return [part for part in (argument if isinstance(argument, Packed) else (argument,)) if isinstance(part, Tensor)]
 
 
 def log_mel(s: Shape, new: Draw) -> Arguments:
@@ -223,25 +229,22 @@ def linear_swiglu(s: Shape, new: Draw) -> Arguments:
 
 def packed_linear(s: Shape, new: Draw, *, kind: str) -> Arguments:
     """shape: as `linear`, and group for int4, int3 and int8_groups. kind: a key of the table of packed weights."""
-    names = {"int8": "weight", "fp8": "weight", "int4": "packed", "int3": "packed"}
-    codes, scales = _PACKED[kind](s, new)
-    arguments = {"x": new.normal(s["rows"], s["in_features"]), names.get(kind, "codes"): codes, "scales": scales}
-    return _with_bias(arguments, s, new)
+    weight = _PACKED[kind](s, new)
+    return _with_bias({"x": new.normal(s["rows"], s["in_features"]), "weight": weight}, s, new)
 
 
 def packed_swiglu(s: Shape, new: Draw, *, kind: str) -> Arguments:
     """shape: as `packed_linear`."""
     gate, up = _PACKED[kind](s, new), _PACKED[kind](s, new)
-    x = new.normal(s["rows"], s["in_features"])
-    return {"x": x, "gate": gate[0], "gate_scales": gate[1], "up": up[0], "up_scales": up[1]}
+    return {"x": new.normal(s["rows"], s["in_features"]), "gate": gate, "up": up}
 
 
 def linear_norm(s: Shape, new: Draw) -> Arguments:
     """shape: as `packed_linear` of int4."""
-    codes, scales = _int4(s, new)
+    weight = _int4(s, new)
     x, residual = new.normal(s["rows"], s["in_features"]), new.normal(s["rows"], s["out_features"])
-    weight = {"codes": codes, "scales": scales, "zeros": None}
-    return {"product": "linear_int4", "x": x, **weight, "residual": residual, "norm": 1 + 0.3 * new.normal(len(codes))}
+    norm = 1 + 0.3 * new.normal(s["out_features"])
+    return {"product": "linear_int4", "x": x, "weight": weight, "residual": residual, "norm": norm}
 
 
 def _dense(s: Shape, new: Draw) -> Tensor:
@@ -252,40 +255,40 @@ def _with_bias(arguments: Arguments, s: Shape, new: Draw) -> Arguments:
     return {**arguments, "bias": new.normal(s["out_features"])} if s["bias"] else arguments
 
 
-def _int8(s: Shape, new: Draw) -> tuple[Tensor, Tensor]:
+def _int8(s: Shape, new: Draw) -> Packed:
     outputs, inputs = s["out_features"], s["in_features"]
     codes = new.integers(-127, 128, outputs, inputs, dtype=torch.int8)
-    return codes, new.uniform(outputs, high=1 / 127 / inputs**0.5)
+    return Packed(codes, new.uniform(outputs, high=1 / 127 / inputs**0.5))
 
 
-def _fp8(s: Shape, new: Draw) -> tuple[Tensor, Tensor]:
+def _fp8(s: Shape, new: Draw) -> Packed:
     outputs, inputs = s["out_features"], s["in_features"]
     codes = new.normal(outputs, inputs, scale=150, dtype=torch.float32).clamp(-448, 448).to(E4M3)
-    return codes, new.uniform(outputs, high=1 / 448 / inputs**0.5)
+    return Packed(codes, new.uniform(outputs, high=1 / 448 / inputs**0.5))
 
 
-def _int8_groups(s: Shape, new: Draw) -> tuple[Tensor, Tensor]:
-    codes, _ = _int8(s, new)
-    outputs, inputs = codes.shape
-    return codes, new.uniform(outputs, inputs // s["group"], high=1 / 127 / inputs**0.5, dtype=torch.float16)
+def _int8_groups(s: Shape, new: Draw) -> Packed:
+    outputs, inputs = s["out_features"], s["in_features"]
+    codes, *_ = _int8(s, new)
+    return Packed(codes, new.uniform(outputs, inputs // s["group"], high=1 / 127 / inputs**0.5, dtype=torch.float16))
 
 
-def _int4(s: Shape, new: Draw) -> tuple[Tensor, Tensor]:
+def _int4(s: Shape, new: Draw) -> Packed:
     outputs, inputs = s["out_features"], s["in_features"]
     codes = new.integers(0, 256, outputs, inputs // 2, dtype=torch.uint8)
-    return codes, new.uniform(outputs, inputs // s["group"], high=1 / 8 / inputs**0.5, dtype=torch.bfloat16)
+    return Packed(codes, new.uniform(outputs, inputs // s["group"], high=1 / 8 / inputs**0.5, dtype=torch.bfloat16))
 
 
-def _nf4(s: Shape, new: Draw) -> tuple[Tensor, Tensor]:
+def _nf4(s: Shape, new: Draw) -> Packed:
     outputs, inputs = s["out_features"], s["in_features"]
     codes = new.integers(0, 256, outputs, inputs // 2, dtype=torch.uint8)
-    return codes, new.uniform(outputs, inputs // BLOCK_SIZE, high=2 / inputs**0.5)
+    return Packed(codes, new.uniform(outputs, inputs // BLOCK_SIZE, high=2 / inputs**0.5))
 
 
-def _int3(s: Shape, new: Draw) -> tuple[Tensor, Tensor]:
+def _int3(s: Shape, new: Draw) -> Packed:
     outputs, inputs = s["out_features"], s["in_features"]
     codes = new.integers(0, 256, outputs, 3 * inputs // 8, dtype=torch.uint8)
-    return codes, new.uniform(outputs, inputs // s["group"], high=1 / 8 / inputs**0.5, dtype=torch.bfloat16)
+    return Packed(codes, new.uniform(outputs, inputs // s["group"], high=1 / 8 / inputs**0.5, dtype=torch.bfloat16))
 
 
 _PACKED = {"int8": _int8, "fp8": _fp8, "int8_groups": _int8_groups, "int4": _int4, "int3": _int3, "nf4": _nf4}

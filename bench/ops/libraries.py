@@ -237,7 +237,7 @@ def _marlin(problem: Problem, a: Arguments) -> Call:
     library = importlib.import_module("marlin")
     x, dense = a["x"], _dense_layer(a)
     product = library.Layer(dense.in_features, dense.out_features, groupsize=_MARLIN_GROUP)
-    product.pack(dense, a["scales"].to(torch.float16))
+    product.pack(dense, a["weight"].scales.to(torch.float16))
     product = product.to(x.device)
     bias = a.get("bias")
     return lambda: product(x) if bias is None else product(x) + bias
@@ -261,10 +261,10 @@ def _vllm_marlin(problem: Problem, a: Arguments) -> Call:
     kind = importlib.import_module("vllm.scalar_type").scalar_types.uint4b8
     x, bias, device = a["x"], a.get("bias"), a["x"].device
     inputs, outputs, group = (problem.shape[name] for name in ("in_features", "out_features", "group"))
-    words = a["packed"].view(torch.int32).T.contiguous()  # eight inputs in a word, the first in its lowest bits
+    words = a["weight"].codes.view(torch.int32).T.contiguous()  # eight inputs in a word, the first in its lowest bits
     none = utilities.marlin_make_empty_g_idx(device)
     weight = operations.gptq_marlin_repack(words, none, inputs, outputs, 4)
-    scales = utilities.marlin_permute_scales(a["scales"].to(x.dtype).T.contiguous(), inputs, outputs, group)
+    scales = utilities.marlin_permute_scales(a["weight"].scales.to(x.dtype).T.contiguous(), inputs, outputs, group)
     workspace = utilities.marlin_make_workspace_new(device)
     multiply = partial(
         utilities.apply_gptq_marlin_linear,

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...kernels.linear_fp8 import rounds_inputs
-from ...kernels.linear_int3 import unpack_int3
+from ...kernels.linear_int3 import unpacked as unpacked_int3
 from ...kernels.linear_int4 import unpacked as unpacked_int4
 from ...kernels.linear_nf4 import unpacked as unpacked_nf4
 from ...kernels.log_mel import mel_filters
+from ...kernels.packed_weight import Packed
 from ...kernels.pages import gather_pages
 from ...kernels.quantize_rows import E4M3
 from ...kernels.quantize_rows import reference as quantize_rows_reference
@@ -145,18 +146,17 @@ def linear_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(linear(x, gate)) * linear(x, up)
 
 
-def dense_weight(arguments: dict[str, Any], dtype: torch.dtype, part: str = "") -> Tensor:
+def dense_weight(arguments: dict[str, Any], dtype: torch.dtype, part: str = "weight") -> Tensor:
     """The dequantized weight [out, in] of packed arguments, in `dtype`. part: "gate" or "up" of a pair."""
-    scales = arguments[f"{part}_scales" if part else "scales"]
-    codes = next(arguments[name] for name in (part, "weight", "packed", "codes") if name in arguments)
+    weight: Packed = arguments[part]
+    codes, scales, _ = weight
     if codes.dtype in (torch.int8, E4M3):
         by_group = codes.float().unflatten(1, (scales.shape[1] if scales.ndim == 2 else 1, -1))
         return (by_group * scales.float().reshape(len(codes), -1, 1)).flatten(1).to(dtype)
     if scales.dtype == torch.float32:
-        return unpacked_nf4(codes, scales).to(dtype)
-    if 8 * codes.shape[1] == 3 * arguments["x"].shape[1]:
-        codes = unpack_int3(codes)
-    return unpacked_int4(codes, scales.float(), None).to(dtype)
+        return unpacked_nf4(weight).to(dtype)
+    unpacked = unpacked_int3 if 8 * codes.shape[1] == 3 * arguments["x"].shape[1] else unpacked_int4
+    return unpacked(weight).to(dtype)
 
 
 def packed_linear(**arguments: Any) -> Tensor:
@@ -178,12 +178,12 @@ def linear_norm(residual: Tensor, norm: Tensor, **arguments: Any) -> tuple[Tenso
 
 def rounded_linear(**arguments: Any) -> Tensor:
     """`packed_linear` of inputs rounded to int8, in groups where the scales have groups, and to the dtype of x."""
-    return packed_linear(**{**arguments, "x": _rounded(arguments, "scales")})
+    return packed_linear(**{**arguments, "x": _rounded(arguments["x"], arguments["weight"])})
 
 
 def rounded_swiglu(**arguments: Any) -> Tensor:
     """`packed_swiglu` of inputs rounded likewise."""
-    return packed_swiglu(**{**arguments, "x": _rounded(arguments, "gate_scales")})
+    return packed_swiglu(**{**arguments, "x": _rounded(arguments["x"], arguments["gate"])})
 
 
 def fp8_linear(**arguments: Any) -> Tensor:
@@ -203,9 +203,8 @@ def _rounded_to_e4m3(x: Tensor) -> Tensor:
     return (codes.float() * steps[..., None]).to(x.dtype)
 
 
-def _rounded(arguments: dict[str, Any], scales: str) -> Tensor:
-    x: Tensor = arguments["x"]
-    groups = arguments[scales].shape[1] if arguments[scales].ndim == 2 else 1
+def _rounded(x: Tensor, weight: Packed) -> Tensor:
+    groups = weight.scales.shape[1] if weight.scales.ndim == 2 else 1
     codes, steps = quantize_rows_reference(x.unflatten(-1, (groups, -1)))
     return (codes.float() * steps[..., None]).flatten(-2).to(x.dtype)
 

@@ -24,6 +24,7 @@ import torch
 
 from ...kernels.conv_stem import conv_length
 from ...kernels.log_mel import HOP_LENGTH
+from ...kernels.packed_weight import Packed
 from ...kernels.rote import pooled_length
 from ...quant.recipe import RECIPES, recipe
 from ...quant.scheme import Fp8, Int3, Int4, Int8, Int8Groups
@@ -378,6 +379,8 @@ def _label(operation: str, shape: Shape) -> str:
 def _described(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
+    if isinstance(value, Packed):
+        return f"Packed({', '.join(f'{k} {_described(v)}' for k, v in value._asdict().items() if v is not None)})"
     if hasattr(value, "__dataclass_fields__"):
         return f"{type(value).__name__}({', '.join(f'{k} {_described(v)}' for k, v in vars(value).items())})"
     return str(value)

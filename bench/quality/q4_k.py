@@ -11,8 +11,9 @@ import gguf
 import torch
 from torch import Tensor
 
+from ...kernels.packed_weight import Packed
 from ...quant.ggml import FORMATS, packed_codes, packed_scales
-from ...quant.scheme import Int4, Packed, SchemeError
+from ...quant.scheme import Int4, SchemeError
 from ..model.llama_cpp import library
 
 KIND = "Q4_K"

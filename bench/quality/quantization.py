@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...kernels.packed_weight import Packed
 from ...quant.awq import Fold
 from ...quant.calibrate import WITH_FEEDBACK, Calibration, InputStatistics, quantize_stage
 from ...quant.recipe import RECIPES, recipe
-from ...quant.scheme import Int4, Int8, Packed, Scheme, parse_scheme
+from ...quant.scheme import Int4, Int8, Scheme, parse_scheme
 from ...runtime.app.api import load
 from ...runtime.app.calibration import calibrate, read_examples
 from ..ops.libraries import available

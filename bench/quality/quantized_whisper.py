@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from ...kernels.audio_format import WINDOW_SAMPLES
 from ...kernels.log_mel import log_mel
+from ...kernels.packed_weight import Packed
 from ...quant.awq import Fold, encoder_folds
 from ...quant.calibrate import Calibration, InputStatistics, gathering, quantize_stage
 from ...quant.recipe import Recipe
-from ...quant.scheme import Int8, Packed, Scheme
+from ...quant.scheme import Int8, Scheme
 from ...runtime.io.audio import load_audio
 from .answers import word_errors
 from .whisper import LAYERS, model_weights

@@ -1,26 +1,15 @@
 """Calls of the native products with packed weights: tensors in, tensors out.
 
-Arguments are those of `linear_int8`, `linear_int8_groups`, `linear_int4`, `linear_int3`, `linear_w4a8` and
-`linear_nf4`, already checked, with x as contiguous rows [rows, in]; results are [rows, out] in the dtype of x.
+Arguments are those of `packed_product.Product`, already checked, with x as contiguous rows [rows, in]; results are
+[rows, out] in the dtype of x. Names are those of `signatures.SIGNATURES`.
 """
 
 import torch
 from torch import Tensor
 
+from ..packed_weight import Packed
 from . import call, isa
 from .recording import widened
-
-Int8 = tuple[Tensor, Tensor]
-"""codes, scales"""
-NF4 = tuple[Tensor, Tensor]
-"""codes, scales"""
-Int4 = tuple[Tensor, Tensor, Tensor | None]
-"""packed, scales, zeros"""
-Int3 = tuple[Tensor, Tensor]
-"""packed, scales"""
-Int8Groups = tuple[Tensor, Tensor, Tensor | None]
-"""codes, scales, zeros"""
-
 
 _NEON_LEVELS = ("neon", "neondot", "i8mm")
 _MOST_FEW_ROWS = {"amx": 4, **dict.fromkeys(("avx512", "avx512vnni", "avxvnni", "avx2", *_NEON_LEVELS), 16)}
@@ -72,76 +61,19 @@ def dense_product(x: Tensor, weight: Tensor, up: Tensor | None, bias: Tensor | N
     return out
 
 
-def int8_product(x: Tensor, weight: Int8, up: Int8 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """x W^T + bias + residual, or silu(x W^T) * (x U^T) with `up`. Reads the weights once for up to 16 rows."""
-    out = x.new_empty(x.shape[0], weight[0].shape[0])
-    call(
-        "linear_int8",
-        x,
-        weight[0],
-        widened(weight[1]),
-        up and up[0],
-        up and widened(up[1]),
-        *_epilogue(bias, residual),
-        out,
-        x.shape[0],
-        *weight[0].shape,
-        x.dtype,
-    )
-    return out
-
-
-def w8a8_product(x: Tensor, weight: Int8, up: Int8 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """As `int8_product`, with x rounded to int8 first. More than 16 rows need a level with panels."""
-    out = x.new_empty(x.shape[0], weight[0].shape[0])
-    call(
-        "linear_w8a8",
-        x,
-        weight[0],
-        widened(weight[1]),
-        up and up[0],
-        up and widened(up[1]),
-        *_epilogue(bias, residual),
-        out,
-        x.shape[0],
-        *weight[0].shape,
-        x.dtype,
-    )
-    return out
-
-
-def int4_product(x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """As `int8_product`."""
-    return _grouped_product("linear_int4", x, weight, up, bias, residual)
-
-
-def int3_product(x: Tensor, weight: Int3, up: Int3 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """As `int8_product`."""
-    return _grouped_product("linear_int3", x, (*weight, None), up and (*up, None), bias, residual)
-
-
-def w4a8_product(x: Tensor, weight: Int4, up: Int4 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """As `int8_product`, with each group of x rounded to int8 first."""
-    return _grouped_product("linear_w4a8", x, weight, up, bias, residual)
-
-
-def int8_groups_product(
-    x: Tensor, weight: Int8Groups, up: Int8Groups | None, bias: Tensor | None, residual: Tensor | None
+def product(
+    name: str, x: Tensor, weight: Packed, up: Packed | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """As `int8_product`, for up to 16 rows."""
-    return _grouped_product("linear_int8_groups", x, weight, up, bias, residual)
-
-
-def nf4_product(x: Tensor, weight: NF4, up: NF4 | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """As `int8_product`."""
-    out = x.new_empty(x.shape[0], weight[0].shape[0])
+    """x W^T + bias + residual, or silu(x W^T) * (x U^T) with `up`, by the native function `name` of a format with
+    float32 scales. Reads the weights once for up to 16 rows."""
+    out = x.new_empty(x.shape[0], weight.codes.shape[0])
     call(
-        "linear_nf4",
+        name,
         x,
-        weight[0],
-        widened(weight[1]),
-        up and up[0],
-        up and widened(up[1]),
+        weight.codes,
+        widened(weight.scales).contiguous(),
+        up and up.codes,
+        up and widened(up.scales).contiguous(),
         *_epilogue(bias, residual),
         out,
         *out.shape,
@@ -151,60 +83,11 @@ def nf4_product(x: Tensor, weight: NF4, up: NF4 | None, bias: Tensor | None, res
     return out
 
 
-def unpack_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """scales * weight, [out, in] in `dtype`, rounded once."""
-    out = torch.empty(weight.shape, dtype=dtype)
-    call("unpack_int8", weight, scales.float(), out, *weight.shape, dtype)
-    return out
-
-
-def unpack_int4(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """scales * (codes - zeros), [out, in] in `dtype`, rounded once."""
-    columns, inner = len(packed), 2 * packed.shape[1]
-    out = torch.empty(columns, inner, dtype=dtype)
-    call("unpack_int4", packed, scales, zeros, out, columns, inner, inner // scales.shape[1], scales.dtype, dtype)
-    return out
-
-
-def unpack_int3(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """scales * (codes - 8), [out, in] in `dtype`, rounded once, for codes 0, 2 .. 14."""
-    columns, inner = len(packed), packed.shape[1] // 3 * 8
-    out = torch.empty(columns, inner, dtype=dtype)
-    call("unpack_int3", packed, scales, None, out, columns, inner, inner // scales.shape[1], scales.dtype, dtype)
-    return out
-
-
-def unpack_int8_groups(codes: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """scales * (codes - zeros), [out, in] in `dtype`, rounded once."""
-    columns, inner = codes.shape
-    out = torch.empty(columns, inner, dtype=dtype)
-    group = inner // scales.shape[1]
-    call("unpack_int8_groups", codes, scales, zeros, out, columns, inner, group, scales.dtype, dtype)
-    return out
-
-
-def unpack_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """scales * levels, [out, in] in `dtype`, rounded once."""
-    columns, inner = codes.shape[0], 2 * codes.shape[1]
-    out = torch.empty(columns, inner, dtype=dtype)
-    call("unpack_nf4", codes, scales.float(), out, columns, inner, dtype)
-    return out
-
-
-def _epilogue(bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return None if bias is None else widened(bias), None if residual is None else residual.contiguous()
-
-
-def _grouped_product(
-    name: str,
-    x: Tensor,
-    weight: Int4 | Int8Groups,
-    up: Int4 | Int8Groups | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
+def grouped_product(
+    name: str, x: Tensor, weight: Packed, up: Packed | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    columns, inner, groups = weight[0].shape[0], x.shape[1], weight[1].shape[1]
-    out = x.new_empty(x.shape[0], columns)
+    """As `product`, of a format whose scales have groups and any floating dtype."""
+    out = x.new_empty(x.shape[0], weight.codes.shape[0])
     call(
         name,
         x,
@@ -212,11 +95,29 @@ def _grouped_product(
         *(up or (None, None, None)),
         *_epilogue(bias, residual),
         out,
-        x.shape[0],
-        columns,
-        inner,
-        inner // groups,
-        weight[1].dtype,
+        *out.shape,
+        x.shape[1],
+        x.shape[1] // weight.scales.shape[1],
+        weight.scales.dtype,
         x.dtype,
     )
     return out
+
+
+def unpack(name: str, weight: Packed, inner: int, dtype: torch.dtype) -> Tensor:
+    """The weight [out, inner] in `dtype`, rounded once, by the native function `name` of a format with float32
+    scales."""
+    out = torch.empty(len(weight.codes), inner, dtype=dtype)
+    call(name, weight.codes, weight.scales.float().contiguous(), out, *out.shape, dtype)
+    return out
+
+
+def unpack_groups(name: str, weight: Packed, inner: int, dtype: torch.dtype) -> Tensor:
+    """As `unpack`, of a format whose scales have groups and any floating dtype."""
+    out = torch.empty(len(weight.codes), inner, dtype=dtype)
+    call(name, *weight, out, *out.shape, inner // weight.scales.shape[1], weight.scales.dtype, dtype)
+    return out
+
+
+def _epilogue(bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return None if bias is None else widened(bias), None if residual is None else residual.contiguous()

@@ -22,10 +22,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ...kernels.packed_weight import Packed
 from ...quant.calibrate import Calibration, InputStatistics, LayerReport, quantize_stage
 from ...quant.convert import INDEX_FILE, CheckpointWriter, shard_name
 from ...quant.recipe import Recipe
-from ...quant.scheme import Packed, Scheme, Stored
+from ...quant.scheme import Scheme, Stored
 from ..engine.layerwise import HiddenStates, PlacedPrompt, Stage, Stem, Window, decoder_inputs, stages
 from ..errors import CheckpointError
 from ..files import output_file, read_json_object

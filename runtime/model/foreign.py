@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from ...kernels.packed_weight import Packed
 from ...quant.fp8_importer import Fp8Format, foreign_format
 from ...quant.importers import ImportFormatError
 from ...quant.recipe import Recipe
-from ...quant.scheme import Fp8, Int4, Packed, Scheme
+from ...quant.scheme import Fp8, Int4, Scheme
 from ..checkpoint_folder import MODELOPT_FILE, CheckpointFolder
 from ..errors import CheckpointError, ConfigError
 from .checkpoint import Checkpoint, weight_tensors

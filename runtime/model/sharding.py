@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...kernels.linear_int8 import INPUT_MULTIPLE
 from ...kernels.norm import add_rms_norm
 from ...quant.linear import Embedding, Linear
 from ...quant.scheme import PARTS, SchemeError
@@ -28,7 +29,6 @@ from .group import Group
 from .quantized import expected_tensors
 
 _MOST_RANKS = 64
-_EIGHT_BIT_INPUTS = 16  # products with one scale per channel take inputs in multiples of this
 
 
 def shard_config(config: ModelConfig, size: int) -> ModelConfig:
@@ -156,7 +156,7 @@ class RowParallel(Linear):
         """See `Linear`. If inputs are rounded with one scale per row, an extra input with weight zero holds the largest
         input of all ranks, so that every rank rounds with the same scale."""
         if self._rounds_rows:
-            self.register_buffer("weight_codes", F.pad(self.packed.codes, (0, _EIGHT_BIT_INPUTS)))
+            self.register_buffer("weight_codes", F.pad(self.packed.codes, (0, INPUT_MULTIPLE)))
         super().prepare(dtype)
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None, up: Linear | None = None) -> Tensor:
@@ -165,7 +165,7 @@ class RowParallel(Linear):
         assert up is None
         if self._rounds_rows:
             largest = self._group.maximum(x.abs().amax(-1, keepdim=True))
-            x = torch.cat([x, largest, x.new_zeros(*x.shape[:-1], _EIGHT_BIT_INPUTS - 1)], -1)
+            x = torch.cat([x, largest, x.new_zeros(*x.shape[:-1], INPUT_MULTIPLE - 1)], -1)
         return self._group.all_reduce(self._product(x, None))
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:

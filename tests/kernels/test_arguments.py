@@ -1,6 +1,7 @@
 """Public operations refuse tensors of a dtype that they do not take, and tensors of several devices."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from afnext.kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
 from afnext.kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
 from afnext.kernels.log_mel import log_mel
 from afnext.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from afnext.kernels.packed_weight import Packed
 from afnext.kernels.quantize_rows import quantize_rows
 from afnext.kernels.rotary import Rotation, rotary
 from afnext.kernels.rote import pool_norm_rotate
@@ -41,53 +43,51 @@ def rotary_of(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
     return rotary(x, Rotation(positions, frequencies))
 
 
-def linear_norm_of(**tensors: Tensor) -> tuple[Tensor, Tensor]:
-    return linear_norm("linear_int4", **tensors)
+def with_packed(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
+    """`function` with its packed weights `names` as their tensors: weight_codes, weight_scales."""
+
+    def call(**tensors: Tensor) -> Any:
+        packed = {name: Packed(*(tensors.pop(f"{name}_{part}", None) for part in Packed._fields)) for name in names}
+        return function(**packed, **tensors)
+
+    return call
 
 
 def kv_write_of(positions: Tensor, frequencies: Tensor, **tensors: Tensor) -> Tensor:
     return kv_write(rotation=Rotation(positions, frequencies), **tensors)
 
 
-def nf4_or_int8(pair: bool, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
-    if pair:
-        return {"x": ones(2, 64), "gate": codes, "gate_scales": scales, "up": codes, "up_scales": scales}
-    return {"x": ones(2, 64), "weight": codes, "scales": scales, "bias": ones(3), "residual": ones(2, 3)}
+PRODUCTS = (
+    (linear_int8, linear_int8_swiglu),
+    (linear_w8a8, linear_w8a8_swiglu),
+    (linear_fp8, linear_fp8_swiglu),
+    (linear_int8_groups, linear_int8_groups_swiglu),
+    (linear_int4, linear_int4_swiglu),
+    (linear_w4a8, linear_w4a8_swiglu),
+    (linear_int3, linear_int3_swiglu),
+    (linear_nf4, linear_nf4_swiglu),
+)
+PACKED = {
+    "int8": Packed(zeros(3, 128, dtype=I8), ones(3)),
+    "w8a8": Packed(zeros(3, 128, dtype=I8), ones(3)),
+    "fp8": Packed(zeros(3, 128, dtype=torch.float8_e4m3fn), ones(3)),
+    "int8_groups": Packed(zeros(3, 128, dtype=I8), ones(3, 4), ones(3, 4)),
+    "int4": Packed(zeros(3, 64, dtype=U8), ones(3, 4), ones(3, 4)),
+    "w4a8": Packed(zeros(3, 64, dtype=U8), ones(3, 4), ones(3, 4)),
+    "int3": Packed(zeros(3, 48, dtype=U8), ones(3, 2)),
+    "nf4": Packed(zeros(3, 64, dtype=U8), ones(3, 2)),
+}
 
 
-def int4(pair: bool) -> dict[str, Tensor]:
-    codes, scales = zeros(3, 32, dtype=U8), ones(3, 2)
-    if pair:
-        weights = {"gate": codes, "gate_scales": scales, "up": codes, "up_scales": scales}
-        return {"x": ones(2, 64), **weights, "gate_zeros": scales, "up_zeros": scales}
-    rest = {"bias": ones(3), "residual": ones(2, 3)}
-    return {"x": ones(2, 64), "packed": codes, "scales": scales, "zeros": scales, **rest}
-
-
-def int3(pair: bool) -> dict[str, Tensor]:
-    codes, scales = zeros(3, 48, dtype=U8), ones(3, 2)
-    if pair:
-        return {"x": ones(2, 128), "gate": codes, "gate_scales": scales, "up": codes, "up_scales": scales}
-    return {"x": ones(2, 128), "packed": codes, "scales": scales, "bias": ones(3), "residual": ones(2, 3)}
-
-
-def int8_groups(pair: bool) -> dict[str, Tensor]:
-    codes = zeros(3, 64, dtype=I8)
-    names = {"gate": codes, "up": codes} if pair else {"codes": codes}
-    return {name: tensor for name, tensor in int4(pair).items() if name not in ("packed", "gate", "up")} | names
-
-
-def int8(pair: bool) -> dict[str, Tensor]:
-    return nf4_or_int8(pair, zeros(3, 64, dtype=I8), ones(3))
-
-
-def fp8(pair: bool) -> dict[str, Tensor]:
-    return nf4_or_int8(pair, zeros(3, 64, dtype=torch.float8_e4m3fn), ones(3))
-
-
-def nf4(pair: bool) -> dict[str, Tensor]:
-    tensors = nf4_or_int8(pair, zeros(3, 32, dtype=U8), ones(3, 1))
-    return {"codes" if name == "weight" else name: tensor for name, tensor in tensors.items()}
+def products() -> dict[str, tuple[Callable[..., Any], dict[str, Tensor]]]:
+    """Calls of the products with packed weights, alone and as pairs."""
+    calls: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {}
+    for function, pair in PRODUCTS:
+        weight = PACKED[function.__name__.removeprefix("linear_")]
+        x, rest = {"x": ones(2, 128)}, {"bias": ones(3), "residual": ones(2, 3)}
+        calls[function.__name__] = with_packed(function, "weight"), x | weight.named() | rest
+        calls[pair.__name__] = with_packed(pair, "gate", "up"), x | weight.named("gate") | weight.named("up")
+    return calls
 
 
 PAGES = {
@@ -124,32 +124,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
     "linear": (linear, {"x": ones(2, 8), "weight": ones(3, 8), "bias": ones(3)}),
     "linear_swiglu": (linear_swiglu, {"x": ones(2, 8), "gate": ones(3, 8), "up": ones(3, 8)}),
     "linear_norm": (
-        linear_norm_of,
-        {
-            "x": ones(2, 64),
-            "codes": zeros(3, 32, dtype=U8),
-            "scales": ones(3, 2),
-            "zeros": ones(3, 2),
-            "residual": ones(2, 3),
-            "norm": ones(3),
-        },
+        with_packed(partial(linear_norm, "linear_int4"), "weight"),
+        {"x": ones(2, 128), **PACKED["int4"].named(), "residual": ones(2, 3), "norm": ones(3)},
     ),
-    "linear_int8": (linear_int8, int8(False)),
-    "linear_int8_swiglu": (linear_int8_swiglu, int8(True)),
-    "linear_w8a8": (linear_w8a8, int8(False)),
-    "linear_w8a8_swiglu": (linear_w8a8_swiglu, int8(True)),
-    "linear_fp8": (linear_fp8, fp8(False)),
-    "linear_fp8_swiglu": (linear_fp8_swiglu, fp8(True)),
-    "linear_int4": (linear_int4, int4(False)),
-    "linear_int4_swiglu": (linear_int4_swiglu, int4(True)),
-    "linear_int3": (linear_int3, int3(False)),
-    "linear_int3_swiglu": (linear_int3_swiglu, int3(True)),
-    "linear_w4a8": (linear_w4a8, int4(False)),
-    "linear_w4a8_swiglu": (linear_w4a8_swiglu, int4(True)),
-    "linear_int8_groups": (linear_int8_groups, int8_groups(False)),
-    "linear_int8_groups_swiglu": (linear_int8_groups_swiglu, int8_groups(True)),
-    "linear_nf4": (linear_nf4, nf4(False)),
-    "linear_nf4_swiglu": (linear_nf4_swiglu, nf4(True)),
+    **products(),
     "log_mel": (log_mel, {"waveforms": ones(1, 1600)}),
     "layer_norm": (layer_norm, {name: NORM[name] for name in ("x", "weight", "bias")}),
     "rms_norm": (rms_norm, {name: NORM[name] for name in ("x", "weight")}),

@@ -6,17 +6,17 @@ import pytest
 import torch
 from support.accuracy import poisoned
 from support.fake_cuda import FakeCuda
-from torch import Tensor
 
 pytest.importorskip("triton")
 
 from afnext.kernels import counters
 from afnext.kernels.counters import counters_of
 from afnext.kernels.linear_int4 import linear_int4
+from afnext.kernels.packed_weight import Packed
 
 
-def weight() -> tuple[Tensor, Tensor]:
-    return torch.randint(0, 256, (96, 512), dtype=torch.uint8), torch.rand(96, 16).half() / 256
+def weight() -> Packed:
+    return Packed(torch.randint(0, 256, (96, 512), dtype=torch.uint8), torch.rand(96, 16).half() / 256)
 
 
 def test_counters_are_those_of_one_tensor_and_go_with_it(seed: int) -> None:
@@ -25,10 +25,10 @@ def test_counters_are_those_of_one_tensor_and_go_with_it(seed: int) -> None:
     before = len(counters._counters)
     with poisoned("triton"):
         for _ in range(2):
-            linear_int4(x, *first)
-            linear_int4(x, *second)
+            linear_int4(x, first)
+            linear_int4(x, second)
     assert len(counters._counters) == before + 2
-    assert counters_of(first[0], 1).data_ptr() != counters_of(second[0], 1).data_ptr()
+    assert counters_of(first.codes, 1).data_ptr() != counters_of(second.codes, 1).data_ptr()
     del first
     gc.collect()
     assert len(counters._counters) == before + 1

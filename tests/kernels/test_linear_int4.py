@@ -12,6 +12,7 @@ from afnext.bench.ops.guarded import guarded
 from afnext.kernels import linear_int4 as module
 from afnext.kernels.linear_int4 import linear_int4, linear_int4_swiglu, prepare_int4
 from afnext.kernels.packed_product import FEW_CPU_ROWS
+from afnext.kernels.packed_weight import Packed
 
 # rows, in, out, group
 SHAPES = [
@@ -23,8 +24,6 @@ SHAPES = [
     (70, 96, 131, 32),
 ]
 
-Packed = tuple[Tensor, Tensor, Tensor | None]
-
 
 def weights(
     columns: int, inner: int, group: int, with_zeros: bool, device: torch.device, dtype: torch.dtype = torch.float16
@@ -32,7 +31,7 @@ def weights(
     packed = torch.randint(0, 256, (columns, inner // 2), dtype=torch.uint8).to(device)
     scales = (torch.rand(columns, inner // group) / 8 / inner**0.5).to(device, dtype)
     zeros = torch.randint(0, 16, scales.shape).to(device, dtype) if with_zeros else None
-    return packed, scales, zeros
+    return Packed(packed, scales, zeros)
 
 
 def dense(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -57,7 +56,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_zeros", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", backends(module._linear))
+@pytest.mark.parametrize("backend", backends(module.INT4.single))
 def test_accuracy(
     backend: str,
     shape: tuple[int, int, int, int],
@@ -70,8 +69,8 @@ def test_accuracy(
     x = torch.randn(rows, inner).to(device, dtype)
     weight = weights(columns, inner, group, with_zeros, device)
     with poisoned(backend):
-        actual = linear_int4(x, *weight)
-    assert_accurate(actual, exactly(linear_int4, x, *weight), product(x, dense(*weight, dtype)))
+        actual = linear_int4(x, weight)
+    assert_accurate(actual, exactly(linear_int4, x, weight), product(x, dense(*weight, dtype)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,10 +84,10 @@ def test_accuracy_of_prepared_weights(
     weight = weights(columns, inner, group, with_zeros, x.device)
     bias = torch.randn(columns).to(dtype)
     with poisoned("torch"):
-        prepare_int4(*weight, dtype)
-        assert weight[0] in module._copies
-        actual = linear_int4(x, *weight, bias)
-    exact = exactly(linear_int4, x, *weight, bias)
+        prepare_int4(weight, dtype)
+        assert weight.codes in module._copies
+        actual = linear_int4(x, weight, bias)
+    exact = exactly(linear_int4, x, weight, bias)
     assert_accurate(actual, exact, product(x, dense(*weight, dtype)) + bias)
 
 
@@ -96,7 +95,7 @@ def test_a_prepared_copy_goes_with_its_weight(seed: int) -> None:
     before = len(module._copies)
     weight = weights(32, 64, 32, False, torch.device("cpu"))
     with poisoned("torch"):
-        prepare_int4(*weight, torch.float32)
+        prepare_int4(weight, torch.float32)
         assert len(module._copies) == before + 1
         del weight
     assert len(module._copies) == before
@@ -105,17 +104,17 @@ def test_a_prepared_copy_goes_with_its_weight(seed: int) -> None:
 def test_what_needs_no_copy_gets_none(seed: int) -> None:
     weight = weights(37, 64, 32, False, torch.device("cpu"))
     with poisoned("torch"):
-        prepare_int4(*weight, torch.float32)  # torch's kernel takes channels in multiples of 16
-    assert weight[0] not in module._copies
+        prepare_int4(weight, torch.float32)  # torch's kernel takes channels in multiples of 16
+    assert weight.codes not in module._copies
     with poisoned("reference"):
         other = weights(32, 64, 32, False, torch.device("cpu"))
-        prepare_int4(*other, torch.float32)
-    assert other[0] not in module._copies
+        prepare_int4(other, torch.float32)
+    assert other.codes not in module._copies
 
 
 @pytest.mark.parametrize("rows", [5, 70])
 @pytest.mark.parametrize("scale_dtype", DTYPES)
-@pytest.mark.parametrize("backend", backends(module._linear))
+@pytest.mark.parametrize("backend", backends(module.INT4.single))
 def test_bias_residual_and_fractional_zeros(
     backend: str, scale_dtype: torch.dtype, rows: int, seed: int, device: torch.device
 ) -> None:
@@ -124,15 +123,15 @@ def test_bias_residual_and_fractional_zeros(
     zeros = zeros + 0.375
     bias, residual = torch.randn(43).to(device, x.dtype), torch.randn(1, rows, 43).to(device, x.dtype)
     with poisoned(backend):
-        actual = linear_int4(x, packed, scales, zeros, bias, residual)
-    exact = exactly(linear_int4, x, packed, scales, zeros, bias, residual)
+        actual = linear_int4(x, Packed(packed, scales, zeros), bias, residual)
+    exact = exactly(linear_int4, x, Packed(packed, scales, zeros), bias, residual)
     assert_accurate(actual, exact, F.linear(x, dense(packed, scales, zeros, x.dtype), bias) + residual)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_zeros", [False, True])
 @pytest.mark.parametrize("shape", [(1, 512, 48, 128), (9, 64, 37, 32), (66, 128, 129, 64)])
-@pytest.mark.parametrize("backend", backends(module._swiglu))
+@pytest.mark.parametrize("backend", backends(module.INT4.pair))
 def test_swiglu_accuracy(
     backend: str,
     shape: tuple[int, int, int, int],
@@ -144,35 +143,34 @@ def test_swiglu_accuracy(
     rows, inner, columns, group = shape
     x = (3 * torch.randn(rows, inner)).to(device, dtype)
     gate, up = (weights(columns, inner, group, with_zeros, device) for _ in range(2))
-    arguments = (x, *gate[:2], *up[:2], gate[2], up[2])
     with poisoned(backend):
-        actual = linear_int4_swiglu(*arguments)
+        actual = linear_int4_swiglu(x, gate, up)
     plain = F.silu(product(x, dense(*gate, dtype))) * product(x, dense(*up, dtype))
-    assert_accurate(actual, exactly(linear_int4_swiglu, *arguments), plain)
+    assert_accurate(actual, exactly(linear_int4_swiglu, x, gate, up), plain)
 
 
 def test_reference_is_the_dense_product(seed: int) -> None:
     x = torch.randn(3, 64, dtype=torch.float64)
     weight = weights(5, 64, 32, True, x.device, torch.float32)
-    torch.testing.assert_close(exactly(linear_int4, x, *weight), x @ dense(*weight, torch.float64).T)
+    torch.testing.assert_close(exactly(linear_int4, x, weight), x @ dense(*weight, torch.float64).T)
 
 
-@pytest.mark.parametrize("backend", backends(module._linear, module._swiglu))
+@pytest.mark.parametrize("backend", backends(module.INT4.single, module.INT4.pair))
 def test_strided_and_empty_inputs(backend: str, seed: int, device: torch.device) -> None:
     packed, scales, _ = weights(20, 64, 32, False, device)
     x, residual = torch.randn(5, 2, 128).to(device)[..., :64], torch.randn(20, 2, 5).to(device).permute(2, 1, 0)
     empty = torch.empty(0, 64, device=device)
     with poisoned(backend):
-        expected = linear_int4(x.contiguous(), packed, scales, residual=residual.contiguous())
-        assert torch.equal(linear_int4(x, packed, scales, residual=residual), expected)
-        assert linear_int4(empty, packed, scales).shape == (0, 20)
-        assert linear_int4_swiglu(empty, packed, scales, packed, scales).shape == (0, 20)
+        expected = linear_int4(x.contiguous(), Packed(packed, scales), residual=residual.contiguous())
+        assert torch.equal(linear_int4(x, Packed(packed, scales), residual=residual), expected)
+        assert linear_int4(empty, Packed(packed, scales)).shape == (0, 20)
+        assert linear_int4_swiglu(empty, Packed(packed, scales), Packed(packed, scales)).shape == (0, 20)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("rows", [1, 7, 19, 50])
-@pytest.mark.parametrize("backend", native_backends(module._linear, module._swiglu))
+@pytest.mark.parametrize("backend", native_backends(module.INT4.single, module.INT4.pair))
 def test_native_stays_within_its_memory(
     backend: str, rows: int, group: int, threads: int, seed: int, restored_threads: None
 ) -> None:
@@ -186,19 +184,19 @@ def test_native_stays_within_its_memory(
     x, bias, residual = torch.randn(rows, inner).bfloat16(), torch.randn(53), torch.randn(rows, 53).bfloat16()
     torch.set_num_threads(1)
     with poisoned(backend):
-        expected = linear_int4(x, packed, scales, zeros, bias, residual)
-        pair = linear_int4_swiglu(x, packed, scales, packed, scales, zeros, zeros)
+        expected = linear_int4(x, Packed(packed, scales, zeros), bias, residual)
+        pair = linear_int4_swiglu(x, Packed(packed, scales, zeros), Packed(packed, scales, zeros))
     torch.set_num_threads(threads)
     x, packed, scales, zeros, bias, residual = map(guarded, (x, packed, scales, zeros, bias, residual))
     with poisoned(backend):
-        torch.testing.assert_close(linear_int4(x, packed, scales, zeros, bias, residual), expected, **tolerance)
+        torch.testing.assert_close(linear_int4(x, Packed(packed, scales, zeros), bias, residual), expected, **tolerance)
         torch.testing.assert_close(
-            linear_int4_swiglu(x, packed, scales, packed, scales, zeros, zeros), pair, **tolerance
+            linear_int4_swiglu(x, Packed(packed, scales, zeros), Packed(packed, scales, zeros)), pair, **tolerance
         )
 
 
 @pytest.mark.parametrize("rows", [2, 40])
-@pytest.mark.parametrize("backend", native_backends(module._linear))
+@pytest.mark.parametrize("backend", native_backends(module.INT4.single))
 def test_a_few_large_activations_do_not_cost_the_others(backend: str, rows: int, seed: int) -> None:
     """One input in a hundred a thousand times as large, as in language models: other groups keep their precision."""
     x = torch.randn(rows, 1024)
@@ -206,23 +204,23 @@ def test_a_few_large_activations_do_not_cost_the_others(backend: str, rows: int,
     x = x.bfloat16()
     weight = weights(64, 1024, 64, False, x.device)
     with poisoned(backend):
-        actual = linear_int4(x, *weight)
-    assert_accurate(actual, exactly(linear_int4, x, *weight), product(x, dense(*weight, x.dtype)))
+        actual = linear_int4(x, weight)
+    assert_accurate(actual, exactly(linear_int4, x, weight), product(x, dense(*weight, x.dtype)))
 
 
 def test_refusals() -> None:
     x, packed, scales = torch.zeros(2, 128), torch.zeros(5, 64, dtype=torch.uint8), torch.zeros(5, 2)
     cases = [
-        (lambda: linear_int4(x[:, :64], packed, scales), r"\(2, 64\)"),
-        (lambda: linear_int4(x, packed.char(), scales), "uint8"),
-        (lambda: linear_int4(x, packed, scales[:4]), "scales"),
-        (lambda: linear_int4(x, packed, torch.zeros(5, 8)), "group"),
-        (lambda: linear_int4(x, packed, torch.zeros(5, 3)), "group"),
-        (lambda: linear_int4(x, packed, scales, torch.zeros(5, 1)), "zeros"),
-        (lambda: linear_int4(x, packed, scales, bias=torch.zeros(4)), "bias"),
-        (lambda: linear_int4(x, packed, scales, residual=torch.zeros(2, 4)), "residual"),
-        (lambda: linear_int4_swiglu(x, packed, scales, packed, torch.zeros(5, 4)), "one shape"),
-        (lambda: linear_int4_swiglu(x, packed, scales, packed, scales, scales, None), "zeros"),
+        (lambda: linear_int4(x[:, :64], Packed(packed, scales)), r"\(2, 64\)"),
+        (lambda: linear_int4(x, Packed(packed.char(), scales)), "uint8"),
+        (lambda: linear_int4(x, Packed(packed, scales[:4])), "scales"),
+        (lambda: linear_int4(x, Packed(packed, torch.zeros(5, 8))), "group"),
+        (lambda: linear_int4(x, Packed(packed, torch.zeros(5, 3))), "group"),
+        (lambda: linear_int4(x, Packed(packed, scales, torch.zeros(5, 1))), "zeros"),
+        (lambda: linear_int4(x, Packed(packed, scales), bias=torch.zeros(4)), "bias"),
+        (lambda: linear_int4(x, Packed(packed, scales), residual=torch.zeros(2, 4)), "residual"),
+        (lambda: linear_int4_swiglu(x, Packed(packed, scales), Packed(packed, torch.zeros(5, 4))), "one shape"),
+        (lambda: linear_int4_swiglu(x, Packed(packed, scales, scales), Packed(packed, scales)), "zeros"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -266,7 +264,7 @@ def run_ptx(source: str, words: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [registers[f"${i}"] for i in range(4)]
 
 
-@pytest.mark.skipif("triton" not in module._linear.implementations, reason="Triton is not installed")
+@pytest.mark.skipif("triton" not in module.INT4.single.implementations, reason="Triton is not installed")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_instructions_that_the_interpreter_cannot_run(dtype: torch.dtype, seed: int) -> None:
     """The PTX of the kernel for few rows makes each code less 8, in the order of the inputs."""
@@ -278,12 +276,12 @@ def test_the_instructions_that_the_interpreter_cannot_run(dtype: torch.dtype, se
     assert torch.equal(numbers.double(), codes.double() - 8)
 
 
-@pytest.mark.parametrize("backend", backends(module._linear, module._swiglu))
+@pytest.mark.parametrize("backend", backends(module.INT4.single, module.INT4.pair))
 def test_codes_that_begin_within_a_word(backend: str, seed: int, device: torch.device) -> None:
     memory = torch.randint(0, 256, (1 + 48 * 64,), dtype=torch.uint8).to(device)
     packed, scales = memory[1:].view(48, 64), torch.rand(48, 2).bfloat16().to(device)
     x = torch.randn(2, 128).bfloat16().to(device)
     with poisoned(backend):
-        assert torch.equal(linear_int4(x, packed, scales), linear_int4(x, packed.clone(), scales))
-        pair = linear_int4_swiglu(x, packed, scales, packed, scales)
-        assert torch.equal(pair, linear_int4_swiglu(x, packed.clone(), scales, packed.clone(), scales))
+        assert torch.equal(linear_int4(x, Packed(packed, scales)), linear_int4(x, Packed(packed.clone(), scales)))
+        pair = linear_int4_swiglu(x, Packed(packed, scales), Packed(packed, scales))
+        assert torch.equal(pair, linear_int4_swiglu(x, Packed(packed.clone(), scales), Packed(packed.clone(), scales)))

@@ -12,50 +12,50 @@ from afnext.kernels import linear_norm as module
 from afnext.kernels.linear_norm import PRODUCTS, linear_norm
 from afnext.kernels.norm import add_rms_norm
 from afnext.kernels.packed_product import NORMED_ROWS
+from afnext.kernels.packed_weight import Packed
 from afnext.kernels.row_groups import row_invariant
 
 EPS = 1e-5
-Weight = tuple[Tensor, Tensor, Tensor | None]
 
 
-def int8(columns: int, inner: int) -> Weight:
-    return torch.randint(-127, 128, (columns, inner), dtype=torch.int8), torch.rand(columns) / 127 / inner**0.5, None
+def int8(columns: int, inner: int) -> Packed:
+    return Packed(torch.randint(-127, 128, (columns, inner), dtype=torch.int8), torch.rand(columns) / 127 / inner**0.5)
 
 
-def fp8(columns: int, inner: int) -> Weight:
-    return torch.randn(columns, inner).to(torch.float8_e4m3fn), torch.rand(columns) / inner**0.5, None
+def fp8(columns: int, inner: int) -> Packed:
+    return Packed(torch.randn(columns, inner).to(torch.float8_e4m3fn), torch.rand(columns) / inner**0.5)
 
 
-def int8_groups(columns: int, inner: int) -> Weight:
+def int8_groups(columns: int, inner: int) -> Packed:
     scales = torch.rand(columns, inner // 32) / 127 / inner**0.5
-    return torch.randint(-127, 128, (columns, inner), dtype=torch.int8), scales, None
+    return Packed(torch.randint(-127, 128, (columns, inner), dtype=torch.int8), scales)
 
 
-def int4(columns: int, inner: int) -> Weight:
+def int4(columns: int, inner: int) -> Packed:
     scales = torch.rand(columns, inner // 64) / inner**0.5
-    return torch.randint(0, 256, (columns, inner // 2), dtype=torch.uint8), scales, None
+    return Packed(torch.randint(0, 256, (columns, inner // 2), dtype=torch.uint8), scales)
 
 
-def int3(columns: int, inner: int) -> Weight:
+def int3(columns: int, inner: int) -> Packed:
     codes, scales, _ = int4(columns, inner)
-    return codes[:, : inner * 3 // 8].contiguous(), scales, None
+    return Packed(codes[:, : inner * 3 // 8].contiguous(), scales)
 
 
-def int4_with_zeros(columns: int, inner: int) -> Weight:
+def int4_with_zeros(columns: int, inner: int) -> Packed:
     codes, scales, _ = int4(columns, inner)
-    return codes, scales, torch.randint(0, 16, scales.shape).float()
+    return Packed(codes, scales, torch.randint(0, 16, scales.shape).float())
 
 
-WEIGHTS: list[tuple[str, Callable[[int, int], Weight]]] = [
+WEIGHTS: list[tuple[str, Callable[[int, int], Packed]]] = [
     *(("linear_int8", int8), ("linear_w8a8", int8), ("linear_fp8", fp8), ("linear_int8_groups", int8_groups)),
     *(("linear_int4", int4), ("linear_int4", int4_with_zeros), ("linear_w4a8", int4), ("linear_nf4", int4)),
     ("linear_int3", int3),
 ]
 
 
-def on(device: torch.device, weight: Weight) -> Weight:
+def on(device: torch.device, weight: Packed) -> Packed:
     codes, scales, zeros = weight
-    return codes.to(device), scales.to(device), None if zeros is None else zeros.to(device)
+    return Packed(codes.to(device), scales.to(device), None if zeros is None else zeros.to(device))
 
 
 def tensors(
@@ -78,7 +78,7 @@ def test_every_product_is_tested() -> None:
 def test_the_numbers_are_those_of_separate_calls(
     backend: str,
     product: str,
-    weights: Callable[[int, int], Weight],
+    weights: Callable[[int, int], Packed],
     rows: int,
     dtype: torch.dtype,
     seed: int,
@@ -92,10 +92,9 @@ def test_the_numbers_are_those_of_separate_calls(
         x, residual, norm = tensors(rows, inner, 70, dtype, device)
         weight = on(device, weights(70, inner))
         with poisoned(backend):
-            parts = PRODUCTS[product].weight(*weight)
-            expected = add_rms_norm(PRODUCTS[product].linear(x, *parts), residual, norm, EPS)
+            expected = add_rms_norm(PRODUCTS[product].linear(x, weight, None, None), residual, norm, EPS)
             for _ in range(2):
-                normed, hidden = linear_norm(product, x, *weight, residual, norm, EPS)
+                normed, hidden = linear_norm(product, x, weight, residual, norm, EPS)
                 assert torch.equal(hidden, expected[1])
                 assert torch.equal(normed, expected[0])
 
@@ -106,10 +105,10 @@ def test_accuracy(backend: str, dtype: torch.dtype, seed: int, device: torch.dev
     x, residual, norm = tensors(3, 256, 131, dtype, device)
     codes, scales, _ = on(device, int8(131, 256))
     with poisoned(backend):
-        normed, hidden = linear_norm("linear_int8", x[:, None], codes, scales, None, residual[:, None], norm, EPS)
+        normed, hidden = linear_norm("linear_int8", x[:, None], Packed(codes, scales), residual[:, None], norm, EPS)
     product = (x @ codes.to(dtype).T).float() * scales
     plain = residual + product.to(dtype)
-    exact = exactly(linear_norm, "linear_int8", x, codes, scales, None, residual, norm, EPS)
+    exact = exactly(linear_norm, "linear_int8", x, Packed(codes, scales), residual, norm, EPS)
     assert_accurate(hidden[:, 0], exact[1], plain)
     wide = plain.float()
     plain_norm = (wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()).to(dtype) * norm
@@ -124,7 +123,7 @@ def launched(product: str, rows: int, columns: int = 3584) -> list[str]:
     weight = on(torch.device("meta"), dict(WEIGHTS)[product](columns, 128))
     x, residual, norm = tensors(rows, 128, columns, torch.bfloat16, torch.device("meta"))
     with recorded_launches() as recording:
-        linear_norm(product, x, *weight, residual, norm)
+        linear_norm(product, x, weight, residual, norm)
     return [launch.kernel.rpartition(".")[2] for launch in recording.launches]
 
 
@@ -153,7 +152,7 @@ def test_both_sum_a_row_in_one_order_and_the_last_block_reads_past_its_cache() -
     x, residual, norm = tensors(1, 3584, 3584, torch.bfloat16, torch.device("meta"))
     weight = on(torch.device("meta"), int4(3584, 3584))
     with targeting("sm90"), recorded_launches() as recording:
-        linear_norm("linear_int4", x, *weight, residual, norm)
+        linear_norm("linear_int4", x, weight, residual, norm)
         add_rms_norm(x, residual, norm)
     assembly = []
     for launch in recording.launches:
@@ -183,10 +182,10 @@ def test_strided_and_empty_inputs(seed: int, device: torch.device) -> None:
     x, residual, norm = tensors(3, 256, 20, torch.float32, device)
     for name in ("triton",) if "triton" in module._operation.implementations else ("torch",):
         with poisoned(name):
-            expected = linear_norm("linear_int4", x[:, :128].contiguous(), *weight, residual, norm)
+            expected = linear_norm("linear_int4", x[:, :128].contiguous(), weight, residual, norm)
             strided = residual.T.contiguous().T
-            actual = linear_norm("linear_int4", x[:, :128], *weight, strided, norm)
-            none = linear_norm("linear_int4", x[:0, :128], *weight, residual[:0], norm)
+            actual = linear_norm("linear_int4", x[:, :128], weight, strided, norm)
+            none = linear_norm("linear_int4", x[:0, :128], weight, residual[:0], norm)
         assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
         assert none[0].shape == none[1].shape == (0, 20)
 
@@ -203,4 +202,4 @@ def test_refusals() -> None:
     ]
     for product, x, zeros, residual, norm, message in cases:
         with pytest.raises(ValueError, match=message):
-            linear_norm(product, x, codes, scales, zeros, residual, norm)
+            linear_norm(product, x, Packed(codes, scales, zeros), residual, norm)

@@ -16,13 +16,14 @@ from afnext.kernels import packed_product
 from afnext.kernels.configs import targeting
 from afnext.kernels.counters import counters_of
 from afnext.kernels.linear_int4 import config_of, linear_int4, linear_int4_swiglu
+from afnext.kernels.packed_weight import Packed
 
 ROWS, INNER, COLUMNS, GROUP = 3, 1024, 96, 64
 
 
-def weight() -> tuple[Tensor, Tensor]:
+def weight() -> Packed:
     packed = torch.randint(0, 256, (COLUMNS, INNER // 2), dtype=torch.uint8)
-    return packed, (torch.rand(COLUMNS, INNER // GROUP) / 8 / INNER**0.5).half()
+    return Packed(packed, (torch.rand(COLUMNS, INNER // GROUP) / 8 / INNER**0.5).half())
 
 
 def parts_of(x: Tensor) -> list[Tensor]:
@@ -49,17 +50,17 @@ def added_in_order(products: list[Tensor]) -> Tensor:
 def test_partial_sums_are_added_from_the_first_split_to_the_last(seed: int) -> None:
     x, codes, bias, residual = torch.randn(ROWS, INNER), weight(), torch.randn(COLUMNS), torch.randn(ROWS, COLUMNS)
     with poisoned("triton"):
-        expected = added_in_order([linear_int4(part, *codes) for part in parts_of(x)]) + bias + residual
+        expected = added_in_order([linear_int4(part, codes) for part in parts_of(x)]) + bias + residual
         for _ in range(2):  # the second time with the counters that the first one left
-            assert torch.equal(linear_int4(x, *codes, None, bias, residual), expected)
-    assert not counters_of(codes[0], 1).any()
+            assert torch.equal(linear_int4(x, codes, bias, residual), expected)
+    assert not counters_of(codes.codes, 1).any()
 
 
 def test_a_pair_is_added_before_it_is_gated(seed: int) -> None:
     x, gate, up = torch.randn(ROWS, INNER), weight(), weight()
     with poisoned("triton"):
-        sums = [added_in_order([linear_int4(part, *codes) for part in parts_of(x)]) for codes in (gate, up)]
-        actual = linear_int4_swiglu(x, *gate, *up)
+        sums = [added_in_order([linear_int4(part, codes) for part in parts_of(x)]) for codes in (gate, up)]
+        actual = linear_int4_swiglu(x, gate, up)
     torch.testing.assert_close(actual, torch.nn.functional.silu(sums[0]) * sums[1], rtol=1e-6, atol=1e-7)
 
 
@@ -69,7 +70,7 @@ def test_partial_sums_are_written_before_they_are_counted_and_read_after() -> No
     packed = torch.empty(3584, 1792, dtype=torch.uint8, device="meta")
     scales = torch.empty(3584, 56, dtype=torch.bfloat16, device="meta")
     with targeting("sm90"), recorded_launches() as recording:
-        linear_int4(x, packed, scales)
+        linear_int4(x, Packed(packed, scales))
     (launch,) = recording.launches
     kernel = launch.specialization
     source = ASTSource(kernel.kernel, kernel.signature, kernel.constexprs, kernel.attributes)

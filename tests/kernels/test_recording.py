@@ -14,6 +14,7 @@ from afnext.kernels.decode_attention import decode_attention
 from afnext.kernels.linear_int8 import linear_int8
 from afnext.kernels.native.recording import recording
 from afnext.kernels.norm import rms_norm
+from afnext.kernels.packed_weight import Packed
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="the native kernels are not built")
 
@@ -28,11 +29,11 @@ def test_calls_read_what_their_tensors_hold_by_then(seed: int) -> None:
     )
     with recording() as calls:
         normed = rms_norm(x, weight, 1e-6)
-        out = linear_int8(normed.view(3, 64), codes, scales, bias)
+        out = linear_int8(normed.view(3, 64), Packed(codes, scales), bias)
     assert (calls.obstacle, len(calls)) == (None, 2)
     x.copy_(torch.randn(3, 64))
     calls()
-    assert torch.equal(out, linear_int8(rms_norm(x, weight, 1e-6), codes, scales, bias))
+    assert torch.equal(out, linear_int8(rms_norm(x, weight, 1e-6), Packed(codes, scales), bias))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ SCHEMES = (
     "int3-g64",
     "nf4",
 )
-ALL = backends(dense._operation, linear_int4._linear)
+ALL = backends(dense._operation, linear_int4.INT4.single)
 
 
 def layer(scheme: str, inner: int, columns: int, dtype: torch.dtype, device: torch.device, bias: bool) -> Linear:

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from afnext.kernels.packed_weight import Packed
 from afnext.quant.awq import Fold
 from afnext.quant.calibrate import Calibration, InputStatistics, LayerReport, gathering, quantize_stage
 from afnext.quant.linear import Linear
-from afnext.quant.scheme import NF4, Int4, Int8, Packed, Scheme
+from afnext.quant.scheme import NF4, Int4, Int8, Scheme
 
 
 class Block(nn.Module):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from afnext.kernels.packed_weight import Packed
 from afnext.quant import ggml
 from afnext.quant.ggml import FORMATS, dequantized, packed_codes, packed_scales
-from afnext.quant.scheme import Packed
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is what decoders are compared with")
 pytest.importorskip("support.ggml")

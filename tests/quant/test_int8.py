@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afnext.kernels.linear_w8a8 import linear_w8a8
+from afnext.kernels.packed_weight import Packed
 from afnext.quant.int8 import dequantize_int8, quantize_int8
 
 
@@ -85,7 +86,7 @@ def test_the_product_with_int8_inputs_is_that_of_bitsandbytes(seed: int) -> None
     row_codes, largest, _ = functional.int8_vectorwise_quant(x)
     sums = functional.int8_linear_matmul(row_codes, codes)
     theirs = functional.int8_mm_dequant(sums, largest, 127 * scales).float()
-    ours = linear_w8a8(x.float(), codes, scales)
+    ours = linear_w8a8(x.float(), Packed(codes, scales))
     # float16 holds their result; an input next to a tie may have the neighbouring code.
     allowed = 1e-3 * theirs.abs().max() + 128 * scales * largest.max() / 127
     assert ((ours - theirs).abs() <= allowed).all()

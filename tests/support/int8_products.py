@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from afnext.kernels.packed_product import FEW_ROWS
+from afnext.kernels.packed_weight import Packed
 from afnext.kernels.quantize_rows import reference
 
 
-def weights(columns: int, inner: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def weights(columns: int, inner: int, device: torch.device) -> Packed:
     codes = torch.randint(-127, 128, (columns, inner), dtype=torch.int8)
-    return codes.to(device), (torch.rand(columns) / 127 / inner**0.5).to(device)
+    return Packed(codes.to(device), (torch.rand(columns) / 127 / inner**0.5).to(device))
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -23,8 +24,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return y.to(x.dtype)
 
 
-def dense(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return (codes.float() * scales[:, None]).to(dtype)
+def dense(weight: Packed, dtype: torch.dtype) -> Tensor:
+    return (weight.codes.float() * weight.scales[:, None]).to(dtype)
 
 
 def rounds_inputs(backend: str, rows: int) -> bool:

@@ -131,7 +131,7 @@ def test_a_recipe_decides_which_product_a_layer_takes() -> None:
 def test_problems_describe_themselves() -> None:
     problem = next(p for p in problems() if p.operation == "linear_int4_swiglu" and p.shape["rows"] == 8)
     described = problem.to_dict()
-    assert described["inputs"]["gate"] == "uint8[18944, 1792]"
+    assert described["inputs"]["gate"] == "Packed(codes uint8[18944, 1792], scales bfloat16[18944, 56])"
     assert described["flops"] == problem.work.flops > 0
     packed = 2 * 18_944 * (3584 // 2 + 2 * 3584 // 64)
     assert described["bytes"] == pytest.approx(packed + 2 * 8 * (3584 + 18_944))

@@ -9,9 +9,10 @@ import pytest
 import torch
 from support.ranks import thread_groups
 
+from afnext.kernels.packed_weight import Packed
 from afnext.quant.linear import Embedding, Linear
 from afnext.quant.recipe import recipe
-from afnext.quant.scheme import Packed, SchemeError, parse_scheme
+from afnext.quant.scheme import SchemeError, parse_scheme
 from afnext.runtime.errors import ConfigError, GroupError
 from afnext.runtime.model.checkpoint import load_weights
 from afnext.runtime.model.group import Group

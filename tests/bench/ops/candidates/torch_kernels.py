@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from afnext.kernels.packed_weight import Packed
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     wide = x.float()
@@ -135,31 +137,31 @@ def decode_attention_slow(
     return decode_attention(q, k, v, key_lengths, page_table, **scales)
 
 
-def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = x.float() @ weight.float().T * scales
+def linear_int8(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    y = x.float() @ weight.codes.float().T * weight.scales
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def linear_int8_slow(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_int8_slow(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     time.sleep(0.05)
-    return linear_int8(x, weight, scales, bias)
+    return linear_int8(x, weight, bias)
 
 
-def linear_int8_inexact(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _near(linear_int8(x, weight, scales, bias), 3)
+def linear_int8_inexact(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    return _near(linear_int8(x, weight, bias), 3)
 
 
-def linear_int8_out_of_bounds(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    _read_beyond(weight)
-    return linear_int8(x, weight, scales, bias)
+def linear_int8_out_of_bounds(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    _read_beyond(weight.codes)
+    return linear_int8(x, weight, bias)
 
 
-def linear_int8_without_bias(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    return linear_int8(x, weight, scales)
+def linear_int8_without_bias(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    return linear_int8(x, weight)
 
 
-def linear_int8_without_last_row(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    y, out = linear_int8(x, weight, scales, bias), x.new_empty(len(x), len(weight))
+def linear_int8_without_last_row(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    y, out = linear_int8(x, weight, bias), x.new_empty(len(x), len(weight.codes))
     out[: max(1, len(x) - 1)] = y[: max(1, len(x) - 1)]
     return out
 
