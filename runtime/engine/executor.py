@@ -5,12 +5,13 @@ each with a shard of the model and of the cache. The engine alone manages reques
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from ...kernels.compilation import Uncompiled, compile_all
 from ...kernels.device_state import runs_triton
 from ..errors import EngineDeadError
 from ..model.audio_flamingo import AudioFlamingo
@@ -82,6 +83,11 @@ class Executor(ABC):
     @abstractmethod
     def decode(self, tokens: list[list[int]], positions: list[int], pages: list[list[int]]) -> Tensor:
         """Decode the newest tokens of several sequences; see `DecodeStep`."""
+
+    @abstractmethod
+    def compile(self, kernels: Sequence[Uncompiled], progress: Callable[[int, int], None]) -> None:
+        """Compile the kernels that operations collected: `kernels` in this process, and in each other process its own.
+        progress: called with (done, total) kernels of this process."""
 
     @abstractmethod
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
@@ -167,6 +173,10 @@ class LocalExecutor(Executor):
     def decode(self, tokens: list[list[int]], positions: list[int], pages: list[list[int]]) -> Tensor:
         """See `Executor`."""
         return self._steps.step(len(tokens), len(tokens[0]), max(map(len, pages)))(tokens, positions, pages)
+
+    def compile(self, kernels: Sequence[Uncompiled], progress: Callable[[int, int], None]) -> None:
+        """See `Executor`."""
+        compile_all(kernels, progress)
 
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
         """See `Executor`."""

@@ -4,13 +4,14 @@ All ranks fail together: if one raises an exception, ends or does not answer, th
 rank 0 raise EngineDeadError with the cause.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ...kernels.compilation import Uncompiled
 from ..errors import EngineDeadError
 from ..model.group import Group
 from .executor import Executor, LocalExecutor
@@ -102,6 +103,10 @@ class ParallelExecutor(Executor):
     def decode(self, tokens: list[list[int]], positions: list[int], pages: list[list[int]]) -> Tensor:
         """See `Executor`."""
         return self._run(Op.DECODE, [token for row in tokens for token in row], positions, *pages)
+
+    def compile(self, kernels: Sequence[Uncompiled], progress: Callable[[int, int], None]) -> None:
+        """See `Executor`."""
+        self._run(Op.COMPILE, given=(kernels, progress))
 
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
         """See `Executor`."""

@@ -6,15 +6,18 @@ pages), as int64. Tensors follow as broadcasts of the group. Thus all ranks run 
 
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from enum import IntEnum
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels.compilation import Uncompiled, collecting, compile_all, is_collecting
+from ...kernels.cpus import usable_cpus
 from ...kernels.dispatch import BACKENDS, backend, backend_here
 from ...kernels.row_groups import is_row_invariant, row_invariant
 from ..errors import EngineError
@@ -44,6 +47,7 @@ class Op(IntEnum):
     WRITE = 9
     FINGERPRINT = 10
     WARM_UP = 11
+    COMPILE = 12
 
 
 class Rank:
@@ -52,6 +56,7 @@ class Rank:
     def __init__(self, local: LocalExecutor, group: Group):
         self._local = local
         self._group = group
+        self._collected: list[list[Uncompiled]] = []  # not on rank 0, where the rehearsal has them
         self._operations: dict[Op, Callable[..., Any]] = {
             Op.SET_THREADS: self._set_threads,
             Op.RESIZE: self._resize,
@@ -65,6 +70,7 @@ class Rank:
             Op.WRITE: self._write,
             Op.FINGERPRINT: self._fingerprint,
             Op.WARM_UP: self._warm_up,
+            Op.COMPILE: self._compile,
         }
 
     def run(self, op: Op, lists: Lists, given: Any = None) -> Any:
@@ -81,6 +87,8 @@ class Rank:
                     stack.enter_context(backend(BACKENDS[conditions[0]]))
                 if conditions[1]:
                     stack.enter_context(row_invariant())
+                if conditions[2]:
+                    self._collected.append(stack.enter_context(collecting()))
                 self.run(op, lists)
 
     def _set_threads(self, lists: Lists, _: None) -> None:
@@ -160,6 +168,15 @@ class Rank:
     def _warm_up(self, _lists: Lists, progress: Callable[[int, int], None] | None) -> None:
         self._local.warm_up(progress or (lambda done, total: None))
 
+    def _compile(self, _lists: Lists, given: tuple[Sequence[Uncompiled], Callable[[int, int], None]] | None) -> None:
+        """Most kernels are the same on all ranks. Each rank starts with other ones, and loads from Triton's cache on
+        disk what another has compiled."""
+        kernels, progress = given or ([*chain(*self._collected)], lambda done, total: None)
+        self._collected.clear()
+        first = len(kernels) * self._group.rank // self._group.size
+        threads = max(1, usable_cpus().threads // self._group.size)
+        compile_all([*kernels[first:], *kernels[:first]], progress, threads=threads)
+
     def _shared(self, x: Tensor | None, shape: Any, dtype: torch.dtype) -> Tensor:
         """Broadcast rank 0's tensor to every rank."""
         if x is None:
@@ -168,21 +185,22 @@ class Rank:
 
 
 def encoded(op: Op, lists: Lists) -> bytes:
-    """The message of an operation: its kind, its forced backend, and its lists."""
+    """The message of an operation: its kind, its conditions, and its lists."""
     forced = backend_here()
-    head = [op, BACKENDS.index(forced) if forced else -1, is_row_invariant(), len(lists), *map(len, lists)]
+    conditions = [BACKENDS.index(forced) if forced else -1, is_row_invariant(), is_collecting()]
+    head = [op, *conditions, len(lists), *map(len, lists)]
     return np.array([*head, *(number for numbers in lists for number in numbers)], np.int64).tobytes()
 
 
 def decoded(message: bytes) -> tuple[Op, list[int], Lists]:
-    """The operation of a message, its conditions (backend, row invariance), and its lists."""
+    """The operation of a message, its conditions (backend, row invariance, collecting kernels), and its lists."""
     numbers = np.frombuffer(message, np.int64).tolist()
-    lengths = numbers[4 : 4 + numbers[3]]
-    lists, at = [], 4 + numbers[3]
+    lengths = numbers[5 : 5 + numbers[4]]
+    lists, at = [], 5 + numbers[4]
     for length in lengths:
         lists.append(numbers[at : at + length])
         at += length
-    return Op(numbers[0]), numbers[1:3], lists
+    return Op(numbers[0]), numbers[1:4], lists
 
 
 def send(control: socket.socket, message: bytes) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from ...kernels.audio_format import WINDOW_SAMPLES
-from ...kernels.compilation import collecting, compile_all
+from ...kernels.compilation import collecting
 from ...kernels.device_state import runs_triton
 from ...kernels.dispatch import forced_backend
 from ...kernels.row_groups import row_invariant
@@ -42,7 +42,7 @@ def rehearse(
         with collecting() as kernels:
             for work in works:
                 work()
-        compile_all(kernels, partial(progress, "compiling kernels"))
+        executor.compile(kernels, partial(progress, "compiling kernels"))
     for done, work in enumerate(works):
         progress("running kernels", done, len(works))
         work()
@@ -50,9 +50,9 @@ def rehearse(
 
 
 def _compiles_ahead(executor: Executor) -> bool:
-    """Whether the work launches kernels that Triton compiles, in this process only."""
+    """Whether the work launches kernels that Triton compiles."""
     compiled = TRITON_AVAILABLE and os.environ.get("TRITON_INTERPRET") != "1" and forced_backend() in (None, "triton")
-    return compiled and runs_triton(executor.model.device) and executor.size == 1
+    return compiled and runs_triton(executor.model.device)
 
 
 def _works(executor: Executor, options: EngineOptions, pages: list[int]) -> Iterator[Callable[[], object]]:

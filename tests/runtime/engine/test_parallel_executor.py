@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.fake_cuda import FakeCuda
 from support.ranks import CPU, add_in_parts, thread_ranks
 
 from afnext.kernels import native
+from afnext.kernels.compilation import collecting
+from afnext.kernels.sampling import greedy
 from afnext.quant.recipe import recipe
 from afnext.runtime.engine import decode_runner
 from afnext.runtime.engine.engine import Engine
@@ -249,6 +253,27 @@ def test_an_error_of_a_rank_ends_the_engine(tiny: Path, monkeypatch: pytest.Monk
             engine.submit(asked[0])
 
 
+def test_every_rank_compiles_the_kernels_that_were_collected(
+    tiny: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One operation of two ranks stands for all; its kernels run on a GPU that is not there."""
+
+    def embed(executor: LocalExecutor, tokens: torch.Tensor) -> None:
+        with cuda.in_this_thread():
+            greedy(torch.zeros(3, 5000, device=f"cuda:{int(threading.current_thread() is not main)}"))
+
+    main, reports = threading.current_thread(), []
+    monkeypatch.setattr(LocalExecutor, "embed", embed)
+    with thread_ranks(tiny, 2, OPTIONS) as executor:
+        with collecting() as kernels:
+            executor.embed(torch.zeros(1, dtype=torch.int64))
+        executor.compile(kernels, lambda *report: reports.append(report))
+        executor.embed(torch.zeros(1, dtype=torch.int64))
+    assert reports == [(0, 2), (1, 2), (2, 2)]
+    assert len(cuda.compiled) == 4
+    assert sorted(launch.device for launch in cuda.launches) == [0, 0, 1, 1]
+
+
 @pytest.mark.parametrize("unread", [b"", b"a message that nobody has read"])
 def test_an_end_that_is_closed_is_no_message(unread: bytes) -> None:
     """Also one that resets the connection, as a process does that is killed before it has read everything."""
@@ -261,4 +286,6 @@ def test_an_end_that_is_closed_is_no_message(unread: bytes) -> None:
 
 def test_messages_are_lists_of_integers() -> None:
     lists = [[1, -5, 2**40], [], [7]]
-    assert decoded(encoded(Op.DECODE, lists)) == (Op.DECODE, [-1, 0], lists)
+    assert decoded(encoded(Op.DECODE, lists)) == (Op.DECODE, [-1, 0, 0], lists)
+    with collecting():
+        assert decoded(encoded(Op.DECODE, lists)) == (Op.DECODE, [-1, 0, 1], lists)

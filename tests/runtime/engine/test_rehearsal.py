@@ -12,7 +12,7 @@ import afnext
 from afnext.bench.core.random_checkpoint import write_random_checkpoint
 from afnext.kernels import autotune, configs
 from afnext.kernels.compilation import Uncompiled
-from afnext.runtime.engine import rehearsal
+from afnext.runtime.engine import executor
 from afnext.runtime.engine.engine import Engine
 
 REHEARSE = Engine.rehearse
@@ -67,7 +67,7 @@ def test_requests_compile_nothing_that_loading_has_not(
 def test_kernels_are_compiled_before_any_is_launched(
     folder: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    compile_all, collected = rehearsal.compile_all, []
+    compile_all, collected = executor.compile_all, []
 
     def compile_noted(kernels: list[Uncompiled], progress: Callable[[int, int], None]) -> None:
         assert not cuda.compiled
@@ -77,7 +77,7 @@ def test_kernels_are_compiled_before_any_is_launched(
         collected.extend(kernel.name for kernel in kernels)
         assert len(collected) == len(cuda.compiled) == len(set(cuda.compiled))
 
-    monkeypatch.setattr(rehearsal, "compile_all", compile_noted)
+    monkeypatch.setattr(executor, "compile_all", compile_noted)
     with load(folder, **options):
         assert len(cuda.compiled) == len(collected)
         assert {launch.kernel for launch in cuda.launches} == set(collected)
