@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from . import native
 from .arguments import FLOAT32, FLOATING, INT64, check_tensors
 from .dispatch import Operation
+from .native.threads import thread_count
 from .norm import layer_norm_reference, normalize_row, row_blocks
 from .rotary import rope_frequencies
 from .strides import with_unit_stride
@@ -210,7 +211,7 @@ def _native(
         native.check_indices("windows", windows, "a table", len(angles))
     batch, length, channels = x.shape[0], pooled_length(x.shape[1]), x.shape[2]
     out = x.new_empty(batch, length, channels)
-    workspace = torch.empty(torch.get_num_threads(), channels + 16)
+    workspace = torch.empty(thread_count(), channels + 16)
     native.call(
         "pool_norm_rotate",
         x,

@@ -12,6 +12,7 @@ faster.
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ...kernels.contention import Contention
 from ...kernels.errors import AfnextError
 from ...kernels.int4_cache import KeyBias, is_int4, quantize_int4
 from ...kernels.quantize_rows import quantize_rows
@@ -113,6 +115,7 @@ class Afnext:
         )
         self._table = page_table([self._cache.allocate(self._depth + room)], device)
         self._layers = RepeatedCalls(self._decoder) if repeatable(device) else self._decoder
+        self._on_free_cores = Contention().step if device.type == "cpu" else nullcontext
         pools = (self._cache.keys, self._cache.k_scales), (self._cache.values, self._cache.v_scales)
         for held, (codes, scales) in zip((keys, values), pools, strict=True):
             for layer, x in enumerate(held):
@@ -139,7 +142,8 @@ class Afnext:
     @torch.inference_mode()
     def step(self, x: Tensor) -> Tensor:
         """See `Subject`; as the engine does it."""
-        return self._decoder.logits(self._through(self._layers, x)[:, -1])
+        with self._on_free_cores():
+            return self._decoder.logits(self._through(self._layers, x)[:, -1])
 
     def _through(self, layers: Decoder | RepeatedCalls, x: Tensor) -> Tensor:
         positions = torch.arange(self._depth, self._depth + x.shape[1], device=x.device)[None]

@@ -5,7 +5,7 @@ hand). Otherwise `AVAILABLE` is false, no `native` implementation is registered,
 not depend on torch or Python, so one build works with every version of both.
 
 The level is the fastest on this CPU, or the one that AFNEXT_ISA names. OpenMP divides loops among
-`torch.get_num_threads()` threads, which on Linux are torch's own: torch loads libgomp.so.1, these libraries link to the
+`thread_count()` threads, which on Linux are torch's own: torch loads libgomp.so.1, these libraries link to the
 same name, and the loader gives them the copy that is loaded.
 """
 
@@ -24,6 +24,7 @@ from ..errors import BackendError
 from . import build
 from .recording import current
 from .signatures import DTYPES, NUMBER, SIGNATURES, Array
+from .threads import thread_count
 
 _log = logging.getLogger("afnext.kernels")
 _folder = Path(os.environ.get("AFNEXT_NATIVE", Path(__file__).parent))
@@ -137,13 +138,13 @@ def _type(kind: Array | str) -> Any:
 
 
 def call(name: str, *arguments: Tensor | torch.dtype | int | float | None) -> None:
-    """Run `afnext_<name>` of the level in use, on torch's number of threads.
+    """Run `afnext_<name>` of the level in use, on `thread_count` threads.
 
     Tensors are passed as pointers to their first element, None as a null pointer, dtypes as numbers, int and bool as
     int64_t, float as double. Raises ValueError unless dtype, shape, strides and device are as `SIGNATURES` declares.
     """
     function = _function(isa(), name)
-    threads = torch.get_num_threads()
+    threads = thread_count()
     SIGNATURES[name].check(name, arguments, threads)
     # Inlined for speed: a decoded token makes hundreds of calls with a dozen arguments.
     values = [

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..strides import with_unit_stride
 from . import call
 from .recording import current, scratch
+from .threads import thread_count
 
 if TYPE_CHECKING:
     from ..int4_cache import KeyBias
@@ -69,7 +70,7 @@ def attend_natively(
         rows_of_parts = batch * heads * queries * -(-keys // part_keys)
         parts = scratch("parts", rows_of_parts, head_dim)
         sums = scratch("sums", rows_of_parts, 2)
-    workspace = scratch("workspace", torch.get_num_threads(), _workspace_floats(row_block, head_dim))
+    workspace = scratch("workspace", thread_count(), _workspace_floats(row_block, head_dim))
     k_bias, key_cos, key_sin = (None, None, None) if key_bias is None else (key_bias.bias, key_bias.cos, key_bias.sin)
     if key_cos is not None and current() is None and keys > len(key_cos):
         raise ValueError(f"sequences of up to {keys} tokens, and a key_bias with the angles of {len(key_cos)}")

@@ -3,9 +3,9 @@
 With one token per sequence, a decode step with packed weights makes about three hundred calls. Choosing the calls and
 their pointers is the same work at every step, and takes 7 of 150 ms at full size.
 
-A recording repeats the calls with the same pointers and numbers. So changing inputs have to be copied into the same
-tensors, and native calls have to compute everything: an operation of torch other than a view or an allocation would not
-be repeated. `obstacle` names the first such operation.
+A recording repeats the calls with the same pointers and numbers, except that of threads. So changing inputs have to be
+copied into the same tensors, and native calls have to compute everything: an operation of torch other than a view or an
+allocation would not be repeated. `obstacle` names the first such operation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +29,7 @@ class Recording:
         self._calls: list[tuple[Callable[..., None], list[Any]]] = []
         self._kept: list[Any] = []
         self._scratch: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._threads = 0  # the last value of every call
 
     def scratch(self, name: str, *shape: int) -> Tensor:
         """Scratch memory for the duration of a call, shared by all calls with the same name and shape."""
@@ -39,13 +40,18 @@ class Recording:
     def add(self, function: Callable[..., None], values: list[Any], arguments: Sequence[Any]) -> None:
         """Add a call of `function` with `values`, converted from `arguments`. Keeps the tensors of these alive."""
         self._calls.append((function, values))
+        self._threads = values[-1]
         self._kept.append([argument for argument in arguments if isinstance(argument, Tensor)])
 
     def __len__(self) -> int:
         return len(self._calls)
 
-    def __call__(self) -> None:
-        """Repeat all calls."""
+    def __call__(self, threads: int | None = None) -> None:
+        """Repeat all calls. threads: to use from now on, at most as many as were recorded."""
+        if threads is not None and threads != self._threads:
+            self._threads = threads
+            for _, values in self._calls:
+                values[-1] = threads
         for function, values in self._calls:
             function(*values)
 

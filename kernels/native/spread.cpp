@@ -1,11 +1,15 @@
-// Where the OpenMP threads of the calling thread run.
+// Where the OpenMP threads of the calling thread run, and how long they wait for it.
 
 #include <omp.h>
 
 #include "common.h"
 
 #if defined(__linux__)
+#include <fcntl.h>
 #include <sched.h>
+#include <unistd.h>
+
+#include <cstdlib>
 #endif
 
 // Moves each of the threads to one of the sets of CPUs, and lets the system move it again among `allowed`: thread i to
@@ -28,5 +32,26 @@ AFNEXT_EXPORT int64_t afnext_spread_threads(const uint8_t* sets, const uint8_t* 
   return refused;
 #else
   return threads;
+#endif
+}
+
+// Nanoseconds that the threads, all together, were ready to run but had no CPU, since each of them started. -1 if the
+// system does not tell.
+AFNEXT_EXPORT int64_t afnext_time_without_cpu(int64_t threads) {
+#if defined(__linux__)
+  int64_t total = 0, unknown = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total, unknown)
+  {
+    char text[96] = "";  // "time on a CPU, time without, number of turns"
+    const int file = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+    const bool read_all = file >= 0 && read(file, text, sizeof text - 1) > 0;
+    if (file >= 0) close(file);
+    char* rest = text;
+    std::strtoll(text, &rest, 10);
+    read_all ? total += std::strtoll(rest, nullptr, 10) : ++unknown;
+  }
+  return unknown ? -1 : total;
+#else
+  return -1;
 #endif
 }

@@ -8,12 +8,11 @@ import torch
 from rich.table import Table
 
 from ... import kernels
-from ...kernels import autotune, fastest, native
+from ...kernels import autotune, contention, fastest, native, spread
 from ...kernels.attention_libraries import versions
 from ...kernels.cpus import use_default_threads
 from ...kernels.dispatch import operations
 from ...kernels.errors import BackendError
-from ...kernels.spread import reason_against
 
 
 def describe_backends(device: torch.device) -> dict[str, Any]:
@@ -48,11 +47,19 @@ def _timed(device: torch.device) -> dict[str, Any]:
 
 
 def _threads() -> dict[str, Any]:
-    """The number of CPU threads that `load` would use, what it follows from, and whether decode steps spread them."""
+    """The number of CPU threads that `load` would use, what it follows from, whether decode steps spread them, and
+    whether these use fewer while other processes use the cores."""
     reason = use_default_threads()
     threads = torch.get_num_threads()
-    against = reason_against(threads)
-    return {"threads": threads, "threads_reason": reason, "spread": against is None, "spread_reason_against": against}
+    against_spread, against_fewer = spread.reason_against(threads), contention.reason_against(threads)
+    return {
+        "threads": threads,
+        "threads_reason": reason,
+        "spread": against_spread is None,
+        "spread_reason_against": against_spread,
+        "fewer": against_fewer is None,
+        "fewer_reason_against": against_fewer,
+    }
 
 
 def _tried(operation: Any, device: torch.device) -> list[str]:
@@ -69,10 +76,11 @@ def table(description: dict[str, Any]) -> Table:
     rows.add_column()
     rows.add_row("device", description["device"])
     rows.add_row("CPU threads", f"{description['threads']} ({description['threads_reason']})")
-    spread = "at the start of each decode step"
-    if not description["spread"]:
-        spread = f"no: {description['spread_reason_against']}"
-    rows.add_row("  spread over cores", spread)
+    for label, key, when in (
+        ("spread over cores", "spread", "at the start of each decode step"),
+        ("fewer if cores are busy", "fewer", "in decode steps, while that is faster"),
+    ):
+        rows.add_row(f"  {label}", when if description[key] else f"no: {description[f'{key}_reason_against']}")
     built = description["native"]
     rows.add_row(
         "native kernels",

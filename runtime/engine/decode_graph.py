@@ -4,12 +4,16 @@ A step of one token per sequence launches about three hundred small kernels, and
 than they run. So the step reads its inputs from tensors that stay in place: the host writes tokens, positions and pages
 into them, and the device computes slots and key lengths from those. One graph serves any sequences that fit: missing
 rows, tokens and pages are padding, whose keys and values go to the cache's padding page. `graphs` has the rest.
-A step does not wait for the device. The caller does when it reads the chosen tokens.
+A step does not wait for the device. The caller does when it reads the chosen tokens. On a CPU, steps use fewer threads
+while other processes use the cores (`kernels.contention`).
 """
+
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from ...kernels.contention import Contention
 from ..model.audio_flamingo import AudioFlamingo
 from .graphs import GraphMemory, RepeatedWork, capturable
 from .kv_cache import KVCache, page_table
@@ -47,6 +51,7 @@ class DecodeStep:
         self._work = RepeatedWork(f"decoding {rows} sequences a step", model.device, graph_memory)
         repeats = cuda_graph and repeatable(model.device, rows * time)
         self._layers = RepeatedCalls(model.decoder) if repeats else model.decoder
+        self._on_free_cores = Contention().step if model.device.type == "cpu" else nullcontext
 
     @property
     def recorded(self) -> bool:
@@ -61,7 +66,9 @@ class DecodeStep:
         valid until the next call of this step or of one that shares its memory.
         """
         self._set_inputs(tokens, positions, pages)
-        return self._work(self._step)[: len(tokens), : len(tokens[0]) if tokens else 0]
+        with self._on_free_cores():
+            scores = self._work(self._step)
+        return scores[: len(tokens), : len(tokens[0]) if tokens else 0]
 
     def warm_up(self) -> None:
         """Run the step on padding, and record it if possible."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...kernels import native
 from ...kernels.dispatch import forced_backend
 from ...kernels.native.recording import Recording, recording
+from ...kernels.native.threads import limited_threads, thread_count
 from ...kernels.spread import spread
 from ..model.decoder import CacheView, Decoder
 
@@ -27,8 +28,9 @@ the calls between them do not matter, and a recording keeps the results of every
 class RepeatedCalls:
     """Runs the decoder's layers on inputs of one shape, over pools and a page table at fixed addresses.
 
-    Must always be called under the same backend. A recording is used only with the number of threads and the
-    instruction-set level it was made with. Each call starts with one thread on each core (`kernels.spread`).
+    Must always be called under the same backend. A recording is used only with torch's number of threads, or fewer
+    (`kernels.native.threads`), and the instruction-set level it was made with. Each call starts with one thread on each
+    core (`kernels.spread`).
     """
 
     def __init__(self, decoder: Decoder):
@@ -47,11 +49,12 @@ class RepeatedCalls:
         rotation = self._decoder.rotation(positions)
         inputs = [x, cache.slots, cache.key_lengths, *rotation.cos_sin]
         conditions = (torch.get_num_threads(), native.isa())
-        spread(conditions[0])
+        threads = thread_count()
+        spread(threads)
         if self._calls is not None and self._conditions == conditions:
             for kept, new in zip(self._inputs, inputs, strict=True):
                 kept.copy_(new)
-            self._calls()
+            self._calls(threads)
             return self._out
         if self._runs == 1:  # the first run did all checks, logging and one-time preparations
             self._conditions = conditions
@@ -62,7 +65,7 @@ class RepeatedCalls:
         return self._out
 
     def _record(self, inputs: list[Tensor], run: Callable[[], Tensor]) -> None:
-        with recording() as calls:
+        with limited_threads(None), recording() as calls:  # scratch memory for all threads
             self._out = run()
         if calls.obstacle is None:
             self._calls, self._inputs = calls, inputs

@@ -11,6 +11,7 @@ from torch import Tensor
 from afnext import kernels
 from afnext.bench.core.random_checkpoint import write_random_checkpoint
 from afnext.kernels import native
+from afnext.kernels.native.threads import limited_threads
 from afnext.quant.recipe import recipe
 from afnext.runtime.engine.kv_cache import QUANTIZED, KVCache, page_table
 from afnext.runtime.engine.repeated_calls import MOST_TOKENS, RepeatedCalls, repeatable
@@ -83,6 +84,22 @@ def test_another_number_of_threads_goes_the_usual_way(tmp_path: Path, seed: int,
     again = layers(decoder.embed(torch.tensor([[7]])), positions, view())
     assert again.data_ptr() != out[2].data_ptr()
     torch.testing.assert_close(again, out[2])
+
+
+@needs_native
+@torch.inference_mode()
+def test_fewer_threads_repeat_the_same_calls(tmp_path: Path, seed: int, restored_threads: None) -> None:
+    """Also if the calls were recorded while fewer were used: their scratch memory serves all."""
+    model = packed_model(tmp_path, "int8", torch.bfloat16)
+    positions, view = one_sequence(model)
+    layers, x = RepeatedCalls(model.decoder), model.decoder.embed(torch.tensor([[7]]))
+    torch.set_num_threads(4)
+    found = []
+    for most in (1, 2, 1, None, 3):
+        with limited_threads(most):
+            found.append(layers(x.clone(), positions, view()))
+            assert torch.equal(found[-1], model.decoder(x, positions, view()))
+    assert len({out.data_ptr() for out in found[1:]}) == 1
 
 
 @needs_native

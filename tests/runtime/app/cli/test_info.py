@@ -34,6 +34,8 @@ def test_info_tells_what_each_operation_runs_on(
     assert f"{described['threads']} ({described['threads_reason']})" in shown.stdout
     monkeypatch.setenv("OMP_PROC_BIND", "false")
     assert "OMP_PROC_BIND is set" in run("info", "--backend", "--device", "cpu").stdout or not described["native"]
+    monkeypatch.setenv("OMP_DYNAMIC", "false")
+    assert "OMP_DYNAMIC=false is set" in run("info", "--backend", "--device", "cpu").stdout or described["threads"] == 1
     monkeypatch.setenv("AFNEXT_BACKEND", "torch")
     forced = json.loads(run("info", "--backend", "--device", "cpu", "--json").stdout)
     assert forced["operations"]["rms_norm"] == ["torch"]
