@@ -24,13 +24,15 @@ from .linear_int4 import INT4
 from .linear_int8 import INT8
 from .linear_int8_groups import INT8_GROUPS
 from .linear_nf4 import NF4
+from .linear_nvfp4 import NVFP4
 from .linear_w4a8 import W4A8
 from .linear_w8a8 import W8A8
 from .norm import add_rms_norm, add_rms_norm_reference
 from .packed_product import AddNorm, check_epilogue
 from .packed_weight import Packed
 
-PRODUCTS = {product.single.name: product for product in (INT8, W8A8, FP8, INT8_GROUPS, INT4, W4A8, INT3, NF4)}
+_FORMATS = (INT8, W8A8, FP8, INT8_GROUPS, INT4, W4A8, INT3, NF4, NVFP4)
+PRODUCTS = {product.single.name: product for product in _FORMATS}
 """The formats of packed weights, by the names of their products."""
 
 

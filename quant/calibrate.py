@@ -6,7 +6,7 @@ are its Gram matrix and some of its rows, gathered while the dense stage runs ov
 runs once to gather and once, quantized, to compute the inputs of the next stage.
 
     scaling    the scales of `awq`, folded into the layer before where there is one that takes them
-    feedback   the rounding of `gptq`, on inputs divided by those scales; nf4 and fp8 are rounded to the nearest
+    feedback   the rounding of `gptq`, on inputs divided by those scales; floats and nf4 are rounded to the nearest
 
 Without feedback, scales of groups are fitted to errors weighted by the inputs' mean squares. Feedback needs many
 tokens, and overfits if inputs are uncorrelated. So the kept rows are not in the Gram matrix, and a layer whose output

@@ -2,8 +2,9 @@
 
 The shapes and dtypes of all tensors are known in advance, and so are their offsets; only one tensor is in memory at a
 time. The codes are first in a file: their sizes are multiples of 16 bytes, so that they and the floats after them are
-aligned for the kernels that read the mapped file. Files have at most SHARD_BYTES; several files have an index.
-They are written under temporary names that no other run uses, and renamed once all of them are complete.
+aligned for the kernels that read the mapped file; scales of one byte are last. Files have at most SHARD_BYTES; several
+files have an index. They are written under temporary names that no other run uses, and renamed once all of them are
+complete.
 Format: https://github.com/huggingface/safetensors
 """
 
@@ -21,7 +22,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from .scheme import Stored
+from .scheme import PARTS, Stored
 
 SHARD_BYTES = 5_000_000_000
 INDEX_FILE = "model.safetensors.index.json"
@@ -197,9 +198,9 @@ def _shards(expected: Mapping[str, Stored], most: int) -> list[dict[str, Stored]
         shards[-1][name] = stored
         size += nbytes
 
-    def order(item: tuple[str, Stored]) -> tuple[bool, int]:
-        dtype = item[1].dtypes[0]
-        return dtype.itemsize > 1, -dtype.itemsize
+    def order(item: tuple[str, Stored]) -> tuple[int, int]:
+        name, size = item[0], item[1].dtypes[0].itemsize
+        return 1 if size > 1 else 2 if name.endswith(PARTS[1]) else 0, -size
 
     return [dict(sorted(shard.items(), key=order)) for shard in shards]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..kernels.quantize_rows import E4M3
 from .importers import ForeignFormat, ImportFormatError
+from .nvfp4_importer import COMPRESSED_FORMAT, MODELOPT_ALGORITHM, Nvfp4Format, compressed_nvfp4, modelopt_nvfp4
 
 WEIGHT, SCALE = "weight", "weight_scale"
 _UNUSED = ("input_scale", "output_scale", "k_scale", "v_scale")
@@ -73,21 +74,25 @@ class Fp8Format:
         return stored[0], stored[1]
 
 
-def foreign_format(values: Any) -> ForeignFormat | Fp8Format:
+def foreign_format(values: Any) -> ForeignFormat | Fp8Format | Nvfp4Format:
     """Read the quantization_config of a config.json. Raises ImportFormatError for unsupported formats."""
     if isinstance(values, Mapping):
         if values.get("quant_method") == "modelopt":
             return _modelopt_format(values)
         if values.get("quant_method") == "compressed-tensors" and values.get("format") == "float-quantized":
             return _compressed_format(values)
+        if values.get("quant_method") == "compressed-tensors" and values.get("format") == COMPRESSED_FORMAT:
+            return compressed_nvfp4(values)
     return ForeignFormat.from_config(values)
 
 
-def _modelopt_format(values: Mapping[str, Any]) -> Fp8Format:
+def _modelopt_format(values: Mapping[str, Any]) -> Fp8Format | Nvfp4Format:
+    if values.get("quant_algo") == MODELOPT_ALGORITHM:
+        return modelopt_nvfp4(values)
     if values.get("quant_algo") not in _MODELOPT:
         raise ImportFormatError(
             f"ModelOpt's weights in {str(values.get('quant_algo'))[:40]!r} cannot be imported, only in "
-            f"{' or '.join(_MODELOPT)}; use the dense ones"
+            f"{', '.join(_MODELOPT)} or {MODELOPT_ALGORITHM}; use the dense ones"
         )
     return Fp8Format("modelopt")
 

@@ -11,6 +11,8 @@ layer applies, and a layer without a matching rule stays dense. Layer names are 
     int4       int4, groups     int8                  int8      int8
     int4-w4a8  int4-w4a8        int8                  int8      int8-w8a8
     nf4        nf4              int8                  int8      int8
+    nvfp4      nvfp4            int8                  int8      int8
+    mxfp4      mxfp4            int8                  int8      int8
     small      int4-g64         int4-g64              int8      int4-g64; attention int8
     int3       int3-g64; attention int4-g64; the rest as in small
 
@@ -34,7 +36,7 @@ MAX_RULES = 1024
 MAX_PATTERN = 200
 SMALL = "small"
 """The recipe with the fewest bytes without int3."""
-RECIPES = ("int8", "int8-w8a8", "fp8", "int4", "int4-w4a8", "nf4", SMALL, "int3")
+RECIPES = ("int8", "int8-w8a8", "fp8", "int4", "int4-w4a8", "nf4", "nvfp4", "mxfp4", SMALL, "int3")
 _TOKENS = ("decoder.lm_head", "decoder.embed_tokens")
 _ADAPTOR, _ENCODER, _DECODER = "adaptor.*", "encoder.layers.*", "decoder.layers.*"
 _ENCODER_ATTENTION, _DECODER_ATTENTION = "encoder.layers.*.self_attn.*", "decoder.layers.*.self_attn.*"

@@ -13,14 +13,16 @@
     int4, w4a8    the same, with zeros or without; inputs of the product are rounded to int8 too, one per group
     int3          [out, 3 in / 8] uint8    [out, in / group] 16 bits   none                3 + 16 / group
     nf4           [out, in / 2] uint8      [out, in / 64] float32      none                4.5
+    nvfp4         [out, in / 2] uint8      [out, in / 16] e4m3         [out] float32       4.5
+    mxfp4         [out, in / 2] uint8      [out, in / 32] uint8        none                4.25
 
 On GPUs few rows of inputs are not rounded: they use the kernels of int8 and int4. fp8 rounds no few rows anywhere, and
-none on GPUs that cannot multiply e4m3.
+none on GPUs that cannot multiply e4m3. nvfp4 has no zero points: its scales of channels are in their place.
 
-The byte layouts are in `int8`, `fp8`, `int4`, `int3` and `nf4`. In a file, the layer X has the tensors X.weight_codes,
-X.weight_scales and X.weight_zeros; X.bias is unchanged. A scheme is written as its name, followed by the group if it
-has one, "zeros" if there are zero points, "f32" if scales have 32 bits, and "w4a8": int4-g64, int4-g128-zeros,
-int4-g32-w4a8, int3-g64, int8-g32, int8-g16-f32.
+The byte layouts are in `int8`, `fp8`, `int4`, `int3`, `nf4` and `nvfp4`. In a file, the layer X has the tensors
+X.weight_codes, X.weight_scales and X.weight_zeros; X.bias is unchanged. A scheme is written as its name, followed by
+the group if it has one, "zeros" if there are zero points, "f32" if scales have 32 bits, and "w4a8": int4-g64,
+int4-g128-zeros, int4-g32-w4a8, int3-g64, int8-g32, int8-g16-f32.
 """
 
 import re
@@ -39,6 +41,7 @@ from ..kernels.linear_int4 import GROUP_SIZES, SYMMETRIC_ZERO, prepare_int4
 from ..kernels.linear_int8 import INPUT_MULTIPLE
 from ..kernels.linear_int8_groups import GROUP_SIZES as INT8_GROUP_SIZES
 from ..kernels.linear_norm import PRODUCTS, linear_norm
+from ..kernels.linear_nvfp4 import E8M0, INPUTS, LEVELS, MXFP4_BLOCK, NVFP4_BLOCK, block_scales
 from ..kernels.packed_weight import Packed
 from ..kernels.quantize_rows import E4M3, LARGEST
 from .fp8 import dequantize_fp8, quantize_fp8
@@ -46,6 +49,7 @@ from .int3 import dequantize_int3, fit_int3
 from .int4 import dequantize_int4, fit_int4
 from .int8 import dequantize_int8, dequantize_int8_groups, quantize_int8, quantize_int8_groups
 from .nf4 import BLOCK_SIZE, dequantize_nf4, quantize_nf4
+from .nvfp4 import dequantize_nvfp4, quantize_mxfp4, quantize_nvfp4
 
 PARTS = ("weight_codes", "weight_scales", "weight_zeros")
 _CHUNK = 1 << 20  # weights quantized at a time: intermediate results take some 30 MB
@@ -385,6 +389,51 @@ class NF4(Scheme):
         return Packed(*quantize_nf4(rows))
 
 
+@dataclass(frozen=True)
+class Fp4(Scheme):
+    """The 4-bit float e2m1 with a scale in e4m3 for each 16 inputs of a channel and one in float32 for the channel
+    (nvfp4) or, if `powers_of_two`, only one in e8m0 for each 32 inputs (mxfp4)."""
+
+    powers_of_two: bool = False
+
+    def __str__(self) -> str:
+        return "mxfp4" if self.powers_of_two else "nvfp4"
+
+    @property
+    def product(self) -> str:
+        """See `Scheme`."""
+        return "linear_nvfp4"
+
+    @property
+    def block_size(self) -> int:
+        """Inputs that share a scale."""
+        return MXFP4_BLOCK if self.powers_of_two else NVFP4_BLOCK
+
+    def stored(self, shape: tuple[int, ...]) -> dict[str, Stored]:
+        """See `Scheme`."""
+        out, inner = _matrix(shape, self)
+        if inner % INPUTS:
+            raise SchemeError(
+                f"{self} takes inputs in multiples of {INPUTS}, not {inner}; choose int8, or keep the layer dense"
+            )
+        parts = {
+            "weight_codes": Stored((out, inner // 2), (torch.uint8,)),
+            "weight_scales": Stored((out, inner // self.block_size), (E8M0 if self.powers_of_two else E4M3,)),
+        }
+        return parts if self.powers_of_two else {**parts, "weight_zeros": Stored((out,), (torch.float32,))}
+
+    def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """See `Scheme`."""
+        return dequantize_nvfp4(*packed, dtype=dtype)
+
+    def largest_weight(self, scales: Tensor, zeros: Tensor | None) -> float:
+        """See `Scheme`. NaN if a scale is NaN."""
+        return LEVELS[-1] * _largest(block_scales(scales, torch.float32)) * (1 if zeros is None else _largest(zeros))
+
+    def _quantize(self, rows: Tensor, importance: Tensor | None) -> Packed:
+        return Packed(*(quantize_mxfp4 if self.powers_of_two else quantize_nvfp4)(rows, importance))
+
+
 def parse_scheme(text: str) -> Scheme | None:
     """Parse a scheme, None for "dense": the inverse of str(scheme); int4 and int3 without a group have the default one.
 
@@ -399,6 +448,8 @@ def parse_scheme(text: str) -> Scheme | None:
         "int4-w4a8": Int4(int8_inputs=True),
         "int3": Int3(),
         "nf4": NF4(),
+        "nvfp4": Fp4(),
+        "mxfp4": Fp4(powers_of_two=True),
     }
     if text in plain:
         return plain[text]

@@ -4,7 +4,7 @@
     prefill              a chunk of the prompt, at its start and behind 45 000 tokens
     decode               one step at 45 000 tokens, one and four sequences
     choose               the next token from the scores
-    W8A16, W8A8, FP8, W4A16, W4A8, W3A16, NF4
+    W8A16, W8A8, FP8, W4A16, W4A8, W3A16, NF4, NVFP4, MXFP4
                          the decoder's matrix products with weights of that scheme and the norms after them, at the rows
                          of decode and prefill
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from ...kernels.audio_format import WINDOW_SAMPLES
 from ...kernels.linear_nf4 import BLOCK_SIZE
 from ...kernels.linear_norm import PRODUCTS, linear_norm
+from ...kernels.linear_nvfp4 import E8M0, MXFP4_BLOCK, NVFP4_BLOCK
 from ...kernels.packed_product import FEW_ROWS
 from ...kernels.packed_weight import Packed
 from ...kernels.quantize_rows import E4M3
@@ -163,6 +164,18 @@ def _nf4(linear: Linear) -> Packed:
     return Packed(_bytes(outputs, inputs // 2), _float(outputs, inputs // BLOCK_SIZE))
 
 
+def _nvfp4(linear: Linear) -> Packed:
+    outputs, inputs = linear.weight.shape
+    scales = torch.empty(outputs, inputs // NVFP4_BLOCK, dtype=E4M3, device=_META)
+    return Packed(_bytes(outputs, inputs // 2), scales, _float(outputs))
+
+
+def _mxfp4(linear: Linear) -> Packed:
+    outputs, inputs = linear.weight.shape
+    scales = torch.empty(outputs, inputs // MXFP4_BLOCK, dtype=E8M0, device=_META)
+    return Packed(_bytes(outputs, inputs // 2), scales)
+
+
 _SCHEMES = {
     "W8A16": _Scheme("linear_int8", _int8),
     "W8A8": _Scheme("linear_w8a8", _int8),
@@ -171,6 +184,8 @@ _SCHEMES = {
     "W4A8": _Scheme("linear_w4a8", _int4),
     "W3A16": _Scheme("linear_int3", _int3),
     "NF4": _Scheme("linear_nf4", _nf4),
+    "NVFP4": _Scheme("linear_nvfp4", _nvfp4),
+    "MXFP4": _Scheme("linear_nvfp4", _mxfp4),
 }
 
 

@@ -19,6 +19,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ...kernels.errors import AfnextError
+from ...kernels.linear_nvfp4 import E8M0
 from ...quant.convert import CheckpointWriter
 from ...quant.recipe import Recipe
 from ...quant.scheme import Stored
@@ -37,6 +38,7 @@ SPECIAL_TOKENS = (
     "<|sound_bos|>",
     "<|sound_eos|>",
 )
+_E2M1_SIZE, _NVFP4_SCALE = 2.93, 32.0  # root mean square of e2m1 codes, and the scale of each of their blocks
 PRINTABLE_IDS = 94  # ids 0 .. 93 are the bytes ! to ~, which byte-level BPE spells as themselves
 CHAT_TEMPLATE = """\
 {% if messages[0]['role'] != 'system' %}<|im_start|>system
@@ -221,11 +223,16 @@ def _random_part(name: str, part: str, one: Stored, codes: Stored, generator: to
             return torch.empty(one.shape).uniform_(-448, 448, generator=generator).to(one.dtypes[0])
         low, high = (-127, 128) if signed else (0, 256)
         return torch.randint(low, high, one.shape, dtype=one.dtypes[0], generator=generator)
+    inner = codes.shape[1] * (1 if signed or floating else 2)
+    if part == "weight_zeros" and len(one.shape) == 1:  # the channels' scales of nvfp4
+        return torch.full(one.shape, inner**-0.5 / _E2M1_SIZE / _NVFP4_SCALE, dtype=one.dtypes[0])
     if part == "weight_zeros":
         return torch.full(one.shape, 8.0, dtype=one.dtypes[0])
-    inner = codes.shape[1] * (1 if signed or floating else 2)
     size = 258.7 if floating else 73.3 if signed else 4.6  # root mean square of the codes
-    scales = torch.full(one.shape, inner**-0.5 / size, dtype=one.dtypes[0])
+    value = inner**-0.5 / size
+    if one.dtypes[0].itemsize == 1:
+        value = round(math.log2(inner**-0.5 / _E2M1_SIZE)) + 127 if one.dtypes[0] == E8M0 else _NVFP4_SCALE
+    scales = torch.full(one.shape, value, dtype=one.dtypes[0])
     if "lm_head" in name:
         scales[PRINTABLE_IDS:] = 0
     return scales

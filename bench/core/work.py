@@ -267,6 +267,8 @@ _FORMULAS: dict[str, Callable[[Arguments, int], Work]] = {
     "linear_int3_swiglu": _linear_swiglu,
     "linear_nf4": _linear,
     "linear_nf4_swiglu": _linear_swiglu,
+    "linear_nvfp4": _linear,
+    "linear_nvfp4_swiglu": _linear_swiglu,
     "quantize_rows": _quantize_rows,
     "penalize": _penalize,
     "greedy": _choice(1),

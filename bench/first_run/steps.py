@@ -40,7 +40,7 @@ ORDER = (
     *("penalize", "log_mel", "conv_stem", "layer_norm", "add_layer_norm", "gelu", "pool_norm_rotate", "rotary"),
     *("linear_w8a8", "linear_w8a8_swiglu", "linear_w4a8", "linear_w4a8_swiglu", "quantize_rows", "linear_nf4"),
     *("linear_nf4_swiglu", "linear_int8_groups", "linear_int8_groups_swiglu", "linear_fp8", "linear_fp8_swiglu"),
-    *("linear_int3", "linear_int3_swiglu", "linear_norm"),
+    *("linear_int3", "linear_int3_swiglu", "linear_nvfp4", "linear_nvfp4_swiglu", "linear_norm"),
 )
 
 

@@ -234,6 +234,18 @@ def nf4_weight(codes: Tensor, scales: Tensor) -> Tensor:
     return (weights.unflatten(1, (scales.shape[1], -1)) * scales.double()[..., None]).flatten(1)
 
 
+def nvfp4_weight(codes: Tensor, scales: Tensor, channels: Tensor | None) -> Tensor:
+    """float64 weights of two codes in e2m1 a byte, the even input in the low half, with a scale in e4m3 for each 16
+    inputs and one for each channel or, without the latter, the exponent of a power of two for each 32 inputs."""
+    positive = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    bytes_ = codes.view(torch.uint8).long()
+    both = torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(1)
+    levels = torch.tensor((*positive, *(-level for level in positive)), dtype=torch.float64, device=codes.device)
+    steps = torch.exp2(scales.view(torch.uint8).double() - 127) if channels is None else scales.double()
+    weights = (levels[both].unflatten(1, (scales.shape[1], -1)) * steps[..., None]).flatten(1)
+    return weights if channels is None else weights * channels.double()[:, None]
+
+
 def rounded_inputs(x: Tensor, groups: int) -> Tensor:
     """x rounded to int8 with a scale for each group of a row, as float64."""
     codes, scales = quantize_rows(x.unflatten(-1, (groups, -1)))
@@ -346,6 +358,31 @@ def linear_nf4_swiglu(
 ) -> Tensor:
     """`linear_swiglu` with nf4 weights."""
     return linear_swiglu(x, nf4_weight(gate_codes, gate_scales), nf4_weight(up_codes, up_scales))
+
+
+def linear_nvfp4(
+    x: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    weight_zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`linear` with nvfp4 weights, whose scales of channels are in the place of zeros, or mxfp4 weights."""
+    return linear(x, nvfp4_weight(weight_codes, weight_scales, weight_zeros), bias)
+
+
+def linear_nvfp4_swiglu(
+    x: Tensor,
+    gate_codes: Tensor,
+    gate_scales: Tensor,
+    up_codes: Tensor,
+    up_scales: Tensor,
+    gate_zeros: Tensor | None = None,
+    up_zeros: Tensor | None = None,
+) -> Tensor:
+    """`linear_swiglu` with nvfp4 or mxfp4 weights."""
+    weights = nvfp4_weight(gate_codes, gate_scales, gate_zeros), nvfp4_weight(up_codes, up_scales, up_zeros)
+    return linear_swiglu(x, *weights)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:

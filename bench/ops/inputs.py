@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...kernels.conv_stem import conv_length
 from ...kernels.linear_nf4 import BLOCK_SIZE
+from ...kernels.linear_nvfp4 import MXFP4_BLOCK
 from ...kernels.packed_weight import Packed
 from ...kernels.pages import page_slots
 from ...kernels.quantize_rows import E4M3
@@ -228,7 +229,8 @@ def linear_swiglu(s: Shape, new: Draw) -> Arguments:
 
 
 def packed_linear(s: Shape, new: Draw, *, kind: str) -> Arguments:
-    """shape: as `linear`, and group for int4, int3 and int8_groups. kind: a key of the table of packed weights."""
+    """shape: as `linear`, and group for int4, int3, int8_groups and nvfp4 (16) or mxfp4
+    (32). kind: a key of the table of packed weights."""
     weight = _PACKED[kind](s, new)
     return _with_bias({"x": new.normal(s["rows"], s["in_features"]), "weight": weight}, s, new)
 
@@ -291,7 +293,24 @@ def _int3(s: Shape, new: Draw) -> Packed:
     return Packed(codes, new.uniform(outputs, inputs // s["group"], high=1 / 8 / inputs**0.5, dtype=torch.bfloat16))
 
 
-_PACKED = {"int8": _int8, "fp8": _fp8, "int8_groups": _int8_groups, "int4": _int4, "int3": _int3, "nf4": _nf4}
+def _nvfp4(s: Shape, new: Draw) -> Packed:
+    outputs, inputs, block = s["out_features"], s["in_features"], s["group"]
+    codes = new.integers(0, 256, outputs, inputs // 2, dtype=torch.uint8)
+    if block == MXFP4_BLOCK:
+        return Packed(codes, new.integers(116, 122, outputs, inputs // block, dtype=torch.uint8))
+    scales = new.uniform(outputs, inputs // block, high=448, dtype=torch.float32).to(E4M3)
+    return Packed(codes, scales, new.uniform(outputs, high=1 / 1500 / inputs**0.5))
+
+
+_PACKED = {
+    "int8": _int8,
+    "fp8": _fp8,
+    "int8_groups": _int8_groups,
+    "int4": _int4,
+    "int3": _int3,
+    "nf4": _nf4,
+    "nvfp4": _nvfp4,
+}
 
 
 def quantize_rows(s: Shape, new: Draw) -> Arguments:

@@ -14,6 +14,8 @@ from ...kernels.linear_fp8 import rounds_inputs
 from ...kernels.linear_int3 import unpacked as unpacked_int3
 from ...kernels.linear_int4 import unpacked as unpacked_int4
 from ...kernels.linear_nf4 import unpacked as unpacked_nf4
+from ...kernels.linear_nvfp4 import E8M0
+from ...kernels.linear_nvfp4 import unpacked as unpacked_nvfp4
 from ...kernels.log_mel import mel_filters
 from ...kernels.packed_weight import Packed
 from ...kernels.pages import gather_pages
@@ -150,6 +152,8 @@ def dense_weight(arguments: dict[str, Any], dtype: torch.dtype, part: str = "wei
     """The dequantized weight [out, in] of packed arguments, in `dtype`. part: "gate" or "up" of a pair."""
     weight: Packed = arguments[part]
     codes, scales, _ = weight
+    if scales.dtype in (E4M3, E8M0):
+        return unpacked_nvfp4(weight).to(dtype)
     if codes.dtype in (torch.int8, E4M3):
         by_group = codes.float().unflatten(1, (scales.shape[1] if scales.ndim == 2 else 1, -1))
         return (by_group * scales.float().reshape(len(codes), -1, 1)).flatten(1).to(dtype)

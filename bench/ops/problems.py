@@ -23,11 +23,12 @@ from typing import Any
 import torch
 
 from ...kernels.conv_stem import conv_length
+from ...kernels.linear_nvfp4 import MXFP4_BLOCK
 from ...kernels.log_mel import HOP_LENGTH
 from ...kernels.packed_weight import Packed
 from ...kernels.rote import pooled_length
 from ...quant.recipe import RECIPES, recipe
-from ...quant.scheme import Fp8, Int3, Int4, Int8, Int8Groups
+from ...quant.scheme import Fp4, Fp8, Int3, Int4, Int8, Int8Groups
 from ..core.work import Work, work_of
 from .inputs import Arguments, Draw, Shape
 from .specs import Spec, spec
@@ -355,12 +356,16 @@ def _product(
         return f"linear_{'w4a8' if scheme.int8_inputs else 'int4'}{suffix}", shape, count
     if isinstance(scheme, Int3):
         return f"linear_int3{suffix}", {**shape, "group": scheme.group_size}, count
+    if isinstance(scheme, Fp4):
+        return f"linear_nvfp4{suffix}", {**shape, "group": scheme.block_size}, count
     return f"linear_nf4{suffix}", shape, count
 
 
 def _label(operation: str, shape: Shape) -> str:
     if "in_features" in shape:
-        return f"{shape['rows']} rows, {shape['in_features']} to {shape['out_features']}{', bias' * shape['bias']}"
+        groups = ", mxfp4" if operation.startswith("linear_nvfp4") and shape["group"] == MXFP4_BLOCK else ""
+        bias = ", bias" * shape["bias"]
+        return f"{shape['rows']} rows, {shape['in_features']} to {shape['out_features']}{bias}{groups}"
     if "keys" in shape:
         kv = ", int8 KV" if shape["kv8"] else ""
         return f"{shape['batch']} x {shape['queries']} of {shape['keys']}{kv}"

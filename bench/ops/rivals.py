@@ -176,6 +176,7 @@ _PRODUCTS = (
     "linear_w4a8",
     "linear_int3",
     "linear_nf4",
+    "linear_nvfp4",
 )
 _TORCH: Mapping[str, Callable[[Problem, Arguments], Any]] = {
     "log_mel": _log_mel,

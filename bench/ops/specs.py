@@ -23,6 +23,7 @@ from ...kernels.linear_int8 import linear_int8, linear_int8_swiglu
 from ...kernels.linear_int8_groups import linear_int8_groups, linear_int8_groups_swiglu
 from ...kernels.linear_nf4 import linear_nf4, linear_nf4_swiglu
 from ...kernels.linear_norm import linear_norm
+from ...kernels.linear_nvfp4 import linear_nvfp4, linear_nvfp4_swiglu
 from ...kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
 from ...kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
 from ...kernels.log_mel import log_mel
@@ -199,6 +200,8 @@ def _products() -> list[Spec]:
     three = (*shapes((1, 128, 96, 0), group=64), *shapes((3, 384, 37, 1), (33, 256, 70, 1), group=32))
     blocks = shapes((1, 128, 96, 0), (3, 192, 37, 1), (33, 256, 70, 1))
 
+    floats = (*shapes((1, 128, 96, 0), (33, 256, 70, 1), group=16), *shapes((3, 96, 37, 1), group=32))
+
     def without_bias(sizes: tuple[dict[str, int], ...]) -> tuple[dict[str, int], ...]:
         return tuple({**size, "bias": 0} for size in sizes)
 
@@ -212,6 +215,7 @@ def _products() -> list[Spec]:
         ("int4", linear_int4, linear_int4_swiglu, four),
         ("int3", linear_int3, linear_int3_swiglu, three),
         ("nf4", linear_nf4, linear_nf4_swiglu, blocks),
+        ("nvfp4", linear_nvfp4, linear_nvfp4_swiglu, floats),
     )
     for kind, single, double, sizes in packed:
         found.append(Spec(single, partial(inputs.packed_linear, kind=kind), plain.packed_linear, sizes))

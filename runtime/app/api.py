@@ -94,17 +94,17 @@ def load(
     attention, release_encoder, encode_ahead (None: on GPUs from 20 GB on), prefix_cache_bytes, encoder_cache_bytes,
     draft_tokens, batch_invariant: see `EngineOptions`. encode_ahead needs the whole model on one device. memory: limit
     for the model and its requests, in bytes or as "8GB"; None for the device's free memory. quant: pack dense weights
-    while they are read, as "int8", "int8-w8a8", "fp8", "int4", "int4-w4a8", "nf4", "small" or "int3", a variant such as
-    "int4-g32-zeros", or a recipe. keep_packed: write the packed weights to afnext's cache folder and load them from
-    there, memory-mapped, now and the next time. fit: choose kv, chunk_size, encode_batch, release_encoder, encode_ahead
-    and, for dense weights, quant so that `fit` seconds of audio fit into the memory (True: the longest audio that the
-    model accepts); changes that cost time are preferred to those that cost accuracy, and the choice is logged. tp:
-    number of processes, each with its own GPU, or its share of a CPU's threads, and with a part of the decoder and of
-    the KV cache (docs/scaling.md); `memory` is then that of each GPU. If a process fails or is killed, all are ended,
-    and every request raises EngineDeadError. sp: like tp, but each process holds the whole weights, and long prompts
-    are divided by tokens, with less traffic. warmup: on a GPU, allocate the whole KV cache and record the decode steps
-    of every size, so that requests do not wait for it. Kernels are always compiled, or loaded from Triton's cache on
-    disk.
+    while they are read, as "int8", "int8-w8a8", "fp8", "int4", "int4-w4a8", "nf4", "nvfp4", "mxfp4", "small" or "int3",
+    a variant such as "int4-g32-zeros", or a recipe. keep_packed: write the packed weights to afnext's cache folder and
+    load them from there, memory-mapped, now and the next time. fit: choose kv, chunk_size, encode_batch,
+    release_encoder, encode_ahead and, for dense weights, quant so that `fit` seconds of audio fit into the memory
+    (True: the longest audio that the model accepts); changes that cost time are preferred to those that cost accuracy,
+    and the choice is logged. tp: number of processes, each with its own GPU, or its share of a CPU's threads, and with
+    a part of the decoder and of the KV cache (docs/scaling.md); `memory` is then that of each GPU. If a process fails
+    or is killed, all are ended, and every request raises EngineDeadError. sp: like tp, but each process holds the whole
+    weights, and long prompts are divided by tokens, with less traffic. warmup: on a GPU, allocate the whole KV cache
+    and record the decode steps of every size, so that requests do not wait for it. Kernels are always compiled, or
+    loaded from Triton's cache on disk.
 
     The memory plan (`afnext plan`) is made before loading, for the longest recording that fits, and it limits the KV
     cache. Raises MemoryPlanError with advice if not even a short question fits, ValueError for an option out of range,

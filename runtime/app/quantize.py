@@ -63,10 +63,10 @@ def quantize(
 ) -> dict[str, Any]:
     """Write the checkpoint `source` (a folder, GGUF file or Hub name), packed by `recipe`, into the new folder `out`.
 
-    Layers that GPTQ, AWQ or compressed-tensors quantized to 4 bits, or compressed-tensors or ModelOpt to e4m3, in
-    `source` or in `backbone`, keep their bits, and those in blocks of a GGUF file keep their values. backbone: a folder
-    or Hub name of a quantized Qwen2 that replaces the decoder of `source`. device: where to compute. measured: measured
-    losses, in Markdown, for the model card.
+    Layers that GPTQ, AWQ or compressed-tensors quantized to 4 bits, or compressed-tensors or ModelOpt to e4m3 or nvfp4,
+    in `source` or in `backbone`, keep their bits, and those in blocks of a GGUF file keep their values. backbone: a
+    folder or Hub name of a quantized Qwen2 that replaces the decoder of `source`. device: where to compute. measured:
+    measured losses, in Markdown, for the model card.
     `progress` is called with (stored bytes read, total). Returns the result as plain values: files, bytes and bytes by
     part before and after, seconds.
 

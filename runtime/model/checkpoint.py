@@ -32,7 +32,7 @@ from .stored_parameter import MappedParameter, StoredParameter
 __all__ = ["Checkpoint", "check_fit", "expected_shapes", "load_weights"]
 
 # float16 represents every 8-bit float. Other libraries' scaled ones come with tensors of scales, which do not fit a
-# config; ours, the codes of the scheme fp8, are read as stored.
+# config; ours, the codes of the scheme fp8 and the scales of nvfp4, are read as stored.
 _READ_AS = {**TORCH_DTYPES, "F8_E4M3": torch.float16, "F8_E5M2": torch.float16}
 
 
@@ -157,7 +157,7 @@ class Checkpoint:
 
 def _read_as(name: str) -> Mapping[str, torch.dtype]:
     """The dtype in which a tensor called `name` is read, by the stored one."""
-    return TORCH_DTYPES if name.endswith(f".{PARTS[0]}") else _READ_AS
+    return TORCH_DTYPES if name.endswith((f".{PARTS[0]}", f".{PARTS[1]}")) else _READ_AS
 
 
 def check_fit(checkpoint: Checkpoint, config: ModelConfig) -> None:

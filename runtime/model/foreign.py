@@ -1,8 +1,8 @@
 """Checkpoints whose layers another library quantized, in this runtime's layout: the decoder's in 4 bits, reordered, or
-any in e4m3, as they are.
+any in e4m3 or nvfp4, as they are.
 
 Either a whole Audio Flamingo Next, or only its Qwen2 backbone (`model.layers.0...`), with the encoder and adaptor from
-a dense checkpoint. See `quant.importers` and `quant.fp8_importer` for the formats.
+a dense checkpoint. See `quant.importers`, `quant.fp8_importer` and `quant.nvfp4_importer` for the formats.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +15,9 @@ import torch
 from ...kernels.packed_weight import Packed
 from ...quant.fp8_importer import Fp8Format, foreign_format
 from ...quant.importers import ImportFormatError
+from ...quant.nvfp4_importer import Nvfp4Format
 from ...quant.recipe import Recipe
-from ...quant.scheme import Fp8, Int4, Scheme
+from ...quant.scheme import Fp4, Fp8, Int4, Scheme
 from ..checkpoint_folder import MODELOPT_FILE, CheckpointFolder
 from ..errors import CheckpointError, ConfigError
 from .checkpoint import Checkpoint, weight_tensors
@@ -81,7 +82,7 @@ class ForeignCheckpoint:
         """The dtype of the imported tensor `name`; None if the recipe decides. Scales and zeros keep their stored
         dtype."""
         layer, _, part = name.rpartition(".")
-        if layer in self.layers and part in ("weight_scales", "weight_zeros") and not self._is_fp8:
+        if layer in self.layers and part in ("weight_scales", "weight_zeros") and not self._is_float:
             return self.files.dtype(f"{layer}.{_SCALES[self.format.method]}")
         source = self._source(name)
         return source.dtype(name) if name in source else None
@@ -144,7 +145,7 @@ class ForeignCheckpoint:
                 f"{self.folder} holds {len(unknown)} tensors that the model does not use ({first_five(unknown)}); "
                 "it belongs to another model, or was quantized in layers that cannot be imported"
             )
-        if self._is_fp8:
+        if isinstance(self.format, Fp8Format):
             unscaled = [
                 name
                 for name in self.files.names
@@ -175,12 +176,13 @@ class ForeignCheckpoint:
         return name.endswith(".weight") and name.removesuffix(".weight") in self.layers
 
     @property
-    def _is_fp8(self) -> bool:
-        return isinstance(self.format, Fp8Format)
+    def _is_float(self) -> bool:
+        return isinstance(self.format, Fp8Format | Nvfp4Format)
 
     def _may_be_imported(self, name: str, shapes: Shapes) -> bool:
-        """Whether the parameter may be quantized: in 4 bits the decoder's products, in e4m3 every matrix."""
-        if self._is_fp8:
+        """Whether the parameter may be quantized: as 4-bit integers the decoder's products, as floats every
+        matrix."""
+        if self._is_float:
             return name in shapes and is_matrix(name, shapes[name])
         return _is_product(name)
 
@@ -214,6 +216,8 @@ class ForeignCheckpoint:
     def _scheme(self, layer: str) -> Scheme:
         if isinstance(self.format, Fp8Format):
             return Fp8()
+        if isinstance(self.format, Nvfp4Format):
+            return Fp4()
         group = self.format.stored_group(layer, self._shape(layer)[1])
         return Int4(group, self.format.is_symmetric(layer, self._parts(layer)))
 

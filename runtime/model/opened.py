@@ -50,7 +50,7 @@ def open_checkpoint(path: str | PathLike[str]) -> OpenCheckpoint:
     if files.has(MODELOPT_FILE) and "quantization_config" not in files.settings("config.json"):
         raise ConfigError(
             f"{path} has weights quantized by ModelOpt, as its {MODELOPT_FILE} says; `afnext quantize` imports those "
-            "in fp8, for others use the dense ones"
+            "in fp8 and nvfp4, for others use the dense ones"
         )
     return OpenCheckpoint(files, weights, with_stored_head(ModelConfig.from_folder(files), weights))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ...kernels.quantize_rows import E4M3
 from ...quant.recipe import Recipe
 from ...quant.scheme import Scheme, SchemeError, Stored
 from ..errors import CheckpointError, ConfigError
@@ -110,6 +111,8 @@ def quantization_metadata(recipe: Recipe) -> dict[str, str]:
 
 def check_finite(tensor: torch.Tensor, where: str) -> None:
     """Raise CheckpointError, naming `where`, if scales or zeros are not finite."""
+    if tensor.dtype == E4M3:  # which torch does not compare
+        tensor = tensor.float()
     # One pass without a copy: the minimum and maximum of a tensor with NaN are NaN.
     if tensor.is_floating_point() and not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
         bad = int((~tensor.isfinite()).sum())

@@ -22,6 +22,7 @@ from afnext.kernels.linear_int8 import linear_int8, linear_int8_swiglu
 from afnext.kernels.linear_int8_groups import linear_int8_groups, linear_int8_groups_swiglu
 from afnext.kernels.linear_nf4 import linear_nf4, linear_nf4_swiglu
 from afnext.kernels.linear_norm import linear_norm
+from afnext.kernels.linear_nvfp4 import linear_nvfp4, linear_nvfp4_swiglu
 from afnext.kernels.linear_w4a8 import linear_w4a8, linear_w4a8_swiglu
 from afnext.kernels.linear_w8a8 import linear_w8a8, linear_w8a8_swiglu
 from afnext.kernels.log_mel import log_mel
@@ -66,6 +67,7 @@ PRODUCTS = (
     (linear_w4a8, linear_w4a8_swiglu),
     (linear_int3, linear_int3_swiglu),
     (linear_nf4, linear_nf4_swiglu),
+    (linear_nvfp4, linear_nvfp4_swiglu),
 )
 PACKED = {
     "int8": Packed(zeros(3, 128, dtype=I8), ones(3)),
@@ -76,6 +78,7 @@ PACKED = {
     "w4a8": Packed(zeros(3, 64, dtype=U8), ones(3, 4), ones(3, 4)),
     "int3": Packed(zeros(3, 48, dtype=U8), ones(3, 2)),
     "nf4": Packed(zeros(3, 64, dtype=U8), ones(3, 2)),
+    "nvfp4": Packed(zeros(3, 64, dtype=U8), zeros(3, 8, dtype=torch.float8_e4m3fn), ones(3)),
 }
 
 

@@ -46,10 +46,19 @@ def int4_with_zeros(columns: int, inner: int) -> Packed:
     return Packed(codes, scales, torch.randint(0, 16, scales.shape).float())
 
 
+def nvfp4(columns: int, inner: int) -> Packed:
+    scales = (100 * torch.rand(columns, inner // 16)).to(torch.float8_e4m3fn)
+    return Packed(int4(columns, inner).codes, scales, torch.rand(columns) / 100 / inner**0.5)
+
+
+def mxfp4(columns: int, inner: int) -> Packed:
+    return Packed(int4(columns, inner).codes, torch.randint(117, 122, (columns, inner // 32), dtype=torch.uint8))
+
+
 WEIGHTS: list[tuple[str, Callable[[int, int], Packed]]] = [
     *(("linear_int8", int8), ("linear_w8a8", int8), ("linear_fp8", fp8), ("linear_int8_groups", int8_groups)),
     *(("linear_int4", int4), ("linear_int4", int4_with_zeros), ("linear_w4a8", int4), ("linear_nf4", int4)),
-    ("linear_int3", int3),
+    *(("linear_int3", int3), ("linear_nvfp4", nvfp4), ("linear_nvfp4", mxfp4)),
 ]
 
 
@@ -86,8 +95,8 @@ def test_the_numbers_are_those_of_separate_calls(
 ) -> None:
     """Twice, so that the second launch finds the counters that the first one left; inner dimensions with and without
     splits."""
-    if product == "linear_fp8" and backend.startswith("native"):
-        pytest.skip("fp8 has no native kernels")
+    if product in ("linear_fp8", "linear_nvfp4") and backend.startswith("native"):
+        pytest.skip("no native kernels")
     for inner in (128, 640):
         x, residual, norm = tensors(rows, inner, 70, dtype, device)
         weight = on(device, weights(70, inner))

@@ -33,6 +33,8 @@ SCHEMES = (
     "int4-g64-w4a8",
     "int3-g64",
     "nf4",
+    "nvfp4",
+    "mxfp4",
 )
 ALL = backends(dense._operation, linear_int4.INT4.single)
 
@@ -71,8 +73,8 @@ def test_products(backend: str, scheme: str, dtype: torch.dtype, seed: int, devi
     interpreted = backend == "triton"
     if interpreted and dtype != torch.bfloat16:
         pytest.skip("the interpreter is slow, and all dtypes are launched alike")
-    if scheme == "fp8" and backend.startswith("native"):
-        pytest.skip("fp8 has no native kernels")
+    if scheme in ("fp8", "nvfp4", "mxfp4") and backend.startswith("native"):
+        pytest.skip("no native kernels")
     # Divided among programs for few rows; a step takes no more than a group.
     inner, columns = (256 if "g32" in scheme else 512, 40) if interpreted else (384 if "int3" in scheme else 320, 77)
     product = layer(scheme, inner, columns, dtype, device, bias=True)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from afnext.quant.recipe import RECIPES, Recipe, fewest_rules, recipe
-from afnext.quant.scheme import NF4, Fp8, Int3, Int4, Int8, Int8Groups, SchemeError
+from afnext.quant.scheme import NF4, Fp4, Fp8, Int3, Int4, Int8, Int8Groups, SchemeError
 
 MLP = "decoder.layers.11.mlp.up_proj"
 
@@ -21,6 +21,8 @@ def test_the_default_recipes() -> None:
     assert recipe("int4-w4a8").scheme(MLP) == Int4(64, int8_inputs=True)
     assert recipe("int4-w4a8", group_size=32).scheme(MLP) == Int4(32, int8_inputs=True)
     assert recipe("nf4").scheme(MLP) == NF4()
+    assert recipe("nvfp4").scheme(MLP) == Fp4()
+    assert recipe("mxfp4").scheme(MLP) == Fp4(powers_of_two=True)
     assert recipe("int3").scheme(MLP) == Int3(64)
     assert recipe("int3-g128").scheme(MLP) == Int3(128)
     assert recipe("int3").scheme("decoder.layers.0.self_attn.q_proj") == Int4(64)

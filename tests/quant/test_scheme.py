@@ -10,7 +10,7 @@ from afnext.quant import scheme as module
 from afnext.quant.scheme import Int3, Int4, Scheme, SchemeError, parse_scheme
 
 SPELLINGS = (
-    *("int8", "int8-w8a8", "fp8", "nf4", "int3-g32", "int3-g64", "int3-g128"),
+    *("nvfp4", "mxfp4", "int8", "int8-w8a8", "fp8", "nf4", "int3-g32", "int3-g64", "int3-g128"),
     *(f"int4-g{group}{zeros}" for group in (32, 64, 128) for zeros in ("", "-zeros")),
     *("int4-g32-w4a8", "int4-g64-zeros-w4a8", "int4-g32-zeros-f32", "int8-g16", "int8-g128"),
     *("int8-g32-zeros", "int8-g16-f32"),
@@ -20,6 +20,8 @@ ERRORS = {
     "int8": 0.012,
     "fp8": 0.03,
     "nf4": 0.11,
+    "nvfp4": 0.09,
+    "mxfp4": 0.12,
     "int3": 0.19,
     "int4-g32": 0.09,
     "int4-g64": 0.10,
@@ -57,6 +59,7 @@ def test_dense_and_defaults() -> None:
         "int4-g\u0663\u0662",
         "int4-g99999",
         "nf4-g64",
+        "nvfp4-g16",
         "int4-w4a8-g32",
         "int8-g8",
         "int8-g32-w8a8",
@@ -140,6 +143,8 @@ def assert_near(actual: torch.Tensor, exact: torch.Tensor, relative: float) -> N
         ("int4-g64", (8, 96), "96 inputs are not divisible by groups of 64"),
         ("int3-g64", (8, 192), "multiples of 128, not 192"),
         ("nf4", (8, 96), "96 inputs are not divisible"),
+        ("nvfp4", (8, 48), "multiples of 32, not 48"),
+        ("mxfp4", (8, 48), "multiples of 32, not 48"),
         ("int8", (8, 40), "multiples of 16, not 40"),
         ("fp8", (8, 40), "multiples of 16, not 40"),
         ("int8-g64", (8, 96), "96 inputs are not divisible by groups of 64"),

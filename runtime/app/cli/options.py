@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..responder import AnswerOptions, Progress
 
 T = TypeVar("T")
-RECIPES = ("int8", "int8-w8a8", "fp8", "int4", "int4-w4a8", "nf4", "small", "int3")
+RECIPES = ("int8", "int8-w8a8", "fp8", "int4", "int4-w4a8", "nf4", "nvfp4", "mxfp4", "small", "int3")
 DENSE = "dense"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 

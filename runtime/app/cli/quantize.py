@@ -18,8 +18,8 @@ def quantize(
     source: Annotated[
         str,
         typer.Argument(
-            help="A dense checkpoint, or one in GGUF, GPTQ, AWQ, compressed-tensors or ModelOpt's fp8: folder, file or "
-            "Hub name."
+            help="A dense checkpoint, or one in GGUF, GPTQ, AWQ, compressed-tensors or ModelOpt's fp8 or nvfp4: "
+            "folder, file or Hub name."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="A new folder.")],
@@ -42,7 +42,7 @@ def quantize(
     backbone: Annotated[
         str | None,
         typer.Option(
-            help="Quantized Qwen2 (GPTQ, AWQ, compressed-tensors or ModelOpt's fp8) to take the decoder from."
+            help="Quantized Qwen2 (GPTQ, AWQ, compressed-tensors or ModelOpt's fp8 or nvfp4) to take the decoder from."
         ),
     ] = None,
     calibrate: Annotated[

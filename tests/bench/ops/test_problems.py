@@ -29,7 +29,8 @@ def test_names_are_unique_and_the_shapes_are_those_asked_for() -> None:
     assert decode == {(b, d + 1, kv8) for b in (1, 2, 4, 8, 32) for d in (0, 8192, 45_000) for kv8 in (0, 1)}
     prefill = {(p.context, p.shape["kv8"]) for p in problems() if p.operation == "attention" and "keys" in p.shape}
     assert prefill == {(d + 1024, kv8) for d in (0, 16_384, 45_000) for kv8 in (0, 1)}
-    for operation in ("linear_int8", "linear_w8a8", "linear_fp8", "linear_int4", "linear_w4a8", "linear_nf4"):
+    products = ("linear_int8", "linear_w8a8", "linear_fp8", "linear_int4", "linear_w4a8", "linear_nf4", "linear_nvfp4")
+    for operation in products:
         assert {1, 2, 4, 8, 32, 1024} <= {p.shape["rows"] for p in problems() if p.operation == operation}
 
 

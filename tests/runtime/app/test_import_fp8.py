@@ -151,8 +151,8 @@ def integers(tensors: Weights, config: dict[str, Any]) -> None:
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["type"] = "int"
 
 
-def nvfp4(tensors: Weights, config: dict[str, Any]) -> None:
-    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+def awq(tensors: Weights, config: dict[str, Any]) -> None:
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}
 
 
 def dense_layer(tensors: Weights, config: dict[str, Any]) -> None:
@@ -169,7 +169,7 @@ def dense_layer(tensors: Weights, config: dict[str, Any]) -> None:
         (infinite_scale, ImportFormatError, "up_proj has weights or scales that are not finite"),
         (blocks, ImportFormatError, "strategy 'block'"),
         (integers, ImportFormatError, "type float"),
-        (nvfp4, ImportFormatError, "'NVFP4' cannot be imported"),
+        (awq, ImportFormatError, "'W4A8_AWQ' cannot be imported"),
         (dense_layer, ImportFormatError, "not a matrix in e4m3"),
     ],
 )

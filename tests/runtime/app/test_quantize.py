@@ -44,7 +44,7 @@ def state(model: afnext.Model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 300_000])
-@pytest.mark.parametrize("name", ["int8", "int8-w8a8", "fp8", "int4-g32", "int4-g32-zeros"])
+@pytest.mark.parametrize("name", ["int8", "int8-w8a8", "fp8", "nvfp4", "mxfp4", "int4-g32", "int4-g32-zeros"])
 def test_what_is_written_is_what_load_makes(
     folder: Path, tmp_path: Path, name: str, shard_bytes: int, seed: int
 ) -> None:

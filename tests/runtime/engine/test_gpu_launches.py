@@ -40,7 +40,10 @@ def ask(model: afnext.Model, seconds: float = 1.0, tokens: int = 6, **options: o
 
 @pytest.mark.parametrize(
     ("gpu", "quant", "kv"),
-    [(0, None, "auto"), (1, None, "auto"), (1, "int4-g32", "int8"), (1, "int8-w8a8", "auto"), (1, "fp8", "auto")],
+    [
+        *((0, None, "auto"), (1, None, "auto"), (1, "int4-g32", "int8")),
+        *((1, scheme, "auto") for scheme in ("int8-w8a8", "fp8", "nvfp4")),
+    ],
 )
 def test_every_launch_of_a_model_goes_to_its_gpu(
     folder: Path, cuda: FakeCuda, gpu: int, quant: str | None, kv: str

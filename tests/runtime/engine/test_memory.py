@@ -76,7 +76,9 @@ def test_weights_and_pages_are_what_is_allocated(plan: MemoryPlan) -> None:
             assert part(plan, "RoTE table") == embedding.table(windows, CPU).nbytes
 
 
-@pytest.mark.parametrize("scheme", ["dense", "int8", "int8-w8a8", "fp8", "int4-g32", "int4-g32-zeros", "int4-g32-w4a8"])
+@pytest.mark.parametrize(
+    "scheme", [*("dense", "int8", "int8-w8a8", "fp8", "nvfp4"), *("int4-g32", "int4-g32-zeros", "int4-g32-w4a8")]
+)
 def test_packed_weights_are_what_loading_allocates(scheme: str, tmp_path: Path) -> None:
     folder = write_random_checkpoint(tmp_path)
     model = afnext.load(folder, dtype="float32", quant=None if scheme == "dense" else scheme)

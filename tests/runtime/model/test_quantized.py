@@ -36,7 +36,7 @@ def audio() -> np.ndarray:
     return np.random.randn(20_000).astype(np.float32) / 10
 
 
-@pytest.mark.parametrize("quant", ["int8", "int8-w8a8", "fp8", "int4-g32", "int4-g32-zeros", "int4-g32-w4a8"])
+@pytest.mark.parametrize("quant", ["int8", "int8-w8a8", "fp8", "nvfp4", "int4-g32", "int4-g32-zeros", "int4-g32-w4a8"])
 def test_the_model_computes_with_the_rounded_weights(folder: Path, quant: str, seed: int) -> None:
     model = afnext.load(folder, dtype="float32", quant=quant)
     rounded = afnext.load(folder, dtype="float32")

@@ -22,7 +22,10 @@ from afnext.runtime.model.quantized import layer_schemes, to_quantize
 from afnext.runtime.model.sharding import RowParallel, Shard, VocabularyEmbedding, VocabularyHead, shard_config
 
 CPU = torch.device("cpu")
-SCHEMES = ("dense", "int8", "int8-w8a8", "fp8", "int8-g32-zeros", "int4-g32", "int4-g64-zeros", "int4-g64-w4a8", "nf4")
+SCHEMES = (
+    *("dense", "int8", "int8-w8a8", "fp8", "int8-g32-zeros", "int4-g32", "int4-g64-zeros", "int4-g64-w4a8", "nf4"),
+    *("nvfp4", "mxfp4"),
+)
 
 
 @pytest.fixture(scope="module")
