@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.accuracy import DTYPES, assert_accurate, backends, exactly, poisoned
+from support.ptx import run_ptx
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -89,12 +90,25 @@ def test_every_code_and_scale_has_its_exact_value(
         scales[:, None].expand(len(scales), 512 // block).contiguous().to(device),
         None if channels is None else channels.to(device),
     )
-    x = torch.eye(512, dtype=dtype, device=device)
+    x = torch.eye(512, dtype=dtype, device=device)[::7]  # codes of even and odd inputs
     with poisoned(backend):
-        few, many = linear_nvfp4(x[:64], weight), linear_nvfp4(x, weight)
-    expected = dense(weight).to(dtype).T
+        few, many = linear_nvfp4(x[:32], weight), linear_nvfp4(x, weight)
+    expected = dense(weight).to(dtype).T[::7]
     assert torch.equal(many, expected)
-    assert torch.equal(few, expected[:64])
+    assert torch.equal(few, expected[:32])
+
+
+@pytest.mark.skipif("triton" not in module.NVFP4.single.implementations, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_instructions_that_the_interpreter_cannot_run(dtype: torch.dtype, seed: int) -> None:
+    """The PTX of the kernel makes the value of each code, in the order of the inputs."""
+    source = (module.BFLOAT16_PAIRS if dtype == torch.bfloat16 else module.FLOAT16_PAIRS).value
+    words = torch.cat((torch.tensor([0, 0x76543210, 0xFEDCBA98]), torch.randint(0, 2**32, (1000,))))
+    pairs = torch.stack(run_ptx(source, words, dtype), -1)
+    numbers = torch.stack((pairs, pairs >> 16), -1).to(torch.int16).view(dtype).flatten(-2)
+    codes = torch.stack([words >> 4 * i & 15 for i in range(8)], -1)
+    levels = torch.tensor([*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)])
+    assert torch.equal(numbers.float(), levels[codes])
 
 
 @pytest.mark.parametrize("kind", FORMATS)
