@@ -40,7 +40,7 @@ from .live import Live
 from .loading import NetworkSettings, load_network
 from .packed import hint, packed_copy
 from .prompts import CARD, Prompts
-from .responder import AnswerOptions, Prepared, Progress, Responder, Stream, check_options
+from .responder import AnswerOptions, Prepared, Progress, Responder, Stream, abandon_all, check_options
 from .tensor_parallel import check_ranks, load_parallel
 from .transcribe import (
     DEFAULT_OVERLAP,
@@ -395,7 +395,12 @@ class Model(NotCopyable):
 
     def prepare_chat(self, messages: Sequence[Message], options: AnswerOptions, on_update: OnUpdate) -> Prepared:
         """The engine's request for a conversation; `on_update` notifies the caller. For `AsyncModel`."""
-        return self._responder.prepare(self._load([messages], options)[0], options, on_update=on_update)
+        (conversation,) = self._load([messages], options)
+        try:
+            return self._responder.prepare(conversation, options, on_update=on_update)
+        except BaseException:
+            conversation.abandon()
+            raise
 
     @overload
     def listen(self, audio: None = None, *, system: str | None = None, salt: bytes = b"") -> Live: ...
@@ -448,7 +453,14 @@ class Model(NotCopyable):
 
     def _load(self, conversations: Sequence[Sequence[Message]], options: AnswerOptions) -> list[Conversation]:
         check_options(options, AnswerOptions)
-        return [self._responder.load(messages, truncate=options.get("truncate", False)) for messages in conversations]
+        loaded: list[Conversation] = []
+        try:
+            for messages in conversations:
+                loaded.append(self._responder.load(messages, options))
+        except BaseException:
+            abandon_all(loaded)
+            raise
+        return loaded
 
 
 def _several(conversations: Sequence[Sequence[Message]] | Sequence[Message]) -> list[Sequence[Message]]:

@@ -24,7 +24,8 @@ from ..files import output_file, parse_json_object
 from ..io.audio import MAX_SECONDS, Audio, AudioSource
 from ..io.prompt import Prompt, build_prompt
 from .answer import Answer
-from .conversation import Conversation, Message, Recording, audio_inputs
+from .conversation import Conversation, Message, Recording
+from .early_prefill import EarlyPrefill
 from .lifetime import NotCopyable
 from .responder import Prepared, Progress, QuestionOptions, Responder, Stream, check_options
 
@@ -120,22 +121,29 @@ class Context(Listening):
         if not sources:
             raise PromptError("there is nothing to listen to; give at least one recording.")
         timings = Timings()
-        with timings.measure("load_audio", torch.device("cpu")):
-            audio = [responder.load_audio(source, truncate=truncate) for source in sources]
-        recordings = tuple(Recording.of(recording) for recording in audio)
-        prompt = conversation_prompt(responder, system, recordings, asked("?"))
-        ids = prefix_ids(responder, system, recordings)
-        report = progress or (lambda stage, done, total: None)
-        request = Request(
-            ids,
-            audio_inputs(prompt, audio),
-            sampling=None,
-            salt=salt,
-            cancelled=cancelled,
-            progress=lambda done, total: report("listening", done, total),
-            timings=timings,
-        )
-        prefix = responder.engine.listen(request)
+        turns = _turns(system, asked("?"), len(sources))
+
+        def build(audio_tokens: list[int]) -> Prompt:
+            return build_prompt(turns, audio_tokens, responder.tokenizer, responder.template)
+
+        early = responder.early({"salt": salt, "cancelled": cancelled})
+        with EarlyPrefill(early, build, len(sources), timings) as ahead:
+            with timings.measure("load_audio", torch.device("cpu")):
+                audio = [responder.load_audio(source, truncate=truncate, ahead=ahead) for source in sources]
+            recordings = tuple(Recording.of(recording) for recording in audio)
+            ids = prefix_ids(responder, system, recordings)
+            report = progress or (lambda stage, done, total: None)
+            request = Request(
+                ids,
+                ahead.inputs(build([recording.tokens for recording in recordings])),
+                sampling=None,
+                beginning=ahead.beginning(ids),
+                salt=salt,
+                cancelled=cancelled,
+                progress=lambda done, total: report("listening", done, total),
+                timings=timings,
+            )
+            prefix = responder.engine.listen(request)
         return cls(responder, system, recordings, prefix, _fingerprint(audio))
 
     @classmethod
@@ -213,12 +221,17 @@ def conversation_prompt(
     Raises PromptError for messages that `Listening.chat` does not accept, and if the prompt does not begin with
     `prefix`.
     """
-    turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    turns += _with_audio(messages, len(recordings))
+    turns = _turns(system, messages, len(recordings))
     prompt = build_prompt(turns, [r.tokens for r in recordings], responder.tokenizer, responder.template)
     if prefix is not None and prompt.token_ids[: len(prefix.token_ids)] != prefix.token_ids:
         raise PromptError("this checkpoint's chat template changes the first turn in a longer conversation; use chat.")
     return prompt
+
+
+def _turns(system: str | None, messages: Sequence[Message], recordings: int) -> list[Message]:
+    """The whole conversation about recordings. Raises PromptError, see `conversation_prompt`."""
+    turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    return turns + _with_audio(messages, recordings)
 
 
 def _with_audio(messages: Sequence[Message], recordings: int) -> list[Message]:

@@ -14,13 +14,14 @@ from ..engine.request import FinishReason, Request, SequenceState
 from ..engine.sampler import SamplingParams
 from ..engine.timings import Timings
 from ..errors import AudioError, PromptError
-from ..io.audio import Audio, AudioSource, load_audio, windows
+from ..io.audio import Audio, AudioSource, load_audio
 from ..io.prompt import Prompt, PromptTemplate, build_prompt
 from ..io.stop_strings import StopStrings
 from ..io.tokenizer import StreamDecoder, Tokenizer
 from ..io.transcript import ThinkingSplitter
 from ..model.encoder import audio_token_count
 from .answer import Answer, Piece, Usage
+from .early_prefill import Early, EarlyPrefill, abandon
 
 Message = Mapping[str, Any]
 MAX_RECORDINGS = 1000
@@ -60,7 +61,8 @@ class Recording:
 class Conversation:
     """A conversation in progress: its recordings, its prompt, and its timings.
 
-    audio: the waveforms of audio after `prefix`, the part of the prompt that is already computed.
+    audio: the waveforms of audio after `prefix`, the part of the prompt that is already computed. beginning: what has
+    been computed while the audio was decoded, see `Request`.
     """
 
     recordings: tuple[Recording, ...]
@@ -68,6 +70,7 @@ class Conversation:
     audio: tuple[AudioInput, ...]
     timings: Timings
     prefix: Prefix | None = None
+    beginning: SequenceState | None = None
 
     @classmethod
     def load(
@@ -78,11 +81,12 @@ class Conversation:
         *,
         max_audio_seconds: float,
         truncate: bool,
+        early: Early | None = None,
     ) -> "Conversation":
         """Read every audio of the messages and build the prompt.
 
         An audio part is {"type": "audio", "audio": source} with a source that `load_audio` accepts ("path" may replace
-        "audio"). Raises AudioError or PromptError.
+        "audio"). early: where to compute the prompt's beginning meanwhile. Raises AudioError or PromptError.
         """
         timings = Timings()
         sources = list(islice(_audio_sources(messages), MAX_RECORDINGS + 1))
@@ -90,16 +94,31 @@ class Conversation:
             raise PromptError(
                 f"a conversation has at most {MAX_RECORDINGS:,} recordings; this one has more. Ask in parts."
             )
-        with timings.measure("load_audio", torch.device("cpu")):
-            audio = [load_audible(source, max_seconds=max_audio_seconds, truncate=truncate) for source in sources]
-        recordings = tuple(Recording.of(recording) for recording in audio)
-        prompt = build_prompt(messages, [recording.tokens for recording in recordings], tokenizer, template)
-        return cls(recordings, prompt, audio_inputs(prompt, audio), timings)
+
+        def build(audio_tokens: list[int]) -> Prompt:
+            return build_prompt(messages, audio_tokens, tokenizer, template)
+
+        with EarlyPrefill(early, build, len(sources), timings) as ahead:
+            with timings.measure("load_audio", torch.device("cpu")):
+                audio = [
+                    load_audible(source, max_seconds=max_audio_seconds, truncate=truncate, ahead=ahead)
+                    for source in sources
+                ]
+            recordings = tuple(Recording.of(recording) for recording in audio)
+            prompt = build([recording.tokens for recording in recordings])
+            return cls(recordings, prompt, ahead.inputs(prompt), timings, beginning=ahead.beginning(prompt.token_ids))
 
     def request(self, sampling: SamplingParams, **how: Any) -> Request:
         """The engine's request. how: further fields of `Request`."""
         ids = self.prompt.token_ids
-        return Request(ids, self.audio, sampling, prefix=self.prefix, timings=self.timings, **how)
+        return Request(
+            ids, self.audio, sampling, prefix=self.prefix, beginning=self.beginning, timings=self.timings, **how
+        )
+
+    def abandon(self) -> None:
+        """Release what has been computed early, as there will be no request."""
+        if self.beginning is not None:
+            abandon(self.beginning)
 
     def usage(self, new_tokens: int, cached_tokens: int, thinking_tokens: int) -> Usage:
         """The usage of the conversation with an answer of `new_tokens` tokens."""
@@ -115,14 +134,6 @@ class Conversation:
         )
 
 
-def audio_inputs(prompt: Prompt, audio: Sequence[Audio]) -> tuple[AudioInput, ...]:
-    """The waveforms of a prompt's recordings in the engine's format."""
-    return tuple(
-        AudioInput(span.position, tuple(torch.from_numpy(window) for window in windows(recording.samples)))
-        for span, recording in zip(prompt.audio, audio, strict=True)
-    )
-
-
 def _audio_sources(messages: Sequence[Message]) -> Iterator[AudioSource]:
     for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None
@@ -134,15 +145,21 @@ def _audio_sources(messages: Sequence[Message]) -> Iterator[AudioSource]:
                 yield source
 
 
-def load_audible(source: AudioSource, *, max_seconds: float, truncate: bool) -> Audio:
-    """`load_audio` for a recording of at least one token. Raises AudioError for a shorter one."""
-    audio = load_audio(source, max_seconds=max_seconds, truncate=truncate)
+def load_audible(
+    source: AudioSource, *, max_seconds: float, truncate: bool, ahead: EarlyPrefill | None = None
+) -> Audio:
+    """`load_audio` for a recording of at least one token, the next one of `ahead`. Raises AudioError for a shorter
+    one."""
+    on_window = None if ahead is None else ahead.heard
+    audio = load_audio(source, max_seconds=max_seconds, truncate=truncate, on_window=on_window)
     if audio_token_count(len(audio.samples)) == 0:
         milliseconds = 1000 * len(audio.samples) / SAMPLE_RATE
         raise AudioError(
             f"{audio.source} holds {milliseconds:.0f} ms of audio; the model needs more than 20 ms. "
             "Give a longer recording, or ask without audio."
         )
+    if ahead is not None:
+        ahead.end(audio.samples)
     return audio
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from ...kernels.audio_format import WINDOW_SAMPLES
 from ...kernels.errors import AfnextError
 from ..engine.engine import Engine
 from ..engine.request import Request
@@ -14,15 +15,18 @@ from ..io.audio import Audio, AudioSource
 from ..io.prompt import PromptTemplate
 from ..io.tokenizer import Tokenizer
 from ..model.audio_flamingo import AudioFlamingo
+from ..model.encoder import token_count
 from ..values import flag, real, whole
 from .answer import Answer, Piece
 from .conversation import AnswerReader, Conversation, Message, load_audible
+from .early_prefill import Early, EarlyPrefill
 from .generation_config import GenerationDefaults, stop_strings
 from .token_kinds import token_kinds
 
 Progress = Callable[[str, float, float], None]
 DEFAULT_NEW_TOKENS = 2048
 MOST_PRIORITY = 10**9
+_OF_EARLY_PARTS = ("priority", "deadline", "salt", "cancelled")
 
 
 class QuestionOptions(TypedDict, total=False):
@@ -162,19 +166,33 @@ class Responder:
         if loaded is not None:
             loaded[0].stop()
 
-    def load(self, messages: Sequence[Message], *, truncate: bool) -> Conversation:
+    def load(self, messages: Sequence[Message], options: AnswerOptions) -> Conversation:
         """The conversation in `messages`, with its audio loaded. Raises AudioError or PromptError."""
         return Conversation.load(
             messages,
             self.tokenizer,
             self.template,
             max_audio_seconds=self.network.config.max_audio_seconds,
-            truncate=truncate,
+            truncate=options.get("truncate", False),
+            early=self.early(options),
         )
 
-    def load_audio(self, source: AudioSource, *, truncate: bool) -> Audio:
+    def early(self, options: QuestionOptions) -> Early | None:
+        """How to compute the beginning of a prompt with these options while its audio is decoded; None if the encoder
+        cache does not hold the windows that two parts of a prompt have in common."""
+        engine, network = self._open()
+        window = token_count(WINDOW_SAMPLES) * network.config.decoder.hidden_size * network.dtype.itemsize
+        if engine.options.encoder_cache_bytes < 2 * engine.options.windows_at_once * window:
+            return None
+        answer = options.get("max_new_tokens", self.defaults.sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS))
+        longest = min(network.config.decoder.max_positions, engine.room)
+        how = {name: value for name, value in options.items() if name in _OF_EARLY_PARTS and value is not None}
+        return Early(lambda: self.engine, engine.options, longest, answer, how)
+
+    def load_audio(self, source: AudioSource, *, truncate: bool, ahead: EarlyPrefill | None = None) -> Audio:
         """Load a recording within the model's limits. Raises AudioError."""
-        return load_audible(source, max_seconds=self.network.config.max_audio_seconds, truncate=truncate)
+        limit = self.network.config.max_audio_seconds
+        return load_audible(source, max_seconds=limit, truncate=truncate, ahead=ahead)
 
     def chat(self, conversations: Sequence[Conversation], options: QuestionOptions) -> list[Answer]:
         """The answers to several conversations, in one batch."""
@@ -193,10 +211,14 @@ class Responder:
     ) -> Iterator[tuple[int, Piece]]:
         """Check everything now; the returned iterator generates as it is consumed."""
         progress = _sum_of_progress(len(conversations), options.get("progress") or (lambda stage, done, total: None))
-        prepared = [
-            self.prepare(conversation, options, progress=report)
-            for conversation, report in zip(conversations, progress, strict=True)
-        ]
+        try:
+            prepared = [
+                self.prepare(conversation, options, progress=report)
+                for conversation, report in zip(conversations, progress, strict=True)
+            ]
+        except BaseException:
+            abandon_all(conversations)
+            raise
         return self._read(prepared, answers)
 
     def prepare(self, conversation: Conversation, options: QuestionOptions, **how: Any) -> Prepared:
@@ -247,6 +269,12 @@ class Responder:
         for index, (reader, sequence) in enumerate(zip(readers, sequences, strict=True)):
             pieces, answers[index] = reader.finish(sequence)
             yield from ((index, piece) for piece in pieces)
+
+
+def abandon_all(conversations: Sequence[Conversation]) -> None:
+    """Release what has been computed early for conversations that will not be answered."""
+    for conversation in conversations:
+        conversation.abandon()
 
 
 def _sum_of_progress(count: int, report: Progress) -> list[Callable[[int, int], None]]:

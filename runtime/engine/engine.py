@@ -134,6 +134,11 @@ class Engine:
             length = len(request.prefix.token_ids)
             if length >= prompt or request.token_ids[:length] != request.prefix.token_ids:
                 raise ValueError("the prompt must begin with its prefix and be longer")
+        begun = [] if request.beginning is None else request.beginning.request.token_ids
+        if request.token_ids[: len(begun)] != begun:
+            raise ValueError("the prompt must continue its beginning")
+        if request.expected is not None and (request.sampling is not None or prompt % self.options.page_size):
+            raise ValueError("only the beginning of a prompt, of whole pages and without sampling, has `expected`")
 
     def listen(self, request: Request) -> Prefix:
         """Compute only the keys and values of a prompt (`sampling` is None). Raises AfnextError if it is cancelled."""

@@ -63,6 +63,11 @@ class PageManager:
         """Private pages that a sequence needs."""
         return pages_for(sequence.request.budget, self._page_size) - self._full_shared(sequence)
 
+    def wanted(self, sequence: SequenceState) -> int:
+        """Private pages that a sequence, and the requests that continue its prompt, will need."""
+        request = sequence.request
+        return pages_for(max(request.budget, request.expected or 0), self._page_size) - self._full_shared(sequence)
+
     def _full_shared(self, sequence: SequenceState) -> int:
         """Number of full pages of its prefix, which a sequence uses without a copy."""
         prefix = sequence.request.prefix
@@ -79,11 +84,25 @@ class PageManager:
             sequence.shared_pages = list(pages)
 
     def match(self, sequence: SequenceState) -> None:
-        """Share the cached pages of a sequence's prompt, but not that of its last token, whose scores are needed."""
+        """Share the pages of a sequence's prompt that are computed: those of its beginning, or of the prefix cache if
+        that has more. The page of the last token is not shared if its scores are needed."""
+        request = sequence.request
+        if request.prefix is not None:
+            sequence.cached = len(request.prefix.token_ids)
+            return
+        pages: list[int] = []
         if sequence.keys is not None:
-            sequence.shared_pages = self.prefix_cache.match(
-                sequence.keys.of(sequence.request.token_ids[:-1]), self._page_multiple
-            )
+            ids = request.token_ids if request.sampling is None else request.token_ids[:-1]
+            pages = self.prefix_cache.match(sequence.keys.of(ids), self._page_multiple)
+        cached = len(pages) * self._page_size
+        beginning = request.beginning.prefix if request.beginning is not None else None
+        if beginning is not None and not beginning.closed and len(beginning.pages) >= len(pages):
+            self.cache.pool.share(beginning.pages)
+            self.cache.pool.release(pages)
+            pages, cached = list(beginning.pages), beginning.cached or 0
+        sequence.shared_pages = pages
+        if not sequence.tokens:
+            sequence.cached = cached
 
     def insert(self, sequence: SequenceState) -> None:
         """Add the full pages of a sequence to the prefix cache.
@@ -110,17 +129,20 @@ class PageManager:
             self._executor.copy_page(sequence.shared_pages[shared], sequence.private_pages[0])
 
     def release(self, sequence: SequenceState, *, keep_prefix: bool = False) -> None:
-        """Release the pages of a sequence. keep_prefix: all but those of its request's prefix."""
+        """Release the pages of a sequence. keep_prefix: all but those of its request's prefix or beginning."""
         self.cache.pool.release(sequence.private_pages)
         sequence.private_pages, sequence.pages, sequence.computed = [], [], 0
         if sequence.request.prefix is None or not keep_prefix:
             self.cache.pool.release(sequence.shared_pages)
             sequence.shared_pages = []
+        beginning = sequence.request.beginning
+        if beginning is not None and beginning.prefix is not None and not keep_prefix:
+            self._drop(beginning.prefix)
 
-    def new_prefix(self, token_ids: list[int], pages: list[int]) -> Prefix:
-        """A prefix that shares `pages`, which are in use."""
+    def new_prefix(self, token_ids: list[int], pages: list[int], cached: int | None = None) -> Prefix:
+        """A prefix that shares `pages`, which are in use. cached: see `Prefix`."""
         wake = self._wake
-        prefix = Prefix(next(self._numbers), token_ids, list(pages), wake)
+        prefix = Prefix(next(self._numbers), token_ids, list(pages), wake, cached=cached)
         self._open[prefix.number] = weakref.ref(prefix, lambda _: wake())
         self.cache.pool.share(pages)
         self._prefixes[prefix.number] = list(pages)
@@ -144,20 +166,39 @@ class PageManager:
         for number, reference in list(self._open.items()):
             prefix = reference()
             if prefix is None or prefix.closed:
-                self.cache.pool.release(self._prefixes.get(number, []))
-                self._prefixes.pop(number, None)
-                del self._open[number]
+                self._forget(number)
 
-    def make_free(self, needed: int, wanted: int, *, retry: bool) -> bool:
+    def _drop(self, prefix: Prefix) -> None:
+        """Close a prefix and release its pages now."""
+        prefix.closed = True
+        if prefix.number in self._open:
+            self._forget(prefix.number)
+
+    def _forget(self, number: int) -> None:
+        self.cache.pool.release(self._prefixes.get(number, []))
+        self._prefixes.pop(number, None)
+        del self._open[number]
+
+    def _drop_beginnings(self, needed: int) -> None:
+        """Close beginnings of prompts, the latest first, until `needed` pages are free."""
+        for reference in reversed(list(self._open.values())):
+            prefix = reference()
+            if prefix is not None and prefix.cached is not None and self.cache.pool.free < needed:
+                self._drop(prefix)
+
+    def make_free(self, needed: int, wanted: int, *, retry: bool, beginnings: bool = True) -> bool:
         """Grow the cache so that `wanted` pages are free, or evict from the prefix cache so that `needed` are.
 
-        retry: try to grow even if an allocation failed a moment ago. Returns whether `needed` pages are free.
+        retry: try to grow even if an allocation failed a moment ago. beginnings: whether to close beginnings of other
+        prompts at last. Returns whether `needed` pages are free.
         """
         pool = self.cache.pool
         if needed > pool.free and (retry or time.monotonic() >= self._retry_at):
             self._grow(needed, max(needed, wanted))
         if needed > pool.free:
             self.prefix_cache.evict(needed - pool.free)
+        if needed > pool.free and beginnings:
+            self._drop_beginnings(needed)
         return needed <= pool.free
 
     def _grow(self, needed: int, wanted: int) -> None:

@@ -29,32 +29,37 @@ KEY_BYTES = 16  # length of the hashes that are the keys of cached results
 class AudioInput:
     """One recording in a prompt, or the rest of one that is partly computed. windows: 1-D float32 waveforms, mono at 16
     kHz, of 30 s each, the last of at most 30 s; position: index of the first window's first placeholder; first: index
-    of the first window in its recording."""
+    of the first window in its recording; keys: those of the first windows, as far as they are known, see
+    `window_key`."""
 
     position: int
     windows: tuple[Tensor, ...]
     first: int = 0
+    keys: tuple[bytes, ...] = ()
 
     @cached_property
     def placed(self) -> "list[PlacedWindow]":
         """The windows that have tokens, in order."""
         placed, start = [], self.position
-        for index, waveform in enumerate(self.windows, self.first):
+        for number, waveform in enumerate(self.windows):
+            key = self.keys[number] if number < len(self.keys) else None
             tokens = token_count(waveform.numel())
             if tokens:
-                placed.append(PlacedWindow(start, tokens, waveform, index))
+                placed.append(PlacedWindow(start, tokens, waveform, self.first + number, key))
             start += tokens
         return placed
 
 
 @dataclass(frozen=True)
 class PlacedWindow:
-    """A window that has tokens: where they start in the prompt, its waveform, its index in its audio."""
+    """A window that has tokens: where they start in the prompt, its waveform, its index in its audio, and its key if
+    that is known."""
 
     start: int
     tokens: int
     waveform: Tensor
     index: int
+    known_key: bytes | None = None
 
     @property
     def stop(self) -> int:
@@ -63,13 +68,21 @@ class PlacedWindow:
 
     @cached_property
     def key(self) -> bytes:
-        """A hash of all that the encoder output depends on: the samples, and the window's index in its audio."""
-        samples: Any = self.waveform.contiguous().numpy()  # a buffer, but numpy's types do not declare it
-        return hashlib.blake2b(samples, digest_size=KEY_BYTES, salt=self.index.to_bytes(8, "little")).digest()
+        """See `window_key`."""
+        return self.known_key or window_key(self.waveform, self.index)
+
+
+def window_key(waveform: Tensor, index: int) -> bytes:
+    """A hash of all that the encoder output depends on: the samples, and the window's index in its audio."""
+    samples: Any = waveform.contiguous().numpy()  # a buffer, but numpy's types do not declare it
+    return hashlib.blake2b(samples, digest_size=KEY_BYTES, salt=index.to_bytes(8, "little")).digest()
 
 
 class PromptEmbeddings:
-    """The decoder's input for a prompt, made in order, piece by piece."""
+    """The decoder's input for a prompt, made in order, piece by piece.
+
+    A batch has the same windows wherever the prompt starts, except those that are not needed.
+    """
 
     def __init__(
         self,
@@ -91,9 +104,11 @@ class PromptEmbeddings:
         self._stream = stream or EncoderStream(model.device, apart=False)
         self._embed = embed or model.decoder.embed
         self._token_ids = torch.tensor(token_ids, device=model.device)
-        self._encode_batch = encode_batch
         self._timings = timings
-        self._waiting = deque(window for window in placed_windows(audio) if window.stop > start)
+        placed = placed_windows(audio)
+        batches = (placed[first : first + encode_batch] for first in range(0, len(placed), encode_batch))
+        needed = ([window for window in batch if window.stop > start] for batch in batches)
+        self._waiting = deque(batch for batch in needed if batch)
         self._encoded: deque[tuple[list[PlacedWindow], Queued]] = deque()
 
     def piece(self, start: int, stop: int) -> Tensor:
@@ -113,8 +128,8 @@ class PromptEmbeddings:
 
     def encode_until(self, stop: int) -> None:
         """Queue the encoding of the windows that begin before token `stop`, except those that are queued already."""
-        while self._waiting and self._waiting[0].start < stop:
-            batch = [self._waiting.popleft() for _ in range(min(self._encode_batch, len(self._waiting)))]
+        while self._waiting and self._waiting[0][0].start < stop:
+            batch = self._waiting.popleft()
             queued = self._stream.queue(partial(self._encode, batch, self._timings))
             self._encoded.append((batch, queued))
 

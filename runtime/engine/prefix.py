@@ -11,11 +11,15 @@ class Prefix:
     The pages are read-only. A prompt that continues the prefix shares the full pages and copies a partial last one.
     """
 
-    def __init__(self, number: int, token_ids: list[int], pages: list[int], wake: Callable[[], None]):
+    def __init__(
+        self, number: int, token_ids: list[int], pages: list[int], wake: Callable[[], None], *, cached: int | None
+    ):
         """number: identifies the prefix in `PageManager`, which notices at the next step that it is closed or dropped.
-        wake: makes the engine do a step; callable from any thread at any time."""
+        wake: makes the engine do a step; callable from any thread at any time. cached: for a prefix that the engine may
+        close when it needs the pages, how many of its tokens other requests had computed."""
         self.number = number
         self.token_ids = token_ids
+        self.cached = cached
         self.closed = False
         self._pages = pages
         self._wake = wake

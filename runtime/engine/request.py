@@ -26,6 +26,10 @@ class Request:
 
     sampling: None computes the keys and values of the prompt only; the sequence then ends with a `prefix`.
     prefix: keys and values of the prompt's first tokens, computed before.
+    beginning: the sequence of a request with `expected`, whose prompt this one continues. This request waits for it,
+    shares its pages if they are more than the prefix cache has, and at its end ends it and closes its `prefix`.
+    expected: the prompt, of whole pages and with `sampling` None, is the beginning of one that with its answer has
+    about this many tokens. The engine closes its `prefix` when other requests need the pages.
     priority: requests with a higher priority are admitted first; one unit overtakes at most 32 earlier requests.
     deadline: seconds after which the answer ends with the tokens that it has.
     salt: requests share cached pages and encoder outputs only with requests of the same salt.
@@ -44,6 +48,8 @@ class Request:
     audio: tuple[AudioInput, ...]
     sampling: SamplingParams | None
     prefix: Prefix | None = None
+    beginning: "SequenceState | None" = None
+    expected: int | None = None
     priority: int = 0
     deadline: float | None = None
     salt: bytes = b""

@@ -76,7 +76,7 @@ class Scheduler:
         """The first waiting sequence whose prompt does not begin like one in progress. Those that do wait to share
         pages."""
         begun = {first for sequence in self.prefilling if (first := _first_key(sequence)) is not None}
-        return next((sequence for sequence in self.waiting if _first_key(sequence) not in begun), None)
+        return next((s for s in self.waiting if _first_key(s) not in begun and _beginning_ended(s)), None)
 
     def _make_room(self, sequence: SequenceState) -> bool:
         """Grow the cache, evict cached pages or preempt later sequences until a sequence's pages are free.
@@ -85,9 +85,10 @@ class Scheduler:
         """
         pool, needed = self._pages.cache.pool, self._pages.needed(sequence)
         if needed > pool.free:
-            wanted = sum(self._pages.needed(other) for other in self.waiting[: self._max_batch])
+            wanted = sum(self._pages.wanted(other) for other in self.waiting[: self._max_batch])
             idle = not (self.prefilling or self.decoding)
-            self._pages.make_free(needed, wanted, retry=idle)
+            whole = sequence.request.expected is None
+            self._pages.make_free(needed, wanted, retry=idle, beginnings=whole)
         later = [other for other in (*self.prefilling, *self.decoding) if other.order > sequence.order]
         if pool.free + sum(len(other.private_pages) for other in later) < needed:
             return False
@@ -103,6 +104,11 @@ class Scheduler:
         sequence.embeddings = None
         self.preemptions += 1
         self.add(sequence)
+
+
+def _beginning_ended(sequence: SequenceState) -> bool:
+    beginning = sequence.request.beginning
+    return beginning is None or beginning.ended
 
 
 def _first_key(sequence: SequenceState) -> bytes | None:

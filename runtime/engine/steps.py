@@ -205,8 +205,6 @@ class Steps:
         request = sequence.request
         self.pages.reserve(sequence)
         request.timings.admitted()
-        if not sequence.tokens:
-            sequence.cached = sequence.computed
         if sequence.sampler is None and request.sampling is not None:
             if self._options.draft_tokens:
                 audio = self._model.config.audio_token_id
@@ -271,7 +269,8 @@ class Steps:
         if stop < sequence.to_prefill:
             self.scheduler.rotate(sequence)
         elif request.sampling is None:
-            sequence.prefix = self.pages.new_prefix(request.token_ids, sequence.pages)
+            cached = None if request.expected is None else sequence.cached
+            sequence.prefix = self.pages.new_prefix(request.token_ids, sequence.pages, cached)
             self._end(sequence, "stop")
         else:
             sequence.embeddings = None
@@ -287,6 +286,8 @@ class Steps:
         """
         request = sequence.request
         assert sequence.embeddings is not None
+        if stop == sequence.computed:  # another request computed the whole prompt
+            return None
         with _forcing(sequence.backend):
             if self._options.batch_invariant and sequence.computed >= len(request.token_ids):
                 self._decode_runner.replay(sequence, stop - sequence.computed)
@@ -358,6 +359,9 @@ class Steps:
         """End a sequence and release its pages, except those that the prefix cache keeps."""
         if reason in ("stop", "length") and sequence.pages:
             self.pages.insert(sequence)
+        beginning = sequence.request.beginning
+        if beginning is not None and beginning.queued and not beginning.ended:
+            self._end(beginning, "cancelled")
         self.scheduler.remove(sequence)
         self.pages.release(sequence)
         sequence.embeddings = None

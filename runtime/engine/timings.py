@@ -18,7 +18,8 @@ reported progress is nearly accurate."""
 class Timings:
     """Seconds spent in each stage of one request, and the times of its tokens.
 
-    queue is the wait for pages and a place in the batch. first_token and total count from the start of the request,
+    queue is the wait for pages and a place in the batch. If audio is encoded while the rest of it is loaded, load_audio
+    and the stages after it overlap. first_token and total count from the start of the request,
     including the wait for other requests of a batch; generate counts from the first token to the last. If the encoder
     has a stream of its own, encode and prefill overlap.
     """
@@ -33,7 +34,7 @@ class Timings:
     total: float = 0.0
     tokens_per_second: float = 0.0
     _start: float = field(default_factory=time.perf_counter, repr=False)
-    _submitted: float = field(default=0.0, repr=False)
+    _submitted: float | None = field(default=None, repr=False)
     _queued: dict[int, deque[tuple[str, Any, Any]]] = field(default_factory=dict, repr=False)
 
     @contextmanager
@@ -84,7 +85,9 @@ class Timings:
 
     def admitted(self) -> None:
         """Record that the request has its pages. Later calls, after preemption, change nothing."""
-        self.queue = self.queue or time.perf_counter() - self._submitted
+        if self._submitted is not None:
+            self.queue += time.perf_counter() - self._submitted
+            self._submitted = None
 
     def token(self, count: int) -> None:
         """Record the arrival of the `count`-th token; all work queued before it is done."""

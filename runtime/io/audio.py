@@ -34,6 +34,7 @@ MAX_DECODE_SECONDS = 300.0
 MAX_STREAM_BYTES = 4 << 30  # of a file object that cannot seek, which is spooled
 _SPOOLED_AT_ONCE = 1 << 20  # bytes
 _BLOCK = 1 << 18  # samples of an array that are converted at a time
+_RESERVED = round(MAX_SECONDS * SAMPLE_RATE) + 1  # samples for which address space is reserved at first
 _HEADERLESS = {".pcm", ".raw"}
 
 
@@ -59,6 +60,7 @@ class Audio:
 
 
 Array: TypeAlias = "np.ndarray | torch.Tensor"
+OnWindow: TypeAlias = Callable[[np.ndarray, float | None], None]
 AudioSource: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | tuple[Array, int | float] | Audio
 )
@@ -71,6 +73,7 @@ def load_audio(
     truncate: bool = False,
     progress: Callable[[float], None] | None = None,
     max_decode_seconds: float = MAX_DECODE_SECONDS,
+    on_window: OnWindow | None = None,
 ) -> Audio:
     """Decode, mix and resample `source` to mono float32 at 16 kHz.
 
@@ -79,6 +82,9 @@ def load_audio(
     dimension, at most 32, is the channels. Floats are used unchanged, int8/16/32 and uint8/16 are scaled to [-1, 1).
     `progress` is called with the seconds decoded so far, about once per second of audio. Decoding a file may take
     `max_decode_seconds` of wall-clock time, not counting reads; half an hour of audio takes a few seconds.
+    `on_window` is called, while a file is decoded, with each window of 30 s as soon as it is complete (float32
+    [480 000], not to be modified), and with the seconds that the file states, or None. It is not called
+    for a file that states to be too long, nor for samples after the first half hour.
 
     Audio that is missing by the file's time stamps, or damaged, is replaced by silence; `Audio.warnings` reports this
     and all other defects.
@@ -98,7 +104,7 @@ def load_audio(
     collector = _Collector(round(max_seconds * SAMPLE_RATE), progress)
     if isinstance(source, tuple):
         return _load_array(source, collector, max_seconds, truncate)
-    return _load_file(source, collector, max_seconds, truncate, max_decode_seconds)
+    return _load_file(source, collector, max_seconds, truncate, max_decode_seconds, on_window)
 
 
 def windows(samples: np.ndarray, window_samples: int = WINDOW_SAMPLES) -> list[np.ndarray]:
@@ -118,12 +124,10 @@ class _Collector:
         self.limit = limit
         self._progress = progress
         self._reported = 0.0
-        self._bytes = bytearray()
+        self.collected = 0
+        self._buffer = np.empty(min(limit + 1, _RESERVED), np.float32)  # memory is used as it is written
+        self._lent = False
         self._resampler = Resampler(SAMPLE_RATE)
-
-    @property
-    def collected(self) -> int:
-        return len(self._bytes) // 4
 
     @property
     def full(self) -> bool:
@@ -151,11 +155,31 @@ class _Collector:
         """The collected samples, at most `limit`: float32 [n], writable."""
         if self._progress:
             self._report()
-        return np.frombuffer(self._bytes, np.float32)[: self.limit]
+        return self._buffer[: min(self.collected, self.limit)]
+
+    def complete_windows(self, first: int) -> Iterator[np.ndarray]:
+        """The windows from number `first` on that are complete and within the limit and the first half hour."""
+        self._lent = True
+        stop = min(self.collected, self.limit, _RESERVED) // WINDOW_SAMPLES * WINDOW_SAMPLES
+        for start in range(first * WINDOW_SAMPLES, stop, WINDOW_SAMPLES):
+            yield self._buffer[start : start + WINDOW_SAMPLES]
 
     def _keep(self, samples: np.ndarray) -> None:
-        kept: Any = np.ascontiguousarray(samples[: self.limit + 1 - self.collected])
-        self._bytes += memoryview(kept).cast("B")
+        kept = samples[: self.limit + 1 - self.collected]
+        stop = self.collected + len(kept)
+        if stop > len(self._buffer):
+            self._grow(stop)
+        self._buffer[self.collected : stop] = kept
+        self.collected = stop
+
+    def _grow(self, needed: int) -> None:
+        length = min(self.limit + 1, max(needed, len(self._buffer) * 5 // 4))
+        if self._lent:  # others read the old memory
+            longer = np.empty(length, np.float32)
+            longer[: self.collected] = self._buffer[: self.collected]
+            self._buffer = longer
+        else:
+            self._buffer.resize(length, refcheck=False)
 
     def _report(self) -> None:
         self._reported = min(self.collected, self.limit) / SAMPLE_RATE
@@ -163,16 +187,28 @@ class _Collector:
 
 
 def _load_file(
-    source: Any, collector: _Collector, max_seconds: float, truncate: bool, max_decode_seconds: float
+    source: Any,
+    collector: _Collector,
+    max_seconds: float,
+    truncate: bool,
+    max_decode_seconds: float,
+    on_window: OnWindow | None,
 ) -> Audio:
     with (
         _opened(source) as (file, name),
         Decoder(file, name, max_decode_seconds=max_decode_seconds) as decoder,
     ):
+        stated, given = decoder.length_hint, 0
+        if stated is not None and stated > max_seconds and not truncate:
+            on_window = None
         for block, rate in decoder.blocks():
             collector.add(block, rate)
             if collector.full:
                 break
+            if on_window is not None:
+                for window in collector.complete_windows(given):
+                    on_window(window, stated)
+                    given += 1
         collector.finish()
         if collector.full and not truncate:
             raise _too_long(name, decoder.length_hint, max_seconds)

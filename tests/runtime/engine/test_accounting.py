@@ -42,6 +42,7 @@ class EngineMachine(RuleBasedStateMachine):
         )
         self.engine = Engine(NETWORK, options)
         self.sequences: list[SequenceState] = []
+        self.parts: list[SequenceState] = []  # of prompts, whose prefixes stay in the sequences
         self.prefixes: list[Prefix] = []
         self.alive: weakref.WeakSet[Prefix] = weakref.WeakSet()  # dropped ones too, which requests may still name
 
@@ -69,6 +70,21 @@ class EngineMachine(RuleBasedStateMachine):
         self.sequences.append(
             self.engine.submit(dataclasses.replace(request(NETWORK, 1, 0.4, content), sampling=None, priority=1))
         )
+
+    @rule(content=st.integers(0, 3), pages=st.lists(st.integers(1, 2), min_size=1, max_size=3), ends=st.booleans())
+    def begin_early(self, content: int, pages: list[int], ends: bool) -> None:
+        """A prompt in parts, one after the other or all submitted at once, with or without its end."""
+        asked, part, stop = request(NETWORK, 5, 0.4, content), None, 0
+        for count in pages:
+            stop += count * self.engine.options.page_size
+            ids = asked.token_ids[:stop]
+            if len(ids) < stop:
+                break
+            how = {"token_ids": ids, "sampling": None, "expected": len(asked.token_ids) + 5, "beginning": part}
+            part = self.engine.submit(dataclasses.replace(asked, **how))
+            self.parts.append(part)
+        if ends:
+            self.sequences.append(self.engine.submit(dataclasses.replace(asked, beginning=part)))
 
     @precondition(lambda self: self.prefixes)
     @rule(data=st.data(), new_tokens=st.integers(1, 9))
@@ -104,7 +120,7 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        self.engine.cancel(data.draw(st.sampled_from(self.sequences)))
+        self.engine.cancel(data.draw(st.sampled_from(self.sequences + self.parts)))
 
     @invariant()
     def every_page_has_its_users(self) -> None:
@@ -112,11 +128,11 @@ class EngineMachine(RuleBasedStateMachine):
             return
         self.engine._steps.settle()
         users: Counter[int] = Counter(self.engine._steps.pages.prefix_cache.pages)
-        for sequence in self.sequences:
+        for sequence in self.sequences + self.parts:
             users.update(sequence.private_pages)
             users.update(sequence.shared_pages)
             assert sequence.finish_reason is None or not (sequence.private_pages or sequence.shared_pages)
-            if sequence.prefix is not None:
+            if sequence.prefix is not None and not sequence.prefix.closed:
                 users.update(sequence.prefix.pages)
         for prefix in self.alive:
             users.update([] if prefix.closed else prefix.pages)
@@ -130,8 +146,9 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(2000):
             if not self.engine.step():
                 break
-        assert all(sequence.finish_reason is not None for sequence in self.sequences), "a request never ended"
-        for sequence in self.sequences:
+        ended = self.sequences + self.parts
+        assert all(sequence.finish_reason is not None for sequence in ended), "a request never ended"
+        for sequence in ended:
             if sequence.prefix is not None:
                 sequence.prefix.close()
         self.engine._steps.settle()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -456,3 +457,28 @@ def test_headerless_pcm_asks_for_array_and_rate(suffix, tmp_path, rng):
     path.write_bytes(noise(rng, 16_000).tobytes())
     with pytest.raises(AudioError, match=r"headerless PCM.*\(array, sample_rate\)"):
         load_audio(path)
+
+
+@pytest.mark.parametrize(("rate", "seconds", "limit"), [(16_000, 95, 1800), (44_100, 61, 1800), (16_000, 95, 75)])
+def test_windows_are_given_as_soon_as_they_are_complete(rate: int, seconds: int, limit: int, seed: int) -> None:
+    """They are those of the result; a file that states to be too long gives none, since it is refused."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(seed).uniform(-0.5, 0.5, seconds * rate).astype(np.float32)
+    soundfile.write(file, noise, rate, format="FLAC")
+    given: list[tuple[np.ndarray, float | None]] = []
+    decoded: list[float] = []
+
+    def on_window(window: np.ndarray, stated: float | None) -> None:
+        given.append((window, stated))
+        assert decoded[-1] < (len(given) + 1) * 30, "not before the rest has been decoded"
+
+    options: Any = {"max_seconds": limit, "on_window": on_window, "progress": decoded.append}
+    audio = load_audio(file.getvalue(), truncate=True, **options)
+    assert [stated for _, stated in given] == [seconds] * (len(audio.samples) // 480_000)
+    for index, (window, _) in enumerate(given):
+        assert np.array_equal(window, audio.samples[480_000 * index :][:480_000])
+    given.clear()
+    if seconds > limit:
+        with pytest.raises(AudioTooLongError):
+            load_audio(file.getvalue(), **options)
+        assert not given
