@@ -14,7 +14,9 @@ of a power of two, from which 2^23 + zero is subtracted; the high code of a byte
 the differences, exact in 16 bits up to their zero, go to the tensor cores and the scale multiplies a group's sum. Many
 rows: there are more sums than weights, so the scale multiplies the weights before they are rounded.
 Up to 16 rows, these instructions would be the bottleneck. 16-bit x and weights without zeros have a separate kernel for
-few rows, which loads 16 bytes at a time and makes two numbers with each instruction, 13 for 8 weights.
+few rows, which loads 16 bytes at a time and unpacks 8 weights by 7 instructions (float16: 8), two at a time, to base +
+code in registers of the tensor core. Their order is that of the shifts, and x is put into the same order. The tensor
+cores also sum (base + 8) x, once for many outputs; subtracting it costs 5 of the 24 bits of float32, or 3 in float16.
 Weights are the product's left operand, tokens its columns; split inner dimensions as in `packed_product`.
 
 torch on a CPU: if `prepare_int4` has made a copy of the codes with 16 to 64 channels interleaved, few rows go to
@@ -28,6 +30,7 @@ arithmetic: the activations of a group become 15-bit integers with one scale. Mo
 Source: Frantar et al. 2022, arXiv:2210.17323 (groups); Kim et al. 2022, arXiv:2211.10017 (codes in the mantissa).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -49,6 +52,7 @@ from .packed_product import (
     grouped_misfit,
     launch_product,
     product_by_tiles,
+    rows_to_plan_for,
     store_product,
     tile_config,
     two_products,
@@ -123,69 +127,73 @@ def _add_group(acc, tokens, codes, scales, zeros, levels, at, group, SCALE_WEIGH
     return acc
 
 
-# A word has eight codes, byte b those of the inputs 2 b and 2 b + 1. A byte's low code goes to the low half of a
-# register, and its high code, from the word shifted by 4, to the high half. Both become 16-bit numbers at once: the
-# code is or-ed into the mantissa of 2^7 (bfloat16) or 2^10 (float16), and 2^7 + 8 or 2^10 + 8 is subtracted.
-_PAIRS = """{
-.reg .b32 high, pair, one, shift;
-mov.b32 one, %(one)s;
-mov.b32 shift, %(shift)s;
-shr.u32 high, $4, 4;
-prmt.b32 pair, $4, high, 0x4400;
-lop3.b32 pair, pair, 0x000F000F, %(magic)s, 0xEA;
-fma.rn.%(type)s $0, pair, one, shift;
-prmt.b32 pair, $4, high, 0x5511;
-lop3.b32 pair, pair, 0x000F000F, %(magic)s, 0xEA;
-fma.rn.%(type)s $1, pair, one, shift;
-prmt.b32 pair, $4, high, 0x6622;
-lop3.b32 pair, pair, 0x000F000F, %(magic)s, 0xEA;
-fma.rn.%(type)s $2, pair, one, shift;
-prmt.b32 pair, $4, high, 0x7733;
-lop3.b32 pair, pair, 0x000F000F, %(magic)s, 0xEA;
-fma.rn.%(type)s $3, pair, one, shift;
-}"""
-BFLOAT16_PAIRS = tl.constexpr(
-    _PAIRS % {"type": "bf16x2", "one": "0x3F803F80", "shift": "0xC308C308", "magic": "0x43004300"}
-)
-FLOAT16_PAIRS = tl.constexpr(
-    _PAIRS % {"type": "f16x2", "one": "0x3C003C00", "shift": "0xE408E408", "magic": "0x64006400"}
-)
+# What follows is for words of eight codes. One instruction, (word & codes) | base, makes two numbers of a word: the
+# codes in the lowest four bits of both halves become the mantissas of 2^7 + code in bfloat16. In float16, whose sums
+# need more digits, the codes are 6 bits higher and become 2^4 + code.
+BFLOAT16_NUMBERS = tl.constexpr("lop3.b32 $0, $1, 0x000F000F, 0x43004300, 0xEA;")
+FLOAT16_NUMBERS = tl.constexpr("lop3.b32 $0, $1, 0x03C003C0, 0x4C004C00, 0xEA;")
 
 
 @triton.jit
-def _pair(words, byte: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The result of `_PAIRS` for one byte, by operations that every device and the interpreter have."""
-    even, odd = _codes(words >> 8 * byte)
-    low = even.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return low | (odd.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+def _numbers(words, CODE: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """2^7 + code or, in float16, 2^4 + code for the codes CODE and CODE + 4 of int32 words, as two halves of an int32.
 
-
-@triton.jit
-def _unpacked_words(words, DTYPE: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """code - 8 of words [BLOCK_N, BLOCK_K / 8] with eight codes each: [BLOCK_N, BLOCK_K], exact in a 16-bit DTYPE."""
+    PTX: use an instruction of NVIDIA's, for which the compiler would need two.
+    """
+    LEFT: tl.constexpr = (0 if tl.bfloat16 == DTYPE else 6) - 4 * CODE
+    if LEFT > 0:
+        words = words << LEFT
+    elif LEFT < 0:
+        words = words >> -LEFT
     if PTX:
-        a, b, c, d = tl.inline_asm_elementwise(
-            BFLOAT16_PAIRS if tl.bfloat16 == DTYPE else FLOAT16_PAIRS,
-            "=r,=r,=r,=r,r",
-            [words],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
+        source: tl.constexpr = BFLOAT16_NUMBERS if tl.bfloat16 == DTYPE else FLOAT16_NUMBERS
+        return tl.inline_asm_elementwise(source, "=r,r", [words], tl.int32, is_pure=True, pack=1)
+    elif tl.bfloat16 == DTYPE:
+        return (words & 0x000F000F) | 0x43004300
     else:
-        a, b = _pair(words, 0, DTYPE), _pair(words, 1, DTYPE)
-        c, d = _pair(words, 2, DTYPE), _pair(words, 3, DTYPE)
-    pairs = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (words.shape[0], 4 * words.shape[1]))
-    even = pairs.to(tl.int16).to(DTYPE, bitcast=True)
-    odd = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-    return tl.reshape(tl.join(even, odd), (words.shape[0], 8 * words.shape[1]))
+        return (words & 0x03C003C0) | 0x4C004C00
 
 
 @triton.jit
-def _add_words(acc, tokens, words, scales, at, group, DTYPE: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """As `_add_group`, with int32 words of eight codes. at: in words."""
-    weights = _unpacked_words(tl.load(words + at), DTYPE, PTX)
-    return acc + tl.dot(weights, tokens) * tl.load(scales + group).to(tl.float32)[:, None]
+def _weights(words, CODE: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Half of the numbers of words [BLOCK_N, words]: [BLOCK_N, 4 * words], those of the codes CODE, CODE + 4, CODE + 1
+    and CODE + 5 of each word."""
+    pairs = tl.join(_numbers(words, CODE, DTYPE, PTX), _numbers(words, CODE + 1, DTYPE, PTX))
+    pairs = tl.reshape(pairs, (words.shape[0], 2 * words.shape[1]))
+    low = pairs.to(tl.int16).to(DTYPE, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return tl.reshape(tl.join(low, high), (words.shape[0], 4 * words.shape[1]))
+
+
+@triton.jit
+def halves_of(tokens):  # type: ignore[no-untyped-def]
+    """Tokens [inputs, BLOCK_M] in the order of the numbers: the inputs 0, 4, 1, 5 and 2, 6, 3, 7 of every eight."""
+    HALF: tl.constexpr = tokens.shape[0] // 2
+    eights = tl.reshape(tokens, (tokens.shape[0] // 8, 2, 2, 2, tokens.shape[1]))
+    first, second = tl.split(tl.trans(eights, 0, 3, 1, 4, 2))
+    return tl.reshape(first, (HALF, tokens.shape[1])), tl.reshape(second, (HALF, tokens.shape[1]))
+
+
+@triton.jit
+def shift_of(first, second, BLOCK_N: tl.constexpr, WARPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[BLOCK_N, BLOCK_M]: the sums of the tokens, times what makes code - 8 of a number when it is added.
+
+    One tile of the tensor core per warp computes them for all outputs of the warp.
+    """
+    ROWS: tl.constexpr = 16 * WARPS
+    BLOCK_M: tl.constexpr = first.shape[1]
+    shift = tl.full((ROWS, first.shape[0] // 2), -136.0 if tl.bfloat16 == first.dtype else -24.0, first.dtype)
+    # Joined like the weights, so that the compiler gives these products the same layout of tokens.
+    shift = tl.reshape(tl.join(shift, shift), (ROWS, first.shape[0]))
+    sums = tl.dot(shift, second, tl.dot(shift, first))
+    return tl.reshape(tl.broadcast_to(sums[None], (BLOCK_N // ROWS, ROWS, BLOCK_M)), (BLOCK_N, BLOCK_M))
+
+
+@triton.jit
+def dot_words(words, first, second, acc, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc + the product of the numbers of words [BLOCK_N, inputs / 8] with tokens in `halves_of`."""
+    acc = tl.dot(_weights(words, 0, first.dtype, PTX), first, acc)
+    return tl.dot(_weights(words, 2, first.dtype, PTX), second, acc)
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
@@ -207,28 +215,34 @@ def _w4a16_words_kernel(  # type: ignore[no-untyped-def]
     steps,
     GROUP: tl.constexpr,
     PTX: tl.constexpr,
+    WARPS: tl.constexpr,
     ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """For a few rows of 16-bit x and weights without zeros. PTX: whether the chip has NVIDIA's instructions."""
-    DTYPE: tl.constexpr = x.dtype.element_ty
+    PART: tl.constexpr = min(GROUP, 1024 // BLOCK_M)  # inputs at a time, within a group; more would spill registers
     m, n = block_of(rows, columns, BLOCK_M, BLOCK_N)
     channel = tl.minimum(n, columns - 1).to(tl.int64)
-    xs = x + m[None, :].to(tl.int64) * inner + tl.arange(0, BLOCK_K)[:, None]
+    xs = x + m[None, :].to(tl.int64) * inner + tl.arange(0, PART)[:, None]
     # Rows, like groups, are a multiple of 16 bytes long. Written in this form, the index gives loads of 16 bytes.
-    at = channel[:, None] * (inner // 32 * 4) + tl.arange(0, BLOCK_K // 8)[None, :]
+    at = channel[:, None] * (inner // 32 * 4) + tl.arange(0, PART // 8)[None, :]
     groups = channel * (inner // GROUP)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     start = tl.program_id(1) * steps * BLOCK_K
     for k in range(start, tl.minimum(start + steps * BLOCK_K, inner), BLOCK_K):
-        tokens = tl.load(xs + k, mask=m[None, :] < rows, other=0)
-        here, group = at + k // 8, groups + k // GROUP
-        acc = _add_words(acc, tokens, words, scales, here, group, DTYPE, PTX)
-        if up_words is not None:
-            up_acc = _add_words(up_acc, tokens, up_words, up_scales, here, group, DTYPE, PTX)
+        for part in tl.static_range(BLOCK_K // PART):
+            here = k + part * PART
+            group = groups + here // GROUP
+            first, second = halves_of(tl.load(xs + here, mask=m[None, :] < rows, other=0))
+            shift = shift_of(first, second, BLOCK_N, WARPS)
+            sums = dot_words(tl.load(words + at + here // 8), first, second, shift, PTX)
+            acc += sums * tl.load(scales + group).to(tl.float32)[:, None]
+            if up_words is not None:
+                sums = dot_words(tl.load(up_words + at + here // 8), first, second, shift, PTX)
+                up_acc += sums * tl.load(up_scales + group).to(tl.float32)[:, None]
     store_product(acc, up_words, up_acc, out, partials, counters, bias, residual, norm, m, n, rows, columns, ROW)
 
 
@@ -299,12 +313,31 @@ _W4A16_PAIR = {
         dict.fromkeys(("sm90", "sm100"), tile_config(128, 128, 64, 8, 3)),
     ),
 }
+# Of words. Each warp multiplies 64 outputs, or 32 of both weights, with the tokens in its registers. With 8 tokens or 2
+# warps, sm_90 and sm_100 use the instruction of one warp, HMMA, whose weights are in registers. BLOCK_K may be several
+# groups.
+_AMD = {"gfx942": tile_config(16, 128, 128, 4, 2)}
+_AMD_PAIR = {"gfx942": tile_config(16, 64, 128, 4, 2)}
+_WORDS = {
+    8: Configs("linear_int4_words_8", tile_config(8, 256, 128, 4, 3), _AMD),
+    16: Configs("linear_int4_words_16", tile_config(16, 128, 128, 2, 3), _AMD),
+}
+_WORDS_PAIR = {
+    8: Configs("linear_int4_words_pair_8", tile_config(8, 128, 128, 4, 3), _AMD_PAIR),
+    16: Configs("linear_int4_words_pair_16", tile_config(16, 64, 128, 2, 3), _AMD_PAIR),
+}
 
 
 def config_of(rows: int, group: int, pair: bool, device: torch.device) -> Config:
     """The launch config of a product of `rows` tokens with weights in groups of `group`, or with a pair of weights."""
     config = config_for(_W4A16_PAIR if pair else _W4A16, rows, device)
     return within_group(config, group)
+
+
+def _config_of_words(rows: int, inner: int, pair: bool, device: torch.device) -> Config:
+    """The config of a product by words: whole steps of one group or more."""
+    config = config_for(_WORDS_PAIR if pair else _WORDS, rows, device)
+    return within_group(config, math.gcd(inner, config.blocks["BLOCK_K"]))
 
 
 def w4a16_triton(
@@ -318,12 +351,15 @@ def w4a16_triton(
 ) -> Tensor:
     """The product on a GPU. norm: see `linear_norm`; levels: see `linear_nf4`."""
     group = x.shape[-1] // weight.scales.shape[1]
-    config = config_of(x.shape[:-1].numel(), group, up is not None, x.device)
     options: dict[str, Any] = {"owner": weight.codes, "norm": norm, "GROUP": group}
-    if config.blocks["BLOCK_M"] == 16 and x.element_size() == 2 and weight.zeros is None and levels is None:
-        ptx = x.device.type != "cpu" and family(x.device).startswith("sm")
+    rows, pair = x.shape[:-1].numel(), up is not None
+    if rows_to_plan_for(rows) <= max(_WORDS) and x.element_size() == 2 and weight.zeros is None and levels is None:
+        config = _config_of_words(rows, x.shape[-1], pair, x.device)
+        options["PTX"] = x.device.type != "cpu" and family(x.device).startswith("sm")
+        options["WARPS"] = config.num_warps
         parts = in_words(weight), up and in_words(up)
-        return launch_product(_w4a16_words_kernel, x, *parts, bias, residual, config, PTX=ptx, **options)
+        return launch_product(_w4a16_words_kernel, x, *parts, bias, residual, config, **options)
+    config = config_of(rows, group, pair, x.device)
     return launch_product(_w4a16_kernel, x, weight, up, bias, residual, config, levels=levels, **options)
 
 

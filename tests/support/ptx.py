@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 
-def run_ptx(source: str, words: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """What the instructions in `source` make of its operand $4, by their definitions: the 32 bits of $0 to $3."""
+def run_ptx(source: str, words: Tensor, dtype: torch.dtype, results: int = 4) -> list[Tensor]:
+    """What the instructions in `source` make of words, by their definitions: the 32 bits of each result.
+
+    The results are the first operands, from $0 on, and the words are the next one.
+    """
 
     def halves(register: Tensor) -> Tensor:
         return torch.stack((register, register >> 16), -1).to(torch.int16).view(dtype).double()
@@ -15,7 +18,7 @@ def run_ptx(source: str, words: Tensor, dtype: torch.dtype) -> list[Tensor]:
     def byte(a: Tensor, b: Tensor, selector: int) -> Tensor:
         return ((b if selector & 4 else a) >> (8 * (selector & 3))) & 0xFF
 
-    registers: dict[str, Tensor] = {"$4": words & 0xFFFFFFFF}
+    registers: dict[str, Tensor] = {f"${results}": words & 0xFFFFFFFF}
     for line in source.strip("{}\n ").splitlines():
         if line.startswith(".reg"):
             continue
@@ -44,4 +47,4 @@ def run_ptx(source: str, words: Tensor, dtype: torch.dtype) -> list[Tensor]:
             bits = (a * b + c).to(dtype).view(torch.int16).long() & 0xFFFF
             result = bits[..., 0] | bits[..., 1] << 16
         registers[to] = result
-    return [registers[f"${i}"] for i in range(4)]
+    return [registers[f"${i}"] for i in range(results)]
