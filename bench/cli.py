@@ -112,8 +112,8 @@ def llama_cpp(
     scheme: Annotated[
         str,
         typer.Option(
-            help=f"Schemes of afnext: {', '.join(SCHEMES)}, q4_k; comma-separated; with '+kv8' or '+kv4' for an int8 "
-            "or int4 KV cache."
+            help=f"Schemes of afnext: {', '.join(SCHEMES)}, q4_k; comma-separated; with '+kv8', '+kvfp8' or '+kv4' for "
+            "an int8, fp8 or int4 KV cache."
         ),
     ] = "int4",
     kind: Annotated[
@@ -157,7 +157,10 @@ def llama_cpp(
 def layers(
     random: Annotated[str, typer.Option(help="Shape of a random checkpoint: tiny or full-width:ENC,DEC.")],
     scheme: Annotated[
-        str, typer.Option(help=f"{', '.join(SCHEMES)}; append '+kv8' or '+kv4' for an int8 or int4 KV cache.")
+        str,
+        typer.Option(
+            help=f"{', '.join(SCHEMES)}; append '+kv8', '+kvfp8' or '+kv4' for an int8, fp8 or int4 KV cache."
+        ),
     ] = "bf16",
     baseline: Annotated[
         str,

@@ -5,8 +5,8 @@
 Without `causal` a query sees the first key_lengths[b] keys of its sequence. With `causal` the queries are the LAST
 tokens of their sequence: query i of n sees the keys up to index key_lengths[b] - n + i. Query head h reads KV head h //
 (heads / kv_heads) (GQA). Keys and values are dense, [batch, keys, kv_heads, head_dim], or paged (`page_table` given,
-see `pages.py`). Paged ones may be int8 with a scale for each token and head (`kv_write.py`), or int4 (`int4_cache.py`),
-which has its own Triton kernel (`attention_int4.py`).
+see `pages.py`). Paged ones may be int8 or e4m3 with a scale for each token and head (`kv_write.py`), or int4
+(`int4_cache.py`), which has its own Triton kernel (`attention_int4.py`).
 `rotation` rotates the queries as they are loaded. Keys in a cache are already rotated; `key_rotation` rotates dense
 keys. So this operation serves RoPE, the report's RoTE (positions -2 pi * seconds, interleaved pairs) and no rotation.
 
@@ -35,11 +35,12 @@ from .attention_int4 import attend_int4, unsupported_heads
 from .attention_libraries import TIMING, cudnn_attention, cudnn_misfit, flash_attention, flash_misfit
 from .configs import Config, Configs, family
 from .dispatch import Operation
-from .int4_cache import DTYPE as INT4
+from .e4m3 import readable, widen, widened
 from .int4_cache import HEAD_DIMS, KeyBias, dequantize_int4, is_int4
 from .native.attention import BLOCK_VALUES, attend_natively
 from .online_softmax import weigh
-from .pages import gather_pages, locate_tokens, page_of
+from .pages import QUANTIZED, gather_pages, locate_tokens, page_of
+from .quantize_rows import E4M3
 from .rotary import Rotation, check_rotation, load_turned, load_turns, rotary
 from .rotary import reference as rotary_reference
 from .strides import with_unit_stride
@@ -188,7 +189,7 @@ def _kernel(  # type: ignore[no-untyped-def]
                 corner = [page.to(tl.int32), first, (kv_head * HEAD_DIM).to(tl.int32)]
                 k_tile = k_tiles.load(corner).reshape(BLOCK_N, BLOCK_D)
                 v_tile = v_tiles.load(corner).reshape(BLOCK_N, BLOCK_D)
-                if masked and v_scales is None:
+                if masked and v_tile.dtype != tl.int8:
                     # Memory past the last token may hold NaN, and 0 * NaN is NaN.
                     v_tile = tl.where(exists[:, None], v_tile, 0.0)
             else:
@@ -196,13 +197,13 @@ def _kernel(  # type: ignore[no-untyped-def]
                 v_at = v + (page * v_page + slot.to(tl.int64) * v_slot)[:, None] + channels
                 if masked or BLOCK_D != HEAD_DIM:
                     loaded = exists[:, None] & (channels < HEAD_DIM)
-                    k_tile, v_tile = tl.load(k_at, mask=loaded, other=0), tl.load(v_at, mask=loaded, other=0)
+                    k_tile, v_tile = tl.load(k_at, mask=loaded, other=0.0), tl.load(v_at, mask=loaded, other=0.0)
                 else:
                     k_tile, v_tile = tl.load(k_at), tl.load(v_at)
             if ROUNDS:
                 scores = tl.dot(codes, tl.trans(k_tile)).to(tl.float32) * (row_scales * scale)
             else:
-                scores = tl.dot(rows, tl.trans(k_tile.to(rows.dtype)), input_precision="ieee") * scale
+                scores = tl.dot(rows, tl.trans(widened(k_tile, q)), input_precision="ieee") * scale
             scale_at = (page * PAGE_SIZE + slot.to(tl.int64)) * kv_heads + kv_head
             if k_scales is not None:
                 scores *= tl.load(k_scales + scale_at, mask=exists, other=0.0)[None, :]
@@ -210,10 +211,10 @@ def _kernel(  # type: ignore[no-untyped-def]
                 scores = tl.where((token[None, :] <= last[:, None]) & exists[None, :], scores, -float("inf"))
             weights, decay, row_max, row_sum = weigh(scores, row_max, row_sum)
             if v_scales is not None:
-                # Times 127, the largest stored magnitude: weights as small as a scale would underflow in float16.
+                # Times 127, the largest code in int8: weights as small as a scale would underflow in float16.
                 weights *= tl.load(v_scales + scale_at, mask=exists, other=0.0)[None, :] * 127
             weights = weights.to(rows.dtype)
-            acc = tl.dot(weights, v_tile.to(rows.dtype), acc * decay[:, None], input_precision="ieee")
+            acc = tl.dot(weights, widened(v_tile, q), acc * decay[:, None], input_precision="ieee")
     if v_scales is not None:
         row_sum *= 127
     acc /= tl.where(row_sum > 0, row_sum, 1.0)[:, None]
@@ -248,7 +249,7 @@ _CONFIGS = {
 _CROWDED = Configs(
     "attention_128_crowded",
     Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=3),
-    _CONFIGS[128].by_family,
+    {**_CONFIGS[128].by_family, "gfx942": Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2)},
     candidates=_CANDIDATES,
 )
 # The chips that load tiles by TMA, without registers, which makes room for 128 keys of a wide head. sm_120 has TMA,
@@ -328,8 +329,8 @@ def _triton(
         tiled = fetched and page_size % block_n == 0
         _kernel[(triton.cdiv(queries * group, config.blocks["BLOCK_M"]), kv_heads, batch)](
             q,
-            k,
-            v,
+            readable(k),
+            readable(v),
             out,
             cos,
             sin,
@@ -503,14 +504,15 @@ def gathered(
     dtype: torch.dtype,
     key_bias: KeyBias | None = None,
 ) -> Tensor:
-    """The first `length` tokens in `pages`, in `dtype`; an int8 or int4 cache is dequantized."""
+    """The first `length` tokens in `pages`, in `dtype`; a quantized cache is dequantized."""
     x = gather_pages(cache, pages, length)
     if scales is None:
         return x.to(dtype)
     at_least_float32 = torch.promote_types(dtype, torch.float32)
     scales = gather_pages(scales, pages, length)
     if not is_int4(cache):
-        return (x.to(at_least_float32) * scales[..., None]).to(dtype)
+        x = widen(x, at_least_float32) if x.dtype == E4M3 else x.to(at_least_float32)
+        return (x * scales[..., None]).to(dtype)
     x = dequantize_int4(x, scales, at_least_float32)
     return (x if key_bias is None else x + key_bias.rotated(length, at_least_float32)).to(dtype)
 
@@ -534,10 +536,10 @@ def attention(
 
     q: [batch, queries, heads, head_dim], float32, bfloat16 or float16; k, v: [batch, keys, kv_heads, head_dim], or with
     `page_table` ([batch, max_pages] int) pools [pages, page_size, kv_heads, head_dim], of the dtype of q or, with
-    k_scales and v_scales ([pages, page_size, kv_heads] float32), int8, or int4 [..., head_dim / 2] uint8. key_lengths:
-    [batch] int, required with pages, at least 1, and at least the number of queries when causal. rotation rotates q,
-    key_rotation dense k. key_bias: the bias that was subtracted from the keys of an int4 cache. scale defaults to
-    head_dim ** -0.5.
+    k_scales and v_scales ([pages, page_size, kv_heads] float32), int8, float8_e4m3fn, or int4 [..., head_dim / 2]
+    uint8. key_lengths: [batch] int, required with pages, at least 1, and at least the number of queries when causal.
+    rotation rotates q, key_rotation dense k. key_bias: the bias that was subtracted from the keys of an int4 cache.
+    scale defaults to head_dim ** -0.5.
     Returns a tensor like q; softmax in float32. Raises ValueError when shapes or dtypes do not fit.
     """
     check_attention(q, k, v, key_lengths, page_table, k_scales, v_scales, key_bias)
@@ -582,10 +584,12 @@ def check_attention(
     for x, scales in ((k, k_scales), (v, v_scales)):
         _check_scales(q, x, scales, page_table)
     check_tensors(q, FLOATING, q=q)
-    check_tensors(q, FLOATING | {torch.int8, INT4}, k=k, v=v)
+    check_tensors(q, FLOATING | QUANTIZED, k=k, v=v)
     check_tensors(q, INTEGERS, key_lengths=key_lengths, page_table=page_table)
     check_tensors(q, FLOAT32, k_scales=k_scales, v_scales=v_scales)
-    if is_int4(k) and (q.shape[-1] not in HEAD_DIMS or k.dtype != v.dtype):
+    if k.dtype != v.dtype:
+        raise ValueError(f"keys and values must have one dtype, got {k.dtype} and {v.dtype}")
+    if is_int4(k) and q.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"an int4 cache takes heads of {', '.join(map(str, HEAD_DIMS))} channels, got {q.shape[-1]}")
     if key_bias is not None:
         _check_key_bias(q, k, key_bias)
@@ -605,12 +609,12 @@ def _check_key_bias(q: Tensor, k: Tensor, key_bias: KeyBias) -> None:
 
 
 def _check_scales(q: Tensor, x: Tensor, scales: Tensor | None, page_table: Tensor | None) -> None:
-    if x.dtype not in ((q.dtype,) if scales is None else (torch.int8, INT4)):
-        raise ValueError(f"keys and values are {q.dtype} like q, or int4 or int8 with scales; got {x.dtype}")
+    if x.dtype not in ((q.dtype,) if scales is None else QUANTIZED):
+        raise ValueError(f"keys and values are {q.dtype} like q, or int4, int8 or fp8 with scales; got {x.dtype}")
     if scales is None:
         return
     if page_table is None:
-        raise ValueError("scales belong to int4 and int8 keys and values in pages, got no page_table")
+        raise ValueError("scales belong to quantized keys and values in pages, got no page_table")
     if scales.shape != x.shape[:3] or scales.dtype != torch.float32 or not scales.is_contiguous():
         raise ValueError(
             f"scales must be contiguous float32 of the shape {tuple(x.shape[:3])}, got {scales.dtype} "

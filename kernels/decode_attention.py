@@ -4,7 +4,7 @@
 
 for n = 1 .. 8 new tokens per sequence (more than one when speculative tokens are verified). This is the causal
 attention of `attention.py`, separate because it is bound by memory: only a few rows use each key and value, so reading
-the cache takes the time. An int8 cache (`kv_write.py`) and an int4 cache (`int4_cache.py`) have a float32 scale for
+the cache takes the time. Caches in int8 and e4m3 (`kv_write.py`) and in int4 (`int4_cache.py`) have a float32 scale for
 each token and KV head; int4 has its own Triton kernel for the parts (`attention_int4.py`).
 
 Shapes as in `decode_attention` below. The keys of a sequence are divided among `splits` programs for each KV head, so
@@ -16,10 +16,10 @@ part does not depend on the batch; there, several new tokens must be passed as s
 program's rounding may depend on its number of rows.
 
 Bytes, for each sequence of t cached tokens and each layer: 2 t kv_heads head_dim elements of the cache, once (2 KiB per
-token in bf16 at full size, 92 MB at 45 000 tokens; in int8 1 KiB and 32 bytes of scales, in int4 half a KiB and 32
-bytes), and the page table. In addition the parts, 4 n heads (head_dim + 1) bytes each, written once and read once (66
-parts and 2 MB on 132 multiprocessors at one new token, in the L2 cache). FLOPs: 4 t n heads head_dim, 7 for each byte
-of a bf16 cache at full size and one new token; padding the tile to 16 rows makes it 16.
+token in bf16 at full size, 92 MB at 45 000 tokens; in int8 and e4m3 1 KiB and 32 bytes of scales, in int4 half a KiB
+and 32 bytes), and the page table. In addition the parts, 4 n heads (head_dim + 1) bytes each, written once and read
+once (66 parts and 2 MB on 132 multiprocessors at one new token, in the L2 cache). FLOPs: 4 t n heads head_dim, 7 for
+each byte of a bf16 cache at full size and one new token; padding the tile to 16 rows makes it 16.
 Source: Dao et al. 2023 (Flash-Decoding); Kwon et al. 2023 (PagedAttention).
 """
 
@@ -34,6 +34,7 @@ from .attention_int4 import attend_int4, unsupported_heads
 from .attention_libraries import DECODE_TIMING, flash_attention, flash_misfit
 from .configs import Config, Configs, multiprocessors
 from .dispatch import Operation
+from .e4m3 import readable, widened
 from .int4_cache import KeyBias, is_int4
 from .merge_parts import Parts, merge_by_last
 from .native.attention import attend_natively
@@ -135,19 +136,19 @@ def _attend_part(  # type: ignore[no-untyped-def]
         loaded = exists[:, None] & (channels < HEAD_DIM)
         page, slot = locate_tokens(page_table + batch * table_row, start, length, PAGE_SIZE, BLOCK_N)
         slot = slot.to(tl.int64)
-        keys = tl.load(k + (page * k_page + slot * k_slot)[:, None] + channels, mask=loaded, other=0)
-        scores = tl.dot(rows, tl.trans(keys.to(rows.dtype)), input_precision="ieee") * scale
+        keys = tl.load(k + (page * k_page + slot * k_slot)[:, None] + channels, mask=loaded, other=0.0)
+        scores = tl.dot(rows, tl.trans(widened(keys, q)), input_precision="ieee") * scale
         scale_at = (page * PAGE_SIZE + slot) * KV_HEADS + kv_head
         if k_scales is not None:
             scores *= tl.load(k_scales + scale_at, mask=exists, other=0.0)[None, :]
         scores = tl.where(key[None, :] <= last[:, None], scores, -float("inf"))
         weights, decay, row_max, row_sum = weigh(scores, row_max, row_sum)
         if v_scales is not None:
-            # Times 127, the largest stored magnitude: weights as small as a scale would underflow in float16.
+            # Times 127, the largest code in int8: weights as small as a scale would underflow in float16.
             weights *= tl.load(v_scales + scale_at, mask=exists, other=0.0)[None, :] * 127
-        values = tl.load(v + (page * v_page + slot * v_slot)[:, None] + channels, mask=loaded, other=0)
+        values = tl.load(v + (page * v_page + slot * v_slot)[:, None] + channels, mask=loaded, other=0.0)
         weights = weights.to(rows.dtype)
-        acc = tl.dot(weights, values.to(rows.dtype), acc * decay[:, None], input_precision="ieee")
+        acc = tl.dot(weights, widened(values, q), acc * decay[:, None], input_precision="ieee")
 
     log_sum = tl.where(row_sum > 0, row_max + tl.log2(row_sum), -float("inf"))
     tl.store(log_sums + part_row, log_sum, mask=in_rows)
@@ -220,8 +221,8 @@ def _triton(
         return made.merged()
     _attend_part[(programs, splits, batch)](
         q,
-        k,
-        v,
+        readable(k),
+        readable(v),
         made.parts,
         made.log_sums,
         made.out,
@@ -352,10 +353,10 @@ def decode_attention(
     """Attention of the last n tokens of each sequence over its cache, which already holds them.
 
     q: [batch, n, heads, head_dim] with n <= MAX_NEW_TOKENS, rotated; k, v: pools [pages, page_size, kv_heads,
-    head_dim] of q's dtype, or int8, or int4 [..., head_dim / 2] uint8, with the float32 scales k_scales, v_scales:
-    [pages, page_size, kv_heads]; key_bias: the bias that was subtracted from the keys of an int4 cache; key_lengths:
-    [batch] int, tokens in the cache, at least the n new ones; page_table: [batch, max_pages] int. Returns a tensor like
-    q; softmax in float32. Raises ValueError when shapes or dtypes do not fit.
+    head_dim] of q's dtype, or int8, float8_e4m3fn, or int4 [..., head_dim / 2] uint8, with the float32 scales k_scales,
+    v_scales: [pages, page_size, kv_heads]; key_bias: the bias that was subtracted from the keys of an int4 cache;
+    key_lengths: [batch] int, tokens in the cache, at least the n new ones; page_table: [batch, max_pages] int. Returns
+    a tensor like q; softmax in float32. Raises ValueError when shapes or dtypes do not fit.
     """
     check_attention(q, k, v, key_lengths, page_table, k_scales, v_scales, key_bias)
     if not 1 <= q.shape[1] <= MAX_NEW_TOKENS:

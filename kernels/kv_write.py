@@ -2,18 +2,19 @@
 
     q_out = rotary(q);  k_cache[slot] = rotary(k);  v_cache[slot] = v          slot = page_slots(...)
 
-Keys are stored rotated, so attention reads them as they are. An int8 cache stores, for each token and head x (keys
-after rotation), integers and a float32 scale:
+Keys are stored rotated, so attention reads them as they are. A cache in int8 or in the 8-bit float e4m3 (`e4m3.py`)
+stores, for each token and head x (keys after rotation), codes and a float32 scale:
 
-    scale = max |x| / 127;  stored = round(x / scale), half to even, within +-127;  x is read as stored * scale
+    scale = max |x| / largest;  stored = round(x / scale), half to even, within +-largest;  x is read as stored * scale
 
-A vector of zeros has the scale 0. `int4_cache.py` defines an int4 cache, which stores keys without the bias `k_bias`.
+with 127 as the largest of int8 and 448 of e4m3, and round to integers or to numbers in e4m3. A vector of zeros has the
+scale 0. `int4_cache.py` defines an int4 cache, which stores keys without the bias `k_bias`.
 
 The biases of q, k and v are not added here: the products that compute q, k and v add them in their epilogue (cuBLAS and
 every quantized product do), so fusing them here would save no pass over memory.
 
 Memory-bound: one pass reads q, k, v and writes as much, at full size 2 * (3584 + 2 * 512) * 2 bytes per token and layer
-in bf16 (18 KiB; 17 KiB with an int8 cache). The Triton kernel does so in one launch, and reads the table of cosines
+in bf16 (18 KiB; 17 KiB with codes of 8 bits). The Triton kernel does so in one launch, and reads the table of cosines
 (512 bytes per token, see `rotary.py`) from the L2 cache; a program handles four query heads, or one key head and its
 value head.
 Source: the paged layout is that of Kwon et al. 2023 (PagedAttention).
@@ -25,9 +26,12 @@ from torch import Tensor
 from . import native
 from .arguments import FLOAT32, FLOATING, INT64, check_tensors
 from .dispatch import Operation
+from .e4m3 import narrowed, readable
 from .int4_cache import DTYPE as INT4
 from .int4_cache import HEAD_DIMS, is_int4, quantize_int4, walsh_hadamard_rows
-from .quantize_rows import reference as quantize
+from .pages import QUANTIZED
+from .quantize_rows import E4M3
+from .quantize_rows import reference as quantize_rows
 from .rotary import (
     Rotation,
     check_rotation,
@@ -65,9 +69,13 @@ def reference(
                 if scales is None:
                     cache[page, offset] = x[b, t].to(cache.dtype)
                 else:
-                    stored = quantize_int4 if is_int4(cache) else quantize
-                    cache[page, offset], scales[page, offset] = stored(x[b, t])
+                    cache[page, offset], scales[page, offset] = _quantized(x[b, t], cache.dtype)
     return rotary_reference(q, rotation)
+
+
+def _quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes and scales of x [..., head_dim] in a cache of `dtype`."""
+    return quantize_int4(x) if dtype == INT4 else quantize_rows(x, dtype)
 
 
 _operation = Operation("kv_write", reference)
@@ -93,13 +101,15 @@ def _store(x, cache, scales, rows, channels, exists, HEAD_DIM: tl.constexpr):  #
     """Write one head of some tokens. x: [tokens, channels] float32, 0 beyond HEAD_DIM; rows: [tokens, 1] int64, the
     index of each (slot, head) in the cache; exists: [tokens, 1], false past the last token."""
     if scales is not None:
-        # IEEE division and rounding, so that every implementation stores the same integers. Adding 1.5 * 2^23 to a
-        # float32 rounds it to an integer, half to even.
-        scale = tl.div_rn(tl.max(tl.abs(x), 1, keep_dims=True), 127.0)
+        # IEEE division and rounding, so that every implementation stores the same codes.
+        largest: tl.constexpr = 127.0 if cache.dtype.element_ty == tl.int8 else 448.0
+        scale = tl.div_rn(tl.max(tl.abs(x), 1, keep_dims=True), largest)
         tl.store(scales + rows, scale, mask=exists)
         quotient = tl.div_rn(x, tl.where(scale > 0, scale, 1.0).broadcast_to(x.shape))
-        x = tl.minimum(tl.maximum((quotient + 12582912.0) - 12582912.0, -127.0), 127.0)
-    tl.store(cache + rows * HEAD_DIM + channels, x.to(cache.dtype.element_ty), mask=exists & (channels < HEAD_DIM))
+        x = tl.minimum(tl.maximum(quotient, -largest), largest)
+        if cache.dtype.element_ty == tl.int8:
+            x = (x + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to an integer, half to even
+    tl.store(cache + rows * HEAD_DIM + channels, narrowed(x, cache), mask=exists & (channels < HEAD_DIM))
 
 
 @triton.jit(do_not_specialize=["tokens", "time"])
@@ -195,8 +205,8 @@ def _triton(
         k,
         v,
         out,
-        k_cache,
-        v_cache,
+        readable(k_cache),
+        readable(v_cache),
         k_scales,
         v_scales,
         slots.contiguous(),
@@ -221,7 +231,7 @@ def _triton(
 
 
 def _misfit(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, *_: object) -> str | None:
-    return native_misfit(q, k, v) or (None if k_cache.dtype in (torch.int8, INT4) else native.misfit(k_cache))
+    return native_misfit(q, k, v) or (None if k_cache.dtype in QUANTIZED else native.misfit(k_cache))
 
 
 @_operation.implementation("native", _misfit)
@@ -247,7 +257,8 @@ def _native(
         bias = None if k_bias is None else k_bias.contiguous()
         native.call("kv_write_int4", *caches, bias, *positions, *sizes)
     else:
-        native.call("kv_write", *caches, *positions, *sizes, k.dtype if k_scales is not None else k_cache.dtype)
+        e4m3 = k_cache.dtype == E4M3
+        native.call("kv_write", *caches, *positions, *sizes, k.dtype if k_scales is not None else k_cache.dtype, e4m3)
     return rotary(q, rotation)
 
 
@@ -273,8 +284,8 @@ def _torch(
         if scales is None:
             cache.flatten(0, 1).index_copy_(0, flat, x.flatten(0, 1).to(cache.dtype))
         else:
-            stored, scale = (quantize_int4 if is_int4(cache) else quantize)(x.flatten(0, 1))
-            cache.flatten(0, 1).index_copy_(0, flat, stored)
+            stored, scale = _quantized(x.flatten(0, 1), cache.dtype)
+            cache.view(torch.uint8).flatten(0, 1).index_copy_(0, flat, stored.view(torch.uint8))
             scales.flatten(0, 1).index_copy_(0, flat, scale)
     return rotary(q, rotation)
 
@@ -296,9 +307,9 @@ def kv_write(
 
     q: [batch, time, heads, head_dim]; k, v: [batch, time, kv_heads, head_dim]; caches: [pages, page_size, kv_heads,
     head_dim], contiguous, or of int4 [..., head_dim / 2] uint8; slots: [batch, time] int64 from `page_slots`, all
-    different. With int8 or int4 caches, k_scales and v_scales, [pages, page_size, kv_heads] float32 and contiguous, are
-    also written. k_bias: [kv_heads, head_dim] of the dtype of k, subtracted from the keys of an int4 cache before
-    rotation; see `int4_cache.KeyBias`.
+    different. With caches in int8, float8_e4m3fn or int4, k_scales and v_scales, [pages, page_size, kv_heads] float32
+    and contiguous, are also written. k_bias: [kv_heads, head_dim] of the dtype of k, subtracted from the keys of an
+    int4 cache before rotation; see `int4_cache.KeyBias`.
     Raises ValueError when shapes or dtypes do not fit.
     """
     row = (*k.shape[2:3], k.shape[-1] // (2 if is_int4(k_cache) else 1))
@@ -314,13 +325,13 @@ def kv_write(
         if not (cache.is_contiguous() and (scales is None or scales.is_contiguous())):
             raise ValueError("the caches and their scales are written in place and must be contiguous")
     check_tensors(q, FLOATING, k=k, v=v)
-    check_tensors(q, FLOATING | {torch.int8, INT4}, k_cache=k_cache, v_cache=v_cache)
+    check_tensors(q, FLOATING | QUANTIZED, k_cache=k_cache, v_cache=v_cache)
     check_tensors(q, INT64, slots=slots)
     check_tensors(q, FLOAT32, k_scales=k_scales, v_scales=v_scales)
     check_rotation(q, rotation)
     check_rotation(k, rotation)
-    if is_int4(k_cache) != is_int4(v_cache):
-        raise ValueError(f"keys and values are both int4 or neither, got caches of {k_cache.dtype} and {v_cache.dtype}")
+    if k_cache.dtype != v_cache.dtype:
+        raise ValueError(f"both caches must have one dtype, got {k_cache.dtype} and {v_cache.dtype}")
     if is_int4(k_cache) and k.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"an int4 cache takes heads of {', '.join(map(str, HEAD_DIMS))} channels, got {k.shape[-1]}")
     if k_bias is not None and (not is_int4(k_cache) or k_bias.shape != k.shape[2:] or k_bias.dtype != k.dtype):
@@ -331,8 +342,8 @@ def kv_write(
 
 
 def _check_scales(cache: Tensor, scales: Tensor | None) -> None:
-    if (cache.dtype in (torch.int8, INT4)) != (scales is not None):
-        raise ValueError(f"scales belong to int4 and int8 caches and to no others, got a cache of {cache.dtype}")
+    if (cache.dtype in QUANTIZED) != (scales is not None):
+        raise ValueError(f"scales belong to fp8, int4 and int8 caches and to no others, got a cache of {cache.dtype}")
     if scales is not None and (scales.shape != cache.shape[:3] or scales.dtype != torch.float32):
         raise ValueError(
             f"scales must be float32 of the shape {tuple(cache.shape[:3])}, got {scales.dtype} {tuple(scales.shape)}"

@@ -23,14 +23,13 @@ Source: Micikevicius et al. 2022, arXiv:2209.05433 (e4m3); DeepSeek-AI 2024, arX
 sm_90).
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from .chips import CHIPS
 from .configs import Configs, family
 from .device_state import runs_triton
+from .e4m3 import widen
 from .linear_int8 import check_int8, w8a16_triton
 from .packed_product import (
     SMALL_MEMORY,
@@ -153,19 +152,8 @@ def _torch(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | No
         rows, factors = codes.to(x.dtype), row_scales[:, None] * factors
     if x.dtype == torch.float16:  # sums of 448 * 448 overflow float16
         rows = rows.float()
-    y = product_by_tiles(rows, columns, lambda tile: _widened(weight.codes[tile], rows.dtype)).float() * factors
+    y = product_by_tiles(rows, columns, lambda tile: widen(weight.codes[tile], rows.dtype)).float() * factors
     return add_epilogue(y.view(*x.shape[:-1], columns), bias, residual).to(x.dtype)
-
-
-def _widened(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """The codes in `dtype`, exactly. A table is five times as fast on a CPU as torch's conversion."""
-    return _values(codes.device, dtype).index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
-
-
-@cache
-def _values(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The values of the 256 codes."""
-    return torch.arange(256, dtype=torch.uint8, device=device).view(E4M3).to(dtype)
 
 
 def linear_fp8(x: Tensor, weight: Packed, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

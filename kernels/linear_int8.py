@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from .arguments import FLOATING, check_tensors
-from .configs import Configs, family
+from .configs import Configs
+from .e4m3 import readable, widened
 from .few_rows import few_int8_rows
 from .packed_product import (
     SMALL_MEMORY,
@@ -53,20 +54,6 @@ def linear_int8_reference(x: Tensor, weight: Packed, bias: Tensor | None, residu
     """The specification of `linear_int8`, in float64."""
     y = x.double() @ (weight.codes.double() * weight.scales.double()[:, None]).T
     return add_epilogue(y, bias, residual).to(x.dtype)
-
-
-@triton.jit
-def widened(codes, x):  # type: ignore[no-untyped-def]
-    """Codes of 8 bits in the dtype of the elements at x, exactly: int8, or e4m3, as bits where chips lack the type."""
-    if codes.dtype == tl.uint8:
-        bits = codes.to(tl.uint16)
-        # The exponent of e4m3 has a bias of 7, that of float16 one of 15; subnormal numbers have the same layout.
-        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
-        return half.to(x.dtype.element_ty)
-    elif codes.dtype == tl.float8e4nv:
-        return codes.to(tl.float16).to(x.dtype.element_ty)  # e4m3 to bfloat16 at once takes slower instructions
-    else:
-        return codes.to(x.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
@@ -163,8 +150,6 @@ _E4M3_PAIR = {
 # A float32 weight takes four times the shared memory of an int8 one.
 _DENSE = {16: Configs("linear_few", tile_config(16, 64, 64, 4, 4))}
 
-_NO_E4M3 = ("sm80", "sm86")  # for which Triton has no e4m3 type
-
 
 def w8a16_triton(
     x: Tensor,
@@ -187,9 +172,7 @@ def w8a16_triton(
 
 def _readable(weight: Packed) -> tuple[Tensor, Tensor]:
     """The codes as Triton can read them on this chip, and the scales."""
-    codes, scales, _ = weight
-    as_bits = codes.dtype != torch.int8 and family(codes.device) in _NO_E4M3
-    return codes.view(torch.uint8) if as_bits else codes, scales
+    return readable(weight.codes), weight.scales
 
 
 def dense_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,9 +4,15 @@ A layer's keys are one tensor [pages, page_size, kv_heads, head_dim], its values
 page table, [batch, max_pages] int32: the pages that hold its tokens, in order; entries past its end are not read.
 """
 
+import torch
 from torch import Tensor
 
+from .int4_cache import DTYPE as INT4
+from .quantize_rows import E4M3
 from .triton_language import tl, triton
+
+QUANTIZED = frozenset((torch.int8, E4M3, INT4))
+"""The dtypes of pools that have a float32 scale for each token and head; see `kv_write.py`."""
 
 
 def page_slots(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor:

@@ -8,7 +8,7 @@
                          the decoder's matrix products with weights of that scheme and the norms after them, at the rows
                          of decode and prefill
 
-each that touches the KV cache with a cache in bfloat16, in int8 and in int4.
+each that touches the KV cache with a cache in bfloat16, in int8, in fp8 and in int4.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ from ...kernels.quantize_rows import E4M3
 from ...kernels.sampling import SamplingRows, greedy, penalize, sample
 from ...quant.linear import Linear
 from ...runtime.engine.decode_graph import DecodeStep
-from ...runtime.engine.kv_cache import KVCache, page_table
+from ...runtime.engine.kv_cache import QUANTIZED, KVCache, page_table
 from ...runtime.engine.options import EngineOptions
 from ...runtime.model.audio_flamingo import AudioFlamingo
 from ...runtime.model.config import ModelConfig
@@ -43,6 +43,7 @@ PRODUCT_ROWS = (1, 2, 4, 8, 32, 1024, 4096)
 GROUP = 64  # inputs that share a scale of int4 weights, as in the scheme int4
 _META = torch.device("meta")
 _OPTIONS = EngineOptions()
+_KV = {torch.bfloat16: "", **{dtype: f", {name} KV" for name, dtype in QUANTIZED.items()}}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def full_size_model(*, joined: bool = True) -> AudioFlamingo:
 def stages(model: AudioFlamingo) -> Iterator[Stage]:
     """All stages, in the order of a request."""
     yield Stage(f"encode {_OPTIONS.encode_batch} windows", 0, partial(_encode, model, _OPTIONS.encode_batch))
-    for dtype, suffix in ((torch.bfloat16, ""), (torch.int8, ", int8 KV"), (torch.uint8, ", int4 KV")):
+    for dtype, suffix in _KV.items():
         for start in (0, CONTEXT):
             name, end = f"prefill {_OPTIONS.chunk_size} at {start}{suffix}", start + _OPTIONS.chunk_size
             yield Stage(name, end, partial(_prefill, model, start, end, dtype))

@@ -40,7 +40,12 @@ from ..core.tolerances import tolerance
 from .e2e import recording
 
 ROUNDED = "+attention8"
-KV = {"+kv8": QUANTIZED["int8"], "+kv4": QUANTIZED["int4"], ROUNDED: QUANTIZED["int8"]}
+KV = {
+    "+kv8": QUANTIZED["int8"],
+    "+kvfp8": QUANTIZED["fp8"],
+    "+kv4": QUANTIZED["int4"],
+    ROUNDED: QUANTIZED["int8"],
+}
 """What may stand after a scheme, and the dtype of the KV cache that it means; ROUNDED also means attention="int8"."""
 STAGES = ("encode", "prefill", "decode")
 BASELINES = ("bf16", "fp32")
@@ -127,7 +132,7 @@ class Afnext:
     def _quantized(self, x: Tensor, layer: int, *, keys: bool) -> tuple[Tensor, Tensor]:
         """Codes and scales of a layer's keys or values, as the cache stores them."""
         if not is_int4(self._cache.keys[layer]):
-            return quantize_rows(x)
+            return quantize_rows(x, self._kv_dtype)
         if keys and self._cache.key_turns is not None:
             attending = self.network.decoder.layers[layer].self_attn
             assert isinstance(attending, DecoderAttention)

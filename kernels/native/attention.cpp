@@ -12,6 +12,7 @@
 #include "attention_few.h"
 #include "attention_int8.h"
 #include "attention_rows.h"
+#include "float8.h"
 #include "int4_rows.h"
 #include "shared_loop.h"
 
@@ -160,6 +161,7 @@ void attend(const Problem& p, const Task& task, float* memory) {
       case kFloat16: load_block<Products, float16>(p, task, first, keys, work, fetch); break;
       case kInt8: load_block<Products, int8_t>(p, task, first, keys, work, fetch); break;
       case kInt4: load_block<Products, Int4Pair>(p, task, first, keys, work, fetch); break;
+      case kFloat8: load_block<Products, float8>(p, task, first, keys, work, fetch); break;
     }
     const int count = (keys + kChunk - 1) / kChunk * kChunk;
     for (int64_t tile = 0; tile < padded; tile += kRows) {
@@ -193,6 +195,7 @@ void run(const Problem& p, const Task& task, float* memory) {
   if (are_few(p)) {
     if (p.cache_dtype == kInt4) return attend_few<Int4Pair>(p, task, memory);
     if (p.cache_dtype == kInt8) return attend_few<int8_t>(p, task, memory);
+    if (p.cache_dtype == kFloat8) return attend_few<float8>(p, task, memory);
     if (p.cache_dtype == kBFloat16) return attend_few<bfloat16>(p, task, memory);
 #if !defined(__AVX512BF16__)
     if (p.cache_dtype == kFloat16) return attend_few<float16>(p, task, memory);
@@ -245,10 +248,10 @@ AFNEXT_EXPORT void afnext_attention(const char* q, const char* k, const char* v,
                                     float* parts, float* statistics, int64_t batch, int64_t queries, int64_t heads,
                                     int64_t kv_heads, int64_t head_dim, int64_t max_keys, int64_t page_size,
                                     int64_t table_row, int64_t turn_row, int64_t pairs, int64_t half, int64_t causal,
-                                    int64_t int4, int64_t rounds, int64_t q_batch, int64_t q_token, int64_t q_head,
-                                    int64_t k_page, int64_t k_slot, int64_t k_head, int64_t v_page, int64_t v_slot,
-                                    int64_t v_head, int64_t row_block, int64_t part_keys, int64_t workspace_row,
-                                    double scale, int64_t dtype, int64_t threads) {
+                                    int64_t int4, int64_t e4m3, int64_t rounds, int64_t q_batch, int64_t q_token,
+                                    int64_t q_head, int64_t k_page, int64_t k_slot, int64_t k_head, int64_t v_page,
+                                    int64_t v_slot, int64_t v_head, int64_t row_block, int64_t part_keys,
+                                    int64_t workspace_row, double scale, int64_t dtype, int64_t threads) {
   using namespace afnext;
   Problem p{};
   p.q = q;
@@ -282,7 +285,7 @@ AFNEXT_EXPORT void afnext_attention(const char* q, const char* k, const char* v,
   p.q_token = q_token;
   p.q_head = q_head;
   p.dtype = dtype;
-  p.cache_dtype = int4 ? (int64_t)kInt4 : k_scales ? (int64_t)kInt8 : dtype;
+  p.cache_dtype = int4 ? (int64_t)kInt4 : e4m3 ? (int64_t)kFloat8 : k_scales ? (int64_t)kInt8 : dtype;
   p.row_block = row_block;
   p.part_keys = part_keys;
   p.sign = scale > 0 ? 1 : scale < 0 ? -1 : 0;

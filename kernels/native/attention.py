@@ -5,8 +5,9 @@ of the keys. It converts and lays out a block of 256 keys and values once for al
 float32 and base 2. Rows are the lanes of its vectors, so there are no sums across lanes. bfloat16 is multiplied by AMX
 if the CPU has it, else in pairs by AVX512-BF16 if it has that, and an int8 cache by integers (`attention_int8.h`);
 everything else is multiplied in float32.
-The few rows of a decoded token read bfloat16, int8 and int4 keys in place. int4 keys and values (`int4_cache.py`) are
-transformed back during layout for many rows; for few, the queries and the sums of values are transformed instead.
+The few rows of a decoded token read bfloat16, int8, e4m3 and int4 keys in place. int4 keys and values
+(`int4_cache.py`) are transformed back during layout for many rows; for few, the queries and the sums of values are
+transformed instead.
 Parts of the keys are merged by the maxima and sums of their softmax (Flash-Decoding). Results do not depend on the
 number of threads.
 Source: Dao 2023 (FlashAttention-2); Dao et al. 2023 (Flash-Decoding).
@@ -105,6 +106,7 @@ def attend_natively(
         rotation is not None and rotation.pairing == "half",
         causal,
         k.dtype == torch.uint8,  # int4 cache, two codes per byte
+        k.dtype == torch.float8_e4m3fn,
         rounds,
         *q.stride()[:3],
         *k.stride()[:3],

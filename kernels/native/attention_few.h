@@ -7,6 +7,7 @@
 
 #include "attention_task.h"
 #include "elementwise.h"
+#include "float8.h"
 #include "int4_rows.h"
 #include "rows.h"
 
@@ -17,7 +18,8 @@ namespace afnext {
 constexpr int kFew = 8;  // rows: heads that share a KV head, of one new token
 
 template <typename From>
-constexpr bool kQuantized = std::is_same_v<From, int8_t> || std::is_same_v<From, Int4Pair>;
+constexpr bool kQuantized =
+    std::is_same_v<From, int8_t> || std::is_same_v<From, float8> || std::is_same_v<From, Int4Pair>;
 
 // Channels d .. d + 2 * kLanes - 1 of an int4 row, all in the same half, still transformed.
 inline TwoVecs load_int4(const Int4Pair* row, int64_t d, int64_t head_dim, float scale) {
@@ -85,7 +87,8 @@ using FewRows = Pairs<kFewVecs>;
 // Channels that are multiplied at once, from keys or values of From.
 inline __m512i load_part(const bfloat16* from, float) { return _mm512_loadu_si512(from); }
 inline __m512i narrowed(Vec first, Vec last) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)last, (__m512)first); }
-inline __m512i load_part(const int8_t* from, float scale) {
+template <typename Code>
+inline __m512i load_part(const Code* from, float scale) {
   return narrowed(load(from) * scale, load(from + kLanes) * scale);
 }
 inline __m512i load_part(const float* from, float) { return narrowed(load(from), load(from + kLanes)); }
@@ -161,7 +164,7 @@ using FewRows = Floats<kFewVecs>;
 template <typename From>
 inline TwoVecs load_part(const From* from, float scale) {
   const TwoVecs part = load_two(from);
-  return std::is_same_v<From, int8_t> ? TwoVecs{part.first * scale, part.second * scale} : part;
+  return kQuantized<From> ? TwoVecs{part.first * scale, part.second * scale} : part;
 }
 
 template <typename From>
@@ -254,7 +257,7 @@ void with_rows(int64_t rows, Body body) {
   }
 }
 
-// Addresses of a part's keys or values and, for int8 and int4, of their scales.
+// Addresses of a part's keys or values and, of a quantized cache, of their scales.
 template <typename From>
 struct PartRows {
   const From* rows[kBlock];

@@ -9,12 +9,12 @@
 namespace afnext {
 
 constexpr float kLowest = -3.4028234663852886e38f;  // instead of -inf: a row that has seen no key forms no inf - inf
-constexpr int kInt8 = 3, kInt4 = 4;                 // dtypes of a quantized cache, besides those of DType
+constexpr int kInt8 = 3, kInt4 = 4, kFloat8 = 5;    // dtypes of a quantized cache, besides those of DType
 
 // Keys or values. Token t of sequence b is in slot t % page_size of page table[b][t / page_size], or, dense, in page b.
 struct Cache {
   const char* data;
-  const float* scales;  // [pages, page_size, kv_heads] with int8 and int4, else null
+  const float* scales;  // [pages, page_size, kv_heads] of a quantized cache, else null
   int64_t page, slot, head;
 };
 

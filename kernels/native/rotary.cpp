@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "float8.h"
 #include "rows.h"
 
 namespace afnext {
@@ -31,16 +32,21 @@ void load_row(const Rows& rows, int64_t b, int64_t t, int64_t time, int64_t head
   rotate(row, turns->cos + at, turns->sin + at, turns->pairs, turns->half);
 }
 
-// The scale is the largest magnitude / 127; each element is divided by it and rounded half to even. Both are IEEE
-// divisions, so that every implementation stores the same integers.
-void quantize(const float* row, int64_t head_dim, int8_t* codes, float* scale) {
-  float largest = 0;
-  for (int64_t d = 0; d < head_dim; ++d) largest = std::max(largest, std::fabs(row[d]));
-  *scale = largest / 127.0f;
+// The scale is the largest magnitude / the largest code; each element is divided by it and rounded half to even. Both
+// are IEEE divisions, so that every implementation stores the same codes.
+void quantize(const float* row, int64_t head_dim, bool e4m3, uint8_t* codes, float* scale) {
+  float most = 0;
+  for (int64_t d = 0; d < head_dim; ++d) most = std::max(most, std::fabs(row[d]));
+  const float largest = e4m3 ? 448.0f : 127.0f;
+  *scale = most / largest;
   const float divisor = *scale > 0 ? *scale : 1.0f;
-  for (int64_t d = 0; d < head_dim; ++d) {
-    const float rounded = (row[d] / divisor + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23 leaves no fraction bits
-    codes[d] = (int8_t)std::max(-127.0f, std::min(127.0f, rounded));
+  const auto put = [&](auto code) {
+    for (int64_t d = 0; d < head_dim; ++d) codes[d] = code(std::max(-largest, std::min(largest, row[d] / divisor)));
+  };
+  if (e4m3) {
+    put(float8_bits);
+  } else {
+    put([](float x) { return (uint8_t)(int8_t)((x + 12582912.0f) - 12582912.0f); });  // 1.5 * 2^23 leaves no fraction
   }
 }
 
@@ -67,13 +73,13 @@ AFNEXT_EXPORT void afnext_rotary(const void* x, void* out, const float* cos, con
   }
 }
 
-// k, v: [batch, time, kv_heads, head_dim] of `dtype`; caches: [slot, kv_heads, head_dim] of `cache_dtype`, or int8 with
-// their scales, [slot, kv_heads]; slots: [batch, time].
+// k, v: [batch, time, kv_heads, head_dim] of `dtype`; caches: [slot, kv_heads, head_dim] of `cache_dtype`, or int8 or
+// e4m3 with their scales, [slot, kv_heads]; slots: [batch, time].
 AFNEXT_EXPORT void afnext_kv_write(const void* k, const void* v, void* k_cache, void* v_cache, float* k_scales,
                                    float* v_scales, const int64_t* slots, const float* cos, const float* sin,
                                    int64_t batch, int64_t time, int64_t kv_heads, int64_t head_dim, int64_t pairs,
                                    int64_t half, int64_t k_batch, int64_t k_time, int64_t k_head, int64_t v_batch,
-                                   int64_t v_time, int64_t v_head, int64_t dtype, int64_t cache_dtype,
+                                   int64_t v_time, int64_t v_head, int64_t dtype, int64_t cache_dtype, int64_t e4m3,
                                    int64_t threads) {
   using namespace afnext;
   const Rows keys{k, k_batch, k_time, k_head}, values{v, v_batch, v_time, v_head};
@@ -91,7 +97,7 @@ AFNEXT_EXPORT void afnext_kv_write(const void* k, const void* v, void* k_cache, 
       void* cache = key ? k_cache : v_cache;
       float* scales = key ? k_scales : v_scales;
       if (scales) {
-        quantize(row, head_dim, (int8_t*)cache + at * head_dim, scales + at);
+        quantize(row, head_dim, e4m3, (uint8_t*)cache + at * head_dim, scales + at);
       } else {
         with_dtype(cache_dtype,
                    [&](auto zero) { convert(row, head_dim, 1.0f, (decltype(zero)*)cache + at * head_dim); });

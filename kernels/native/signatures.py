@@ -117,7 +117,7 @@ def _shown(value: Any) -> str:
     return f", got {value.dtype} {tuple(value.shape)}{strides} on {value.device}"
 
 
-_ARRAY_DTYPES = (torch.float32, torch.int8, torch.uint8, torch.int32, torch.int64)
+_ARRAY_DTYPES = (torch.float32, torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int32, torch.int64)
 _PACKED = {"rows": SIZE, "columns": SIZE, "inner": SIZE}
 
 
@@ -203,10 +203,10 @@ def _turns(tokens: str) -> dict[str, Array]:
 
 
 def _cache(scales: str) -> str:
-    return f"(cache_dtype if {scales} is None else int8)"
+    return f"(cache_dtype if {scales} is None else float8_e4m3fn if e4m3 else int8)"
 
 
-_ATTENDED = "(dtype if k_scales is None else uint8 if int4 else int8)"
+_ATTENDED = "(dtype if k_scales is None else uint8 if int4 else float8_e4m3fn if e4m3 else int8)"
 _POWER_OF_TWO = "16 <= head_dim <= 512 and head_dim & (head_dim - 1) == 0"
 _NEW_KEYS = {
     **dict.fromkeys(("batch", "time", "kv_heads", "head_dim", "pairs", "half"), SIZE),
@@ -312,6 +312,7 @@ SIGNATURES = {
         " max_keys <= page_size * page_table.shape[1] and page_table.shape[0] == batch and key_lengths is not None)",
         "v.shape == k.shape",
         f"(not int4 or {_POWER_OF_TWO} and k_scales is not None and page_table is not None)",
+        "(not e4m3 or not int4 and k_scales is not None)",
         q=Array("dtype", ("batch", "queries", "heads", "head_dim"), ("q_batch", "q_token", "q_head")),
         k=Array(_ATTENDED, (None, "page_size", "kv_heads", "head_dim // (1 + int4)"), ("k_page", "k_slot", "k_head")),
         v=Array(_ATTENDED, (None, "page_size", "kv_heads", "head_dim // (1 + int4)"), ("v_page", "v_slot", "v_head")),
@@ -347,6 +348,7 @@ SIGNATURES = {
         half=SIZE,
         causal=SIZE,
         int4=SIZE,
+        e4m3=SIZE,
         rounds=SIZE,
         q_batch=SIZE,
         q_token=SIZE,
@@ -392,6 +394,7 @@ SIGNATURES = {
         **_NEW_KEYS,
         dtype=DTYPE,
         cache_dtype=DTYPE,
+        e4m3=SIZE,
     ),
     "kv_write_int4": Signature(
         _POWER_OF_TWO,

@@ -140,19 +140,24 @@ inline Vec fused(Vec a, Vec b, Vec c) {
 inline Vec load(const float* p) { return load_as<Vec>(p); }
 inline Vec load(const bfloat16* p) { return (Vec)(widen(load_as<HalfVec>(p)) << 16); }
 
-inline Vec load(const float16* p) {
+// x: the bits of float16.
+inline Vec widen_float16(HalfVec x) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return (Vec)_mm512_cvtph_ps((__m256i)x);
 #elif defined(__F16C__)
-  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  return (Vec)_mm256_cvtph_ps((__m128i)x);
 #elif defined(AFNEXT_NEON)
-  return (Vec)vcvt_f32_f16(load_as<float16x4_t>(p));
+  return (Vec)vcvt_f32_f16((float16x4_t)x);
 #else
-  Vec x;
-  for (int i = 0; i < kLanes; ++i) x[i] = (float)p[i];
-  return x;
+  float16 halves[kLanes];
+  std::memcpy(halves, &x, sizeof x);
+  Vec wide;
+  for (int i = 0; i < kLanes; ++i) wide[i] = (float)halves[i];
+  return wide;
 #endif
 }
+
+inline Vec load(const float16* p) { return widen_float16(load_as<HalfVec>(p)); }
 
 inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
 

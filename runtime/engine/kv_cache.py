@@ -2,7 +2,8 @@
 
 Layout: see `kernels/pages.py`. A token takes 2 * layers * kv_heads * head_dim elements: 57 344 bytes at full size in
 bf16, 2.58 GB for the 45 000 tokens of 30 minutes of audio. In int8, with a float32 scale for each token, head and layer
-of keys and of values (see `kernels/kv_write.py`), it takes 29 568 bytes, 1.33 GB for 30 minutes; in int4 (see
+of keys and of values (see `kernels/kv_write.py`), it takes 29 568 bytes, 1.33 GB for 30 minutes, and so it does in
+fp8, the 8-bit float e4m3; in int4 (see
 `kernels/int4_cache.py`) 15 232, and 512 of the table of angles that attention needs: 0.71 GB.
 """
 
@@ -14,14 +15,15 @@ from torch import Tensor
 from ...kernels.device_state import sent
 from ...kernels.int4_cache import DTYPE as INT4
 from ...kernels.int4_cache import HEAD_DIMS
+from ...kernels.quantize_rows import E4M3
 from ...kernels.rotary import Rotation, rope_frequencies
 from ..errors import OutOfPagesError
 from ..model.config import DecoderConfig
 from ..model.decoder import CacheView
 
-KV_STORAGE = ("auto", "int8", "int4")
+KV_STORAGE = ("auto", "int8", "fp8", "int4")
 """Formats of keys and values: the model's dtype, or quantized."""
-QUANTIZED = {"int8": torch.int8, "int4": INT4}
+QUANTIZED = {"int8": torch.int8, "fp8": E4M3, "int4": INT4}
 """The dtypes of the pools of quantized keys and values; int4 pools hold two per byte."""
 
 

@@ -310,7 +310,7 @@ class MemoryPlan:
         """Memory that torch's attention adds: gathered and packed keys and values for every head, and the chunk's
         mask."""
         decoder, itemsize = self.config.decoder, self.dtype.itemsize
-        unpacking = 5 if self.kv == "int4" else 2  # float32 copies
+        unpacking = {"int4": 5, "fp8": 3}.get(self.kv, 2)  # copies of 4 bytes per element
         gathered = self.tokens * decoder.kv_heads * decoder.head_dim * (3 * itemsize + unpacking * 4)
         packed = self.tokens * decoder.heads * decoder.head_dim * 2 * itemsize
         return gathered + packed + chunk * self.tokens * (1 + max(itemsize, 4))

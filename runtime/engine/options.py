@@ -47,9 +47,9 @@ class EngineOptions:
     cache of encoder outputs, in host memory. 0 for none.
     draft_tokens: most speculative tokens that a step verifies per answer, 0 to 7; see `speculation.py`.
     batch_invariant: give each request the same tokens and scores, bit for bit, as if it ran alone; see docs/python.md
-    for what that covers and costs. kv: format of keys and values, "auto" (the model's dtype), "int8" or "int4": half or
-    a quarter of the memory of 16 bits, and rounded. attention: how prompts attend, "auto" (in the model's dtype)
-    or, with kv "int8", "int8": faster, and rounded; see docs/long-audio.md.
+    for what that covers and costs. kv: format of keys and values, "auto" (the model's dtype), "int8", "fp8" or "int4":
+    half, half or a quarter of the memory of 16 bits, and rounded. attention: how prompts attend, "auto" (in the model's
+    dtype) or, with kv "int8", "int8": faster, and rounded; see docs/long-audio.md.
     Raises ValueError for values out of range.
     """
 

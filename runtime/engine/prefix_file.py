@@ -1,9 +1,9 @@
 """A prefix in a file: its keys and values as safetensors, with all that is needed to reject a wrong file.
 
 Tensors: `token_ids` [tokens] int64; for each layer i `keys.i`, `values.i` [tokens, kv_heads, head_dim], of an int4
-cache [.., head_dim / 2], and for an int8 or int4 cache `k_scales.i`, `v_scales.i` [tokens, kv_heads]; last `digest`, 32
-bytes of BLAKE2b over everything before it. The metadata has the format, the model (`model_fingerprint`), its dtype, the
-format of the cache, and the caller's additions. A file takes as many bytes per token as the cache.
+cache [.., head_dim / 2], and for an int8, fp8 or int4 cache `k_scales.i`, `v_scales.i` [tokens, kv_heads]; last
+`digest`, 32 bytes of BLAKE2b over everything before it. The metadata has the format, the model (`model_fingerprint`),
+its dtype, the format of the cache, and the caller's additions. A file takes as many bytes per token as the cache.
 """
 
 import hashlib

@@ -31,7 +31,7 @@ class CacheView:
 
     keys, values: one pool [pages, page_size, kv_heads, head_dim] per layer; page_table: [batch, max_pages] int32;
     key_lengths: [batch] int64, tokens in the cache after the new ones are written; slots: [batch, time] int64.
-    k_scales, v_scales: for int8 and int4 pools one [pages, page_size, kv_heads] float32 per layer, otherwise None.
+    k_scales, v_scales: for int8, fp8 and int4 pools one [pages, page_size, kv_heads] float32 per layer, otherwise None.
     key_turns: for int4 pools, which are [.., head_dim / 2] uint8, the cos and sin of the angles by which keys are
     rotated, each [tokens, head_dim / 2] float32, indexed by the token's position in its sequence.
     rounds_attention: for int8 pools, whether prompts attend to them by `attention_int8`.

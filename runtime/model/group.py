@@ -64,7 +64,7 @@ class Group:
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)]
         with _explained():
-            self._backend.allgather([parts], [x]).wait()
+            self._backend.allgather([list(map(_sent, parts))], [_sent(x)]).wait()
         return parts
 
     def exchange(self, x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Group:
         options = BroadcastOptions()
         options.rootRank = 0
         with _explained():
-            self._backend.broadcast([x], options).wait()
+            self._backend.broadcast([_sent(x)], options).wait()
         return x
 
     def abort(self) -> None:
@@ -112,6 +112,11 @@ class Group:
         options.reduceOp = getattr(ReduceOp, operation)
         with _explained():
             self._backend.allreduce([x], options).wait()
+
+
+def _sent(x: Tensor) -> Tensor:
+    """x as it is sent: e4m3, which gloo lacks, as bytes."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def _summed(parts: list[Tensor]) -> Tensor:

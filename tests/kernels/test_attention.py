@@ -125,29 +125,56 @@ def test_accuracy(backend: str, case: Case, dtype: torch.dtype, seed: int, devic
     assert_accurate(actual, exact, plain(q, k, v, list(case.lengths), case.causal))
 
 
-def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 with a scale for each token and head: (integers as float32, scales [..., 1]). The first token is zero."""
+E4M3 = torch.float8_e4m3fn
+CODES = (torch.int8, E4M3)
+
+
+def quantized(x: Tensor, codes: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes with a scale for each token and head: (codes as float32, scales [..., 1]). The first token is zero."""
     x = x.float()
     x[:, 0] = 0
-    scales = x.abs().amax(-1, keepdim=True) / 127
-    return (x / scales).nan_to_num(0).round(), scales
+    scales = x.abs().amax(-1, keepdim=True) / (127 if codes == torch.int8 else 448)
+    shares = (x / scales).nan_to_num(0)
+    return shares.round() if codes == torch.int8 else shares.to(codes).float(), scales
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codes", CODES)
 @pytest.mark.parametrize("case", [case for case in CASES if case.page_size], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_int8_cache(backend: str, case: Case, dtype: torch.dtype, seed: int, device: torch.device) -> None:
+def test_codes_of_eight_bits(
+    backend: str, case: Case, codes: torch.dtype, dtype: torch.dtype, seed: int, device: torch.device
+) -> None:
     """Scales differ a thousandfold from token to token and head to head. With larger ones a near tie of two huge scores
     would decide about all of the error."""
+    check_codes(backend, case, codes, dtype, device)
+
+
+@pytest.mark.parametrize("case", [CASES[7], CASES[10]], ids=str)
+@pytest.mark.parametrize("chip", ["sm80", "sm90"])
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend == "triton"])
+def test_codes_on_every_kind_of_chip(
+    backend: str, codes: torch.dtype, chip: str, case: Case, seed: int, device: torch.device
+) -> None:
+    """sm_80 has no e4m3; sm_90 fetches tiles by itself, with NaN behind the last token."""
+    with targeting(chip):
+        check_codes(backend, case, codes, torch.bfloat16, device)
+
+
+def check_codes(backend: str, case: Case, codes: torch.dtype, dtype: torch.dtype, device: torch.device) -> None:
     q, k, v = case.tensors(dtype, device)
     k, v = (x * 10 ** torch.empty(*x.shape[:3], 1, device=device).uniform_(-3, 0).to(dtype) for x in (k, v))
-    (k, k_scales), (v, v_scales) = quantized(k), quantized(v)
+    (k, k_scales), (v, v_scales) = quantized(k, codes), quantized(v, codes)
     lengths, page_size = list(case.lengths), case.page_size or 0
     k_pool, v_pool, table = paged(torch.cat((k, k_scales), -1), torch.cat((v, v_scales), -1), lengths, page_size)
     with poisoned(backend):
         actual = attention(
             q,
-            *(pool[..., :-1].nan_to_num(77).to(torch.int8) for pool in (k_pool, v_pool)),
+            *(
+                (pool[..., :-1].nan_to_num(77) if codes == torch.int8 else pool[..., :-1]).to(codes).contiguous()
+                for pool in (k_pool, v_pool)
+            ),
             causal=case.causal,
             key_lengths=torch.tensor(lengths, device=device),
             page_table=table,

@@ -17,10 +17,13 @@ from torch import Tensor
 from afnext.bench.ops.guarded import guarded
 from afnext.kernels import decode_attention as module
 from afnext.kernels.attention import attention
+from afnext.kernels.configs import targeting
 from afnext.kernels.decode_attention import MAX_NEW_TOKENS, decode_attention, split_count
 
 BACKENDS = backends(module._operation)
 NATIVE = [backend for backend in BACKENDS if "native" in str(backend)]
+E4M3 = torch.float8_e4m3fn
+CODES = (torch.int8, E4M3)
 # key lengths, (heads, kv_heads), head_dim, page_size
 SHAPES = [
     (tuple(range(8, 24)), (1, 1), 16, 16),
@@ -40,10 +43,11 @@ def tensors(shape: Shape, new_tokens: int, dtype: torch.dtype, device: torch.dev
     return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
 
 
-def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 with a scale for each token and head: [..., head_dim] to integers alike and [...] float32. Keeps NaN."""
-    scales = x.float().abs().amax(-1) / 127
-    return (x / scales[..., None]).nan_to_num(77).where(scales[..., None] != 0, 0).round().to(torch.int8), scales
+def quantized(x: Tensor, codes: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes with a scale for each token and head: [..., head_dim] to codes alike and [...] float32. Keeps NaN."""
+    scales = x.float().abs().amax(-1) / (127 if codes == torch.int8 else 448)
+    shares = (x / scales[..., None]).where(scales[..., None] != 0, 0)
+    return (shares.nan_to_num(77).round() if codes == torch.int8 else shares).to(codes), scales
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -77,16 +81,34 @@ def test_accuracy(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codes", CODES)
 @pytest.mark.parametrize("shape", SHAPES[1::2], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_int8_cache(backend: str, shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> None:
+def test_codes_of_eight_bits(
+    backend: str, shape: Shape, codes: torch.dtype, dtype: torch.dtype, seed: int, device: torch.device
+) -> None:
     """Magnitudes differ a thousandfold from token to token and head to head, and some vectors are zero."""
+    check_codes(backend, shape, codes, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("chip", ["sm80", "sm90"])
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend == "triton"])
+def test_codes_on_every_kind_of_chip(
+    backend: str, chip: str, codes: torch.dtype, dtype: torch.dtype, seed: int, device: torch.device
+) -> None:
+    with targeting(chip):
+        check_codes(backend, SHAPES[3], codes, dtype, device)
+
+
+def check_codes(backend: str, shape: Shape, codes: torch.dtype, dtype: torch.dtype, device: torch.device) -> None:
     lengths, _, _, page_size = shape
     q, k, v = tensors(shape, 3, dtype, device)
     k, v = (x.float() * 10 ** torch.empty(*x.shape[:3], 1, device=device).uniform_(-3, 0) for x in (k, v))
     k[:, ::7] = v[:, ::5] = 0
     k_pool, v_pool, table = paged(k, v, list(lengths), page_size)
-    (k_pool, k_scales), (v_pool, v_scales) = quantized(k_pool), quantized(v_pool)
+    (k_pool, k_scales), (v_pool, v_scales) = quantized(k_pool, codes), quantized(v_pool, codes)
     key_lengths = torch.tensor(lengths, device=device)
     with poisoned(backend):
         actual = decode_attention(
@@ -98,7 +120,7 @@ def test_int8_cache(backend: str, shape: Shape, dtype: torch.dtype, seed: int, d
             k_scales=k_scales,
             v_scales=v_scales,
         )
-    k, v = (stored.double() * scales.double()[..., None] for stored, scales in (quantized(k), quantized(v)))
+    k, v = (x.double() * scales.double()[..., None] for x, scales in (quantized(k, codes), quantized(v, codes)))
     exact = exactly(attention, q, k, v, causal=True, key_lengths=key_lengths)
     assert_accurate(actual, exact, plain(q, k.to(dtype), v.to(dtype), lengths))
 
@@ -239,12 +261,12 @@ def test_elements_beyond_two_to_the_31(
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=4e-3)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("codes", [None, *CODES])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("new_tokens", [1, 7])
 @pytest.mark.parametrize("backend", NATIVE)
 def test_native_over_many_parts(
-    backend: str, new_tokens: int, threads: int, int8: bool, seed: int, restored_threads: None
+    backend: str, new_tokens: int, threads: int, codes: torch.dtype | None, seed: int, restored_threads: None
 ) -> None:
     """Sequences of less than one part, whole parts and one token more, in tensors that end where memory ends."""
     shape: Shape = ((1100, 1024, 1025, 9), (14, 2), 64, 64)
@@ -252,10 +274,12 @@ def test_native_over_many_parts(
     k_pool, v_pool, table = paged(k, v, list(shape[0]), 64)
     scales: dict[str, Tensor] = {}
     exact_k, exact_v = k.double(), v.double()
-    if int8:
-        (k_pool, k_scales), (v_pool, v_scales) = quantized(k_pool), quantized(v_pool)
+    if codes is not None:
+        (k_pool, k_scales), (v_pool, v_scales) = quantized(k_pool, codes), quantized(v_pool, codes)
         scales = {"k_scales": guarded(k_scales), "v_scales": guarded(v_scales)}
-        exact_k, exact_v = (x.double() * scale.double()[..., None] for x, scale in map(quantized, (k, v)))
+        exact_k, exact_v = (
+            x.double() * scale.double()[..., None] for x, scale in (quantized(k, codes), quantized(v, codes))
+        )
     key_lengths = torch.tensor(shape[0])
     torch.set_num_threads(threads)
     with poisoned(backend):
@@ -289,9 +313,9 @@ def test_wrong_shapes() -> None:
     with pytest.raises(ValueError, match=r"\(1, 1\)"):
         decode_attention(q, pool, pool, key_lengths=lengths, page_table=table[:1])
     integers, scales = pool.to(torch.int8), torch.zeros(4, 16, 2)
-    with pytest.raises(ValueError, match=r"int8 with scales; got torch\.int8"):
+    with pytest.raises(ValueError, match=r"fp8 with scales; got torch\.int8"):
         decode_attention(q, integers, integers, key_lengths=lengths, page_table=table)
-    with pytest.raises(ValueError, match=r"int8 with scales; got torch\.float32"):
+    with pytest.raises(ValueError, match=r"fp8 with scales; got torch\.float32"):
         decode_attention(q, pool, pool, key_lengths=lengths, page_table=table, k_scales=scales, v_scales=scales)
     with pytest.raises(ValueError, match=r"float32 of the shape \(4, 16, 2\).*\(4, 16, 1\)"):
         decode_attention(

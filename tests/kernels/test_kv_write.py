@@ -13,6 +13,7 @@ from afnext.kernels import decode_attention as decode_module
 from afnext.kernels import kv_write as module
 from afnext.kernels import rotary as rotary_module
 from afnext.kernels.attention import attention
+from afnext.kernels.configs import targeting
 from afnext.kernels.decode_attention import decode_attention
 from afnext.kernels.kv_write import kv_write
 from afnext.kernels.pages import page_slots
@@ -20,6 +21,8 @@ from afnext.kernels.rotary import Pairing, Rotation, rope_frequencies, rotary
 
 BACKENDS = backends(module._operation, rotary_module._operation)
 NATIVE = [backend for backend in BACKENDS if "native" in str(backend)]
+E4M3 = torch.float8_e4m3fn
+LARGEST = {torch.int8: 127, E4M3: 448}
 # tokens already there, new tokens, (heads, kv_heads), head_dim, rotated channels, page_size
 SHAPES = [
     ((0,), 1, (1, 1), 16, 16, 16),
@@ -118,33 +121,52 @@ def test_a_cache_of_another_dtype(backend: str, seed: int, device: torch.device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codes", LARGEST)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_int8_cache(backend: str, shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> None:
+def test_codes_of_eight_bits(
+    backend: str, shape: Shape, codes: torch.dtype, dtype: torch.dtype, seed: int, device: torch.device
+) -> None:
     """Values are quantized bit for bit as by the formula; keys, whose rotation rounds, within half a step of it."""
+    check_codes(backend, shape, codes, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend == "triton"])
+def test_chips_without_e4m3_write_its_bits(backend: str, dtype: torch.dtype, seed: int, device: torch.device) -> None:
+    with targeting("sm80"):
+        check_codes(backend, SHAPES[3], E4M3, dtype, device)
+
+
+def check_codes(backend: str, shape: Shape, codes: torch.dtype, dtype: torch.dtype, device: torch.device) -> None:
     q, k, v = tensors(shape, dtype, device)
     v[:, :, 0] *= 1e-3
     slots, rotation, cache_shape = layout(shape, "half", device)
-    caches = torch.full((2, *cache_shape), -128, dtype=torch.int8, device=device)
+    caches = torch.full((2, *cache_shape), 0x80, dtype=torch.uint8, device=device)
     scales = torch.full((2, *cache_shape[:3]), torch.nan, device=device)
     with poisoned(backend):
-        rotated = int8_write(q, k, v, caches, scales, slots, rotation)
+        rotated = quantized_write(q, k, v, caches.view(codes), scales, slots, rotation)
     assert_accurate(rotated, exactly(rotary, q, rotation), plain_rotary(q, rotation))
     (keys, values), (k_scales, v_scales) = (x.flatten(1, 2)[:, slots] for x in (caches, scales))
-    expected = v.float().abs().amax(-1) / 127
+    expected = v.float().abs().amax(-1) / LARGEST[codes]
     assert torch.equal(v_scales, expected)
-    assert torch.equal(values, (v.float() / expected[..., None]).round().to(torch.int8))
+    shares = v.float() / expected[..., None]
+    assert torch.equal(values, (shares.round() if codes == torch.int8 else shares).to(codes).view(torch.uint8))
     exact = exactly(rotary, k, rotation)
-    torch.testing.assert_close(k_scales.double(), exact.abs().amax(-1) / 127, rtol=2e-6, atol=0)
-    assert ((keys * k_scales.double()[..., None] - exact).abs() <= 0.50002 * k_scales[..., None]).all()
-    assert keys.abs().amax(-1).eq(127).all()
+    torch.testing.assert_close(k_scales.double(), exact.abs().amax(-1) / LARGEST[codes], rtol=2e-6, atol=0)
+    steps = torch.ones_like(exact)
+    if codes == E4M3:  # three bits of mantissa, and the same steps below 2^-6
+        steps = 2.0 ** (exact.abs() / k_scales[..., None] * 1.00001).log2().floor().clamp(min=-6) / 8
+    stored = keys.view(codes).double()
+    assert ((stored * k_scales.double()[..., None] - exact).abs() <= 0.50002 * steps * k_scales[..., None]).all()
+    assert stored.abs().amax(-1).eq(LARGEST[codes]).all()
     others = torch.ones(cache_shape[0] * cache_shape[1], dtype=torch.bool, device=device)
     others[slots.flatten()] = False
-    assert (caches.flatten(1, 2)[:, others] == -128).all(), "something was written to a slot that was not named"
+    assert (caches.flatten(1, 2)[:, others] == 0x80).all(), "something was written to a slot that was not named"
     assert scales.flatten(1, 2)[:, others].isnan().all(), "a scale was written to a slot that was not named"
 
 
-def int8_write(
+def quantized_write(
     q: Tensor, k: Tensor, v: Tensor, caches: Tensor, scales: Tensor, slots: Tensor, rotation: Rotation
 ) -> Tensor:
     """`kv_write` into caches and scales that have keys and values stacked."""
@@ -169,11 +191,29 @@ def test_int8_ties_and_zeros(backend: str, device: torch.device) -> None:
     caches, scales = torch.zeros(2, 1, 16, 1, 8, dtype=torch.int8, device=device), torch.ones(2, 1, 16, 1).to(device)
     rotation = Rotation(torch.zeros(1, 3, device=device), torch.ones(4, device=device))
     with poisoned(backend):
-        int8_write(v, v, v, caches, scales, torch.tensor([[4, 9, 2]], device=device), rotation)
+        quantized_write(v, v, v, caches, scales, torch.tensor([[4, 9, 2]], device=device), rotation)
     for kind in (0, 1):  # keys at position 0 are not turned
         assert scales[kind, 0, [4, 9, 2], 0].tolist() == [1, 0, 1]
         stored = caches[kind, 0, [4, 9, 2], 0].tolist()
         assert stored == [[127, 0, 2, 2, 0, -2, -2, 126], [0] * 8, [-127, 126, -126, 3, -4, 0, 1, -1]]
+
+
+@pytest.mark.parametrize("chip", ["sm80", "sm90"])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_fp8_ties_and_zeros(backend: str, chip: str, device: torch.device) -> None:
+    """A scale of 1 shows that halves go to even, among numbers of any size; zeros have the scale 0."""
+    row = [448, 17, 19, -27, 0.5 * 2**-9, -1.5 * 2**-9, 7.5 * 2**-9, -0.9 * 2**-9]
+    v = torch.tensor([row, [0.0] * 8, [-x for x in row]], device=device)[None, :, None]
+    caches = torch.zeros(2, 1, 16, 1, 8, dtype=torch.uint8, device=device).view(E4M3)
+    scales = torch.ones(2, 1, 16, 1, device=device)
+    rotation = Rotation(torch.zeros(1, 3, device=device), torch.ones(4, device=device))
+    with poisoned(backend), targeting(chip):
+        quantized_write(v, v, v, caches, scales, torch.tensor([[4, 9, 2]], device=device), rotation)
+    expected = [448, 16, 20, -28, 0, -2 * 2**-9, 2**-6, -(2**-9)]
+    for kind in (0, 1):  # keys at position 0 are not turned
+        assert scales[kind, 0, [4, 9, 2], 0].tolist() == [1, 0, 1]
+        stored = caches[kind, 0, :, 0].float()[[4, 9, 2]].tolist()
+        assert stored == [expected, [0] * 8, [-x for x in expected]]
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -242,11 +282,11 @@ def test_written_then_attended(backend: str, seed: int, device: torch.device) ->
     assert start == length
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *LARGEST])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("backend", NATIVE)
 def test_native_stays_within_its_memory(
-    backend: str, threads: int, int8: bool, seed: int, restored_threads: None
+    backend: str, threads: int, dtype: torch.dtype, seed: int, restored_threads: None
 ) -> None:
     """Tensors that end where memory ends, the last slot among those written; any number of threads gives the same."""
     shape: Shape = ((16, 0), 110, (5, 2), 67, 66, 7)
@@ -254,16 +294,15 @@ def test_native_stays_within_its_memory(
     slots, rotation, cache_shape = layout(shape, "half", torch.device("cpu"))
     last = cache_shape[0] * cache_shape[1] - 1
     slots[0, 3] = slots[0, 3] if last in slots else last
-    dtype = torch.int8 if int8 else torch.bfloat16
     outputs = []
     for count, place in ((1, torch.clone), (threads, guarded)):
         torch.set_num_threads(count)
         written = [place(torch.zeros(cache_shape, dtype=dtype)) for _ in range(2)]
-        scales = [place(torch.zeros(cache_shape[:3])) for _ in range(2)] if int8 else [None, None]
+        scales = [place(torch.zeros(cache_shape[:3])) for _ in range(2)] if dtype in LARGEST else [None, None]
         options = dict(zip(("k_cache", "v_cache", "k_scales", "v_scales"), written + scales, strict=True))
         with poisoned(backend):
             turned = kv_write(*map(place, new), **options, slots=place(slots), rotation=rotation)
-        outputs.append([turned, *written, *(scales if int8 else [])])
+        outputs.append([turned, *(x.view(torch.uint8) for x in written), *(scales if dtype in LARGEST else [])])
     for alone, shared in zip(*outputs, strict=True):
         assert torch.equal(alone, shared)
 

@@ -29,6 +29,7 @@ class KV(str, Enum):
 
     auto = "auto"
     int8 = "int8"
+    fp8 = "fp8"
     int4 = "int4"
 
 
@@ -101,8 +102,8 @@ DTypeOption = Annotated[
 KVOption = Annotated[
     KV,
     typer.Option(
-        help="How keys and values are stored: int8 halves the memory of the context, int4 halves that; auto keeps the "
-        "dtype.",
+        help="How keys and values are stored: int8 and fp8 halve the memory of the context, int4 halves that; auto "
+        "keeps the dtype.",
     ),
 ]
 ChunkOption = Annotated[

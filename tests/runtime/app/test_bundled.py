@@ -118,7 +118,9 @@ def test_it_says_which_model_answers(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert (json.loads(quiet.stdout)["text"], quiet.stderr) == (done.stdout.strip(), "")
 
 
-@pytest.mark.parametrize(("kv", "attention"), [("auto", "auto"), ("int8", "auto"), ("int4", "auto"), ("int8", "int8")])
+@pytest.mark.parametrize(
+    ("kv", "attention"), [*((kv, "auto") for kv in ("auto", "int8", "fp8", "int4")), ("int8", "int8")]
+)
 def test_an_event_deep_in_a_recording_is_found(kv: str, attention: str) -> None:
     """Four windows of faint noise, three events in the third: their time comes from RoTE."""
     scene, rate = soundfile.read(RECORDING, dtype="float32")

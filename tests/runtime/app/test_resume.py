@@ -51,7 +51,7 @@ def test_a_resumed_context_equals_a_fresh_one(folder: Path, saved: tuple[Path, l
     assert model.engine.cache.nbytes == 0
 
 
-@pytest.mark.parametrize("kv", ["int8", "int4"])
+@pytest.mark.parametrize("kv", ["int8", "fp8", "int4"])
 def test_quantized_keys_and_values_are_saved_with_their_scales(kv: str, folder: Path, tmp_path: Path) -> None:
     model = afnext.load(folder, dtype="float32", kv=kv, page_size=16)
     with model.listen(AUDIO[0]) as context:
@@ -98,10 +98,9 @@ def test_another_model_dtype_or_audio_is_refused(folder: Path, saved: tuple[Path
         afnext.load(write_random_checkpoint(tmp_path / "other", seed=1), dtype="float32").resume(path)
     with pytest.raises(ContextFileError, match="is not computed in bfloat16"):
         afnext.load(folder, dtype="bfloat16").resume(path)
-    with pytest.raises(ContextFileError, match="is not stored in int8"):
-        afnext.load(folder, dtype="float32", kv="int8").resume(path)
-    with pytest.raises(ContextFileError, match="is not stored in int4"):
-        afnext.load(folder, dtype="float32", kv="int4").resume(path)
+    for kv in ("int8", "fp8", "int4"):
+        with pytest.raises(ContextFileError, match=f"is not stored in {kv}"):
+            afnext.load(folder, dtype="float32", kv=kv).resume(path)
     model = afnext.load(folder, dtype="float32")
     with pytest.raises(ContextFileError, match="saved from other audio"):
         model.resume(path, AUDIO[0])

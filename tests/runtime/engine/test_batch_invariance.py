@@ -127,6 +127,7 @@ def differences(scores: Scores, alone: list[SequenceState], together: list[Seque
     [
         *((None, dtype, scheme, "auto") for dtype in (torch.bfloat16, torch.float32) for scheme in SCHEMES),
         (None, torch.float16, None, "auto"),
+        (None, torch.bfloat16, None, "fp8"),
         (None, torch.bfloat16, None, "int4"),
         *(("torch", torch.float32, scheme, "auto") for scheme in (None, "int8", "int4-g32")),
         ("torch", torch.bfloat16, "int4-g32-w4a8", "auto"),

@@ -52,7 +52,7 @@ def copies(cache: KVCache) -> list[Tensor]:
     return [pool.clone() for pool in cache.pools]
 
 
-@pytest.mark.parametrize("kv", ["dense", "int8", "int4"])
+@pytest.mark.parametrize("kv", ["dense", "int8", "fp8", "int4"])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.gpu)])
 @torch.inference_mode()
 def test_step_equals_plain_calls(backend: str, kv: str, model: AudioFlamingo, seed: int) -> None:

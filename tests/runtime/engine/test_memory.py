@@ -38,7 +38,7 @@ def plans(draw: st.DrawFn, configs: st.SearchStrategy[ModelConfig] | None = None
         gpu=draw(st.booleans()),
         dtype=draw(DTYPES),
         audio_seconds=draw(st.floats(0, 600)),
-        kv=draw(st.sampled_from(["auto", "int8", "int4"])),
+        kv=draw(st.sampled_from(["auto", "int8", "fp8", "int4"])),
         page_size=draw(st.sampled_from([16, 256])),
         chunk_size=draw(st.sampled_from([1, 256, 1024])),
         encode_batch=draw(st.integers(1, 5)),
@@ -133,6 +133,7 @@ def test_more_work_never_takes_less_memory(plan: MemoryPlan, seconds: float, mor
     for name in ("new_tokens", "chunk_size", "encode_batch", "reserve"):
         assert replace(plan, **{name: getattr(plan, name) + more}).total >= plan.total
     assert replace(plan, kv="int8").total <= replace(plan, kv="auto").total
+    assert replace(plan, kv="fp8").page_bytes == replace(plan, kv="int8").page_bytes
     assert replace(plan, kv="int4").page_bytes < replace(plan, kv="int8").page_bytes
     assert replace(plan, memory=plan.memory + more).spare == plan.spare + more
 
@@ -302,7 +303,7 @@ def test_other_amounts_are_refused(text: str) -> None:
         ({"audio_seconds": 1801}, "1801 s"),
         ({"audio_seconds": -1}, "-1 s"),
         ({"audio_seconds": math.nan}, "nan s"),
-        ({"kv": "int3"}, "auto, int8, int4, not 'int3'"),
+        ({"kv": "int3"}, "auto, int8, fp8, int4, not 'int3'"),
         ({"new_tokens": 131_072}, "context ends at 131072"),
         ({"page_size": 0}, "page_size is 0"),
     ],

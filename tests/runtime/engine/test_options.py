@@ -12,7 +12,7 @@ def test_sizes_below_one_are_refused(name: str) -> None:
 
 
 def test_an_unknown_kv_storage_is_refused() -> None:
-    with pytest.raises(ValueError, match="kv must be one of auto, int8, int4, got 'int3'"):
+    with pytest.raises(ValueError, match="kv must be one of auto, int8, fp8, int4, got 'int3'"):
         EngineOptions(kv="int3")
 
 
@@ -20,6 +20,6 @@ def test_attention_in_int8_needs_keys_in_int8() -> None:
     EngineOptions(kv="int8", attention="int8")
     with pytest.raises(ValueError, match="attention must be one of auto, int8, got 'fp8'"):
         EngineOptions(attention="fp8")
-    for kv in ("auto", "int4"):
+    for kv in ("auto", "fp8", "int4"):
         with pytest.raises(ValueError, match=f'use kv="int8", not kv="{kv}"'):
             EngineOptions(kv=kv, attention="int8")

@@ -179,7 +179,7 @@ def test_batch_invariance_holds_for_a_number_of_ranks(tiny: Path, size: int, see
     assert alone.logprob_sum == together.logprob_sum
 
 
-@pytest.mark.parametrize("kv", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("kv", ["auto", "int8", "fp8", "int4"])
 def test_contexts_go_from_any_number_of_ranks_to_any_other(tiny: Path, tmp_path: Path, kv: str, seed: int) -> None:
     """The file holds all heads, and the fingerprint of the whole model."""
     options = dataclasses.replace(OPTIONS, kv=kv)

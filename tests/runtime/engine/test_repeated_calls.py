@@ -36,7 +36,7 @@ def one_sequence(model: AudioFlamingo) -> tuple[Tensor, Callable[[], CacheView]]
 
 
 @needs_native
-@pytest.mark.parametrize("kv", ["dense", "int8", "int4"])
+@pytest.mark.parametrize("kv", ["dense", "int8", "fp8", "int4"])
 @pytest.mark.parametrize("scheme", ["int8", "int8-w8a8", "int4-g32", "int4-g32-w4a8"])
 @torch.inference_mode()
 def test_repeated_equals_plain(
