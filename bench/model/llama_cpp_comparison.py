@@ -96,8 +96,6 @@ class _Compared:
 def _compared(
     folder: Path, shape: str, schemes: Sequence[str], kinds: Sequence[str], encoders: bool, fewer: int | None
 ) -> _Compared:
-    from .random_gguf import write_random_backbone, write_random_encoder  # needs the package gguf
-
     subjects: list[Subject] = []
     few: list[Subject] = []
     models: dict[str, Model] = {}
@@ -111,26 +109,42 @@ def _compared(
         subjects.append(Afnext(f"afnext {name}", model, kv))
         few += [] if fewer is None else [Afnext(f"afnext {name}, {fewer} layers", model, kv, fewer)]
     config = model.network.config
-    if fewer is not None and not 0 < fewer < config.decoder.layers:
-        raise AfnextError(f"there is nothing to extrapolate from {fewer} and {config.decoder.layers} layers")
-    for layers in (config.decoder.layers, *([] if fewer is None else [fewer])):
-        whole = layers == config.decoder.layers
-        made = replace(config, decoder=replace(config.decoder, layers=layers))
-        prefixes = LlamaCppModel(write_random_backbone(folder / f"prefixes-{layers}.gguf", _narrow(made), "bf16"))
-        for kind in kinds:
-            backbone = LlamaCppModel(write_random_backbone(folder / f"{kind}-{layers}.gguf", made, kind))
-            encoder_kind = "bf16" if kind == "bf16" else "q8_0"
-            projector = folder / f"encoder-{encoder_kind}.gguf"
-            if encoders and whole and not projector.exists():
-                write_random_encoder(projector, config, encoder_kind)
-            for flash, way in ((True, "flash"), (False, "no flash")):
-                encoder = None
-                if encoders and whole:
-                    encoder = LlamaCppEncoder(projector, backbone, recording(_WINDOW), flash=flash)
-                name = f"llama.cpp {kind}, {way}" + ("" if whole else f", {layers} layers")
-                subject = LlamaCpp(name, backbone, encoder, flash=flash, prefixes=prefixes)
-                (subjects if whole else few).append(subject)
-    return _Compared(subjects, few, config.decoder.layers, fewer)
+    layers = config.decoder.layers
+    if fewer is not None and not 0 < fewer < layers:
+        raise AfnextError(f"there is nothing to extrapolate from {fewer} and {layers} layers")
+    subjects += _llama_cpp(folder, config, kinds, encoders)
+    if fewer is not None:
+        shallow = replace(config, decoder=replace(config.decoder, layers=fewer))
+        few += _llama_cpp(folder, shallow, kinds, False, f", {fewer} layers")
+    return _Compared(subjects, few, layers, fewer)
+
+
+def _llama_cpp(
+    folder: Path, config: ModelConfig, kinds: Sequence[str], encoders: bool, suffix: str = ""
+) -> Iterator[LlamaCpp]:
+    """llama.cpp with random weights of each kind, with flash attention and without. suffix: of the subjects' names."""
+    from .random_gguf import write_random_backbone  # needs the package gguf
+
+    layers = config.decoder.layers
+    prefixes = LlamaCppModel(write_random_backbone(folder / f"prefixes-{layers}.gguf", _narrow(config), "bf16"))
+    for kind in kinds:
+        backbone = LlamaCppModel(write_random_backbone(folder / f"{kind}-{layers}.gguf", config, kind))
+        projector = _projector(folder, config, kind) if encoders else None
+        for flash, way in ((True, "flash"), (False, "no flash")):
+            encoder = LlamaCppEncoder(projector, backbone, recording(_WINDOW), flash=flash) if projector else None
+            name = f"llama.cpp {kind}, {way}{suffix}"
+            yield LlamaCpp(name, backbone, encoder, flash=flash, prefixes=prefixes)
+
+
+def _projector(folder: Path, config: ModelConfig, kind: str) -> Path:
+    """A random encoder for backbones of this kind, which several kinds share."""
+    from .random_gguf import write_random_encoder  # needs the package gguf
+
+    encoder_kind = "bf16" if kind == "bf16" else "q8_0"
+    path = folder / f"encoder-{encoder_kind}.gguf"
+    if not path.exists():
+        write_random_encoder(path, config, encoder_kind)
+    return path
 
 
 def _recipe(scheme: str) -> Recipe | None:

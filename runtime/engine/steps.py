@@ -22,7 +22,7 @@ from torch import Tensor
 from ...kernels.decode_attention import MAX_NEW_TOKENS
 from ...kernels.dispatch import backend
 from ...kernels.errors import AfnextError
-from ..errors import EngineDeadError, EngineError, InsufficientMemoryError, NonFiniteError
+from ..errors import EngineDeadError, EngineError, NonFiniteError
 from .decode_runner import Decoded, DecodeRunner
 from .executor import Executor
 from .kv_cache import pages_for
@@ -36,6 +36,7 @@ from .sampler import Sampler
 from .scheduler import Scheduler
 from .speculation import Drafter
 from .stats import STEP_SECONDS, EngineStats, Phase, RequestStats
+from .step_errors import NOT_FINITE, explained, step_error
 
 _log = logging.getLogger("afnext.engine")
 T = TypeVar("T")
@@ -325,7 +326,7 @@ class Steps:
             sequence.computed += at > 0
             token = decoded.tokens[at]
             if token is None:
-                self._fail([sequence], NonFiniteError(_NOT_FINITE))
+                self._fail([sequence], NonFiniteError(NOT_FINITE))
                 return
             if sequence.request.logprobs:
                 sequence.logprob_sum += decoded.logprobs[at]
@@ -384,9 +385,7 @@ class Steps:
 
     def _fail(self, sequences: list[SequenceState], error: Exception) -> None:
         """End sequences with an error. Raises it if it left the device unusable."""
-        if (advice := _out_of_memory(error)) is not None:
-            error, cause = InsufficientMemoryError(advice), error
-            error.__cause__ = cause
+        error = explained(error)
         for sequence in sequences:
             if not sequence.ended:
                 sequence.error = sequence.error or error
@@ -490,7 +489,7 @@ class Steps:
             running = [
                 s for s in scheduler.unfinished if s not in waiting or s in scheduler.prefilling or s.private_pages
             ]
-            failure = _step_error(error)
+            failure = step_error(error)
             for sequence in running:
                 scheduler.remove(sequence)
                 scheduler.unfinished.pop(sequence, None)
@@ -562,13 +561,6 @@ class Steps:
         self._changed.clear()
 
 
-_NOT_FINITE = (
-    "the model computed scores that are NaN or infinite, so no token can be chosen. The likely cause are damaged or "
-    'wrongly scaled weights, or an overflow in float16: check the checkpoint, or load with dtype="bfloat16" or '
-    '"float32".'
-)
-
-
 def _forcing(forced: str | None) -> AbstractContextManager[None]:
     return backend(forced) if forced else nullcontext()
 
@@ -580,26 +572,3 @@ def _run_call(future: "Future[object]", function: Callable[[], object]) -> None:
         future.set_result(function())
     except Exception as error:
         future.set_exception(error)
-
-
-def _step_error(error: BaseException) -> AfnextError:
-    """The error of the sequences that were running when a step failed."""
-    if isinstance(error, AfnextError):
-        return error
-    failure = EngineError(f"a step of the engine failed ({type(error).__name__}: {error}); send the request again")
-    failure.__cause__ = error
-    return failure
-
-
-def _out_of_memory(error: Exception) -> str | None:
-    """Advice if an error is a failed allocation, else None."""
-    texts = ("can't allocate memory", "not enough memory", "out of memory")
-    if not isinstance(error, MemoryError) and not (
-        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
-    ):
-        return None
-    detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return (
-        f"there was not enough memory to compute the request ({detail}). Load with a smaller chunk_size and "
-        'encode_batch, kv="int8", a quantized scheme or a lower `memory`; `afnext plan` shows what takes how much.'
-    )
