@@ -32,7 +32,7 @@ MAX_FRAME_SAMPLES = 1 << 20
 MAX_ALLOCATION = 128 << 20  # bytes; an index of four million packets, more than a day of AAC
 MAX_STREAMS = 64
 MAX_DAMAGED_IN_A_ROW = 1000  # damaged packets without a good frame between them
-MAX_PACKETS_AT_ONCE, MAX_BYTES_AT_ONCE = 32, 1 << 20
+MAX_PACKETS_AT_ONCE, MAX_BYTES_AT_ONCE = 256, 1 << 20
 _DTYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "flt": np.float32, "dbl": np.float64}  # planar with a "p"
 SAMPLES_AT_ONCE = 16_384  # per channel, mixed and resampled together
 MAX_PARTS = 2000  # joined files, or runs of a damaged Ogg stream
@@ -177,7 +177,7 @@ class Decoder:
                 damaged, in_a_row = 0, 0
                 pending.add(frame, kind, self._seconds)
                 self._seconds += count / rate
-                if pending.full:
+                if pending.samples >= pending.enough:
                     yield from self._mono(pending)
         yield from self._mono(pending)
         self._unfilled += damaged
@@ -212,6 +212,8 @@ class Decoder:
 
     def _silence_before(self, frame: AudioFrame, packet: "Packet[AudioStream]", damaged: int) -> int:
         time, first = frame.time, self._seconds == self._part_from
+        if not (first or damaged or self._ogg) and self._timeline.on_time(time, self._seconds - self._timeline_from):
+            return 0
         if time is None and first and packet.pts is not None:
             time = float(packet.pts * packet.time_base)
         resumed = False
@@ -411,19 +413,15 @@ class _Frames:
     samples."""
 
     def __init__(self, enough: int):
-        """enough: samples per channel at which it is `full`."""
-        self._enough = enough
+        """enough: samples per channel that are enough to mix."""
+        self._at_most = enough
+        self.enough = 0  # samples at which it is full, half a second of them or fewer
         self._kind = _Kind("", 0, 0)
         self._seconds = 0.0
         self._buffer = np.empty((0, 0), np.uint8)  # [planes, bytes]
         self._planes: list[memoryview] = []  # the rows of the buffer
         self._width = 1  # bytes per sample in a plane, for all channels if there is one plane
         self.samples = 0
-
-    @property
-    def full(self) -> bool:
-        """Whether there are `enough` samples, or half a second of them."""
-        return self.samples >= self._enough or self.samples >= self._kind.rate // 2
 
     def takes(self, kind: _Kind, count: int) -> bool:
         """Whether the frames are of this kind, and with `count` more samples at most a second long."""
@@ -437,11 +435,14 @@ class _Frames:
         if not self.samples:
             self._begin(kind, len(planes))
             self._seconds = seconds
-        start, size = self.samples * self._width, frame.samples * self._width
-        self._reserve(start + size)
+        count = frame.samples
+        start, size = self.samples * self._width, count * self._width
+        stop = start + size
+        if stop > self._buffer.shape[1]:
+            self._reserve(stop)
         for row, plane in zip(self._planes, planes, strict=True):
-            row[start : start + size] = memoryview(plane)[:size]
-        self.samples += frame.samples
+            row[start:stop] = memoryview(plane)[:size]
+        self.samples += count
 
     def taken(self) -> tuple[np.ndarray, int, float]:
         """Remove and return all samples [channels, n], valid until the next `add`, their rate, and their start in
@@ -455,15 +456,15 @@ class _Frames:
         if kind == self._kind:
             return
         self._kind = kind
+        self.enough = min(self._at_most, kind.rate // 2)
         self._width = np.dtype(_DTYPES[kind.format.removesuffix("p")]).itemsize * kind.channels // planes
-        self._hold(np.empty((planes, 2 * self._enough * self._width), np.uint8))
+        self._hold(np.empty((planes, 2 * self._at_most * self._width), np.uint8))
 
     def _reserve(self, size: int) -> None:
         """Make room for `size` bytes in each plane."""
         old = self._buffer
-        if size > old.shape[1]:
-            self._hold(np.empty((len(old), size), np.uint8))
-            self._buffer[:, : old.shape[1]] = old
+        self._hold(np.empty((len(old), size), np.uint8))
+        self._buffer[:, : old.shape[1]] = old
 
     def _hold(self, buffer: np.ndarray) -> None:
         self._buffer, self._planes = buffer, [memoryview(row) for row in buffer]

@@ -29,18 +29,21 @@ def mix(channels: np.ndarray) -> np.ndarray:
     """
     offset, scale = _offset_and_scale(channels.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        samples = channels.astype(np.float32, order="C")
-        if offset:
-            samples -= np.float32(offset)
-        mono: np.ndarray = samples[0]
-        if len(samples) > 1:  # same as `mean`, which takes several times as long
+        mono = _shifted(channels[0].astype(np.float32), offset)
+        if len(channels) > 1:  # same as `mean`, which takes several times as long
             mono += np.float32(0)
-            for channel in samples[1:]:
-                mono += channel
-            mono /= np.float32(len(samples))
+            for channel in channels[1:]:
+                mono += _shifted(channel.astype(np.float32, copy=bool(offset)), offset)
+            mono /= np.float32(len(channels))
         if scale != 1.0:
             mono *= np.float32(scale)
     return mono
+
+
+def _shifted(samples: np.ndarray, offset: float) -> np.ndarray:
+    if offset:
+        samples -= np.float32(offset)
+    return samples
 
 
 @cache
@@ -94,9 +97,8 @@ def check_samples(block: np.ndarray, name: str, rate: int, seconds: float) -> No
 
     `seconds` is where the block starts in the audio.
     """
-    good = np.abs(block) <= MAX_AMPLITUDE
-    if not good.all():
-        index = int(np.argmin(good))
+    if not (len(block) == 0 or (block.max() <= MAX_AMPLITUDE and block.min() >= -MAX_AMPLITUDE)):  # NaN compares false
+        index = int(np.argmin(np.abs(block) <= MAX_AMPLITUDE))
         raise AudioError(
             f"{name} contains a sample that is {block[index]:g} at {seconds + index / rate:.6f} s "
             f"(sample {round(seconds * rate) + index}); get an intact copy, or replace such samples."

@@ -31,6 +31,10 @@ class Timeline:
             self._zero = self.begins_at = start
             self.warnings.append(f"the time stamps begin at {start:.1f} s; times count from there")
 
+    def on_time(self, time: float | None, seconds: float) -> bool:
+        """Whether a frame that is neither the first nor after damage surely has no silence before it; see `silence`."""
+        return time is None or (self._zero is not None and abs(time - self._zero - seconds) < MIN_GAP)
+
     def start_at_zero(self) -> None:
         """Treat the time before the first frame as missing audio, not as delay."""
         self._zero = 0.0
