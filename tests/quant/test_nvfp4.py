@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afnext.quant.nvfp4 import dequantize_nvfp4, quantize_mxfp4, quantize_nvfp4
+from afnext.quant.nvfp4_importer import Nvfp4Format
 
 E4M3 = torch.float8_e4m3fn
 LEVELS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -112,3 +113,17 @@ def test_importance_must_fit() -> None:
     for importance in (torch.ones(16), -torch.ones(32)):
         with pytest.raises(ValueError, match="importance"):
             quantize_nvfp4(torch.zeros(2, 32), importance)
+
+
+def test_weights_packed_by_compressed_tensors_itself(seed: int) -> None:
+    library = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers", reason="needs compressed-tensors")
+    levels = torch.cat((LEVELS, -LEVELS))[torch.randint(0, 16, (8, 64))]
+    scales, divisor = (448 * torch.rand(8, 4)).to(E4M3), torch.rand(1) + 50_000
+    tensors = {
+        "weight_packed": library.pack_fp4_to_uint8(levels),
+        "weight_scale": scales,
+        "weight_global_scale": divisor,
+    }
+    packed = Nvfp4Format("compressed-tensors").weight("layer", tensors)
+    expected = levels * scales.float().repeat_interleave(16, 1) / divisor
+    torch.testing.assert_close(dequantize_nvfp4(*packed), expected, rtol=2.0**-22, atol=0)  # three roundings
