@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.audio import speech_like
+from support.audio import speech_like, wav_bytes
 from support.fake_cuda import CudaFaultError, FakeCuda
 from support.simple_path import request
 from torch import Tensor
@@ -19,7 +19,7 @@ from afnext.runtime.engine.encoder_stream import EncoderStream, Queued
 from afnext.runtime.engine.engine import Engine
 from afnext.runtime.engine.executor import LocalExecutor
 from afnext.runtime.engine.options import EngineOptions
-from afnext.runtime.engine.request import SequenceState
+from afnext.runtime.engine.request import Request, SequenceState
 from afnext.runtime.errors import ConfigError
 from afnext.runtime.model.audio_flamingo import AudioFlamingo
 
@@ -64,6 +64,22 @@ def test_the_windows_of_the_next_chunk_are_encoded_on_a_stream_of_their_own(
     assert encoded == ["window", "chunk"] * 4
     used = {launch.stream for launch in cuda.launches if launch.kernel.startswith("attention.")}
     assert used == streams["window"] | streams["chunk"]
+
+
+def test_a_file_is_computed_in_parts_while_it_is_decoded(
+    folder: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts leave no page behind, and nothing is read or freed before the streams allow it (see `cuda`)."""
+    parts: list[Request] = []
+    submit = Engine.submit
+    monkeypatch.setattr(Engine, "submit", lambda self, part: parts.append(part) or submit(self, part))
+    with load(folder, encode_ahead=True, page_size=200) as model:
+        whole = model.ask((speech_like(100.0, 0), 16_000), "What?", max_new_tokens=3)
+        answer = model.ask(wav_bytes(speech_like(100.0, 1)), "What?", max_new_tokens=3)
+        assert answer.usage == whole.usage
+        assert parts
+        stats = model.engine.stats()
+    assert (stats.prefix_pages, stats.private_pages) == (0, 0)
 
 
 def test_in_turn_there_is_one_stream(folder: Path, cuda: FakeCuda) -> None:
