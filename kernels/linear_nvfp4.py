@@ -244,7 +244,14 @@ _CONFIGS = {
     128: Configs("linear_nvfp4_128", tile_config(128, 128, 64, 8, 3)),
 }
 # A pair has two sums per output, so registers hold half as many outputs.
-_PAIR_CONFIGS = {**_CONFIGS, 128: Configs("linear_nvfp4_pair_128", tile_config(128, 64, 64, 8, 3))}
+_PAIR_CONFIGS = {
+    **_CONFIGS,
+    128: Configs(
+        "linear_nvfp4_pair_128",
+        tile_config(128, 64, 64, 8, 3),
+        {"sm100": tile_config(128, 128, 64, 8, 3)},
+    ),
+}
 
 
 def nvfp4_triton(
