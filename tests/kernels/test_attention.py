@@ -483,11 +483,11 @@ def test_wrong_dtypes_and_scales() -> None:
     attention(q, pool, pool, k_scales=scales, v_scales=scales, **cache)
     with pytest.raises(ValueError, match=r"float32 like q.*float16"):
         attention(q, k.half(), k.half())
-    with pytest.raises(ValueError, match=r"int8 with scales; got torch\.int8"):
+    with pytest.raises(ValueError, match=r"fp8 with scales; got torch\.int8"):
         attention(q, pool, pool, **cache)
-    with pytest.raises(ValueError, match=r"int8 with scales; got torch\.int8"):
+    with pytest.raises(ValueError, match=r"fp8 with scales; got torch\.int8"):
         attention(q, pool, pool, k_scales=scales, **cache)
-    with pytest.raises(ValueError, match=r"int8 with scales; got torch\.float32"):
+    with pytest.raises(ValueError, match=r"fp8 with scales; got torch\.float32"):
         attention(q, pool.float(), pool.float(), k_scales=scales, v_scales=scales, **cache)
     with pytest.raises(ValueError, match="no page_table"):
         attention(q, k.to(torch.int8), k.to(torch.int8), k_scales=scales, v_scales=scales)

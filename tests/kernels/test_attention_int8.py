@@ -187,7 +187,7 @@ def test_wrong_dtypes() -> None:
     scales, table, lengths = torch.zeros(6, 16, 2), torch.zeros(2, 1, dtype=torch.int32), torch.tensor([9, 9])
     options = {"key_lengths": lengths, "page_table": table, "k_scales": scales, "v_scales": scales}
     attention_int8(q, pool, pool, **options)
-    with pytest.raises(ValueError, match="int8 with scales"):
+    with pytest.raises(ValueError, match="int8 or fp8 with scales"):
         attention_int8(q, pool.float(), pool.float(), **options)
     packed = torch.zeros(6, 16, 2, 16, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"in int8, got torch\.uint8"):

@@ -367,7 +367,7 @@ def test_forty_five_thousand_tokens(backend: str, seed: int, device: torch.devic
     ("change", "message"),
     [
         ({"key_bias": KeyBias(torch.zeros(2, 32), torch.zeros(64, 8), torch.zeros(64, 8))}, "key_bias"),
-        ({"k_scales": None}, "int4 or int8 with scales"),
+        ({"k_scales": None}, "int4, int8 or fp8 with scales"),
         ({"v": torch.zeros(9, 16, 2, 32, dtype=torch.uint8)}, "alike"),
     ],
 )

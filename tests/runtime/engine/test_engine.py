@@ -125,9 +125,9 @@ def test_a_backend_of_one_operation_holds_in_steps_too(network: AudioFlamingo, m
     monkeypatch.setenv("AFNEXT_BACKEND", "torch,rms_norm=reference")
     run(Engine(network, OPTIONS), request(network, 3))
     assert seen == {("torch", "reference")}
-    assert decoded(encoded(Op.EMBED, [[1]]))[1] == [-1, 0]
+    assert decoded(encoded(Op.EMBED, [[1]]))[1] == [-1, 0, 0]
     with kernels.backend("torch"):
-        assert decoded(encoded(Op.EMBED, [[1]]))[1] == [BACKENDS.index("torch"), 0]
+        assert decoded(encoded(Op.EMBED, [[1]]))[1] == [BACKENDS.index("torch"), 0, 0]
 
 
 def test_requests_keep_the_backend_of_their_submitter(network: AudioFlamingo, monkeypatch: pytest.MonkeyPatch) -> None:
