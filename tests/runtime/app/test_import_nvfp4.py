@@ -1,16 +1,15 @@
 """`afnext quantize` on checkpoints with nvfp4 weights of other libraries: the same codes, in a model that answers."""
 
 import json
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.logits import last_logits, question
+from support.foreign_checkpoint import Weights, assert_imported, foreign_checkpoint
 
 import afnext
 from afnext.quant.importers import ImportFormatError
@@ -21,7 +20,6 @@ from afnext.runtime.errors import AfnextError, CheckpointError, ConfigError
 E4M3 = torch.float8_e4m3fn
 REST = recipe("int4", rules=[("*", "dense")])
 LEVELS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-Weights = dict[str, torch.Tensor]
 Change = Callable[[Weights, dict[str, Any]], None]
 
 
@@ -60,52 +58,16 @@ def packed(shape: torch.Size, modelopt: bool) -> tuple[Weights, torch.Tensor]:
     return stored, levels * scales.float().repeat_interleave(16, 1) * factor
 
 
-def foreign(
-    folder: Path, out: Path, name: str, *, everywhere: bool = False, backbone: bool = False
-) -> tuple[Path, Weights]:
-    """The checkpoint in `folder` with random layers in the format `name`: the decoder's, or also those of encoder and
-    lm_head, or a backbone alone; and the dense weights that they stand for."""
-    config, extra = FORMATS[name]
-    tensors, dense = Weights(), Weights()
-    for key, tensor in load_file(folder / "model.safetensors").items():
-        decoder = "language_model.model.layers." in key and key.endswith("proj.weight")
-        other = everywhere and tensor.ndim == 2 and key.endswith(("proj.weight", "fc1.weight", "lm_head.weight"))
-        if decoder or other:
-            parts, dense[key] = packed(tensor.shape, "modelopt" in name)
-            parts |= {part: torch.tensor(0.5) for part in extra if part.startswith("input") or "k_proj" in key}
-            tensors |= {key.removesuffix("weight") + part: value for part, value in parts.items()}
-        elif "language_model." in key or not backbone:
-            tensors[key] = tensor
-    if backbone:
-        tensors = {key.removeprefix("language_model."): tensor for key, tensor in tensors.items()}
-    shutil.copytree(folder, out)
-    save_file(tensors, out / "model.safetensors")
-    values = json.loads((folder / "config.json").read_text())
-    values = values["text_config"] if backbone else values
-    if name == "modelopt's file":
-        settings = {"producer": {"name": "modelopt"}, "quantization": config}
-        (out / "hf_quant_config.json").write_text(json.dumps(settings))
-    else:
-        values["quantization_config"] = config
-    (out / "config.json").write_text(json.dumps(values))
-    return out, dense
+def foreign(folder: Path, out: Path, name: str, **layers: bool) -> tuple[Path, Weights]:
+    """See `foreign_checkpoint`."""
+    config, beside = FORMATS[name]
+    layer = partial(packed, modelopt="modelopt" in name)
+    return foreign_checkpoint(folder, out, config, layer, beside, own_file=name == "modelopt's file", **layers)
 
 
-def assert_alike(ours: afnext.Model, folder: Path, dense: Weights, out: Path) -> None:
-    """The model has these weights, up to the order of two factors, and computes as the one that stores them dense."""
-    shutil.copytree(folder, out)
-    save_file({**load_file(folder / "model.safetensors"), **dense}, out / "model.safetensors")
-    theirs = afnext.load(out, dtype="float32")
-    stored = {
-        name: module for name, module in ours.network.named_modules() if str(getattr(module, "scheme", "")) == "nvfp4"
-    }
-    assert len(stored) == len(dense)
-    for name, module in stored.items():
-        assert module.packed.scales.dtype == E4M3
-        weight = module.scheme.dequantize(module.packed, torch.float32)
-        assert torch.equal(weight, theirs.network.get_submodule(name).weight), name
-    messages = question(np.random.randn(9000).astype(np.float32), "What?")
-    torch.testing.assert_close(last_logits(ours, messages), last_logits(theirs, messages), rtol=1e-3, atol=1e-3)
+def assert_alike(ours: afnext.Model, *where: Any) -> None:
+    """The weights are equal up to the order of two factors, and so are the results."""
+    assert_imported(ours, "nvfp4", *where, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", FORMATS)
