@@ -15,52 +15,45 @@ Source: the checkpoints and documentation of compressed-tensors 0.20 and ModelOp
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.linear_nvfp4 import NVFP4_BLOCK
 from ..kernels.quantize_rows import E4M3
+from .float_importer import CACHE_SCALES, SCALE, FloatFormat, has_nan, weights_of_groups
 from .importers import ImportFormatError
 
 COMPRESSED_FORMAT, MODELOPT_ALGORITHM = "nvfp4-pack-quantized", "NVFP4"
-_SCALE = "weight_scale"
-_CACHE = ("k_scale", "v_scale")
-_NAN = 127  # the bits of NaN, without the sign
 
 
 @dataclass(frozen=True)
-class Nvfp4Format:
-    """How another library stored its nvfp4 weights."""
+class Nvfp4Format(FloatFormat):
+    """How another library stored its nvfp4 weights, which become codes and scales as they are, and channels [out]
+    float32."""
 
-    method: Literal["compressed-tensors", "modelopt"]
+    codes_per_byte = 2
 
     @property
     def codes(self) -> str:
-        """The part that holds the codes."""
+        """See `FloatFormat`."""
         return "weight_packed" if self.method == "compressed-tensors" else "weight"
 
     @property
     def mark(self) -> str:
-        """The part that every quantized layer has, and no other: the scale of the whole weight."""
+        """See `FloatFormat`: the scale of the whole weight."""
         return "weight_global_scale" if self.method == "compressed-tensors" else "weight_scale_2"
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names that tensors of a layer may have, after the layer's name."""
+        """See `FloatFormat`."""
         unused = "input_global_scale" if self.method == "compressed-tensors" else "input_scale"
-        return self.codes, _SCALE, self.mark, unused, *_CACHE
+        return self.codes, SCALE, self.mark, unused, *CACHE_SCALES
 
     def weight(self, layer: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The weight of a layer in the layout of `nvfp4`: codes and scales as they are, channels [out] float32.
-
-        layer: its name, for errors; tensors: by part. Raises ImportFormatError.
-        """
-        missing = [part for part in (self.codes, _SCALE, self.mark) if part not in tensors]
-        if missing:
-            raise ImportFormatError(f"{layer} of a {self.method} checkpoint lacks {missing}")
-        codes, scales, whole = tensors[self.codes], tensors[_SCALE], tensors[self.mark]
+        """See `FloatFormat`."""
+        codes, scales, whole = self._required(layer, tensors, self.codes, SCALE, self.mark)
         if codes.dtype != torch.uint8 or codes.ndim != 2:
             raise ImportFormatError(
                 f"{layer}.{self.codes} is {codes.dtype} {list(codes.shape)}, not a matrix of two codes per byte"
@@ -68,30 +61,21 @@ class Nvfp4Format:
         wanted = [len(codes), 2 * codes.shape[1] // NVFP4_BLOCK]
         if scales.dtype != E4M3 or list(scales.shape) != wanted:
             raise ImportFormatError(
-                f"{layer}.{_SCALE} is {scales.dtype} {list(scales.shape)}; codes {list(codes.shape)} need {E4M3} "
+                f"{layer}.{SCALE} is {scales.dtype} {list(scales.shape)}; codes {list(codes.shape)} need {E4M3} "
                 f"{wanted}"
             )
         if whole.dtype != torch.float32 or whole.numel() != 1:
             raise ImportFormatError(f"{layer}.{self.mark} is {whole.dtype} {list(whole.shape)}, not one float32")
         factor = whole.reciprocal() if self.method == "compressed-tensors" else whole
-        if bool((scales.view(torch.uint8) & _NAN == _NAN).any()) or not factor.isfinite().all():
+        if has_nan(scales) or not factor.isfinite().all():
             raise ImportFormatError(f"{layer} has scales that are not finite; the file is damaged")
         return codes, scales, factor.reshape(1).expand(len(codes)).contiguous()
-
-    def shape(self, layer: str, stored: tuple[int, ...]) -> tuple[int, int]:
-        """[out, in] of a layer whose codes have the shape `stored`. Raises ImportFormatError."""
-        if len(stored) != 2:
-            raise ImportFormatError(f"{layer}.{self.codes} has the shape {list(stored)}; two dimensions were expected")
-        return stored[0], 2 * stored[1]
 
 
 def compressed_nvfp4(values: Mapping[str, Any]) -> Nvfp4Format:
     """The format that a quantization_config of compressed-tensors describes. Raises ImportFormatError."""
-    groups = values.get("config_groups")
-    schemes = list(groups.values()) if isinstance(groups, Mapping) else []
-    weights = [scheme.get("weights") if isinstance(scheme, Mapping) else None for scheme in schemes]
     wanted = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": NVFP4_BLOCK}
-    for found in weights or [None]:
+    for found in weights_of_groups(values):
         if not isinstance(found, Mapping) or any(found.get(key) != value for key, value in wanted.items()):
             raise ImportFormatError(
                 f"{COMPRESSED_FORMAT} weights can be imported if all groups of the quantization_config have "

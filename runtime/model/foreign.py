@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from ...kernels.packed_weight import Packed
-from ...quant.fp8_importer import Fp8Format, foreign_format
+from ...quant.float_importer import FloatFormat
+from ...quant.foreign_format import foreign_format
+from ...quant.fp8_importer import Fp8Format
 from ...quant.importers import ImportFormatError
-from ...quant.nvfp4_importer import Nvfp4Format
 from ...quant.recipe import Recipe
 from ...quant.scheme import Fp4, Fp8, Int4, Scheme
 from ..checkpoint_folder import MODELOPT_FILE, CheckpointFolder
@@ -177,7 +178,7 @@ class ForeignCheckpoint:
 
     @property
     def _is_float(self) -> bool:
-        return isinstance(self.format, Fp8Format | Nvfp4Format)
+        return isinstance(self.format, FloatFormat)
 
     def _may_be_imported(self, name: str, shapes: Shapes) -> bool:
         """Whether the parameter may be quantized: as 4-bit integers the decoder's products, as floats every
@@ -214,10 +215,8 @@ class ForeignCheckpoint:
         return packed
 
     def _scheme(self, layer: str) -> Scheme:
-        if isinstance(self.format, Fp8Format):
-            return Fp8()
-        if isinstance(self.format, Nvfp4Format):
-            return Fp4()
+        if isinstance(self.format, FloatFormat):
+            return Fp8() if isinstance(self.format, Fp8Format) else Fp4()
         group = self.format.stored_group(layer, self._shape(layer)[1])
         return Int4(group, self.format.is_symmetric(layer, self._parts(layer)))
 

@@ -60,6 +60,14 @@ def foreign_checkpoint(
     return out, dense
 
 
+def rewrite(folder: Path, change: Callable[[Weights, dict[str, Any]], None]) -> None:
+    """Change the tensors and the config of the checkpoint in `folder` in place."""
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def assert_imported(
     ours: afnext.Model, scheme: str, folder: Path, dense: Weights, out: Path, *, rtol: float, atol: float
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.command_line import CommandLine
 from support.foreign import configs, example, stored_as
+from support.foreign_checkpoint import Weights, rewrite
 from support.logits import last_logits, question
 
 import afnext
@@ -22,7 +23,6 @@ from afnext.runtime.errors import AfnextError, CheckpointError, ConfigError
 
 METHODS = ("gptq", "gptq_v2", "awq", "compressed-tensors")
 REST = recipe("int4", rules=[("*", "dense")])
-Weights = dict[str, torch.Tensor]
 
 
 def packed(method: str, out: int, inputs: int, symmetric: bool) -> tuple[Weights, torch.Tensor]:
@@ -149,10 +149,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_left(
     named: str,
 ) -> None:
     source, _ = foreign(folder, tmp_path / "source", "gptq")
-    tensors, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
-    change(tensors, config)
-    save_file(tensors, source / "model.safetensors")
-    (source / "config.json").write_text(json.dumps(config))
+    rewrite(source, change)
     with pytest.raises(error, match=named):
         quantize(source, tmp_path / "out", REST)
     assert not (tmp_path / "out" / "config.json").exists()

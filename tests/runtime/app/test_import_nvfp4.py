@@ -1,6 +1,5 @@
 """`afnext quantize` on checkpoints with nvfp4 weights of other libraries: the same codes, in a model that answers."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.foreign_checkpoint import Weights, assert_imported, foreign_checkpoint
+from support.foreign_checkpoint import Weights, assert_imported, foreign_checkpoint, rewrite
 
 import afnext
 from afnext.quant.importers import ImportFormatError
@@ -146,10 +144,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_left(
     folder: Path, tmp_path: Path, change: Change, error: type[AfnextError], message: str, seed: int
 ) -> None:
     source, _ = foreign(folder, tmp_path / "source", "compressed-tensors")
-    tensors, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
-    change(tensors, config)
-    save_file(tensors, source / "model.safetensors")
-    (source / "config.json").write_text(json.dumps(config))
+    rewrite(source, change)
     with pytest.raises(error, match=message):
         quantize(source, tmp_path / "out", REST)
     assert not (tmp_path / "out" / "config.json").exists()
