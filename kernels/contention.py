@@ -104,7 +104,7 @@ class Contention:
             yield
             return
         if self._period is None or start - self._end > _PAUSE:
-            self._begin(most, _TRIAL)
+            self._begin(most, _TRIAL, self._time_without_cpu())
         period = self._period
         assert period is not None
         with limited_threads(period.threads):
@@ -115,24 +115,27 @@ class Contention:
         if self._end - period.start >= period.seconds and period.steps >= _STEPS:
             self._decide(period)
 
-    def _begin(self, threads: int, seconds: float) -> None:
-        self._period = _Period(threads, seconds, self._now(), self._waited(self._most) or 0.0)
+    def _time_without_cpu(self) -> float:
+        return self._waited(self._most) or 0.0
+
+    def _begin(self, threads: int, seconds: float, waited: float) -> None:
+        self._period = _Period(threads, seconds, self._now(), waited)
 
     def _decide(self, period: _Period) -> None:
         """Begin the period after `period`, which has ended."""
-        each = period.in_steps / period.steps
+        each, waited = period.in_steps / period.steps, self._time_without_cpu()
         if period.threads == self._most:
-            lost = ((self._waited(self._most) or 0.0) - period.waited) / (self._end - period.start)
+            lost = (waited - period.waited) / (self._end - period.start)
             if lost <= _LOST:
                 self._apart = _FIRST
-                return self._begin(self._most, _TRIAL)
+                return self._begin(self._most, _TRIAL, waited)
             self._all = each
-            return self._begin(max(1, self._most - math.ceil(lost)), _TRIAL)
+            return self._begin(max(1, self._most - math.ceil(lost)), _TRIAL, waited)
         if period.seconds > _TRIAL:
-            return self._begin(self._most, _TRIAL)
+            return self._begin(self._most, _TRIAL, waited)
         threads = period.threads if each < self._all else self._most
         if self._apart == _FIRST and threads < self._most:
             _log.info("decoding with %d of %d threads, as other processes use the cores", threads, self._most)
         trials = max(_TRIAL, _STEPS * self._all) + self._end - period.start
-        self._begin(threads, self._apart * trials)
+        self._begin(threads, self._apart * trials, waited)
         self._apart = min(2 * self._apart, _MOST)

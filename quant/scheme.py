@@ -51,7 +51,8 @@ from .int8 import dequantize_int8, dequantize_int8_groups, quantize_int8, quanti
 from .nf4 import BLOCK_SIZE, dequantize_nf4, quantize_nf4
 from .nvfp4 import dequantize_nvfp4, quantize_mxfp4, quantize_nvfp4
 
-PARTS = ("weight_codes", "weight_scales", "weight_zeros")
+PARTS = tuple(f"weight_{field}" for field in Packed._fields)
+"""The names of the parts of `Packed` in a checkpoint, after the layer's name."""
 _CHUNK = 1 << 20  # weights quantized at a time: intermediate results take some 30 MB
 
 

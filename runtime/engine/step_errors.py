@@ -1,4 +1,4 @@
-"""What a request is told when a step of the engine fails."""
+"""The errors of requests whose step in the engine failed."""
 
 from ...kernels.errors import AfnextError
 from ..errors import EngineError, InsufficientMemoryError

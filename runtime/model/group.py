@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.native.recording import current
+from ...kernels.quantize_rows import E4M3
 from ...kernels.row_groups import is_row_invariant
 from ..errors import GroupError
 
@@ -116,7 +117,7 @@ class Group:
 
 def _sent(x: Tensor) -> Tensor:
     """x as it is sent: e4m3, which gloo lacks, as bytes."""
-    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+    return x.view(torch.uint8) if x.dtype == E4M3 else x
 
 
 def _summed(parts: list[Tensor]) -> Tensor:
